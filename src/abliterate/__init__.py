@@ -1,0 +1,42 @@
+"""Find the refusal direction of a language model, remove it from the weights exactly, and measure what that did.
+
+The library mirrors the command line: `extract_direction`, `orthogonalize_checkpoint`, `evaluate_model`,
+`push_checkpoint`, and `Direction`. Importing this package is light; torch is loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from abliterate._version import __version__
+
+if TYPE_CHECKING:
+    from abliterate.directions import Direction, load_direction
+    from abliterate.evaluation import evaluate_model
+    from abliterate.extraction import extract_direction
+    from abliterate.orthogonalization import orthogonalize_checkpoint
+    from abliterate.publishing import push_checkpoint
+
+__all__ = [
+    "Direction",
+    "__version__",
+    "evaluate_model",
+    "extract_direction",
+    "load_direction",
+    "orthogonalize_checkpoint",
+    "push_checkpoint",
+]
+
+_HOMES = {
+    "Direction": "abliterate.directions",
+    "load_direction": "abliterate.directions",
+    "evaluate_model": "abliterate.evaluation",
+    "extract_direction": "abliterate.extraction",
+    "orthogonalize_checkpoint": "abliterate.orthogonalization",
+    "push_checkpoint": "abliterate.publishing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'abliterate' has no attribute {name!r}")

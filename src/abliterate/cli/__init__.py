@@ -1,0 +1,74 @@
+"""The command line: registration, `--version`, and the one error boundary."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from abliterate._version import __version__
+from abliterate.cli.demo import demo
+from abliterate.cli.evaluate import evaluate
+from abliterate.cli.extract import extract
+from abliterate.cli.orthogonalize import orthogonalize
+from abliterate.cli.prompts import prompts
+from abliterate.cli.push import push
+from abliterate.errors import AbliterateError
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a known error or a failed verification; 2 wrong usage; "
+    "3 no candidate direction passes the selection; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="abliterate",
+    help="Find the refusal direction of a language model, remove it from the weights exactly, "
+    "and measure what that did (arXiv 2406.11717).",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+for _command in (extract, orthogonalize, evaluate, push, prompts, demo):
+    app.command(epilog=EXIT_CODES)(_command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"abliterate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Show library logs, and tracebacks of errors.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress or notes on stderr; errors only.")] = False,
+) -> None:
+    context.obj = {"verbose": verbose, "quiet": quiet}
+
+
+def main() -> None:
+    """Run the command line; each error becomes one line on stderr and its exit code."""
+    verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
+    try:
+        app()
+    except AbliterateError as error:
+        if verbose:
+            raise
+        _fail(str(error), error.exit_code)
+    except Exception as error:
+        if verbose:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (run again with `abliterate -v ...` for details)", 1)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    sys.stdout.flush()
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(exit_code)

@@ -1,0 +1,150 @@
+"""`abliterate extract`: find the refusal direction of a model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from abliterate.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    HarmfulOption,
+    HarmlessOption,
+    JsonOption,
+    ModelArg,
+    RevisionOption,
+    SystemPromptOption,
+    TrustRemoteCodeOption,
+    parse_batch_size,
+)
+from abliterate.cli.output import Output
+
+if TYPE_CHECKING:
+    from abliterate.extraction_report import ExtractionReport, NoCandidatePassesError
+    from abliterate.selection import CandidateScore
+
+
+def extract(
+    context: typer.Context,
+    model: ModelArg,
+    output_file: Annotated[Path, typer.Option("-o", "--output", help="Direction file to write.")],
+    harmful: HarmfulOption = "bundled",
+    harmless: HarmlessOption = "bundled",
+    n_train: Annotated[int, typer.Option("--n-train", min=8, help="Prompts of each kind for the means.")] = 128,
+    n_val: Annotated[int, typer.Option("--n-val", min=1, help="Prompts of each kind for the scores.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling of prompts.")] = 42,
+    kl_threshold: Annotated[float, typer.Option("--kl-threshold", help="Largest KL accepted, in nats.")] = 0.1,
+    induce_threshold: Annotated[
+        float, typer.Option("--induce-threshold", help="Smallest induce score accepted.")
+    ] = 0.0,
+    prune_layers: Annotated[
+        float, typer.Option("--prune-layers", min=0, max=0.99, help="Share of the last layers never chosen.")
+    ] = 0.2,
+    system_prompt: SystemPromptOption = None,
+    refusal_token: Annotated[
+        list[str] | None,
+        typer.Option("--refusal-token", metavar="TOK", help="First token of refusals; several times for several."),
+    ] = None,
+    no_filter: Annotated[
+        bool,
+        typer.Option("--no-filter", help="Keep harmful prompts that are answered, harmless ones refused."),
+    ] = False,
+    exhaustive: Annotated[
+        bool,
+        typer.Option("--exhaustive", help="Score all candidates, also those that cannot change the choice."),
+    ] = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = "auto",
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write scores (JSON, CSV) and plots (PNG) here."),
+    ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Find the direction in the residual stream that mediates refusal, and write it to a file.
+
+    SPEC is `bundled`, a .txt/.jsonl/.json/.csv/.parquet file, or a Hub dataset ID[@rev][:split[:column]].
+    When no candidate passes the selection, the nearest ones are shown and the exit code is 3.
+    """
+    from abliterate.extraction import extract_direction
+    from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.hub import resolve_model
+    from abliterate.model import ModelOptions
+    from abliterate.score_report import require_plots, write_score_report
+    from abliterate.selection import Thresholds
+
+    output = Output.of(context, json_output=json_output)
+    options = ExtractionOptions(
+        n_train=n_train,
+        n_val=n_val,
+        seed=seed,
+        thresholds=Thresholds(kl=kl_threshold, induce=induce_threshold, prune_layers=prune_layers),
+        refusal_tokens=tuple(refusal_token or ()),
+        filter_prompts=not no_filter,
+        exhaustive=exhaustive,
+    )
+    model_options = ModelOptions(
+        dtype=dtype.value,
+        device=device,
+        batch_size=parse_batch_size(batch_size),
+        system_prompt=system_prompt,
+        trust_remote_code=trust_remote_code,
+    )
+    if report is not None:
+        require_plots()
+    try:
+        extraction = extract_direction(
+            model=resolve_model(model, revision=revision),
+            harmful=harmful,
+            harmless=harmless,
+            options=options,
+            model_options=model_options,
+            progress=output.progress,
+        )
+    except NoCandidatePassesError as error:
+        if report is not None:
+            write_score_report(error.score_table, report)
+        table = _nearest_table(error)
+        output.report(error.report, tables=lambda: [table])
+        raise
+    extraction.direction.save(output_file)
+    if report is not None:
+        write_score_report(extraction.report.score_table(), report)
+    output.report(
+        {"direction_file": output_file, **output.plain(extraction.report)},
+        tables=lambda: [_summary(extraction.report), f"direction written to {output_file}"],
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _row(score: "CandidateScore") -> list[str]:
+    return [str(score.position), str(score.layer), *map(_number, (score.bypass, score.induce, score.kl))]
+
+
+def _summary(report: "ExtractionReport") -> Table:
+    table = Table("position", "layer", "bypass", "induce", "KL", title=f"Refusal direction of {report.model}")
+    table.add_row(*_row(report.selected))
+    kept = ", ".join(f"{c.kept}/{c.sampled} {name.replace('_', ' ')}" for name, c in report.counts.items())
+    tokens = " ".join(repr(token.text) for token in report.refusal_tokens)
+    table.caption = (
+        f"{report.n_passing} of {report.n_scored} scored candidates known to pass; unchanged model: "
+        f"{report.baseline.harmful:.2f} on harmful, {report.baseline.harmless:.2f} on harmless prompts; "
+        f"refusal tokens {tokens}; prompts kept: {kept}"
+    )
+    return table
+
+
+def _nearest_table(error: "NoCandidatePassesError") -> Table:
+    table = Table("position", "layer", "bypass", "induce", "KL", "failed", title="No candidate passes; the nearest")
+    for score, failed in error.nearest:
+        table.add_row(*_row(score), "; ".join(failed))
+    return table

@@ -1,0 +1,60 @@
+"""Options and arguments that several commands share, so that one word means one thing everywhere."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    """Number formats a model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory or a Hub id.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of MODEL on the Hub.")]
+DirectionOption = Annotated[
+    Path, typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it.")
+]
+HarmfulOption = Annotated[
+    str,
+    typer.Option("--harmful", metavar="SPEC", help="Harmful prompts: bundled, a file, or a Hub dataset."),
+]
+HarmlessOption = Annotated[
+    str,
+    typer.Option("--harmless", metavar="SPEC", help="Harmless prompts: bundled, a file, or a Hub dataset."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print exactly one JSON document on stdout instead of tables.")
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format the model runs in.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.")
+]
+BatchSizeOption = Annotated[
+    str, typer.Option("--batch-size", help="Prompts per forward pass, or auto (halved when memory runs out).")
+]
+SystemPromptOption = Annotated[
+    str | None, typer.Option("--system-prompt", help="System message; default: what the chat template does.")
+]
+TrustRemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+
+def parse_batch_size(text: str) -> int | None:
+    """Return the number, or None for `auto`.
+
+    Raises:
+        typer.BadParameter: it is neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise typer.BadParameter(f"--batch-size {text!r} is neither a positive number nor auto")
+    return int(text)

@@ -1,0 +1,99 @@
+"""Where output goes: the report (a table, or one JSON document) on stdout; everything else on stderr."""
+
+import dataclasses
+import enum
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from abliterate.progress import SILENT, Advance, ProgressReporter
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a report into values JSON can hold; a non-finite number becomes null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Output:
+    """One command's output: `report` writes the result to stdout, the rest goes to stderr."""
+
+    def __init__(self, *, json_output: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.json_output = json_output
+        self.quiet = quiet
+        self.verbose = verbose
+        self.stderr = Console(stderr=True, highlight=False)
+
+    @classmethod
+    def of(cls, context: typer.Context, *, json_output: bool) -> "Output":
+        """Return the output of one command under the global options held by `context`."""
+        return cls(json_output=json_output, **(context.obj or {}))
+
+    def report(self, report: Any, *, tables: Callable[[], list[Table | str]]) -> None:
+        """Write `report` as one JSON document, or as what `tables` returns, to stdout."""
+        if self.json_output:
+            sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=False) + "\n")
+            return
+        console = Console(highlight=False)
+        for part in tables():
+            console.print(part, markup=not isinstance(part, str))
+
+    def plain(self, report: Any) -> Any:
+        """Return a report as values JSON can hold."""
+        return to_plain(report)
+
+    def note(self, text: str) -> None:
+        """Write one line to stderr unless quiet."""
+        if not self.quiet:
+            self.stderr.print(text, markup=False)
+
+    @property
+    def progress(self) -> ProgressReporter:
+        """A reporter that draws on stderr, or a silent one."""
+        return SILENT if self.quiet else _BarProgress(self.stderr)
+
+
+class _BarProgress:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def task(self, description: str, *, total: int | None, unit: str = "") -> Iterator[Advance]:
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+        columns += [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
+        columns += [TextColumn("time left"), TimeRemainingColumn()]
+        with Progress(*columns, console=self._console, transient=not self._console.is_terminal) as progress:
+            task_id = progress.add_task(description, total=total)
+            yield lambda steps: progress.update(task_id, advance=steps)
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False)

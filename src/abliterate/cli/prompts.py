@@ -1,0 +1,91 @@
+"""`abliterate prompts`: list and check the bundled prompt sets, or check one of your own."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from abliterate.cli.options import JsonOption
+from abliterate.cli.output import Output, to_plain
+from abliterate.errors import PromptSetError
+
+if TYPE_CHECKING:
+    from abliterate.prompt_sets import PromptSetInfo
+
+SHOWN_PROMPTS = 3
+SHOWN_CHARACTERS = 80
+
+
+class PromptKind(StrEnum):
+    """The kinds of bundled prompts."""
+
+    harmful = "harmful"
+    harmless = "harmless"
+    borderline = "borderline"
+
+
+def prompts(
+    context: typer.Context,
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPEC",
+            help="bundled, a file (.txt, .jsonl, .json, .csv, .parquet; also FILE:COLUMN), "
+            "or a Hub dataset: ID, ID@REVISION, ID:SPLIT or ID:SPLIT:COLUMN.",
+            show_default=False,
+        ),
+    ] = "bundled",
+    kind: Annotated[PromptKind | None, typer.Option("--kind", help="List only the bundled sets of this kind.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """List and check the bundled prompt sets, or load and check the set that SPEC names.
+
+    Exit code 1 when a set cannot be used: it is not there, has an empty or missing column, or, of the bundled
+    ones, has too few prompts, a category missing, or duplicates. Duplicates in SPEC are only counted.
+    """
+    from abliterate.prompt_sets import (
+        BUNDLED,
+        bundled_prompt_sets,
+        describe_prompt_set,
+        find_bundled_problems,
+        load_prompt_set,
+    )
+
+    output = Output.of(context, json_output=json_output)
+    if spec != BUNDLED:
+        if kind is not None:
+            raise typer.BadParameter("it chooses among the bundled sets and does not go with SPEC", param_hint="--kind")
+        loaded = load_prompt_set(spec, kind="harmful", part="train")
+        info, first = describe_prompt_set(loaded), loaded.texts[:SHOWN_PROMPTS]
+        output.report({**to_plain(info), "first": first}, tables=lambda: _set_tables(info, first))
+        return
+    infos = tuple(info for info in bundled_prompt_sets() if kind is None or info.kind == kind)
+    problems = find_bundled_problems()
+    output.report({"sets": infos, "problems": problems}, tables=lambda: [_bundled_table(infos)])
+    if problems:
+        more = f" (and {len(problems) - 1} more; see --json)" if len(problems) > 1 else ""
+        raise PromptSetError(f"{problems[0]}{more}; correct the files of the bundled sets or reinstall abliterate")
+
+
+def _bundled_table(infos: tuple["PromptSetInfo", ...]) -> Table:
+    table = Table("kind", "part", "prompts", "categories", "mean words", "sha256", title="Bundled prompt sets")
+    for info in infos:
+        row = (str(info.count), str(len(info.categories)), f"{info.mean_words:.1f}", info.sha256[:12])
+        table.add_row(info.kind, info.part, *row)
+    return table
+
+
+def _set_tables(info: "PromptSetInfo", first: tuple[str, ...]) -> list[Table | str]:
+    categories = f", {len(info.categories)} categories" if info.categories else ""
+    summary = (
+        f"{info.name}: {info.count} prompts, {info.mean_words:.1f} words on average, {info.duplicates} duplicates"
+        f"{categories}, sha256 {info.sha256[:12]}"
+    )
+    return [escape(summary), *(f"  {escape(_shorten(text))}" for text in first)]
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 1]}\u2026"

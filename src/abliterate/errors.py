@@ -1,0 +1,74 @@
+"""The errors abliterate raises on purpose.
+
+    AbliterateError                     exit code 1
+    ├── InputError                      a path, file, option value or prompt set that cannot be used
+    │   ├── DirectionError              a direction file that is missing, malformed or of the wrong size
+    │   └── PromptSetError              a prompt set that is missing, empty or too small
+    ├── ModelError                      a model that cannot be loaded or run as a chat model
+    │   └── RefusalBehaviourError       it refuses nothing, or everything: there is no direction to find
+    ├── CheckpointError                 checkpoint files that are missing, inconsistent or unreadable
+    │   ├── UnsupportedArchitectureError
+    │   └── QuantizedCheckpointError
+    ├── VerificationError               what was written is not what was asked for
+    ├── HubError                        the Hub refused, or could not be reached
+    ├── MissingDependencyError          an optional package is not installed
+    └── NoDirectionError                exit code 3: no candidate direction passes the selection
+
+Each message says what is wrong and where, the likely cause, and what to do about it.
+"""
+
+
+class AbliterateError(Exception):
+    """Base of all errors raised on purpose; the command line prints its message and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class InputError(AbliterateError):
+    """A path, file, option value or prompt set cannot be used as given."""
+
+
+class DirectionError(InputError):
+    """A direction file is missing, malformed, or does not fit the model."""
+
+
+class PromptSetError(InputError):
+    """A prompt set is missing, malformed, empty or too small."""
+
+
+class ModelError(AbliterateError):
+    """A model cannot be loaded, or cannot be run as a chat model."""
+
+
+class RefusalBehaviourError(ModelError):
+    """The model refuses nothing, or refuses everything, so no refusal direction can be found."""
+
+
+class CheckpointError(AbliterateError):
+    """Checkpoint files are missing, inconsistent or unreadable."""
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """The architecture is not one whose residual writers are known to be complete."""
+
+
+class QuantizedCheckpointError(CheckpointError):
+    """The checkpoint stores its weights in a format that cannot be edited in place."""
+
+
+class VerificationError(AbliterateError):
+    """What was written is not what was asked for."""
+
+
+class HubError(AbliterateError):
+    """The Hub refused a request or could not be reached."""
+
+
+class MissingDependencyError(AbliterateError):
+    """An optional package is needed and not installed."""
+
+
+class NoDirectionError(AbliterateError):
+    """No candidate direction passes the selection."""
+
+    exit_code = 3

@@ -1,0 +1,208 @@
+"""What an extraction is asked for and what it reports, as plain values."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate._version import __version__
+from abliterate.directions import Direction, make_direction
+from abliterate.errors import NoDirectionError
+from abliterate.hub import ModelSource
+from abliterate.model import ChatModel
+from abliterate.prompt_sets import ExtractionPrompts
+from abliterate.refusal_metric import RefusalToken
+from abliterate.score_report import ScoreTable
+from abliterate.selection import CandidateScore, Thresholds, nearest_candidates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractionOptions:
+    """How a direction is extracted; the defaults are the paper's.
+
+    Attributes:
+        n_train: harmful and harmless prompts each, for the means.
+        n_val: harmful and harmless prompts each, for the scores.
+        seed: of the sampling of prompts.
+        thresholds: see `Thresholds`.
+        refusal_tokens: token texts that start refusals; empty to find them from the model's own answers.
+        filter_prompts: drop harmful prompts that are answered and harmless ones that are refused.
+        exhaustive: score every candidate below the layer limit, not only those the choice depends on.
+    """
+
+    n_train: int = 128
+    n_val: int = 32
+    seed: int = 42
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    refusal_tokens: tuple[str, ...] = ()
+    filter_prompts: bool = True
+    exhaustive: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptCounts:
+    """Prompts sampled and kept after filtering, of one kind and part."""
+
+    sampled: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """The mean refusal metric of the unchanged model on the validation prompts."""
+
+    harmful: float
+    harmless: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractionReport:
+    """The result of an extraction, as plain values; the tensors are in `direction`."""
+
+    model: str
+    revision: str | None
+    n_layers: int
+    d_model: int
+    post_instruction_tokens: tuple[str, ...]
+    response_prefix: str
+    refusal_tokens: tuple[RefusalToken, ...]
+    counts: dict[str, PromptCounts]
+    baseline: Baseline
+    thresholds: Thresholds
+    selected: CandidateScore
+    n_passing: int
+    n_scored: int
+    exhaustive: bool
+    direction_norm: float
+    scores: tuple[CandidateScore, ...]
+
+    def score_table(self) -> ScoreTable:
+        """Return the scores as what `score_report` writes."""
+        return ScoreTable(
+            scores=self.scores,
+            selected=self.selected,
+            thresholds=self.thresholds,
+            n_layers=self.n_layers,
+            baseline_harmful=self.baseline.harmful,
+            baseline_harmless=self.baseline.harmless,
+            tokens=self.post_instruction_tokens,
+            title=self.model,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extraction:
+    """A direction, and the report of how it was found."""
+
+    direction: Direction
+    report: ExtractionReport
+
+
+class NoCandidatePassesError(NoDirectionError):
+    """No candidate passes; carries all scores, and the nearest candidates with what each fails."""
+
+    def __init__(self, score_table: ScoreTable) -> None:
+        self.score_table = score_table
+        self.nearest = nearest_candidates(
+            score_table.scores, thresholds=score_table.thresholds, n_layers=score_table.n_layers
+        )
+        message = "no candidate direction passes the selection"
+        if self.nearest:
+            best, failed = self.nearest[0]
+            message += f"; nearest: position {best.position}, layer {best.layer} ({', '.join(failed)})"
+        super().__init__(message + "; --kl-threshold, --induce-threshold or --prune-layers can accept it")
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The nearest candidates, as plain values."""
+        return {
+            "error": "no candidate direction passes the selection",
+            "thresholds": self.score_table.thresholds,
+            "baseline": {
+                "harmful": self.score_table.baseline_harmful,
+                "harmless": self.score_table.baseline_harmless,
+            },
+            "nearest": [{"candidate": score, "failed": failed} for score, failed in self.nearest],
+        }
+
+
+def direction_of(
+    *,
+    candidates: Tensor,
+    report: ExtractionReport,
+    chat: ChatModel,
+    prompts: ExtractionPrompts,
+    options: ExtractionOptions,
+    source: ModelSource | None,
+) -> Direction:
+    """Return the selected candidate as a direction that carries its provenance.
+
+    Args:
+        candidates: [n_pos, n_layers, d_model], un-normalised.
+        report: the result of the extraction.
+        chat: the model it was found in.
+        prompts: the prompts it was found with.
+        options: how it was found.
+        source: where the model came from.
+    """
+    n_positions, n_layers = candidates.shape[:2]
+    grids = {
+        name: torch.full((n_positions, n_layers), float("nan"), dtype=torch.float64)
+        for name in ("bypass", "induce", "kl")
+    }
+    for score in report.scores:
+        for name, grid in grids.items():
+            value = getattr(score, name)
+            if value is not None:
+                grid[score.position, score.layer] = value
+    selected = report.selected
+    metadata = {
+        "model": report.model,
+        "revision": report.revision,
+        "model_type": chat.model.config.model_type,
+        "config_sha256": _config_hash(source),
+        "d_model": report.d_model,
+        "n_layers": report.n_layers,
+        **asdict(selected),
+        "thresholds": asdict(report.thresholds),
+        "baseline": asdict(report.baseline),
+        "refusal_tokens": [{"id": token.token_id, "text": token.text} for token in report.refusal_tokens],
+        "post_instruction_tokens": list(report.post_instruction_tokens),
+        "response_prefix": report.response_prefix,
+        "thinking_disabled": chat.chat_format.thinking_disabled,
+        "system_prompt": chat.system_prompt,
+        "dtype": str(chat.model.dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "filtered": options.filter_prompts,
+        "exhaustive": options.exhaustive,
+        "counts": {name: asdict(counts) for name, counts in report.counts.items()},
+        "prompt_sets": {
+            name: {"name": chosen.name, "sha256": chosen.sha256}
+            for name in ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
+            for chosen in (getattr(prompts, name),)
+        },
+        "versions": {
+            "abliterate": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": version("transformers"),
+        },
+    }
+    return make_direction(
+        mean_difference=candidates[selected.position, selected.layer],
+        candidates=candidates,
+        scores=grids,
+        metadata=metadata,
+    )
+
+
+def _config_hash(source: ModelSource | None) -> str | None:
+    if source is None:
+        return None
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

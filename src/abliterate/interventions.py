@@ -1,0 +1,179 @@
+"""Interventions on activations, as hooks that live only inside a `with` block.
+
+*Ablation* removes a direction at every write to the residual stream: x <- x - r (r . x) at each block's input and
+after its attention and MLP (Arditi et al. 2024, equation 4). *Addition* adds a vector at one block's input at all
+positions (equation 3).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from abliterate.errors import ModelError
+from abliterate.model import ChatModel
+
+ATTENTION_NAMES = (
+    "self_attn",
+    "attn",
+    "attention",
+    "linear_attn",
+    "self_attention",
+    "temporal_block",
+    "mamba",
+    "mixer",
+)
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "moe")
+POST_ATTENTION_NORMS = ("post_self_attn_layernorm", "post_attn_norm", "post_norm1")
+POST_MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_ffn_norm", "post_norm2")
+
+
+def residual_writes(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the two modules of a block whose outputs are added to the residual stream: attention's and MLP's.
+
+    Where a norm stands between a sub-layer and the stream, it is the norm's output that is added.
+
+    Raises:
+        ModelError: the block has no attention or no MLP under a known name.
+    """
+    children = dict(block.named_children())
+    attention = _first(children, ATTENTION_NAMES)
+    mlp = _first(children, MLP_NAMES)
+    if attention is None or mlp is None:
+        raise ModelError(
+            f"{type(block).__name__}: cannot tell which modules write to the residual stream "
+            f"(children: {', '.join(children)}); this architecture is not supported"
+        )
+    post_mlp = _first(children, POST_MLP_NORMS)
+    post_attention = _first(children, POST_ATTENTION_NORMS)
+    # In llama, `post_attention_layernorm` is the norm before the MLP; beside a norm after the MLP it is what it says.
+    if post_attention is None and (post_mlp is not None or "pre_mlp_layernorm" in children):
+        post_attention = children.get("post_attention_layernorm")
+    return post_attention or attention, post_mlp or mlp
+
+
+@contextmanager
+def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
+    """Remove `direction` from the residual stream at every write, in all blocks and at all positions.
+
+    Args:
+        chat: the model.
+        direction: [d_model]; normalised here, with 1e-8 added to its norm, so that a zero vector removes nothing.
+
+    Yields:
+        how many hooks are attached (three a block).
+    """
+    unit = _unit(direction, chat)
+
+    def ablate(hidden: Tensor) -> Tensor:
+        ablated: Tensor = hidden - (hidden @ unit).unsqueeze(-1) * unit
+        return ablated
+
+    with ExitStack() as stack:
+        n_hooks = 0
+        for block in chat.blocks:
+            stack.callback(_edit_input(block, ablate).remove)
+            for module in residual_writes(block):
+                stack.callback(_edit_output(module, ablate).remove)
+            n_hooks += 3
+        yield n_hooks
+
+
+@contextmanager
+def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: float = 1.0) -> Iterator[int]:
+    """Add `coefficient * vector` [d_model] to the input of block `layer` at all positions."""
+    dose = (coefficient * vector).to(chat.device, chat.model.dtype)
+    handle = _edit_input(chat.blocks[layer], lambda hidden: hidden + dose)
+    try:
+        yield 1
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capture_inputs(chat: ChatModel, receive: Callable[[int, Tensor], None]) -> Iterator[int]:
+    """Call `receive(layer, hidden)` with the input [batch, tokens, d_model] of every block."""
+    handles: list[RemovableHandle] = []
+
+    def watch(layer: int) -> Callable[[Tensor], Tensor]:
+        def look(hidden: Tensor) -> Tensor:
+            receive(layer, hidden)
+            return hidden
+
+        return look
+
+    try:
+        for layer, block in enumerate(chat.blocks):
+            handles.append(_edit_input(block, watch(layer)))
+        yield len(handles)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_return_tuples(chat: ChatModel) -> bool:
+    """Tell whether this model's blocks return a tuple rather than the hidden states alone."""
+    seen: list[bool] = []
+    handle = chat.blocks[0].register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))
+    try:
+        chat.forward([[chat.pad_token_id]])
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@contextmanager
+def start_at_block(chat: ChatModel, hidden: Tensor, *, layer: int, tuple_output: bool) -> Iterator[None]:
+    """Skip the blocks before `layer` and give block `layer` the input `hidden` [batch, tokens, d_model].
+
+    The model must be run on token ids of the same shape, so that positions and masks are the right ones.
+    `tuple_output` says whether this model's blocks return a tuple.
+    """
+    skipped = chat.blocks[:layer]
+    handle = _edit_input(chat.blocks[layer], lambda _ignored: hidden)
+    try:
+        for block in skipped:
+            block.forward = _pass_through(tuple_output)
+        yield
+    finally:
+        for block in skipped:
+            del block.forward
+        handle.remove()
+
+
+def _pass_through(tuple_output: bool) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return (hidden_states,) if tuple_output else hidden_states
+
+    return forward
+
+
+def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
+    if direction.shape != (chat.d_model,):
+        raise ModelError(f"direction has shape {tuple(direction.shape)}; the model's width is {chat.d_model}")
+    double = direction.to(torch.float64)
+    unit: Tensor = (double / (double.norm() + 1e-8)).to(chat.device, chat.model.dtype)
+    return unit
+
+
+def _first(children: dict[str, nn.Module], names: tuple[str, ...]) -> nn.Module | None:
+    return next((children[name] for name in names if name in children), None)
+
+
+def _edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    return module.register_forward_hook(hook)

@@ -1,0 +1,453 @@
+"""A loaded chat model: its decoder blocks, its chat template's shape, and batched forward passes.
+
+Prompts are rendered with the model's own chat template. Everything the template puts after the instruction is a
+*post-instruction token*; these are counted from the end (-1 is the last token before the answer).
+"""
+
+import copy
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from abliterate.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+MARKER = "QZXINSTRUCTIONQZX"
+MIN_SHARED_PREFIX = 8
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+EMPTY_THOUGHTS = {
+    "<think>": "<think>\n\n</think>\n\n",
+    "<thought>": "<thought>\n\n</thought>\n\n",
+    "[THINK]": "[THINK][/THINK]",
+}
+"""How a thinking part starts, and the one without any thought that is forced in its place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """How a model is loaded and run.
+
+    Attributes:
+        dtype: auto, float32, bfloat16 or float16; auto is the stored one, but float32 for half formats on a CPU.
+        device: auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.
+        batch_size: prompts per forward pass, or None to size batches by tokens.
+        system_prompt: the system message, or None for what the chat template does by default.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int | None = None
+    system_prompt: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """What the chat template puts around an instruction.
+
+    Attributes:
+        n_positions: how many post-instruction tokens there are.
+        post_instruction_tokens: their texts, in order.
+        response_prefix: what is forced after the template, so that the next token starts the answer.
+        thinking_disabled: whether the template's own non-thinking form is used.
+    """
+
+    n_positions: int
+    post_instruction_tokens: tuple[str, ...]
+    response_prefix: str = ""
+    thinking_disabled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatModel:
+    """A causal language model with a chat template, ready for hooks.
+
+    Attributes:
+        model: the transformers model, in evaluation mode.
+        tokenizer: its tokenizer.
+        blocks: the decoder blocks, in order; the input of `blocks[l]` is `resid_pre[l]`.
+        d_model: width of the residual stream.
+        chat_format: see `ChatFormat`.
+        system_prompt: the system message, or None for what the template does by default.
+        batch_size: prompts per forward pass, or None to size batches by tokens.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    blocks: tuple[nn.Module, ...]
+    d_model: int
+    chat_format: ChatFormat
+    system_prompt: str | None = None
+    batch_size: int | None = None
+    _limit: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.device
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Render prompts with the chat template and return token ids, each with exactly one BOS if there is one."""
+        texts = [
+            _render(self.tokenizer, prompt, self.system_prompt, self.chat_format.thinking_disabled)
+            + self.chat_format.response_prefix
+            for prompt in prompts
+        ]
+        return [_tokenize(self.tokenizer, text) for text in texts]
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of some tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+    def share_prefix(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> "tuple[Cache | None, int]":
+        """Run the tokens that all rows share at the start once; return their cache and how many they are.
+
+        Where the model's cache is not plain attention, or too few tokens are shared, the cache is None.
+
+        Args:
+            rows: token ids.
+            keep: how many tokens of each row to leave out of the cache at least.
+        """
+        n_shared = min(shared_prefix_length(rows), min(len(row) for row in rows) - keep)
+        cache = self.run_prefix(rows[0][:n_shared]) if n_shared >= MIN_SHARED_PREFIX else None
+        return cache, n_shared if cache is not None else 0
+
+    def last_logits(self, rows: Sequence[Sequence[int]], *, advance: Callable[[int], None] | None = None) -> Tensor:
+        """Return the logits [n, vocab] (float32, CPU) at the last token of each row, in the order of `rows`.
+
+        A shared prefix is run once and reused as a key-value cache; the result equals the uncached one to rounding.
+        """
+        cache, n_cached = self.share_prefix(rows)
+        logits: list[Tensor | None] = [None] * len(rows)
+
+        def run(indices: list[int]) -> None:
+            result = self.forward([list(rows[i][n_cached:]) for i in indices], cache=cache, n_cached=n_cached)
+            for i, row in zip(indices, result.float().cpu(), strict=True):
+                logits[i] = row
+            if advance is not None:
+                advance(len(indices))
+
+        self.for_batches([len(row) - n_cached for row in rows], run)
+        return torch.stack([row for row in logits if row is not None])
+
+    @torch.inference_mode()
+    def forward(self, batch: list[list[int]], *, cache: "Cache | None" = None, n_cached: int = 0) -> Tensor:
+        """Run one left-padded batch and return its logits [n, vocab] at the last token.
+
+        Args:
+            batch: token ids; with a cache, those after the cached tokens.
+            cache: key-value cache of one row, shared by all rows of the batch; it is not changed.
+            n_cached: how many tokens the cache holds.
+        """
+        ids, mask = self.pad(batch)
+        past = None
+        if cache is not None:
+            past = copy.deepcopy(cache)
+            past.batch_repeat_interleave(len(batch))
+            mask = torch.cat([mask.new_ones(len(batch), n_cached), mask], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, n_cached:]
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=past is not None,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """Return greedy completions as token ids, without the end token and what follows it.
+
+        The model's shipped generation settings (sampling, repetition penalty) are not used.
+        """
+        from transformers import GenerationConfig
+
+        model = cast(Any, self.model)
+        stops = _stop_tokens(self.model, self.tokenizer)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=self.pad_token_id,
+        )
+        completions: list[list[int]] = [[] for _ in rows]
+
+        def run(indices: list[int]) -> None:
+            ids, mask = self.pad([list(rows[i]) for i in indices])
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            for i, row in zip(indices, out[:, ids.shape[1] :].tolist(), strict=True):
+                completions[i] = list(itertools.takewhile(lambda token: token not in stops, row))
+            if advance is not None:
+                advance(len(indices))
+
+        # `generate` fills what a given configuration leaves open from the model's own, so that one is set aside.
+        shipped, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            self.for_batches([len(row) + max_new_tokens for row in rows], run, generating=True)
+        finally:
+            model.generation_config = shipped
+        return completions
+
+    @property
+    def pad_token_id(self) -> int:
+        """The padding token, or any token where there is none: padding is masked."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def pad(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Pad rows on the left; return ids and attention mask, [n, longest] each."""
+        width = max(len(row) for row in batch)
+        ids = torch.full((len(batch), width), self.pad_token_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for i, row in enumerate(batch):
+            if row:
+                ids[i, width - len(row) :] = torch.tensor(row)
+                mask[i, width - len(row) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def for_batches(
+        self, lengths: Sequence[int], run: Callable[[list[int]], None], *, generating: bool = False
+    ) -> None:
+        """Call `run` with the indices of one batch after another, longest rows first.
+
+        When memory runs out, the batch is halved and the smaller size is kept for what follows.
+
+        Raises:
+            ModelError: a single row does not fit.
+        """
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        key = "generate" if generating else "forward"
+        start = 0
+        while start < len(order):
+            size = min(self._batch_limit(lengths[order[start]], generating), self._limit.get(key, len(order)))
+            try:
+                run(order[start : start + size])
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise ModelError("one prompt alone does not fit into memory; try a smaller --dtype") from error
+                self._limit[key] = size // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            start += size
+
+    def _batch_limit(self, length: int, generating: bool) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        tokens = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
+        return max(1, tokens * (2 if generating else 1) // max(1, length))
+
+    @torch.inference_mode()
+    def run_prefix(self, prefix: Sequence[int]) -> "Cache | None":
+        """Return the key-value cache of one row of tokens, or None where it is not plain attention."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        cache = DynamicCache(config=self.model.config)
+        if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        ids = torch.tensor([list(prefix)], device=self.device)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+
+def shared_prefix_length(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all rows have in common at the start, leaving at least one token to each."""
+    shortest = min(len(row) for row in rows)
+    for i in range(shortest - 1):
+        if any(row[i] != rows[0][i] for row in rows):
+            return i
+    return max(0, shortest - 1)
+
+
+def load_chat_model(path: Path, *, name: str, options: ModelOptions) -> ChatModel:
+    """Load a causal language model and its tokenizer from a local directory.
+
+    Args:
+        path: the directory.
+        name: what to call the model in messages.
+        options: see `ModelOptions`.
+
+    Raises:
+        ModelError: the files do not load as a chat model.
+        InputError: the device is not there.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = _choose_device(options.device)
+    dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    trust = options.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name} does not load as a causal language model: {reason}") from error
+    if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
+        model = model.float()
+    return make_chat_model(cast(Any, model).to(device), tokenizer, name=name, options=options)
+
+
+def make_chat_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    name: str = "the model",
+    options: ModelOptions | None = None,
+) -> ChatModel:
+    """Wrap a loaded model: find its decoder blocks and the shape of its chat template.
+
+    Raises:
+        ModelError: there is no chat template, or the decoder blocks cannot be found.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(f"{name} has no chat template; use its instruction-tuned version")
+    options = options or ModelOptions()
+    model.eval()
+    text_config = model.config.get_text_config(decoder=True)
+    n_layers = int(text_config.num_hidden_layers)
+    return ChatModel(
+        model=model,
+        tokenizer=tokenizer,
+        blocks=_find_blocks(model, n_layers, name),
+        d_model=int(text_config.hidden_size),
+        chat_format=_find_chat_format(tokenizer, options.system_prompt, name),
+        batch_size=options.batch_size,
+        system_prompt=options.system_prompt,
+    )
+
+
+def with_response_prefix(chat: ChatModel, response_prefix: str) -> ChatModel:
+    """Return the same model with `response_prefix` forced at the start of each answer."""
+    if not response_prefix:
+        return chat
+    texts = chat.chat_format.post_instruction_tokens + tuple(_token_texts(chat.tokenizer, response_prefix))
+    chat_format = replace(
+        chat.chat_format,
+        n_positions=len(texts),
+        post_instruction_tokens=texts,
+        response_prefix=chat.chat_format.response_prefix + response_prefix,
+    )
+    return replace(chat, chat_format=chat_format)
+
+
+def find_response_prefix(chat: ChatModel, prompts: Sequence[str]) -> str:
+    """Return the text that starts every one of the model's own answers, with a thinking part closed; else "".
+
+    Args:
+        chat: the model.
+        prompts: harmful and harmless prompts together.
+    """
+    answers = chat.generate(chat.encode(prompts), max_new_tokens=4)
+    decoded = [chat.decode(answer, skip_special_tokens=False) for answer in answers]
+    for opener, empty_thought in EMPTY_THOUGHTS.items():
+        if all(text.lstrip().startswith(opener) for text in decoded):
+            return empty_thought
+    shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*answers, strict=False)))
+    return chat.decode([column[0] for column in shared], skip_special_tokens=False)
+
+
+def _find_blocks(model: nn.Module, n_layers: int, name: str) -> tuple[nn.Module, ...]:
+    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+    lists = [
+        module
+        for root in (decoder, model)
+        if isinstance(root, nn.Module)
+        for _, module in root.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    if not lists:
+        raise ModelError(f"{name}: no list of {n_layers} decoder blocks found; this architecture is not supported")
+    return tuple(lists[0])
+
+
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, system_prompt: str | None, thinking_disabled: bool
+) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    options: dict[str, Any] = {"enable_thinking": False} if thinking_disabled else {}
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    except Exception as error:  # a template is a program of its own and may raise anything
+        hint = "; it may not accept a system message" if system_prompt is not None else ""
+        raise ModelError(f"the chat template fails: {' '.join(str(error).split())}{hint}") from error
+    return str(text)
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+
+
+def _token_texts(tokenizer: "PreTrainedTokenizerBase", text: str) -> Iterator[str]:
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        yield str(tokenizer.decode([token]))
+
+
+def _find_chat_format(tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None, name: str) -> ChatFormat:
+    plain = _render(tokenizer, MARKER, system_prompt, False)
+    rendered = _render(tokenizer, MARKER, system_prompt, True)
+    disabled = rendered != plain
+    if rendered.count(MARKER) != 1:
+        raise ModelError(f"{name}: the chat template does not show the instruction exactly once")
+    suffix = rendered.partition(MARKER)[2]
+    texts = tuple(_token_texts(tokenizer, suffix))
+    if not texts:
+        raise ModelError(f"{name}: the chat template puts no token after the instruction; nothing can be read there")
+    return ChatFormat(n_positions=len(texts), post_instruction_tokens=texts, thinking_disabled=disabled)
+
+
+def _stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error).lower()
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not there; use auto, cpu, cuda, cuda:N or mps") from error
+    return chosen

@@ -1,0 +1,132 @@
+"""Choosing one direction among the candidates, as the authors' published code does.
+
+A candidate (position, layer) passes when none of its scores is NaN, `layer < int(n_layers * (1 - prune_layers))`,
+`kl <= kl_threshold` and `induce >= induce_threshold`. Of those that pass, the one with the lowest bypass score is
+chosen; of equal ones the first in the order of positions -n .. -1, layers 0 .. L-1. (The paper writes `l < 0.8 L`;
+the published choices need the floor, see tests/golden.)
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+NOT_SCORED = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What a candidate must satisfy to be chosen."""
+
+    kl: float = 0.1
+    induce: float = 0.0
+    prune_layers: float = 0.2
+
+    def layer_limit(self, n_layers: int) -> int:
+        """Return the first layer that is too late to be chosen."""
+        return int(n_layers * (1.0 - self.prune_layers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateScore:
+    """The scores of one candidate; None stands for a score that was not needed.
+
+    Attributes:
+        position: post-instruction position, negative.
+        layer: block whose input the candidate was read from.
+        bypass: mean refusal metric on harmful validation prompts under ablation (lower is better).
+        induce: mean refusal metric on harmless validation prompts with the candidate added (higher is better).
+        kl: mean KL(base || ablated), in nats, of the first answer token on harmless validation prompts.
+    """
+
+    position: int
+    layer: int
+    bypass: float | None = NOT_SCORED
+    induce: float | None = NOT_SCORED
+    kl: float | None = NOT_SCORED
+
+
+def failed_thresholds(score: CandidateScore, thresholds: Thresholds, n_layers: int) -> list[str]:
+    """Return which conditions a candidate fails, each as a short phrase; empty when it passes.
+
+    A score that was not computed fails nothing here.
+    """
+    failed = []
+    values = (score.bypass, score.induce, score.kl)
+    if any(value is not None and math.isnan(value) for value in values):
+        failed.append("a score is NaN")
+    limit = thresholds.layer_limit(n_layers)
+    if score.layer >= limit:
+        failed.append(f"layer {score.layer} >= {limit}")
+    if score.induce is not None and score.induce < thresholds.induce:
+        failed.append(f"induce {score.induce:.3f} < {thresholds.induce:g}")
+    if score.kl is not None and score.kl > thresholds.kl:
+        failed.append(f"KL {score.kl:.3f} > {thresholds.kl:g}")
+    return failed
+
+
+def passing_candidates(
+    scores: Iterable[CandidateScore], *, thresholds: Thresholds, n_layers: int
+) -> list[CandidateScore]:
+    """Return the fully scored candidates that pass, the best (lowest bypass) first."""
+    passing = [
+        score
+        for score in scores
+        if score.bypass is not None
+        and score.induce is not None
+        and score.kl is not None
+        and not failed_thresholds(score, thresholds, n_layers)
+    ]
+    return sorted(passing, key=lambda score: score.bypass if score.bypass is not None else math.inf)
+
+
+def nearest_candidates(
+    scores: Iterable[CandidateScore], *, thresholds: Thresholds, n_layers: int, n: int = 5
+) -> list[tuple[CandidateScore, list[str]]]:
+    """Return the candidates closest to passing (fewest failures, then lowest KL, then bypass) and what each fails."""
+
+    def distance(score: CandidateScore) -> tuple[int, float, float]:
+        kl = score.kl if score.kl is not None and not math.isnan(score.kl) else math.inf
+        bypass = score.bypass if score.bypass is not None and not math.isnan(score.bypass) else math.inf
+        return len(failed_thresholds(score, thresholds, n_layers)), kl, bypass
+
+    known = [score for score in scores if score.induce is not None]
+    return [(score, failed_thresholds(score, thresholds, n_layers)) for score in sorted(known, key=distance)[:n]]
+
+
+def score_lazily(
+    candidates: Sequence[tuple[int, int]],
+    *,
+    thresholds: Thresholds,
+    n_layers: int,
+    induce: Callable[[int, int], float],
+    bypass: Callable[[int, int], float],
+    kl: Callable[[int, int], float],
+) -> list[CandidateScore]:
+    """Compute only the scores that the choice depends on; choosing from them equals choosing from all scores.
+
+    Every candidate below the layer limit gets its induce score, those that reach the threshold their bypass
+    score, and KL is computed in the order of bypass until one candidate passes.
+
+    Args:
+        candidates: (position, layer) in the order that breaks ties.
+        thresholds: see `Thresholds`.
+        n_layers: number of decoder blocks.
+        induce: computes one induce score.
+        bypass: computes one bypass score.
+        kl: computes one KL score.
+    """
+    scores = {key: CandidateScore(position=key[0], layer=key[1]) for key in candidates}
+    for key in candidates:
+        if key[1] < thresholds.layer_limit(n_layers):
+            scores[key] = replace(scores[key], induce=induce(*key))
+    able = [k for k, score in scores.items() if score.induce is not None and score.induce >= thresholds.induce]
+    for key in able:
+        scores[key] = replace(scores[key], bypass=bypass(*key))
+    ordered = sorted(
+        (k for k in able if not math.isnan(scores[k].bypass or 0.0)), key=lambda k: scores[k].bypass or 0.0
+    )
+    for key in ordered:
+        scores[key] = replace(scores[key], kl=kl(*key))
+        if not failed_thresholds(scores[key], thresholds, n_layers):
+            break
+    return list(scores.values())

@@ -1,0 +1,145 @@
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from abliterate.cli.orthogonalize import orthogonalize
+from abliterate.directions import make_direction
+from abliterate.errors import AbliterateError, DirectionError, InputError, UnsupportedArchitectureError
+from tiny_models import random_direction, save_tiny_llama
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app.command()(orthogonalize)
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path, Path]:
+    """A model, a direction file, and a directory yet to be made."""
+    make_direction(mean_difference=random_direction()).save(tmp_path / "refusal.safetensors")
+    return save_tiny_llama(tmp_path / "base"), tmp_path / "refusal.safetensors", tmp_path / "out"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_it_writes_a_checkpoint_and_a_summary(files):
+    model, direction, out = files
+    result = run(model, "--direction", direction, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "abliteration.json").is_file()
+    lines = result.stdout.splitlines()
+    for role, count, shape in (("embed", 1, "61 x 32"), ("attn", 3, "32 x 32"), ("mlp", 3, "32 x 80")):
+        row = next(line for line in lines if role in line)
+        assert str(count) in row
+        assert shape in row
+        assert "F32" in row
+        assert "e-08" in row or "e-09" in row
+    assert f"written to {out}" in " ".join(result.stdout.split())
+
+
+def test_json_is_exactly_one_document_on_stdout(files):
+    model, direction, out = files
+    result = run(model, "--direction", direction, "-o", out, "--json")
+    report = json.loads(result.stdout)
+    record = json.loads((out / "abliteration.json").read_text())
+    assert report["output"] == str(out)
+    assert report["counts"] == {"embed": 1, "attn": 3, "mlp": 3}
+    assert {key: report[key] for key in record} == record
+
+
+def test_a_dry_run_needs_no_output_and_writes_nothing(files):
+    model, direction, out = files
+    result = run(model, "--direction", direction, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "nothing was written" in result.stdout
+    assert not out.exists()
+    report = json.loads(run(model, "--direction", direction, "-o", out, "--dry-run", "--json").stdout)
+    assert report["dry_run"] is True
+    assert report["tensors"][0]["component_before"] is None
+    assert not out.exists()
+
+
+def test_options_reach_the_edit(files):
+    model, direction, out = files
+    options = ["--components", "mlp,attn", "--layers", "1:3", "--strength", "0.5", "--json"]
+    report = json.loads(run(model, "--direction", direction, "-o", out, *options).stdout)
+    assert report["options"] == {"components": ["attn", "mlp"], "layers": [1, 3], "strength": 0.5}
+    assert {tensor["layer"] for tensor in report["tensors"]} == {1, 2}
+
+
+def test_a_note_about_the_checkpoint_goes_to_stderr(files):
+    model, direction, out = files
+    (model / "consolidated.safetensors").write_bytes(b"x")
+    result = run(model, "--direction", direction, "-o", out, "--json")
+    assert "consolidated.safetensors" in result.stderr
+    json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--components", "embed,head"], "'head' is not among embed, attn, mlp"),
+        (["--components", ""], "'' is not among"),
+        (["--layers", "3"], "'3' is not a range A:B"),
+        (["--layers", "5:5"], "'5:5' is not a range A:B"),
+        (["--layers", "a:b"], "'a:b' is not a range A:B"),
+        (["--layers", "-2:5"], "'-2:5' is not a range A:B"),
+        (["--layers", "²:5"], "is not a range A:B"),
+        (["--strength", "0"], "must be a positive number"),
+        (["--strength", "nan"], "must be a positive number"),
+        (["--strength", "much"], "'--strength'"),
+        (["--frobnicate"], "No such option"),
+    ],
+)
+def test_wrong_usage_exits_2_and_writes_nothing(files, arguments, message):
+    model, direction, out = files
+    result = run(model, "--direction", direction, "-o", out, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert result.stdout == ""
+    assert not out.exists()
+
+
+def test_without_an_output_or_a_direction_it_exits_2(files):
+    model, direction, _ = files
+    for arguments, message in (
+        ([model, "--direction", direction], "unless --dry-run"),
+        ([model, "-o", "x"], "--direction"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_known_errors_reach_the_boundary_with_their_message(files):
+    model, direction, out = files
+
+    def error_of(*arguments: object) -> BaseException | None:
+        result = run(*arguments)
+        assert result.stdout == ""
+        return result.exception
+
+    out.mkdir()
+    cases: list[tuple[list[object], type[AbliterateError], str]] = [
+        ([model, "--direction", direction, "-o", out], InputError, "--overwrite"),
+        ([model, "--direction", model / "none", "-o", out, "--overwrite"], DirectionError, "no such file"),
+        ([model / "none", "--direction", direction, "-o", out], AbliterateError, "none"),
+    ]
+    for arguments, kind, message in cases:
+        error = error_of(*arguments)
+        assert isinstance(error, kind)
+        assert message in str(error)
+    (model / "config.json").write_text('{"model_type": "gemma3_text"}')
+    error = error_of(model, "--direction", direction, "-o", out, "--overwrite")
+    assert isinstance(error, UnsupportedArchitectureError)
+    assert list(out.iterdir()) == []
+
+
+def test_help_describes_the_options():
+    result = run("--help")
+    assert result.exit_code == 0
+    for option in ("--direction", "--output", "--components", "--layers", "--strength", "--dry-run", "--overwrite"):
+        assert option in result.stdout

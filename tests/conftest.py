@@ -1,0 +1,70 @@
+"""Fixtures shared by all tests: no network but loopback, tiny chat models, and the demo model."""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ.pop("HF_TOKEN", None)
+sys.path.insert(0, str(Path(__file__).parent))
+
+from abliterate.model import ChatModel, make_chat_model
+from chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def loopback_only() -> Iterator[None]:
+    """Refuse any connection that leaves this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> Any:
+        if isinstance(address, tuple) and address[0] not in {"127.0.0.1", "localhost", "::1"}:
+            raise OSError(f"the tests run without network; refused {address}")
+        return connect(self, address)
+
+    socket.socket.connect = guarded  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def chat(request: pytest.FixtureRequest) -> ChatModel:
+    """A tiny random chat model of each architecture whose edits are supported."""
+    model = {"llama": tiny_llama, "gpt2": tiny_gpt2}[request.param]()
+    return make_chat_model(model, make_tokenizer())
+
+
+@pytest.fixture
+def llama_chat() -> ChatModel:
+    """A tiny random llama chat model."""
+    return make_chat_model(tiny_llama(), make_tokenizer())
+
+
+@pytest.fixture
+def llama_directory(tmp_path: Path) -> Path:
+    """A tiny random llama chat model on disk."""
+    directory = tmp_path / "tiny-llama"
+    tiny_llama().save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def demo_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model; `make demo` leaves one in build/, which is taken when it is there."""
+    built = REPOSITORY / "build" / "demo" / "model"
+    if (built / "config.json").is_file():
+        return built
+    from abliterate.demo import build_demo_model
+
+    directory = tmp_path_factory.mktemp("demo") / "model"
+    build_demo_model(output=directory)
+    return directory

@@ -1,0 +1,80 @@
+"""The three scores against plain forward passes without cache, batching or restarts."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from abliterate.candidate_scoring import CandidateScorer, kl_divergence
+from abliterate.interventions import ablate_direction, add_direction
+from abliterate.model import ChatModel
+from abliterate.refusal_metric import refusal_metric
+
+HARMFUL = ["How do locks break?", "Tell me about fires in a house.", "Write."]
+HARMLESS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
+TOKENS = [70, 75]
+
+
+def logits_of(chat: ChatModel, rows: list[list[int]]) -> Tensor:
+    with torch.inference_mode():
+        return torch.stack([chat.model(torch.tensor([row])).logits[0, -1] for row in rows])
+
+
+@pytest.fixture
+def candidates(chat: ChatModel) -> Tensor:
+    shape = (chat.chat_format.n_positions, chat.n_layers, chat.d_model)
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    made[:, 0] = 0
+    return made
+
+
+@pytest.fixture
+def scorer(chat: ChatModel, candidates: Tensor) -> CandidateScorer:
+    return CandidateScorer(
+        chat=chat,
+        candidates=candidates,
+        harmful_rows=chat.encode(HARMFUL),
+        harmless_rows=chat.encode(HARMLESS),
+        token_ids=TOKENS,
+    )
+
+
+def test_scores_equal_plain_passes(chat: ChatModel, candidates: Tensor, scorer: CandidateScorer) -> None:
+    harmful, harmless = chat.encode(HARMFUL), chat.encode(HARMLESS)
+    base = logits_of(chat, harmless)
+    for position, layer in [(-1, 1), (-2, 3), (-1, 4)]:
+        vector = candidates[position, layer]
+        with ablate_direction(chat, vector):
+            bypass = refusal_metric(logits_of(chat, harmful), token_ids=TOKENS).mean()
+            kl = kl_divergence(base, logits_of(chat, harmless)).mean()
+        with add_direction(chat, vector, layer=layer):
+            induce = refusal_metric(logits_of(chat, harmless), token_ids=TOKENS).mean()
+        assert scorer.bypass(position, layer) == pytest.approx(float(bypass), abs=1e-4)
+        assert scorer.kl(position, layer) == pytest.approx(float(kl), abs=1e-4)
+        assert scorer.induce(position, layer) == pytest.approx(float(induce), abs=1e-4)
+
+
+def test_zero_vectors_at_layer_zero_score_as_the_unchanged_model(chat: ChatModel, scorer: CandidateScorer) -> None:
+    harmful = refusal_metric(logits_of(chat, chat.encode(HARMFUL)), token_ids=TOKENS).mean()
+    harmless = refusal_metric(logits_of(chat, chat.encode(HARMLESS)), token_ids=TOKENS).mean()
+    assert scorer.bypass(-1, 0) == pytest.approx(float(harmful), abs=1e-4)
+    assert scorer.induce(-1, 0) == pytest.approx(float(harmless), abs=1e-4)
+    assert scorer.kl(-1, 0) == pytest.approx(0, abs=1e-6)
+
+
+def test_scoring_leaves_the_model_as_it_was(chat: ChatModel, scorer: CandidateScorer) -> None:
+    rows = chat.encode(HARMLESS)
+    before = logits_of(chat, rows)
+    scorer.induce(-1, 2)
+    scorer.bypass(-1, 2)
+    scorer.kl(-1, 2)
+    assert torch.equal(logits_of(chat, rows), before)
+    assert scorer.induce(-1, 2) == scorer.induce(-1, 2)
+
+
+def test_kl_is_that_of_the_base_to_the_other() -> None:
+    base, other = torch.randn(4, 30), torch.randn(4, 30)
+    p, q = base.double().softmax(-1), other.double().softmax(-1)
+    expected = (p * (p / q).log()).sum(-1)
+    assert torch.allclose(kl_divergence(base, other), expected, atol=1e-4)
+    assert not torch.allclose(kl_divergence(other, base), expected, atol=1e-2)
+    assert torch.allclose(kl_divergence(base, base), torch.zeros(4, dtype=torch.float64))

@@ -1,0 +1,300 @@
+"""Models from directories and from the Hub, and every way in which the Hub can say no."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abliterate import hub as hub_module
+from abliterate.errors import AbliterateError, HubError, InputError
+from abliterate.hub import (
+    CardFacts,
+    check_repo_id,
+    fetch_card_facts,
+    list_remote_files,
+    read_card_facts,
+    repo_is_private,
+    resolve_model,
+    whoami,
+)
+from fake_hub import FakeHub
+
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": bytes(range(256)) * 40,
+    "tokenizer.model": b"sentencepiece",
+    "chat_template.jinja": b"{{ messages }}",
+    "LICENSE": b"the licence",
+    "README.md": b"---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n# Card\n",
+    "pytorch_model.bin": b"pickle",
+    "model.gguf": b"gguf",
+    "consolidated.safetensors": b"a second copy",
+    "onnx/model.onnx": b"onnx",
+    "fp16/model.safetensors": b"another copy",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with FakeHub() as server:
+        server.use(monkeypatch, tmp_path)
+        server.add_repo("org/model", FILES, revisions={"v1": {"config.json": b"{}", "a.safetensors": b"1"}})
+        yield server
+
+
+def message(error: pytest.ExceptionInfo[AbliterateError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    assert "hf_test" not in text
+    return text
+
+
+class TestLocalModels:
+    def test_a_directory_is_taken_as_it_is(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        source = resolve_model(str(tmp_path))
+        assert (source.path, source.name, source.revision) == (tmp_path, str(tmp_path), None)
+
+    def test_a_directory_wins_over_a_hub_id(self, hub, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "model").mkdir(parents=True)
+        (tmp_path / "org" / "model" / "config.json").write_text("{}")
+        assert resolve_model("org/model").revision is None
+        assert not hub.requests
+
+    def test_a_directory_without_config_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match=r"no config\.json") as error:
+            resolve_model(str(tmp_path))
+        assert str(tmp_path) in message(error)
+
+    def test_a_revision_of_a_directory_is_refused(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(InputError, match="only Hub models have revisions"):
+            resolve_model(str(tmp_path), revision="main")
+
+    @pytest.mark.parametrize("model", ["./x", "/no/where", "~/nothing/here", "a/b/c", "models/", "", "a\\b"])
+    def test_what_looks_like_a_path_and_is_not_there(self, hub, model):
+        with pytest.raises(InputError, match="no such directory") as error:
+            resolve_model(model)
+        assert model in message(error)
+        assert not hub.requests
+
+    def test_a_file_is_refused(self, tmp_path):
+        (tmp_path / "model.gguf").write_text("x")
+        with pytest.raises(InputError, match="this is a file"):
+            resolve_model(str(tmp_path / "model.gguf"))
+
+
+class TestDownloads:
+    def test_only_what_is_needed_comes(self, hub):
+        source = resolve_model("org/model")
+        assert source.name == "org/model"
+        assert source.revision == hub.repos["org/model"].refs["main"]
+        held = {p.relative_to(source.path).as_posix() for p in source.path.rglob("*") if p.is_file()}
+        assert held == set(list(FILES)[:6])
+        assert all((source.path / name).read_bytes() == FILES[name] for name in held)
+
+    def test_without_weights(self, hub):
+        assert not list(resolve_model("org/model", weights=False).path.glob("*.safetensors"))
+
+    def test_a_revision_resolves_to_its_commit(self, hub):
+        source = resolve_model("org/model", revision="v1")
+        assert source.revision == hub.repos["org/model"].refs["v1"]
+        assert resolve_model("org/model", revision=source.revision).path == source.path
+
+    def test_a_connection_cut_in_a_download_is_taken_up_again(self, hub):
+        hub.fail_next(r"GET /org/model/resolve/.*/model\.safetensors")
+        source = resolve_model("org/model")
+        assert (source.path / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+    def test_what_is_cached_serves_while_the_hub_is_away(self, monkeypatch, tmp_path):
+        with FakeHub() as server:
+            server.use(monkeypatch, tmp_path)
+            server.add_repo("org/model", FILES)
+            first = resolve_model("org/model")
+        assert resolve_model("org/model") == first
+
+    def test_no_config(self, hub):
+        hub.add_repo("org/gguf", {"model.gguf": b"x", "README.md": b""})
+        with pytest.raises(HubError, match=r"org/gguf: the repository has no config\.json"):
+            resolve_model("org/gguf")
+
+    def test_no_safetensors(self, hub):
+        hub.add_repo("org/old", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+        with pytest.raises(HubError, match="org/old: the repository has no safetensors weights"):
+            resolve_model("org/old")
+
+
+class TestRefusals:
+    def test_not_found(self, hub):
+        with pytest.raises(HubError, match="no such directory here, and no such model on the Hub") as error:
+            resolve_model("org/nothing")
+        assert message(error).startswith("org/nothing: ")
+
+    def test_private_without_a_token(self, hub, monkeypatch):
+        hub.add_repo("org/secret", FILES, private=True)
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(HubError, match=r"\(401\).*private one run `hf auth login` or set HF_TOKEN"):
+            resolve_model("org/secret")
+
+    @pytest.mark.parametrize(("token", "status"), [("hf_test", 403), (None, 401)])
+    def test_gated(self, hub, monkeypatch, token, status):
+        hub.add_repo("org/gated", FILES, gated=True)
+        if token is None:
+            monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(HubError, match="gated") as error:
+            resolve_model("org/gated")
+        assert f"({status})" in message(error)
+        assert f"accept its conditions at {hub.endpoint}/org/gated" in message(error)
+
+    def test_gated_and_granted(self, hub):
+        hub.add_repo("org/gated", FILES, gated=True).granted = True
+        assert resolve_model("org/gated").path.is_dir()
+
+    def test_no_such_revision(self, hub):
+        with pytest.raises(HubError, match="org/model: no revision 'v9'") as error:
+            resolve_model("org/model", revision="v9")
+        message(error)
+
+    def test_no_valid_id(self, hub):
+        with pytest.raises(InputError, match="'a b' is not a valid Hub id"):
+            resolve_model("a b")
+
+    def test_a_refused_token(self, hub, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+        with pytest.raises(HubError, match="did not accept the token") as error:
+            resolve_model("org/model")
+        assert "xxx" not in message(error)
+
+    def test_a_token_in_the_servers_answer_is_not_repeated(self, hub):
+        hub.fail_next("GET /api/models", status=403, message=f"hf_test and hf_{'y' * 34} may not")
+        with pytest.raises(HubError, match=r"\*\*\* and hf_\*\*\* may not") as error:
+            resolve_model("org/model")
+        assert "yyy" not in message(error)
+
+    @pytest.mark.parametrize(("status", "says"), [(503, "out of order"), (429, "busy"), (418, "refused")])
+    def test_other_answers(self, hub, status, says):
+        hub.fail_next(".", status=status, times=-1)
+        with pytest.raises(HubError, match=says) as error:
+            resolve_model("org/model")
+        assert f"({status})" in message(error)
+
+    def test_a_disabled_repository(self, hub):
+        hub.fail_next(".", status=403, times=-1, message="Access to this resource is disabled.")
+        with pytest.raises(HubError, match="has disabled access"):
+            resolve_model("org/model")
+
+    def test_unreachable(self, monkeypatch, tmp_path):
+        with FakeHub() as server:
+            server.use(monkeypatch, tmp_path)
+        with pytest.raises(HubError, match="check the network and HF_ENDPOINT") as error:
+            resolve_model("org/model")
+        assert server.endpoint in message(error)
+
+    def test_offline(self, hub, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(HubError, match="offline mode is on; unset HF_HUB_OFFLINE") as error:
+            resolve_model("org/model")
+        assert "hf download org/model" in message(error)
+        assert not hub.requests
+
+    @pytest.mark.parametrize(
+        ("failure", "says"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device"), "is full; free some space, or set HF_HOME"),
+            (PermissionError(errno.EACCES, "denied", "/cache/x"), "cannot write /cache/x; set HF_HOME"),
+            (ConnectionResetError("reset"), r"the connection to .* failed \(ConnectionResetError: reset\)"),
+            (TimeoutError(), r"the connection to .* failed \(TimeoutError\)"),
+            (RuntimeError("http://a/b?signature=1 broke"), r"\(RuntimeError\): http://a/b broke"),
+            (ValueError("two\nlines"), r"the Hub client failed \(ValueError\): two lines"),
+        ],
+    )
+    def test_failures_of_this_machine(self, monkeypatch, failure, says):
+        def fail(*_args, **_kwargs):
+            raise failure
+
+        monkeypatch.setattr(hub_module, "snapshot_download", fail)
+        with pytest.raises(HubError, match=says) as error:
+            resolve_model("org/model")
+        message(error)
+
+
+def test_the_endpoint_of_the_environment_is_used(tmp_path):
+    code = "from abliterate.hub import resolve_model, whoami; print(resolve_model('org/m').revision, whoami())"
+    with FakeHub() as server:
+        repo = server.add_repo("org/m", FILES)
+        environment = os.environ | server.environment(tmp_path)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [repo.refs["main"], "tester"], done.stderr
+    assert "hf_test" not in done.stdout + done.stderr
+
+
+class TestRepositories:
+    def test_whoami(self, hub):
+        assert whoami() == "tester"
+
+    def test_whoami_without_a_token(self, hub, monkeypatch):
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(HubError, match="no Hub token found; run `hf auth login` or set HF_TOKEN"):
+            whoami()
+        assert not hub.requests
+
+    def test_whoami_with_a_token_of_the_login(self, hub, monkeypatch):
+        from huggingface_hub import constants
+
+        monkeypatch.delenv("HF_TOKEN")
+        Path(constants.HF_TOKEN_PATH).parent.mkdir(parents=True, exist_ok=True)
+        Path(constants.HF_TOKEN_PATH).write_text("hf_test")
+        assert whoami() == "tester"
+
+    def test_visibility(self, hub):
+        hub.add_repo("org/secret", private=True)
+        assert repo_is_private("org/model") is False
+        assert repo_is_private("org/secret") is True
+        assert repo_is_private("org/nothing") is None
+
+    def test_visibility_is_not_guessed_when_the_hub_fails(self, hub):
+        hub.fail_next("GET /api/models", status=500)
+        with pytest.raises(HubError, match=r"\(500\)"):
+            repo_is_private("org/model")
+
+    def test_remote_files(self, hub):
+        files = list_remote_files("org/model", revision="main")
+        assert set(files) == set(FILES)
+        assert files["config.json"].sha256 is None
+        assert files["model.safetensors"].bytes == len(FILES["model.safetensors"])
+        assert len(files["model.safetensors"].sha256) == 64
+
+    @pytest.mark.parametrize("repo_id", ["a b", "a/b/c", "-x", "x--y", "o/" + "n" * 97, "", "../x"])
+    def test_repo_ids(self, repo_id):
+        with pytest.raises(InputError, match="is not a valid Hub id"):
+            check_repo_id(repo_id)
+
+
+class TestCards:
+    def test_of_the_hub(self, hub):
+        facts = CardFacts(license="other", license_name="own", license_link="LICENSE")
+        assert fetch_card_facts("org/model", revision=None) == facts
+        assert fetch_card_facts("org/model", revision="v1") == CardFacts()
+
+    @pytest.mark.parametrize(
+        ("text", "facts"),
+        [
+            ("---\nlicense: mit\nbase_model:\n- a/b\n---\n", CardFacts(license="mit", base_model="a/b")),
+            ("---\nlicense: [mit]\nbase_model: [a/b, c/d]\n---\n", CardFacts(license="mit")),
+            ("---\nlicense: 3\n---\n", CardFacts()),
+            ("# no front matter\n", CardFacts()),
+            ("---\nlicense: [\n---\n", None),
+            ("---\n- a list\n---\n", None),
+            (b"\xff\xfe\xff", None),
+            (None, None),
+        ],
+    )
+    def test_of_a_directory(self, tmp_path, text, facts):
+        card = tmp_path / "README.md"
+        if text is not None:
+            card.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert read_card_facts(card) == facts

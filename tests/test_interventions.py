@@ -1,0 +1,148 @@
+"""Hooks: what they do, that they did not do it before, and that nothing stays attached."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from abliterate.errors import ModelError
+from abliterate.interventions import (
+    ablate_direction,
+    add_direction,
+    blocks_return_tuples,
+    capture_inputs,
+    residual_writes,
+    start_at_block,
+)
+from abliterate.model import ChatModel
+
+ROWS = [[5, 9, 17, 40, 7], [8, 11, 60, 61, 62]]
+
+
+def random_direction(chat: ChatModel) -> Tensor:
+    return torch.randn(chat.d_model, generator=torch.Generator().manual_seed(3))
+
+
+def stream(chat: ChatModel) -> list[Tensor]:
+    inputs: list[Tensor] = []
+    with capture_inputs(chat, lambda _layer, hidden: inputs.append(hidden.clone())):
+        chat.forward(ROWS)
+    return inputs
+
+
+def n_hooks(chat: ChatModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in chat.model.modules())
+
+
+def test_ablation_keeps_the_direction_out_of_the_stream(chat: ChatModel) -> None:
+    unit = random_direction(chat) / random_direction(chat).norm()
+    before = max(float((h @ unit).abs().max() / h.norm(dim=-1).max()) for h in stream(chat)[1:])
+    final: list[Tensor] = []
+    handle = chat.model.get_decoder().register_forward_hook(lambda _m, _a, out: final.append(out[0]))
+    with ablate_direction(chat, random_direction(chat)) as attached:
+        # Watchers attached after the ablating hooks see what the block sees.
+        after = max(float((h @ unit).abs().max() / h.norm(dim=-1).max()) for h in stream(chat))
+    handle.remove()
+    assert attached == 3 * chat.n_layers
+    assert before > 1e-2
+    assert after < 1e-6
+
+
+def test_ablation_equals_removing_the_direction_from_each_submodule(chat: ChatModel) -> None:
+    """An independent computation: project the outputs of embedding, attention and MLP by hand-written hooks."""
+    unit = (random_direction(chat) / random_direction(chat).norm()).to(chat.model.dtype)
+
+    def project(_module, _args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden - torch.outer((hidden @ unit).flatten(), unit).view_as(hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    modules = [m for name, m in chat.model.named_modules() if name.endswith(("embed_tokens", "wte", "wpe"))]
+    modules += [m for name, m in chat.model.named_modules() if name.rpartition(".")[2] in {"self_attn", "attn", "mlp"}]
+    handles = [m.register_forward_hook(project) for m in modules]
+    expected = chat.forward(ROWS)
+    for handle in handles:
+        handle.remove()
+    base = chat.forward(ROWS)
+    with ablate_direction(chat, random_direction(chat)):
+        ablated = chat.forward(ROWS)
+    assert (ablated - base).abs().max() > 1e-2
+    assert torch.allclose(ablated, expected, atol=1e-4)
+
+
+def test_a_zero_vector_ablates_nothing(chat: ChatModel) -> None:
+    base = chat.forward(ROWS)
+    with ablate_direction(chat, torch.zeros(chat.d_model)):
+        assert torch.equal(chat.forward(ROWS), base)
+
+
+def test_addition_shifts_one_blocks_input_at_all_positions(chat: ChatModel) -> None:
+    vector = random_direction(chat)
+    before = stream(chat)
+    with add_direction(chat, vector, layer=2, coefficient=-1.5) as attached:
+        after = stream(chat)
+    assert attached == 1
+    assert torch.equal(after[1], before[1])
+    assert torch.allclose(after[2] - before[2], (-1.5 * vector).expand_as(after[2]), atol=1e-5)
+    assert not torch.allclose(after[3], before[3])
+
+
+def test_starting_at_a_block_gives_the_same_logits(chat: ChatModel) -> None:
+    hidden = stream(chat)
+    expected = chat.forward(ROWS)
+    calls = []
+    handle = residual_writes(chat.blocks[1])[1].register_forward_hook(lambda *_: calls.append(1))
+    for layer in (0, 2, chat.n_layers - 1):
+        calls.clear()
+        with start_at_block(chat, hidden[layer], layer=layer, tuple_output=blocks_return_tuples(chat)):
+            calls.clear()
+            assert torch.allclose(chat.forward(ROWS), expected, atol=1e-5)
+        assert len(calls) == (1 if layer <= 1 else 0)
+    handle.remove()
+    assert torch.equal(chat.forward(ROWS), expected)
+
+
+def test_hooks_are_removed_whatever_happens(chat: ChatModel) -> None:
+    vector = random_direction(chat)
+    attached_before = n_hooks(chat)
+    base = chat.forward(ROWS)
+    for intervention in (
+        ablate_direction(chat, vector),
+        add_direction(chat, vector, layer=1),
+        capture_inputs(chat, lambda *_: None),
+        start_at_block(chat, torch.zeros(2, 5, chat.d_model), layer=3, tuple_output=False),
+    ):
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            with intervention:
+                assert n_hooks(chat) > attached_before
+                raise KeyboardInterrupt
+    assert n_hooks(chat) == attached_before
+    assert torch.equal(chat.forward(ROWS), base)
+
+
+def test_a_direction_of_another_width_is_refused(chat: ChatModel) -> None:
+    with pytest.raises(ModelError, match="width is 32"), ablate_direction(chat, torch.ones(31)):
+        pass
+
+
+def test_an_unknown_block_is_refused_by_its_childrens_names() -> None:
+    block = torch.nn.Module()
+    block.add_module("gearbox", torch.nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="gearbox"):
+        residual_writes(block)
+
+
+def test_post_norms_are_what_writes() -> None:
+    def block(*names: str) -> torch.nn.Module:
+        made = torch.nn.Module()
+        for name in names:
+            made.add_module(name, torch.nn.Identity())
+        return made
+
+    llama = block("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    assert residual_writes(llama) == (llama.self_attn, llama.mlp)
+    gemma = block(
+        "self_attn", "mlp", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    )
+    assert residual_writes(gemma) == (gemma.post_attention_layernorm, gemma.post_feedforward_layernorm)
+    glm4 = block("self_attn", "mlp", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+    assert residual_writes(glm4) == (glm4.post_self_attn_layernorm, glm4.post_mlp_layernorm)

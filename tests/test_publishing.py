@@ -1,0 +1,440 @@
+"""Pushing: only what the record vouches for, only where it was asked to go, and again after an interruption."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from abliterate import hub as hub_module
+from abliterate import publishing
+from abliterate.errors import AbliterateError, HubError, InputError, VerificationError
+from abliterate.publishing import PushReport, push_checkpoint
+from fake_hub import FakeHub, evaluation_report, write_checkpoint
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+SENT = {*SHARDS, "config.json", "tokenizer.json", "LICENSE", "README.md", "abliteration.json"}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with FakeHub() as server:
+        server.use(monkeypatch, tmp_path)
+        yield server
+
+
+@pytest.fixture
+def out(tmp_path):
+    return write_checkpoint(tmp_path / "out")
+
+
+class Notes:
+    """A progress reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.messages, self.steps, self.total = [], 0, 0
+
+    def task(self, description, *, total, unit=""):
+        self.total = total
+        return self
+
+    def __enter__(self):
+        return self.advance
+
+    def __exit__(self, *_):
+        return None
+
+    def advance(self, steps):
+        self.steps += steps
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+def push(out: Path, **options) -> PushReport:
+    return push_checkpoint(**{"checkpoint": out, "repo_id": "org/pushed", **options})
+
+
+def refused(kind: type[AbliterateError], match: str, out: Path, **options) -> str:
+    with pytest.raises(kind, match=match) as error:
+        push(out, **options)
+    text = str(error.value)
+    assert "\n" not in text
+    assert "hf_test" not in text
+    return text
+
+
+def edit_record(out: Path, change) -> None:
+    path = out / "abliteration.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+class TestPush:
+    def test_everything_arrives(self, hub, out):
+        before = hashes(out)
+        report = push(out)
+        repo = hub.repos["org/pushed"]
+        assert repo.private
+        assert set(repo.files) == {*SENT, ".gitattributes"}
+        for name in SENT - {"README.md"}:
+            assert repo.files[name] == (out / name).read_bytes()
+        assert repo.files["README.md"].decode() == report.card
+        assert yaml.safe_load(report.card.split("\n---\n")[0])["license"] == "apache-2.0"
+        assert hashes(out) == before
+        assert report.created is True
+        assert report.commit == repo.refs["main"]
+        assert report.url == f"{hub.endpoint}/org/pushed"
+        assert {file.path for file in report.files} == SENT
+        assert report.total_bytes == sum(len(repo.files[name]) for name in SENT)
+        assert (report.base_model, report.license, report.evaluated) == ("org/base", "apache-2.0", False)
+        assert (report.left_out, report.remote_only) == ((), ())
+        assert repo.messages[-1] == report.commit_message
+
+    def test_the_client_of_the_hub_can_load_it_again(self, hub, out):
+        push(out)
+        source = hub_module.resolve_model("org/pushed")
+        assert (source.path / SHARDS[0]).read_bytes() == (out / SHARDS[0]).read_bytes()
+
+    def test_in_parts(self, monkeypatch, tmp_path, out):
+        with FakeHub(part_size=5000) as server:
+            server.use(monkeypatch, tmp_path)
+            push(out)
+        assert server.count("PUT /lfs/part/") == 8
+        assert server.repos["org/pushed"].files[SHARDS[1]] == (out / SHARDS[1]).read_bytes()
+
+    def test_public_and_message(self, hub, out):
+        report = push(out, private=False, commit_message="My own words")
+        assert not hub.repos["org/pushed"].private
+        assert hub.repos["org/pushed"].messages[-1] == report.commit_message == "My own words"
+
+    def test_a_bare_name_belongs_to_the_user(self, hub, out):
+        assert push(out, repo_id="mine").repo_id == "tester/mine"
+        assert "tester/mine" in hub.repos
+
+    def test_again_without_a_change_makes_no_commit(self, hub, out):
+        first = push(out)
+        again = push(out)
+        assert again.created is False
+        assert again.commit == first.commit
+        assert hub.count("POST .*/commit/") == 1
+        assert hub.count("PUT /lfs/") == 2
+
+    def test_what_else_is_in_the_repository_stays(self, hub, out):
+        hub.add_repo("org/pushed", {"notes.txt": b"old", "README.md": b"old"}, private=True)
+        report = push(out)
+        assert report.remote_only == ("notes.txt",)
+        assert hub.repos["org/pushed"].files["notes.txt"] == b"old"
+        assert hub.repos["org/pushed"].files["README.md"].decode() == report.card
+
+    def test_progress(self, hub, out):
+        notes = Notes()
+        push(out, progress=notes)
+        assert notes.steps == notes.total > 30_000
+        assert notes.messages == ["uploading 7 files to org/pushed"]
+
+    def test_where_links_cannot_be_made_files_are_copied(self, hub, out, monkeypatch):
+        def no_links(*_args, **_kwargs):
+            raise OSError("no links here")
+
+        monkeypatch.setattr(Path, "symlink_to", no_links)
+        push(out)
+        assert hub.repos["org/pushed"].files[SHARDS[0]] == (out / SHARDS[0]).read_bytes()
+
+
+class TestDryRun:
+    def test_no_network_and_no_token(self, out, monkeypatch):
+        def no_network(*_args, **_kwargs):
+            raise AssertionError("a dry run asked the network")
+
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("httpx2.Client.send", no_network)
+        monkeypatch.setattr("socket.socket.connect", no_network)
+        (out / "evaluation.json").write_text(json.dumps(evaluation_report()))
+        report = push(out, dry_run=True, repo_id="pushed")
+        assert (report.dry_run, report.private, report.created, report.commit) == (True, True, None, None)
+        assert {file.path for file in report.files} == {*SENT, "evaluation.json"}
+        assert report.total_bytes == sum(file.bytes for file in report.files)
+        assert "96.9 %" in report.card
+
+    def test_it_checks_as_a_push_does(self, out):
+        (out / SHARDS[0]).write_bytes(b"x" * (out / SHARDS[0]).stat().st_size)
+        refused(VerificationError, "SHA-256", out, dry_run=True)
+
+
+class TestWhatIsChecked:
+    """All before anything is created on the Hub."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_created(self, hub):
+        yield
+        assert not hub.repos
+        assert not hub.count("POST")
+
+    def test_no_directory(self, tmp_path):
+        refused(InputError, "no such directory", tmp_path / "nowhere")
+
+    def test_no_record(self, out):
+        (out / "abliteration.json").unlink()
+        text = refused(InputError, r"no abliteration\.json", out)
+        assert "abliterate orthogonalize" in text
+
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [("{", "cannot be read as JSON"), ("[]", "no JSON object"), ('{"format_version": 2}', "version 2 is not 1")],
+    )
+    def test_a_record_that_is_none(self, out, content, match):
+        (out / "abliteration.json").write_text(content)
+        refused(InputError, match, out)
+
+    @pytest.mark.parametrize("key", ["base", "direction", "shards", "side_files"])
+    def test_an_incomplete_record(self, out, key):
+        edit_record(out, lambda record: record.pop(key))
+        refused(InputError, "is missing", out)
+
+    def test_an_entry_without_a_hash(self, out):
+        edit_record(out, lambda record: record["side_files"].update({"config.json": {"bytes": 1}}))
+        refused(InputError, r"no sha256 and bytes for config\.json", out)
+
+    @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "a/../../b"])
+    def test_paths_out_of_the_directory(self, out, path):
+        edit_record(out, lambda record: record["side_files"].update({path: {"bytes": 1, "sha256": "0"}}))
+        refused(VerificationError, "outside the directory", out)
+
+    @pytest.mark.parametrize("name", [SHARDS[1], "config.json", "README.md"])
+    def test_a_changed_byte(self, out, name):
+        data = bytearray((out / name).read_bytes())
+        data[-2] ^= 1
+        (out / name).write_bytes(data)
+        text = refused(VerificationError, r"its SHA-256 is not the one in abliteration\.json", out)
+        assert str(out / name) in text
+
+    def test_a_longer_file(self, out):
+        with (out / SHARDS[0]).open("ab") as stream:
+            stream.write(b"x")
+        refused(VerificationError, "bytes, not", out)
+
+    def test_a_missing_file(self, out):
+        (out / SHARDS[0]).unlink()
+        refused(VerificationError, f"{SHARDS[0]}: missing", out)
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "old/pytorch_model.BIN", "model.gguf"])
+    def test_weights_that_the_record_does_not_name(self, out, name):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"x")
+        assert name in refused(VerificationError, "does not name", out)
+
+    @pytest.mark.parametrize("repo_id", ["a b", "a/b/c", "../x", ""])
+    def test_repo_id(self, hub, out, repo_id):
+        refused(InputError, "is not a valid Hub id", out, repo_id=repo_id)
+        assert not hub.requests
+
+
+class TestWhatIsLeftOut:
+    def test_files_of_ones_own(self, hub, out):
+        (out / "completions.jsonl").write_text("{}")
+        assert push(out).left_out == ("completions.jsonl",)
+        assert "completions.jsonl" not in hub.repos["org/pushed"].files
+
+    def test_unedited_weights_copied_from_the_base(self, hub, out):
+        (out / "pytorch_model.bin").write_bytes(b"base")
+        entry = {"bytes": 4, "sha256": hashlib.sha256(b"base").hexdigest()}
+        edit_record(out, lambda record: record["side_files"].update({"pytorch_model.bin": entry}))
+        assert push(out).left_out == ("pytorch_model.bin",)
+        assert "pytorch_model.bin" not in hub.repos["org/pushed"].files
+
+
+class TestEvaluation:
+    def test_of_the_directory(self, hub, out):
+        (out / "evaluation.json").write_text(json.dumps(evaluation_report()))
+        report = push(out)
+        assert report.evaluated
+        assert "3.1 % (1.2 to 7.8)" in report.card
+        assert json.loads(hub.repos["org/pushed"].files["evaluation.json"]) == evaluation_report()
+
+    def test_of_another_file(self, hub, out, tmp_path):
+        other = tmp_path / "measured.json"
+        other.write_text(json.dumps(evaluation_report(kl_harmless=0.5)))
+        (out / "evaluation.json").write_text("{}")
+        assert "| 0.5 |" in push(out, evaluation=other).card
+        assert hub.repos["org/pushed"].files["evaluation.json"] == other.read_bytes()
+
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [
+            (None, "no such file"),
+            ("{", "cannot be read as JSON"),
+            ("{}", "no refusal rates"),
+            (json.dumps(evaluation_report(intervention="ablate")), "intervention 'ablate', not these weights"),
+        ],
+    )
+    def test_one_that_cannot_be_used(self, out, tmp_path, content, match):
+        path = tmp_path / "measured.json"
+        if content is not None:
+            path.write_text(content)
+        assert str(path) in refused(InputError, match, out, dry_run=True, evaluation=path)
+
+    def test_of_another_model(self, out, tmp_path):
+        other = write_checkpoint(tmp_path / "other")
+        (out / "evaluation.json").write_text(json.dumps(evaluation_report(model=str(other))))
+        assert push(out, dry_run=True).evaluated
+        edit_record(other, lambda record: record["shards"].popitem())
+        refused(InputError, f"measured {other}, not {out}", out, dry_run=True)
+        (other / "abliteration.json").unlink()
+        refused(InputError, f"measured {other}, not {out}", out, dry_run=True)
+
+    def test_that_of_the_base_is_not_taken_for_this_ones(self, out):
+        data = json.dumps(evaluation_report()).encode()
+        (out / "evaluation.json").write_bytes(data)
+        entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        edit_record(out, lambda record: record["side_files"].update({"evaluation.json": entry}))
+        assert not push(out, dry_run=True).evaluated
+        (out / "evaluation.json").write_text(json.dumps(evaluation_report(kl_harmless=1.0)))
+        assert push(out, dry_run=True).evaluated
+
+
+class TestLicence:
+    def test_of_the_base_on_the_hub(self, hub, tmp_path):
+        repo = hub.add_repo("org/base", {"README.md": b"---\nlicense: mit\n---\n"})
+        out = write_checkpoint(tmp_path / "o", card="no front matter", revision=repo.refs["main"])
+        assert push(out, dry_run=True).license is None
+        assert push(out).license == "mit"
+
+    def test_of_a_base_that_is_gone(self, hub, tmp_path):
+        notes = Notes()
+        report = push(write_checkpoint(tmp_path / "o", card="no front matter"), progress=notes)
+        assert report.license is None
+        assert "licence is left out of the card: org/base: " in notes.messages[0]
+
+    def test_of_a_local_base(self, tmp_path):
+        base = tmp_path / "base"
+        base.mkdir()
+        out = write_checkpoint(tmp_path / "o", card="---\nbase_model: a/b\n---\n", base=str(base), revision=None)
+        report = push(out, dry_run=True)
+        assert (report.base_model, report.license) == ("a/b", None)
+        (base / "README.md").write_text("---\nlicense: mit\n---\n")
+        assert push(out, dry_run=True).license == "mit"
+
+
+class TestRefusalsOfTheHub:
+    def test_no_token(self, hub, out, monkeypatch):
+        monkeypatch.delenv("HF_TOKEN")
+        refused(HubError, "no Hub token found; run `hf auth login` or set HF_TOKEN", out)
+        assert not hub.requests
+
+    def test_a_wrong_token(self, hub, out, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_" + "z" * 34)
+        assert "zzz" not in refused(HubError, r"did not accept the token \(401\)", out)
+        assert not hub.repos
+
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_a_token_that_may_not_write(self, hub, out, monkeypatch, exists):
+        if exists:
+            hub.add_repo("org/pushed", private=True)
+        monkeypatch.setenv("HF_TOKEN", "hf_read")
+        refused(HubError, r"org/pushed: the token may not write here \(403\)", out)
+        assert not hub.lfs
+
+    def test_a_namespace_of_somebody_else(self, hub, out):
+        refused(HubError, r"may not write here \(403\).*namespace 'others'", out, repo_id="others/model")
+
+    def test_gated(self, hub, out):
+        hub.add_repo("org/pushed", private=True)
+        hub.fail_next("POST .*/preupload/", status=403, error_code="GatedRepo")
+        text = refused(HubError, r"org/pushed: this model is gated \(403\)", out)
+        assert f"accept its conditions at {hub.endpoint}/org/pushed" in text
+
+    @pytest.mark.parametrize(
+        ("there", "asked", "match"),
+        [
+            (False, True, "exists and is public, but this push is private"),
+            (True, False, "exists and is private, but this push is --public"),
+        ],
+    )
+    def test_a_repository_of_other_visibility(self, hub, out, there, asked, match):
+        repo = hub.add_repo("org/pushed", private=there)
+        refused(HubError, match, out, private=asked)
+        assert repo.private is there
+        assert not hub.count("POST")
+
+    def test_a_server_that_makes_it_public_gets_no_weights(self, hub, out, monkeypatch):
+        monkeypatch.setattr(
+            publishing, "create_repo", lambda repo_id, *, private: hub.add_repo(repo_id, private=not private)
+        )
+        refused(HubError, "exists and is public", out)
+        assert not hub.lfs
+
+    def test_a_gitignore_that_keeps_files_out(self, hub, out):
+        hub.add_repo("org/pushed", {".gitignore": b"*.safetensors\n"}, private=True)
+        refused(VerificationError, f"{SHARDS[0]} did not arrive; a .gitignore", out)
+
+    def test_other_content_arrived(self, hub, out, monkeypatch):
+        real = publishing.list_remote_files
+
+        def altered(repo_id, *, revision):
+            files = real(repo_id, revision=revision)
+            return files | {SHARDS[0]: hub_module.RemoteFile(bytes=files[SHARDS[0]].bytes, sha256="0" * 64)}
+
+        monkeypatch.setattr(publishing, "list_remote_files", altered)
+        refused(VerificationError, f"{SHARDS[0]} arrived with other content", out)
+
+    def test_a_card_the_hub_rejects(self, hub, out):
+        hub.fail_next("POST /api/validate-yaml", status=400)
+        refused(HubError, "Invalid metadata in README.md", out)
+        assert not hub.lfs
+
+    def test_out_of_order(self, hub, out):
+        hub.fail_next("POST .*/commit/", status=503)
+        refused(HubError, r"out of order \(503\).*run the same command again", out)
+        assert push(out).created is False
+
+
+class TestInterruption:
+    def test_a_second_push_goes_on_where_the_first_was_cut(self, hub, out):
+        oids = [hashlib.sha256((out / name).read_bytes()).hexdigest() for name in SHARDS]
+        hub.fail_next(f"PUT /lfs/basic/{oids[1]}", times=-1)
+        text = refused(HubError, "the connection to .* failed", out)
+        assert "run the same command again, which goes on where it stopped" in text
+        assert set(hub.lfs) == {oids[0]}
+        assert SHARDS[0] not in hub.repos["org/pushed"].files
+
+        hub.heal()
+        report = push(out)
+        assert report.created is False
+        assert hub.count(f"PUT /lfs/basic/{oids[0]}") == 1
+        assert all(hub.repos["org/pushed"].files[name] == (out / name).read_bytes() for name in SHARDS)
+
+    def test_one_cut_is_mended_by_the_client_itself(self, hub, out):
+        hub.fail_next("PUT /lfs/basic/")
+        assert push(out).created is True
+
+    def test_a_cut_before_anything_was_sent(self, hub, out):
+        hub.fail_next("POST /api/repos/create")
+        refused(HubError, "the connection to .* failed", out)
+        assert push(out).created is True
+
+    def test_nothing_is_left_behind(self, hub, out, tmp_path, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+        (tmp_path / "temporary").mkdir()
+        hub.fail_next("POST .*/preupload/", status=400)
+        refused(HubError, r"\(400\)", out)
+        push(out)
+        assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_checkpoint_of_links(hub, out, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in out.iterdir():
+        (linked / path.name).symlink_to(path)
+    push(linked)
+    assert hub.repos["org/pushed"].files[SHARDS[0]] == (out / SHARDS[0]).read_bytes()
+    shutil.rmtree(linked)
+    assert (out / SHARDS[0]).is_file()

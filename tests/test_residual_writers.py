@@ -1,0 +1,257 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from abliterate.checkpoint import open_checkpoint
+from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
+from abliterate.residual_writers import (
+    ARCHITECTURES,
+    ResidualWriter,
+    find_residual_writers,
+    has_tied_embeddings,
+)
+from tiny_models import D_MODEL, N_LAYERS, save_tiny_gpt2, save_tiny_llama, save_tiny_model
+
+
+def writers_of(path: Path) -> dict[str, ResidualWriter]:
+    return {writer.tensor_name: writer for writer in find_residual_writers(open_checkpoint(path))}
+
+
+def change_config(path: Path, **values: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+
+
+def change_tensors(path: Path, *, remove: tuple[str, ...] = (), add: dict[str, torch.Tensor] | None = None) -> None:
+    tensors = load_file(path / "model.safetensors")
+    for name in remove:
+        del tensors[name]
+    save_file(tensors | (add or {}), path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_llama_writers(tmp_path):
+    expected = {"model.embed_tokens.weight": ("embed", None, 1)}
+    for layer in range(N_LAYERS):
+        expected[f"model.layers.{layer}.self_attn.o_proj.weight"] = ("attn", layer, 0)
+        expected[f"model.layers.{layer}.mlp.down_proj.weight"] = ("mlp", layer, 0)
+    found = writers_of(save_tiny_llama(tmp_path))
+    assert {name: (w.role, w.layer, w.residual_axis) for name, w in found.items()} == expected
+    assert all(writer.norm_chain == () for writer in found.values())
+
+
+def test_llama_biases_are_writers_too(tmp_path):
+    found = writers_of(save_tiny_llama(tmp_path, attention_bias=True, mlp_bias=True))
+    assert found["model.layers.1.self_attn.o_proj.bias"].residual_axis == 0
+    assert found["model.layers.1.mlp.down_proj.bias"].role == "mlp"
+    assert len(found) == 1 + 4 * N_LAYERS
+
+
+def test_gpt2_writers_have_the_stream_on_axis_one_and_positions_count(tmp_path):
+    expected = {"transformer.wte.weight": ("embed", None, 1), "transformer.wpe.weight": ("embed", None, 1)}
+    for layer in range(N_LAYERS):
+        for module in ("attn", "mlp"):
+            expected[f"transformer.h.{layer}.{module}.c_proj.weight"] = (module, layer, 1)
+            expected[f"transformer.h.{layer}.{module}.c_proj.bias"] = (module, layer, 0)
+    found = writers_of(save_tiny_gpt2(tmp_path))
+    assert {name: (w.role, w.layer, w.residual_axis) for name, w in found.items()} == expected
+
+
+def test_names_of_a_base_model_have_no_prefix(tmp_path):
+    save_tiny_gpt2(tmp_path, tied=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    mask = torch.ones(1, 1, D_MODEL, D_MODEL)  # the causal mask that the original gpt2 file stores
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare | {"h.0.attn.bias": mask}, tmp_path / "model.safetensors")
+    found = writers_of(tmp_path)
+    assert "h.2.mlp.c_proj.weight" in found
+    assert "h.0.attn.bias" not in found
+    assert len(found) == 2 + 4 * N_LAYERS
+
+
+def test_layer_one_is_not_layer_eleven(tmp_path):
+    found = writers_of(save_tiny_llama(tmp_path, num_hidden_layers=12))
+    assert found["model.layers.1.mlp.down_proj.weight"].layer == 1
+    assert found["model.layers.11.mlp.down_proj.weight"].layer == 11
+    assert [writer.layer for writer in found.values()].count(1) == 2
+
+
+def test_layers_beyond_the_configs_count_are_left_alone(tmp_path):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, num_hidden_layers=N_LAYERS - 1)
+    assert {w.layer for w in writers_of(tmp_path).values()} == {None, *range(N_LAYERS - 1)}
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_the_default_tie_is_that_of_the_config_class(model_type):
+    assert ARCHITECTURES[model_type].tied_by_default == AutoConfig.for_model(model_type).tie_word_embeddings
+
+
+@pytest.mark.parametrize(("tied", "stored"), [(True, True), (False, False)])
+def test_a_stored_head_is_a_writer_only_when_tied(tmp_path, tied, stored):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=tied)
+    assert ("lm_head.weight" in writers_of(tmp_path)) == stored
+    assert has_tied_embeddings(open_checkpoint(tmp_path)) == tied
+
+
+def test_where_the_config_does_not_say_the_class_default_holds(tmp_path):
+    save_tiny_model(tmp_path, "gemma", tied=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert has_tied_embeddings(open_checkpoint(tmp_path))
+
+
+def test_tied_with_only_the_head_stored_the_head_is_the_embedding(tmp_path):
+    save_tiny_llama(tmp_path, tied=True)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(tmp_path, remove=("model.embed_tokens.weight",), add={"lm_head.weight": embedding})
+    assert writers_of(tmp_path)["lm_head.weight"].role == "embed"
+
+
+def test_a_tied_head_of_another_shape_is_refused(tmp_path):
+    save_tiny_llama(tmp_path, tied=True)
+    change_tensors(tmp_path, add={"lm_head.weight": torch.ones(7, D_MODEL)})
+    with pytest.raises(CheckpointError, match="differ in shape"):
+        writers_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gemma2", "a norm stands between"),
+        ("olmo2", "a norm stands between"),
+        ("mixtral", "experts"),
+        ("gemma3n", "no edit of its weights"),
+        ("brand_new", "not known to be complete"),
+        (None, "not known to be complete"),
+        (["llama"], "not known to be complete"),
+    ],
+)
+def test_other_model_types_are_refused_by_name(tmp_path, model_type, reason):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, model_type=model_type)
+    with pytest.raises(UnsupportedArchitectureError, match=reason) as error:
+        writers_of(tmp_path)
+    assert repr(model_type) in str(error.value)
+    assert "gpt2, " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "method fp8"),
+        ({"compression_config": {"format": "int"}}, "compression_config, method unknown"),
+    ],
+)
+def test_a_quantised_checkpoint_is_refused(tmp_path, config, message):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, **config)
+    with pytest.raises(QuantizedCheckpointError, match=message):
+        writers_of(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_quantised_writer_is_refused_by_its_name(tmp_path, dtype):
+    save_tiny_llama(tmp_path)
+    name = "model.layers.2.mlp.down_proj.weight"
+    change_tensors(tmp_path, add={name: torch.zeros(D_MODEL, 80).to(dtype)})
+    with pytest.raises(QuantizedCheckpointError, match=name):
+        writers_of(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "weight_scale_inv", "weight.absmax", "lora_A.weight"])
+def test_a_companion_of_a_writer_is_refused(tmp_path, suffix):
+    save_tiny_llama(tmp_path)
+    name = f"model.layers.0.self_attn.o_proj.{suffix}"
+    change_tensors(tmp_path, add={name: torch.ones(3)})
+    with pytest.raises(QuantizedCheckpointError, match=name):
+        writers_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.2.mlp.down_proj.weight",
+    ],
+)
+def test_a_missing_writer_is_refused_by_its_name(tmp_path, name):
+    save_tiny_llama(tmp_path)
+    change_tensors(tmp_path, remove=(name,))
+    with pytest.raises(CheckpointError, match=name):
+        writers_of(tmp_path)
+
+
+def test_fewer_layers_than_the_config_says(tmp_path):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, num_hidden_layers=40)
+    with pytest.raises(CheckpointError, match=r"model.layers.3.self_attn.o_proj.weight .*40 layers"):
+        writers_of(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 2.5, True, "32"])
+def test_a_config_without_a_usable_size(tmp_path, value):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, hidden_size=value)
+    with pytest.raises(CheckpointError, match="hidden_size is"):
+        writers_of(tmp_path)
+
+
+def test_a_config_of_another_width(tmp_path):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, hidden_size=64)
+    with pytest.raises(CheckpointError, match="and the weights belong together"):
+        writers_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.1.mlp.extra_proj.weight", (D_MODEL, 5)),
+        ("model.layers.1.mlp.extra_proj.weight", (5, D_MODEL)),
+        ("model.layers.1.mlp.experts.down_proj", (4, D_MODEL, 5)),
+        ("model.layers.1.post_feedforward_layernorm.weight", (D_MODEL,)),
+        ("model.embed_positions.weight", (9, D_MODEL)),
+        ("embed_tokens.weight", (9, D_MODEL)),
+        ("vision_tower.layers.0.mlp.down_proj.weight", (D_MODEL, 5)),
+    ],
+)
+def test_a_tensor_that_could_touch_the_stream_and_is_not_in_the_row_is_refused(tmp_path, name, shape):
+    save_tiny_llama(tmp_path)
+    writers_of(tmp_path)
+    change_tensors(tmp_path, add={name: torch.ones(shape)})
+    with pytest.raises(UnsupportedArchitectureError, match=name):
+        writers_of(tmp_path)
+
+
+def test_tensors_that_cannot_touch_the_stream_and_extra_heads_are_left_alone(tmp_path):
+    save_tiny_llama(tmp_path)
+    before = writers_of(tmp_path)
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "score.weight": torch.ones(2, D_MODEL),
+        f"model.layers.{N_LAYERS}.eh_proj.weight": torch.ones(D_MODEL, 2 * D_MODEL),
+    }
+    change_tensors(tmp_path, add=extra)
+    assert writers_of(tmp_path) == before
+
+
+def test_gpt2_with_cross_attention_is_refused(tmp_path):
+    save_tiny_gpt2(tmp_path, add_cross_attention=True)
+    with pytest.raises(UnsupportedArchitectureError, match="crossattention"):
+        writers_of(tmp_path)
+
+
+def test_another_layout_of_the_same_type_is_refused(tmp_path):
+    save_tiny_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({f"base.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedArchitectureError, match=r"no tensor is named model\.layers\.0"):
+        writers_of(tmp_path)
