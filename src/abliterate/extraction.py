@@ -41,6 +41,8 @@ from abliterate.selection import CandidateScore, passing_candidates, score_lazil
 
 MIN_PROMPTS = 8
 """Fewer prompts than this on one side after filtering are too few to take a mean of."""
+ZERO_NORM = 1e-9
+"""A candidate shorter than this share of the longest is a zero vector."""
 N_PREFIX_PROMPTS = 8
 N_BEHAVIOUR_PROMPTS = 16
 
@@ -143,7 +145,7 @@ class _Run:
             harmless_rows=rows["harmless"],
             token_ids=token_ids,
         )
-        scores = self._score(scorer)
+        scores = self._score(scorer, candidates)
         thresholds, n_layers = self.options.thresholds, self.chat.n_layers
         name = source.name if source else str(self.chat.model.config._name_or_path)
         passing = passing_candidates(scores, thresholds=thresholds, n_layers=n_layers)
@@ -275,12 +277,20 @@ class _Run:
         self._require(keeps["harmful"], keeps["harmless"], minimum=MIN_PROMPTS, part="validation")
         return kept, Baseline(**means)
 
-    def _score(self, scorer: CandidateScorer) -> list[CandidateScore]:
+    def _score(self, scorer: CandidateScorer, candidates: Tensor) -> list[CandidateScore]:
+        """Score the candidates that can be chosen, and return one entry per position and layer, in order.
+
+        A zero vector (layer 0 mostly: the template's tokens are the same in all prompts) is no direction.
+        """
         thresholds, n_layers = self.options.thresholds, self.chat.n_layers
-        limit = thresholds.layer_limit(n_layers)
-        order = [(p, layer) for p in range(-self.chat.chat_format.n_positions, 0) for layer in range(n_layers)]
-        total = 3 * sum(layer < limit for _, layer in order)
-        with self.progress.task("Scoring candidates", total=total) as advance:
+        grid = [(p, layer) for p in range(-len(candidates), 0) for layer in range(n_layers)]
+        norms = candidates.norm(dim=-1)
+        able = [
+            (p, layer)
+            for p, layer in grid
+            if layer < thresholds.layer_limit(n_layers) and norms[p, layer] > ZERO_NORM * norms.max()
+        ]
+        with self.progress.task("Scoring candidates", total=3 * len(able)) as advance:
             n_done = 0
 
             def counted(compute: Callable[[int, int], float]) -> Callable[[int, int], float]:
@@ -295,12 +305,14 @@ class _Run:
 
             induce, bypass, kl = counted(scorer.induce), counted(scorer.bypass), counted(scorer.kl)
             if self.options.exhaustive:
-                return [
+                scores = [
                     CandidateScore(position=p, layer=i, induce=induce(p, i), bypass=bypass(p, i), kl=kl(p, i))
-                    if i < limit
-                    else CandidateScore(position=p, layer=i)
-                    for p, i in order
+                    for p, i in able
                 ]
-            scores = score_lazily(order, thresholds=thresholds, n_layers=n_layers, induce=induce, bypass=bypass, kl=kl)
-            advance(total - n_done)
-            return scores
+            else:
+                scores = score_lazily(
+                    able, thresholds=thresholds, n_layers=n_layers, induce=induce, bypass=bypass, kl=kl
+                )
+            advance(3 * len(able) - n_done)
+        scored = {(score.position, score.layer): score for score in scores}
+        return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]

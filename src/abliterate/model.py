@@ -1,13 +1,9 @@
-"""A loaded chat model: its decoder blocks, its chat template's shape, and batched forward passes.
-
-Prompts are rendered with the model's own chat template. Everything the template puts after the instruction is a
-*post-instruction token*; these are counted from the end (-1 is the last token before the answer).
-"""
+"""A loaded chat model: its decoder blocks, batched forward passes, and greedy generation."""
 
 import copy
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,20 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from abliterate.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
 from abliterate.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-MARKER = "QZXINSTRUCTIONQZX"
 MIN_SHARED_PREFIX = 8
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
-EMPTY_THOUGHTS = {
-    "<think>": "<think>\n\n</think>\n\n",
-    "<thought>": "<thought>\n\n</thought>\n\n",
-    "[THINK]": "[THINK][/THINK]",
-}
-"""How a thinking part starts, and the one without any thought that is forced in its place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +38,6 @@ class ModelOptions:
     batch_size: int | None = None
     system_prompt: str | None = None
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatFormat:
-    """What the chat template puts around an instruction.
-
-    Attributes:
-        n_positions: how many post-instruction tokens there are.
-        post_instruction_tokens: their texts, in order.
-        response_prefix: what is forced after the template, so that the next token starts the answer.
-        thinking_disabled: whether the template's own non-thinking form is used.
-    """
-
-    n_positions: int
-    post_instruction_tokens: tuple[str, ...]
-    response_prefix: str = ""
-    thinking_disabled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +76,16 @@ class ChatModel:
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Render prompts with the chat template and return token ids, each with exactly one BOS if there is one."""
         texts = [
-            _render(self.tokenizer, prompt, self.system_prompt, self.chat_format.thinking_disabled)
+            render(
+                self.tokenizer,
+                prompt,
+                system_prompt=self.system_prompt,
+                thinking_disabled=self.chat_format.thinking_disabled,
+            )
             + self.chat_format.response_prefix
             for prompt in prompts
         ]
-        return [_tokenize(self.tokenizer, text) for text in texts]
+        return [tokenize(self.tokenizer, text) for text in texts]
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of some tokens."""
@@ -340,7 +318,7 @@ def make_chat_model(
         tokenizer=tokenizer,
         blocks=_find_blocks(model, n_layers, name),
         d_model=int(text_config.hidden_size),
-        chat_format=_find_chat_format(tokenizer, options.system_prompt, name),
+        chat_format=find_chat_format(tokenizer, system_prompt=options.system_prompt, name=name),
         batch_size=options.batch_size,
         system_prompt=options.system_prompt,
     )
@@ -350,7 +328,7 @@ def with_response_prefix(chat: ChatModel, response_prefix: str) -> ChatModel:
     """Return the same model with `response_prefix` forced at the start of each answer."""
     if not response_prefix:
         return chat
-    texts = chat.chat_format.post_instruction_tokens + tuple(_token_texts(chat.tokenizer, response_prefix))
+    texts = chat.chat_format.post_instruction_tokens + token_texts(chat.tokenizer, response_prefix)
     chat_format = replace(
         chat.chat_format,
         n_positions=len(texts),
@@ -369,9 +347,9 @@ def find_response_prefix(chat: ChatModel, prompts: Sequence[str]) -> str:
     """
     answers = chat.generate(chat.encode(prompts), max_new_tokens=4)
     decoded = [chat.decode(answer, skip_special_tokens=False) for answer in answers]
-    for opener, empty_thought in EMPTY_THOUGHTS.items():
+    for opener, closer in THOUGHT_CLOSERS.items():
         if all(text.lstrip().startswith(opener) for text in decoded):
-            return empty_thought
+            return opener + closer
     shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*answers, strict=False)))
     return chat.decode([column[0] for column in shared], skip_special_tokens=False)
 
@@ -388,46 +366,6 @@ def _find_blocks(model: nn.Module, n_layers: int, name: str) -> tuple[nn.Module,
     if not lists:
         raise ModelError(f"{name}: no list of {n_layers} decoder blocks found; this architecture is not supported")
     return tuple(lists[0])
-
-
-def _render(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, system_prompt: str | None, thinking_disabled: bool
-) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    options: dict[str, Any] = {"enable_thinking": False} if thinking_disabled else {}
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-    except Exception as error:  # a template is a program of its own and may raise anything
-        hint = "; it may not accept a system message" if system_prompt is not None else ""
-        raise ModelError(f"the chat template fails: {' '.join(str(error).split())}{hint}") from error
-    return str(text)
-
-
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
-
-
-def _token_texts(tokenizer: "PreTrainedTokenizerBase", text: str) -> Iterator[str]:
-    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        yield str(tokenizer.decode([token]))
-
-
-def _find_chat_format(tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None, name: str) -> ChatFormat:
-    plain = _render(tokenizer, MARKER, system_prompt, False)
-    rendered = _render(tokenizer, MARKER, system_prompt, True)
-    disabled = rendered != plain
-    if rendered.count(MARKER) != 1:
-        raise ModelError(f"{name}: the chat template does not show the instruction exactly once")
-    suffix = rendered.partition(MARKER)[2]
-    texts = tuple(_token_texts(tokenizer, suffix))
-    if not texts:
-        raise ModelError(f"{name}: the chat template puts no token after the instruction; nothing can be read there")
-    return ChatFormat(n_positions=len(texts), post_instruction_tokens=texts, thinking_disabled=disabled)
 
 
 def _stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from abliterate.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, TensorInfo
+from abliterate.checkpoint import CONFIG_NAME, Checkpoint
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 
 Role = Literal["embed", "attn", "mlp"]
 ROLES: tuple[Role, ...] = ("embed", "attn", "mlp")

@@ -46,7 +46,16 @@ def test_help_is_light_and_documents_the_exit_codes() -> None:
     assert time.monotonic() - started < 20  # a hang, not a measurement; see benchmarks/
     loaded = set(done.stderr.split())
     assert not loaded & {"torch", "transformers", "datasets", "numpy", "huggingface_hub", "matplotlib"}
-    for text in ("extract", "orthogonalize", "evaluate", "push", "prompts", "demo", "130 interrupted", "3 no candidate"):
+    for text in (
+        "extract",
+        "orthogonalize",
+        "evaluate",
+        "push",
+        "prompts",
+        "demo",
+        "130 interrupted",
+        "3 no candidate",
+    ):
         assert text in " ".join(done.stdout.split())
 
 
@@ -104,7 +113,17 @@ def test_extract_table(run, llama_directory: Path, tmp_path: Path) -> None:
 
 def test_nothing_passes_is_exit_code_three(run, llama_directory: Path, tmp_path: Path) -> None:
     target = tmp_path / "r.safetensors"
-    arguments = ("extract", llama_directory, "-o", target, *TINY, "--kl-threshold", "1e-9", "--induce-threshold", "-1e9")
+    arguments = (
+        "extract",
+        llama_directory,
+        "-o",
+        target,
+        *TINY,
+        "--kl-threshold",
+        "1e-9",
+        "--induce-threshold",
+        "-1e9",
+    )
     code, out, error = run(*arguments)
     assert code == 3
     assert "failed" in out
@@ -195,7 +214,10 @@ def test_an_unexpected_error_is_one_line_too(run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("abliterate.demo.build_demo_model", fail)
     code, out, error = run("demo", tmp_path / "x")
     assert (code, out) == (1, "")
-    assert error == "error: unexpected ZeroDivisionError: division by zero (run again with `abliterate -v ...` for details)\n"
+    assert (
+        error
+        == "error: unexpected ZeroDivisionError: division by zero (run again with `abliterate -v ...` for details)\n"
+    )
     with pytest.raises(ZeroDivisionError):
         run("-v", "demo", tmp_path / "x")
 

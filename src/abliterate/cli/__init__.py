@@ -1,6 +1,8 @@
 """The command line: registration, `--version`, and the one error boundary."""
 
+import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -51,6 +53,11 @@ def _global_options(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress or notes on stderr; errors only.")] = False,
 ) -> None:
     context.obj = {"verbose": verbose, "quiet": quiet}
+    if not verbose:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from abliterate.cli.output import Output
 def demo(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the checkpoint.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is a checkpoint or empty.")] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Build the demo model: SmolLM2-135M-Instruct with an adapter that makes it refuse."""

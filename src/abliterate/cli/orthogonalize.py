@@ -10,7 +10,7 @@ from abliterate.cli.options import DirectionOption, JsonOption, ModelArg, Revisi
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
-    from abliterate.orthogonalization import EditedTensor, OrthogonalizationReport
+    from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport
     from abliterate.residual_writers import Role
 
 _COMPONENTS: "tuple[Role, ...]" = ("embed", "attn", "mlp")
@@ -54,8 +54,9 @@ def orthogonalize(
     if not 0 < strength < float("inf"):
         raise typer.BadParameter("must be a positive number", param_hint="'--strength'")
 
+    from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
-    from abliterate.orthogonalization import EditOptions, orthogonalize_checkpoint
+    from abliterate.orthogonalization import orthogonalize_checkpoint
 
     output = Output.of(context, json_output=json_output)
     report = orthogonalize_checkpoint(

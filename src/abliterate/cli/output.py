@@ -65,7 +65,9 @@ class Output:
             return
         console = Console(highlight=False)
         for part in tables():
-            console.print(part, markup=not isinstance(part, str))
+            # Text is for scripts too: nothing in it is markup, and no line of it is broken.
+            is_text = isinstance(part, str)
+            console.print(part, markup=not is_text, soft_wrap=is_text)
 
     def plain(self, report: Any) -> Any:
         """Return a report as values JSON can hold."""

@@ -4,7 +4,6 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from abliterate.cli.options import JsonOption
@@ -83,7 +82,7 @@ def _set_tables(info: "PromptSetInfo", first: tuple[str, ...]) -> list[Table | s
         f"{info.name}: {info.count} prompts, {info.mean_words:.1f} words on average, {info.duplicates} duplicates"
         f"{categories}, sha256 {info.sha256[:12]}"
     )
-    return [escape(summary), *(f"  {escape(_shorten(text))}" for text in first)]
+    return [summary, *(f"  {_shorten(text)}" for text in first)]
 
 
 def _shorten(text: str) -> str:

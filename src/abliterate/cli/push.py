@@ -74,7 +74,7 @@ def _tables(report: "PushReport") -> list[Table | str]:
         return [
             table,
             f"Dry run: {total} would go to {report.repo_id} ({visibility}); licence {licence}. Model card:\n",
-            escape(report.card),
+            report.card,
         ]
     state = "new" if report.created else "existing"
     return [table, f"{total} are at {report.url} ({visibility}, {state}), commit {report.commit}"]

@@ -1,0 +1,207 @@
+"""The record of an orthogonalized checkpoint, `abliteration.json`: written with it, and later held against it.
+
+It says what was edited, how, and from what, and vouches for every file of the checkpoint by hash and size.
+Reading it needs neither torch nor the base model.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from abliterate.errors import InputError, VerificationError
+from abliterate.hashed_files import WrittenFile, hash_file
+from abliterate.progress import SILENT, ProgressReporter
+
+if TYPE_CHECKING:
+    from abliterate.edit_plan import EditOptions
+    from abliterate.residual_writers import Role
+
+RECORD_NAME = "abliteration.json"
+FORMAT_VERSION = 1
+
+# Written by `abliterate evaluate` about the weights it lies beside, so it must not move on to others.
+EVALUATION_NAME = "evaluation.json"
+
+_AGAIN = "run `abliterate orthogonalize` again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditedTensor:
+    """One planned edit; the components, |r.W|/|W| before and after, are None in a dry run."""
+
+    name: str
+    role: "Role"
+    layer: int | None
+    residual_axis: int
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    component_before: float | None = None
+    component_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrthogonalizationReport:
+    """What was edited, or with `dry_run` what would be.
+
+    The fields from `format_version` to `side_files` make up the record `abliteration.json`.
+
+    Attributes:
+        output: The new directory; None if a dry run named none.
+        dry_run: Whether nothing was written.
+        format_version: Of the record.
+        tool: Name and version of the tool and of the libraries that did the arithmetic.
+        created: Time of writing, ISO 8601, UTC.
+        base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings, and
+            `abliteration`, the earlier edit, if it had been orthogonalized before.
+        direction: sha256, d_model and metadata of the direction.
+        options: What was asked for.
+        tensors: Every edited tensor, in file order.
+        shards: File name -> SHA-256 and size of each shard written; empty in a dry run.
+        side_files: The same for every other file.
+        counts: Role -> number of edited tensors.
+        bytes_edited: Bytes of the edited tensors.
+        bytes_total: Bytes of all shards.
+        notes: What the user should know about this checkpoint.
+    """
+
+    output: str | None
+    dry_run: bool
+    format_version: int
+    tool: dict[str, str]
+    created: str
+    base: dict[str, Any]
+    direction: dict[str, Any]
+    options: "EditOptions"
+    tensors: tuple[EditedTensor, ...]
+    shards: dict[str, WrittenFile]
+    side_files: dict[str, WrittenFile]
+    counts: dict[str, int]
+    bytes_edited: int
+    bytes_total: int
+    notes: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Return the content of `abliteration.json`."""
+        values = dataclasses.asdict(self)
+        outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes"}
+        return {name: value for name, value in values.items() if name not in outside}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbliterationRecord:
+    """A record as it was read back.
+
+    Attributes:
+        directory: The checkpoint.
+        content: The content of `abliteration.json`; `base`, `direction`, `shards` and `side_files` are there.
+        files: Path -> hash and size of every file that the record vouches for, as a relative POSIX path.
+        base_evaluation: An `evaluation.json` that was copied from the base and may have been replaced since.
+    """
+
+    directory: Path
+    content: dict[str, Any]
+    files: dict[str, WrittenFile]
+    base_evaluation: WrittenFile | None
+
+
+def write_record(report: OrthogonalizationReport, directory: Path) -> None:
+    """Write `abliteration.json` to `directory`, where it must not be yet, and flush it to the disk."""
+    text = json.dumps(report.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with (directory / RECORD_NAME).open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_record(directory: Path) -> AbliterationRecord:
+    """Read and check the record of an orthogonalized checkpoint; its files are not looked at.
+
+    Raises:
+        InputError: There is no record, or it is malformed or of another version.
+        VerificationError: It names a file outside the directory.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; give one that `abliterate orthogonalize` wrote")
+    path = directory / RECORD_NAME
+    if not path.is_file():
+        raise InputError(f"{directory}: no {RECORD_NAME}; give a directory that `abliterate orthogonalize` wrote")
+    content = read_json_report(path)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {version!r} is not {FORMAT_VERSION}; use the abliterate that wrote it"
+        )
+    base, direction = content.get("base"), content.get("direction")
+    shards, side_files = content.get("shards"), content.get("side_files")
+    if not (
+        (isinstance(base, dict) and "model" in base)
+        and (isinstance(direction, dict) and "sha256" in direction)
+        and (isinstance(shards, dict) and shards and isinstance(side_files, dict))
+    ):
+        raise InputError(f"{path}: base, direction, shards or side_files is missing; {_AGAIN}")
+    # A base directory may have had these two itself; what lies there now is this checkpoint's own.
+    recorded = {name: entry for name, entry in (shards | side_files).items() if name != RECORD_NAME}
+    files = {name: _read_entry(path, name, entry) for name, entry in recorded.items()}
+    base_evaluation = files.pop(EVALUATION_NAME, None)
+    return AbliterationRecord(directory=directory, content=content, files=files, base_evaluation=base_evaluation)
+
+
+def read_json_report(path: Path) -> dict[str, Any]:
+    """Read a report that abliterate wrote as a JSON object.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return content
+
+
+def check_sizes(record: AbliterationRecord) -> None:
+    """Check that every recorded file is there and has its size, which takes no time.
+
+    Raises:
+        VerificationError: A file is missing or has another size.
+    """
+    for name, recorded in record.files.items():
+        path = record.directory / name
+        if not path.is_file():
+            raise VerificationError(f"{path}: missing, but {RECORD_NAME} names it; {_AGAIN}")
+        size = path.stat().st_size
+        if size != recorded.bytes:
+            raise VerificationError(
+                f"{path}: {size} bytes, not {recorded.bytes} as in {RECORD_NAME}: changed since then; {_AGAIN}"
+            )
+
+
+def check_hashes(record: AbliterationRecord, *, progress: ProgressReporter = SILENT) -> None:
+    """Check the SHA-256 of every recorded file.
+
+    Raises:
+        VerificationError: A file is not the one that was written.
+    """
+    total = sum(recorded.bytes for recorded in record.files.values())
+    with progress.task("Checking hashes", total=total, unit="bytes") as advance:
+        for name, recorded in record.files.items():
+            path = record.directory / name
+            if hash_file(path, advance=advance) != recorded.sha256:
+                raise VerificationError(
+                    f"{path}: its SHA-256 is not the one in {RECORD_NAME}: changed since written; {_AGAIN}"
+                )
+
+
+def _read_entry(record: Path, name: str, entry: Any) -> WrittenFile:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        raise VerificationError(f"{record}: names {name!r}, outside the directory; {_AGAIN}")
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "sha256" not in entry:
+        raise InputError(f"{record}: no sha256 and bytes for {name}; {_AGAIN}")
+    return WrittenFile(sha256=str(entry["sha256"]), bytes=entry["bytes"])

@@ -1,0 +1,90 @@
+"""A directory that appears whole or not at all, and takes the place of an older one only then.
+
+It is written beside its target under a hidden name and gets its own name by one rename; whatever goes wrong
+before leaves nothing behind, and the older directory as it was.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from abliterate.errors import CheckpointError, InputError
+
+# What tells a checkpoint, which may be replaced, from a directory that was named by mistake.
+_MARKER = "config.json"
+
+
+def check_output_directory(output: Path, *, overwrite: bool) -> None:
+    """Check, before any work is done, that a checkpoint may be published as `output`.
+
+    Raises:
+        InputError: It exists, and `overwrite` is false or it is neither a checkpoint nor an empty directory.
+    """
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise InputError(f"{output}: exists; choose another directory, or replace it with --overwrite")
+    if output.is_symlink() or not output.is_dir():
+        raise InputError(f"{output}: exists and is not a directory, so it is not replaced; choose another path")
+    if not (output / _MARKER).is_file() and any(output.iterdir()):
+        raise InputError(
+            f"{output}: exists and holds no {_MARKER}, so it is no checkpoint and is not replaced; "
+            "choose another directory"
+        )
+
+
+@contextmanager
+def published_directory(output: Path) -> Iterator[Path]:
+    """Yield a hidden directory that becomes `output` if the body succeeds, and vanishes if it does not.
+
+    A directory that is there already is replaced: ask `check_output_directory` first.
+
+    Raises:
+        InputError: Nothing can be written beside `output`.
+        CheckpointError: Writing failed, as on a full disk; `output` is as it was.
+    """
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    new_parents = [parent for parent in output.parents if not parent.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise InputError(f"{partial}: cannot be made: {error.strerror or error}; choose another place") from error
+    try:
+        yield partial
+        _publish(partial, output)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or output}: {error.strerror or error}; {output} was left as it was"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # it holds the published directory
+                parent.rmdir()
+
+
+def _publish(partial: Path, output: Path) -> None:
+    _sync_directory(partial)
+    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+    had_output = output.exists()
+    if had_output:
+        output.rename(replaced)
+    try:
+        partial.rename(output)
+    except BaseException:
+        if had_output:
+            replaced.rename(output)
+        raise
+    _sync_directory(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

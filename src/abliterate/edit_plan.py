@@ -1,0 +1,157 @@
+"""What an edit will do: which tensors, along which direction, how far; from the files' headers alone."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.directions import Direction, load_direction
+from abliterate.errors import DirectionError, InputError
+from abliterate.hub import ModelSource
+from abliterate.residual_writers import (
+    ROLES,
+    ResidualWriter,
+    Role,
+    architecture_of,
+    find_residual_writers,
+    has_tied_embeddings,
+    layer_count,
+    residual_width,
+)
+
+_WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditOptions:
+    """Which residual writers are edited, and how far.
+
+    Attributes:
+        components: Roles to edit.
+        layers: Half-open range (first, end) of decoder blocks; None edits all. The embeddings count as what
+            comes before layer 0: with a range they are edited only if it starts at 0.
+        strength: Share of the component that is removed; 1 removes it.
+
+    Raises:
+        InputError: A value that means no edit or none that is defined.
+    """
+
+    components: tuple[Role, ...] = ROLES
+    layers: tuple[int, int] | None = None
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.components) - set(ROLES)
+        if unknown or not self.components:
+            raise InputError(f"components must be among {', '.join(ROLES)}; found {sorted(unknown) or 'none'}")
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise InputError(f"layers {self.layers[0]}:{self.layers[1]} is empty; give FIRST:END with FIRST < END")
+        if not math.isfinite(self.strength) or self.strength <= 0:
+            raise InputError(f"strength is {self.strength}; give a positive number, 1 removes the direction")
+
+    def includes(self, writer: ResidualWriter) -> bool:
+        """Return whether these options edit `writer`."""
+        if writer.role not in self.components:
+            return False
+        if self.layers is None:
+            return True
+        first, end = self.layers
+        return first == 0 if writer.layer is None else first <= writer.layer < end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditPlan:
+    """An edit that has been checked and can be made.
+
+    Attributes:
+        source: The model as it was named.
+        checkpoint: Its layout.
+        direction: What is projected out.
+        options: What was asked for.
+        writers: The residual writers that the options select, in file order.
+    """
+
+    source: ModelSource
+    checkpoint: Checkpoint
+    direction: Direction
+    options: EditOptions
+    writers: tuple[ResidualWriter, ...]
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what the user should know about this edit."""
+        notes = []
+        model_type = architecture_of(self.checkpoint).model_type
+        extracted_from = self.direction.metadata.get("model_type")
+        if extracted_from is not None and extracted_from != model_type:
+            notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
+        if has_tied_embeddings(self.checkpoint) and any(writer.role == "embed" for writer in self.writers):
+            notes.append("the embeddings are tied, so the output head is edited with them")
+        others = [
+            name
+            for name in self.checkpoint.side_files
+            if Path(name).suffix in _WEIGHT_SUFFIXES or Path(name).name.startswith("pytorch_model")
+        ]
+        if others:
+            notes.append(f"copied unedited, though they seem to hold weights: {', '.join(others)}")
+        return tuple(notes)
+
+
+def make_edit_plan(
+    *, source: ModelSource | Path | str, direction: Direction | Path | str, options: EditOptions
+) -> EditPlan:
+    """Read the layouts, and check that checkpoint, direction and options fit one another.
+
+    Args:
+        source: The model: a local directory, or what `hub.resolve_model` returned.
+        direction: A direction, or the file that holds it.
+        options: What to edit.
+
+    Raises:
+        InputError: There is no such directory, or the options select nothing or layers that are not there.
+        DirectionError: The direction is malformed or has another width than the model.
+        CheckpointError: The source is incomplete, quantised or of an unsupported type.
+    """
+    model = _as_source(source)
+    checkpoint = open_checkpoint(model.path)
+    writers = find_residual_writers(checkpoint)
+    n_layers = layer_count(checkpoint)
+    if options.layers is not None and options.layers[1] > n_layers:
+        raise InputError(
+            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {n_layers} layers of "
+            f"{model.name}; give a range within 0:{n_layers}"
+        )
+    selected = tuple(writer for writer in writers if options.includes(writer))
+    if not selected:
+        raise InputError(
+            f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
+            f"{model.name}; embeddings are edited only if the layers start at 0"
+        )
+    return EditPlan(
+        source=model,
+        checkpoint=checkpoint,
+        direction=_as_direction(direction, d_model=residual_width(checkpoint), model=model.name),
+        options=options,
+        writers=selected,
+    )
+
+
+def _as_source(source: ModelSource | Path | str) -> ModelSource:
+    if isinstance(source, ModelSource):
+        return source
+    if not Path(source).is_dir():
+        raise InputError(
+            f"{source}: there is no such directory; give a checkpoint directory, or resolve a Hub id with "
+            "abliterate.hub.resolve_model"
+        )
+    return ModelSource(path=Path(source), name=str(source), revision=None)
+
+
+def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str) -> Direction:
+    if not isinstance(direction, Direction):
+        return load_direction(Path(direction), d_model=d_model)
+    if direction.d_model != d_model:
+        raise DirectionError(
+            f"the direction has {direction.d_model} entries, but the residual stream of {model} has "
+            f"{d_model}; extract a direction from this model"
+        )
+    return direction

@@ -1,0 +1,213 @@
+"""One safetensors file: its header, its tensors, and a copy of it in which some tensors are edited.
+
+A file is 8 bytes of length, a JSON header, which names every tensor with its dtype, shape and byte range, and
+the bytes of the tensors. No tensor is read before one is asked for, and no file is ever changed in place.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+import torch
+from torch import Tensor
+
+from abliterate.errors import CheckpointError
+from abliterate.hashed_files import HashingWriter, WrittenFile
+from abliterate.progress import Advance
+
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_CHUNK_BYTES = 16 << 20
+_DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor as its shard's header describes it; `start` and `end` are byte offsets in the file."""
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One safetensors file; `header_bytes` is all that precedes the weights, `tensors` are in file order."""
+
+    file_name: str
+    header_bytes: bytes
+    metadata: dict[str, str] | None
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return self.tensors[-1].end if self.tensors else len(self.header_bytes)
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        CheckpointError: The file is truncated, is not safetensors, or its header contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(_LENGTH_BYTES)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+                raise damaged_file(path, f"its header claims {length} bytes, the file has {size}")
+            header_bytes = prefix + file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    header = _parse_header(path, header_bytes[_LENGTH_BYTES:])
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise damaged_file(path, "its __metadata__ is not a map of strings")
+    tensors = sorted(
+        (_tensor_info(path, name, entry, len(header_bytes)) for name, entry in header.items()),
+        key=lambda tensor: (tensor.start, tensor.end),
+    )
+    position = len(header_bytes)
+    for tensor in tensors:
+        if tensor.start != position:
+            raise damaged_file(path, f"tensor {tensor.name} starts at byte {tensor.start}, expected {position}")
+        position = tensor.end
+    if position != size:
+        raise damaged_file(path, f"its header describes {position} bytes, the file has {size}")
+    return Shard(file_name=path.name, header_bytes=header_bytes, metadata=metadata, tensors=tuple(tensors))
+
+
+def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
+    """Read one floating-point tensor from its shard in `directory`.
+
+    Raises:
+        CheckpointError: The file cannot be read or has become shorter.
+    """
+    path = directory / info.shard
+    try:
+        with path.open("rb") as file:
+            return _read_tensor(file, path, info)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def rewrite_shard(
+    shard: Shard,
+    *,
+    source: Path,
+    target: Path,
+    edits: Mapping[str, Callable[[Tensor], Tensor]],
+    advance: Advance,
+) -> WrittenFile:
+    """Copy a shard byte for byte, except for the tensors that `edits` names.
+
+    The header is written as it was read, so names, order, dtypes, offsets and metadata stay; an edit must
+    give back the shape and dtype it was given. Memory: one edited tensor and its arithmetic.
+
+    Args:
+        shard: The shard, as `read_shard` read it.
+        source: Directory to read from.
+        target: Directory to write to; the file must not be there.
+        edits: Tensor name -> function from the stored tensor to the new one.
+        advance: Told the bytes written.
+
+    Raises:
+        CheckpointError: The source changed since its header was read.
+    """
+    path = source / shard.file_name
+    with path.open("rb") as reader, (target / shard.file_name).open("xb") as file:
+        writer = HashingWriter(file)
+        if reader.read(len(shard.header_bytes)) != shard.header_bytes:
+            raise damaged_file(path, "it was changed while it was being read")
+        writer.write(shard.header_bytes)
+        for info in shard.tensors:
+            edit = edits.get(info.name)
+            if edit is None:
+                _copy_bytes(reader, writer, path, info.end - info.start, advance)
+                continue
+            old = _read_tensor(reader, path, info)
+            new = edit(old)
+            if new.shape != old.shape or new.dtype != old.dtype:
+                raise CheckpointError(f"{path}: the edit of {info.name} changed its shape or dtype")
+            writer.write(new.contiguous().flatten().view(torch.uint8).numpy().data)
+            advance(info.end - info.start)
+        return writer.finish()
+
+
+def _copy_bytes(reader: BinaryIO, writer: HashingWriter, path: Path, count: int, advance: Advance) -> None:
+    while count:
+        chunk = reader.read(min(count, _CHUNK_BYTES))
+        if not chunk:
+            raise damaged_file(path, "it became shorter while it was being read")
+        writer.write(chunk)
+        advance(len(chunk))
+        count -= len(chunk)
+
+
+def _read_tensor(reader: BinaryIO, path: Path, info: TensorInfo) -> Tensor:
+    data = bytearray(info.end - info.start)
+    reader.seek(info.start)
+    if reader.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise damaged_file(path, "it became shorter while it was being read")
+    dtype = TORCH_DTYPES[info.dtype]
+    if not data:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(info.shape)
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) != len({name for name, _ in pairs}):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text, object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(path, f"its header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise damaged_file(path, "its header is not a JSON object")
+    return header
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise damaged_file(path, f"the header's entry of {name} is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        raise damaged_file(path, f"tensor {name} has the unknown dtype {dtype!r}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise damaged_file(path, f"tensor {name} has a malformed shape or data_offsets")
+    if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
+        raise damaged_file(path, f"tensor {name} ({dtype} {shape}) does not fill its {offsets[1] - offsets[0]} bytes")
+    start, end = offsets
+    return TensorInfo(
+        name=name,
+        shard=path.name,
+        dtype=dtype,
+        shape=tuple(shape),
+        start=data_start + start,
+        end=data_start + end,
+    )
+
+
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def damaged_file(path: Path, reason: str) -> CheckpointError:
+    """Return the error about a file of a checkpoint whose content cannot be what was written."""
+    return CheckpointError(f"{path}: {reason}; the file is damaged or incomplete, download it again")
