@@ -121,22 +121,11 @@ class _Run:
     progress: ProgressReporter
 
     def extract(self, source: ModelSource | None) -> Extraction:
-        harmful, harmless = (
-            self._record(self.prompts.harmful_train),
-            self._record(self.prompts.harmless_train),
-        )
+        """Record, filter, take the means, score and choose."""
+        harmful, harmless = self._record(self.prompts.harmful_train), self._record(self.prompts.harmless_train)
         tokens = self._refusal_tokens(harmful, harmless)
         token_ids = [token.token_id for token in tokens]
-        keep_harmful = self._keep(harmful.logits, token_ids, sign=1)
-        keep_harmless = self._keep(harmless.logits, token_ids, sign=-1)
-        self._require(keep_harmful, keep_harmless, minimum=MIN_PROMPTS, part="training")
-        candidates = difference_in_means(
-            harmful=harmful.activations[keep_harmful], harmless=harmless.activations[keep_harmless]
-        )
-        counts = {
-            "harmful_train": PromptCounts(sampled=len(keep_harmful), kept=int(keep_harmful.sum())),
-            "harmless_train": PromptCounts(sampled=len(keep_harmless), kept=int(keep_harmless.sum())),
-        }
+        candidates, counts = self._candidates(harmful, harmless, token_ids)
         rows, baseline = self._validation(token_ids, counts)
         scorer = CandidateScorer(
             chat=self.chat,
@@ -147,23 +136,21 @@ class _Run:
         )
         scores = self._score(scorer, candidates)
         thresholds, n_layers = self.options.thresholds, self.chat.n_layers
-        name = source.name if source else str(self.chat.model.config._name_or_path)
         passing = passing_candidates(scores, thresholds=thresholds, n_layers=n_layers)
+        table = ScoreTable(
+            scores=scores,
+            selected=passing[0] if passing else None,
+            thresholds=thresholds,
+            n_layers=n_layers,
+            baseline_harmful=baseline.harmful,
+            baseline_harmless=baseline.harmless,
+            tokens=self.chat.chat_format.post_instruction_tokens,
+            title=source.name if source else str(self.chat.model.config._name_or_path),
+        )
         if not passing:
-            raise NoCandidatePassesError(
-                ScoreTable(
-                    scores=scores,
-                    selected=None,
-                    thresholds=thresholds,
-                    n_layers=n_layers,
-                    baseline_harmful=baseline.harmful,
-                    baseline_harmless=baseline.harmless,
-                    tokens=self.chat.chat_format.post_instruction_tokens,
-                    title=name,
-                )
-            )
+            raise NoCandidatePassesError(table)
         report = ExtractionReport(
-            model=name,
+            model=table.title,
             revision=source.revision if source else None,
             n_layers=n_layers,
             d_model=self.chat.d_model,
@@ -188,7 +175,22 @@ class _Run:
             options=self.options,
             source=source,
         )
-        return Extraction(direction=direction, report=report)
+        return Extraction(direction=direction, report=report, score_table=table)
+
+    def _candidates(
+        self, harmful: Recording, harmless: Recording, token_ids: Sequence[int]
+    ) -> tuple[Tensor, dict[str, PromptCounts]]:
+        """Filter the training prompts and return the differences in means, and how many prompts they are of."""
+        keep_harmful = self._keep(harmful.logits, token_ids, sign=1)
+        keep_harmless = self._keep(harmless.logits, token_ids, sign=-1)
+        self._require(keep_harmful, keep_harmless, minimum=MIN_PROMPTS, part="training")
+        candidates = difference_in_means(
+            harmful=harmful.activations[keep_harmful], harmless=harmless.activations[keep_harmless]
+        )
+        return candidates, {
+            "harmful_train": PromptCounts(sampled=len(keep_harmful), kept=int(keep_harmful.sum())),
+            "harmless_train": PromptCounts(sampled=len(keep_harmless), kept=int(keep_harmless.sum())),
+        }
 
     def _record(self, prompts: PromptSet) -> Recording:
         rows = self.chat.encode(prompts.texts)

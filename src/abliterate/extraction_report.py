@@ -81,26 +81,14 @@ class ExtractionReport:
     direction_norm: float
     scores: tuple[CandidateScore, ...]
 
-    def score_table(self) -> ScoreTable:
-        """Return the scores as what `score_report` writes."""
-        return ScoreTable(
-            scores=self.scores,
-            selected=self.selected,
-            thresholds=self.thresholds,
-            n_layers=self.n_layers,
-            baseline_harmful=self.baseline.harmful,
-            baseline_harmless=self.baseline.harmless,
-            tokens=self.post_instruction_tokens,
-            title=self.model,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extraction:
-    """A direction, and the report of how it was found."""
+    """A direction, the report of how it was found, and the scores as `score_report` writes them."""
 
     direction: Direction
     report: ExtractionReport
+    score_table: ScoreTable
 
 
 class NoCandidatePassesError(NoDirectionError):

@@ -115,7 +115,7 @@ def extract(
         raise
     extraction.direction.save(output_file)
     if report is not None:
-        write_score_report(extraction.report.score_table(), report)
+        write_score_report(extraction.score_table, report)
     output.report(
         {"direction_file": output_file, **output.plain(extraction.report)},
         tables=lambda: [_summary(extraction.report), f"direction written to {output_file}"],
