@@ -61,7 +61,7 @@ def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
 
     Args:
         chat: the model.
-        direction: [d_model]; normalised here, with 1e-8 added to its norm, so that a zero vector removes nothing.
+        direction: [d_model]; normalised here, a zero vector removes nothing.
 
     Yields:
         how many hooks are attached (three a block).
@@ -155,7 +155,7 @@ def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
     if direction.shape != (chat.d_model,):
         raise ModelError(f"direction has shape {tuple(direction.shape)}; the model's width is {chat.d_model}")
     double = direction.to(torch.float64)
-    unit: Tensor = (double / (double.norm() + 1e-8)).to(chat.device, chat.model.dtype)
+    unit: Tensor = (double / double.norm().clamp(min=1e-8)).to(chat.device, chat.model.dtype)
     return unit
 
 
