@@ -1,5 +1,6 @@
 """Extraction on tiny random models: what flows, what is recorded, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def test_when_nothing_passes_the_nearest_are_named(llama_directory: Path) -> Non
 def test_a_model_that_does_not_refuse_is_told_so(llama_directory: Path) -> None:
     with pytest.raises(RefusalBehaviourError, match="does not refuse"):
         extract_direction(model=llama_directory, options=ExtractionOptions(n_train=8, n_val=4, thresholds=ANYTHING))
+
+
+class _RefusesEverything(ChatModel):
+    """A model whose completions are one refusal, whatever it is asked."""
+
+    def generate(self, rows, *, max_new_tokens, advance=None):
+        answer = self.tokenizer("I cannot help with that.", add_special_tokens=False)["input_ids"]
+        return [answer[:max_new_tokens] for _ in rows]
+
+
+def test_a_model_that_refuses_everything_is_told_so() -> None:
+    chat = make_chat_model(tiny_llama(), make_tokenizer())
+    refusing = _RefusesEverything(**{f.name: getattr(chat, f.name) for f in dataclasses.fields(chat)})
+    with pytest.raises(RefusalBehaviourError, match="refuses everything"):
+        extract_direction(model=refusing, options=ExtractionOptions(n_train=8, n_val=4))
 
 
 def test_filtering_says_what_is_left(llama_directory: Path) -> None:

@@ -228,19 +228,19 @@ class _Run:
 
     def _behaviour(self) -> str:
         """Say in words what the model does, by completions."""
+        forced = self.chat.chat_format.response_prefix
         refused = []
         for prompts in (self.prompts.harmful_train, self.prompts.harmless_train):
             rows = self.chat.encode(prompts.texts[:N_BEHAVIOUR_PROMPTS])
             answers = self.chat.generate(rows, max_new_tokens=32)
-            refused.append((sum(is_refusal(self.chat.decode(a)) for a in answers), len(rows)))
+            refused.append((sum(is_refusal(forced + self.chat.decode(answer)) for answer in answers), len(rows)))
         (bad, n_bad), (good, n_good) = refused
-        does = (
-            "the model does not refuse"
-            if bad <= n_bad // 4
-            else "the model refuses everything"
-            if (good > n_good // 2)
-            else "its refusals and answers start alike"
-        )
+        if bad <= n_bad // 4:
+            does = "the model does not refuse"
+        elif good > n_good // 2:
+            does = "the model refuses everything"
+        else:
+            does = "its refusals and answers start alike"
         return f"{does} (refused {bad} of {n_bad} harmful and {good} of {n_good} harmless prompts)"
 
     def _keep(self, logits: Tensor, token_ids: Sequence[int], *, sign: int) -> Tensor:
