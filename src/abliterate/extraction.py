@@ -1,6 +1,6 @@
 """Finding the refusal direction: difference in means, filtering, scoring, selection (Arditi et al. 2024, section 2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,14 @@ from abliterate.refusal_metric import (
     require_both_behaviours,
 )
 from abliterate.score_report import ScoreTable
-from abliterate.selection import CandidateScore, passing_candidates, score_lazily
+from abliterate.selection import (
+    Candidate,
+    CandidateScore,
+    ScoreName,
+    passing_candidates,
+    score_exhaustively,
+    score_lazily,
+)
 
 MIN_PROMPTS = 8
 """Fewer prompts than this on one side after filtering are too few to take a mean of."""
@@ -295,26 +302,20 @@ class _Run:
         with self.progress.task("Scoring candidates", total=3 * len(able)) as advance:
             n_done = 0
 
-            def counted(compute: Callable[[int, int], float]) -> Callable[[int, int], float]:
-                def count(position: int, layer: int) -> float:
-                    nonlocal n_done
-                    value = compute(position, layer)
-                    n_done += 1
-                    advance(1)
-                    return value
+            def compute(name: ScoreName, keys: Sequence[Candidate]) -> list[Mapping[ScoreName, float]]:
+                nonlocal n_done
+                found: dict[Candidate, Mapping[ScoreName, float]] = {}
+                for group in scorer.groups(name, keys):
+                    found |= zip(group, scorer.score(name, group), strict=True)
+                    n_computed = len(group) * (2 if name == "ablated" else 1)
+                    n_done += n_computed
+                    advance(n_computed)
+                return [found[key] for key in keys]
 
-                return count
-
-            induce, bypass, kl = counted(scorer.induce), counted(scorer.bypass), counted(scorer.kl)
             if self.options.exhaustive:
-                scores = [
-                    CandidateScore(position=p, layer=i, induce=induce(p, i), bypass=bypass(p, i), kl=kl(p, i))
-                    for p, i in able
-                ]
+                scores = score_exhaustively(able, compute=compute)
             else:
-                scores = score_lazily(
-                    able, thresholds=thresholds, n_layers=n_layers, induce=induce, bypass=bypass, kl=kl
-                )
+                scores = score_lazily(able, thresholds=thresholds, n_layers=n_layers, compute=compute)
             advance(3 * len(able) - n_done)
         scored = {(score.position, score.layer): score for score in scores}
         return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]
