@@ -1,5 +1,7 @@
 """A cached prefix changes nothing: on many kinds of models, for logits, recorded activations and scores."""
 
+from statistics import fmean as mean
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,7 +88,8 @@ def test_scores_of_candidates_in_one_batch_equal_plain_passes(chat: ChatModel) -
             kl = float(kl_divergence(base, plain_logits(chat, harmless)).mean())
         with add_direction(chat, vector, layer=layer):
             induce = float(refusal_metric(plain_logits(chat, harmless), token_ids=TOKENS).mean())
-        assert induced[i] == {"induce": pytest.approx(induce, abs=1e-4)}
-        assert both[i] == {"bypass": pytest.approx(bypass, abs=1e-4), "kl": pytest.approx(kl, abs=1e-4)}
-        assert bypassed[i] == {"bypass": pytest.approx(bypass, abs=1e-4)}
-        assert diverged[i] == {"kl": pytest.approx(kl, abs=1e-4)}
+        assert mean(induced[i]["induce"]) == pytest.approx(induce, abs=1e-4)
+        for scores in (both[i], bypassed[i]):
+            assert mean(scores["bypass"]) == pytest.approx(bypass, abs=1e-4)
+        for scores in (both[i], diverged[i]):
+            assert mean(scores["kl"]) == pytest.approx(kl, abs=1e-4)

@@ -5,9 +5,10 @@ run once per candidate, several candidates in one batch, logits at the last toke
 restarted at its own block.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
+from statistics import fmean as mean
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from abliterate.interventions import (
 )
 from abliterate.model import ChatModel
 from abliterate.refusal_metric import refusal_metric
-from abliterate.selection import Candidate, ScoreName
+from abliterate.selection import Candidate, PromptScores, ScoreName
 
 KL_EPSILON = 1e-6
 """Added inside both logarithms of the KL divergence (the published code's value)."""
@@ -52,6 +53,8 @@ class CandidateScorer:
         token_ids: the refusal tokens.
     """
 
+    kl_at_once: int | None = 1
+
     def __init__(
         self,
         *,
@@ -81,8 +84,8 @@ class CandidateScorer:
         size = max(1, min(self._largest_group, -(-BATCHES_PER_GROUP * self._chat.tokens_per_batch // n_tokens)))
         return [list(candidates[start : start + size]) for start in range(0, len(candidates), size)]
 
-    def score(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[Mapping[ScoreName, float]]:
-        """Return scores of each candidate: the one asked for, and what comes with it.
+    def score(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[PromptScores]:
+        """Return the values of a score for each candidate, prompt by prompt.
 
         "ablated" stands for bypass and KL together, which share the candidate's prefix.
         """
@@ -104,27 +107,27 @@ class CandidateScorer:
 
         self._run_ablated(self._vectors(candidates), [self._rows[i] for i in indices], receive)
         n = sum(i < self._n_harmful for i in indices)
-        found: list[Mapping[ScoreName, float]] = []
-        for row in values:
-            scores: dict[ScoreName, float] = {}
+        found: list[PromptScores] = []
+        for row in values.tolist():
+            scores: dict[ScoreName, tuple[float, ...]] = {}
             if n:
-                scores["bypass"] = float(row[:n].mean())
+                scores["bypass"] = tuple(row[:n])
             if n < len(indices):
-                scores["kl"] = float(row[n:].mean())
+                scores["kl"] = tuple(row[n:])
             found.append(scores)
         return found
 
     def bypass(self, position: int, layer: int) -> float:
         """Return the mean refusal metric on the harmful prompts with the candidate ablated everywhere."""
-        return self.score("bypass", [(position, layer)])[0]["bypass"]
+        return mean(self.score("bypass", [(position, layer)])[0]["bypass"])
 
     def kl(self, position: int, layer: int) -> float:
         """Return the mean KL(base || ablated) of the first answer token on the harmless prompts, in nats."""
-        return self.score("kl", [(position, layer)])[0]["kl"]
+        return mean(self.score("kl", [(position, layer)])[0]["kl"])
 
     def induce(self, position: int, layer: int) -> float:
         """Return the mean refusal metric on the harmless prompts with the candidate added at its own layer."""
-        return self.score("induce", [(position, layer)])[0]["induce"]
+        return mean(self.score("induce", [(position, layer)])[0]["induce"])
 
     @property
     def _largest_group(self) -> int:
@@ -137,13 +140,13 @@ class CandidateScorer:
     def _vectors(self, candidates: Sequence[Candidate]) -> Tensor:
         return torch.stack([self._candidates[position, layer] for position, layer in candidates])
 
-    def _induce(self, candidates: Sequence[Candidate]) -> list[Mapping[ScoreName, float]]:
-        found: dict[Candidate, float] = {}
+    def _induce(self, candidates: Sequence[Candidate]) -> list[PromptScores]:
+        found: dict[Candidate, tuple[float, ...]] = {}
         for group in self.groups("induce", candidates):
             metric = self._stream.metric_with_addition(
                 self._vectors(group), layer=group[0][1], token_ids=self._token_ids
             )
-            found |= {key: float(row.mean()) for key, row in zip(group, metric, strict=True)}
+            found |= {key: tuple(row) for key, row in zip(group, metric.tolist(), strict=True)}
         return [{"induce": found[key]} for key in candidates]
 
     def _run_ablated(

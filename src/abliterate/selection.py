@@ -17,6 +17,8 @@ Candidate = tuple[int, int]
 """(position, layer)"""
 ScoreName = Literal["induce", "bypass", "kl", "ablated"]
 """What can be asked for; "ablated" asks for bypass and KL together."""
+PromptScores = Mapping[ScoreName, tuple[float, ...]]
+"""A candidate's scores by name, prompt by prompt; a score is their mean."""
 ComputeScores = Callable[[ScoreName, Sequence[Candidate]], Sequence[Mapping[ScoreName, float]]]
 """Computes scores of some candidates; returns for each the values by name."""
 
