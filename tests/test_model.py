@@ -12,9 +12,9 @@ from abliterate.model import (
     find_response_prefix,
     load_chat_model,
     make_chat_model,
-    shared_prefix_length,
     with_response_prefix,
 )
+from abliterate.prefix_cache import shared_prefix_length
 from chat_models import CHATML, SYSTEM, make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
@@ -122,20 +122,27 @@ def test_generation_is_greedy_whatever_the_model_ships(llama_chat: ChatModel) ->
 
 
 def test_batches_are_halved_when_memory_runs_out(llama_chat: ChatModel) -> None:
-    sizes: list[int] = []
+    lengths = [4, 9, 2, 7, 5, 1, 3, 8, 6]
+    padded: list[int] = []
     done: list[int] = []
 
     def run(indices: list[int]) -> None:
-        sizes.append(len(indices))
-        if len(indices) > 3:
+        padded.append(len(indices) * max(lengths[i] for i in indices))
+        if padded[-1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
         done.extend(indices)
 
     chat = dataclasses.replace(llama_chat, batch_size=8, _limit={})
-    chat.for_batches([4, 9, 2, 7, 5, 1, 3, 8, 6], run)
+    chat.for_batches(lengths, run)
     assert sorted(done) == list(range(9))
     assert done[0] == 1  # the longest row first
-    assert max(sizes[2:]) <= 3
+    failed = [size for size in padded if size > 20]
+    assert 1 <= len(failed) <= 2
+    assert len(padded) == len(failed) + len(padded[len(failed) :])
+    done.clear()
+    padded.clear()
+    chat.for_batches(lengths, run)
+    assert max(padded) <= 20  # what was learned is kept
 
 
 def test_one_prompt_that_does_not_fit_is_an_error(llama_chat: ChatModel) -> None:

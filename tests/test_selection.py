@@ -47,26 +47,19 @@ def published_scores(name: str, file: str = "direction_evaluations.json") -> lis
     ]
 
 
-def lazily(scores: list[CandidateScore], n_layers: int, thresholds: Thresholds) -> tuple[list[CandidateScore], int]:
+def lazily(
+    scores: list[CandidateScore], n_layers: int, thresholds: Thresholds, **settings
+) -> tuple[list[CandidateScore], int]:
     table = {(s.position, s.layer): s for s in scores}
     calls = 0
 
-    def read(name: str):
-        def value(position: int, layer: int) -> float:
-            nonlocal calls
-            calls += 1
-            return getattr(table[position, layer], name)
+    def compute(name: str, keys: list[tuple[int, int]]) -> list[dict[str, float]]:
+        nonlocal calls
+        names = ("bypass", "kl") if name == "ablated" else (name,)
+        calls += len(names) * len(keys)
+        return [{n: getattr(table[key], n) for n in names} for key in keys]
 
-        return value
-
-    found = score_lazily(
-        list(table),
-        thresholds=thresholds,
-        n_layers=n_layers,
-        induce=read("induce"),
-        bypass=read("bypass"),
-        kl=read("kl"),
-    )
+    found = score_lazily(list(table), thresholds=thresholds, n_layers=n_layers, compute=compute, **settings)
     return passing_candidates(found, thresholds=thresholds, n_layers=n_layers), calls
 
 
@@ -110,8 +103,9 @@ def test_lazy_choice_on_random_scores() -> None:
         ]
         thresholds = Thresholds(kl=0.1, induce=0.0, prune_layers=rng.choice([0.0, 0.2, 0.5]))
         expected = passing_candidates(scores, thresholds=thresholds, n_layers=n_layers)
-        passing, _ = lazily(scores, n_layers, thresholds)
-        assert passing[:1] == expected[:1]
+        for kl_at_once in (1, 3, None):
+            passing, _ = lazily(scores, n_layers, thresholds, kl_at_once=kl_at_once)
+            assert passing[:1] == expected[:1]
 
 
 def test_nan_in_any_score_fails() -> None:

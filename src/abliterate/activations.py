@@ -15,8 +15,8 @@ class Recording:
     """What one pass over some prompts left.
 
     Attributes:
-        activations: [n_prompts, n_pos, n_layers, d_model] float32 on the CPU: resid_pre at the post-instruction
-            tokens, in the order of the positions -n_pos .. -1.
+        activations: [n_prompts, n_pos, n_layers, d_model] in the model's dtype on the CPU: resid_pre at the
+            post-instruction tokens, in the order of the positions -n_pos .. -1.
         logits: [n_prompts, vocab] float32 on the CPU, at the last token.
     """
 
@@ -37,12 +37,12 @@ def record(
     """
     n_positions = chat.chat_format.n_positions
     cache, n_cached = chat.share_prefix(rows, keep=n_positions)
-    activations = torch.zeros(len(rows), n_positions, chat.n_layers, chat.d_model)
+    activations = torch.zeros(len(rows), n_positions, chat.n_layers, chat.d_model, dtype=chat.model.dtype)
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
 
     def run(indices: list[int]) -> None:
         def keep(layer: int, hidden: Tensor) -> None:
-            activations[indices, :, layer] = hidden[:, -n_positions:].float().cpu()
+            activations[indices, :, layer] = hidden[:, -n_positions:].cpu()
 
         with capture_inputs(chat, keep):
             result = chat.forward([list(rows[i][n_cached:]) for i in indices], cache=cache, n_cached=n_cached)

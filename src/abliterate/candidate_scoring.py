@@ -1,11 +1,14 @@
 """The three scores of a candidate direction: bypass, induce and KL (Arditi et al. 2024, section 2.3, appendix C).
 
 Nothing is approximated: the same forward passes as the published procedure, with the tokens that all prompts share
-run once per candidate, logits at the last token only, and activation addition restarted at its own block.
+run once per candidate, several candidates in one batch, logits at the last token only, and activation addition
+restarted at its own block.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from statistics import fmean as mean
 
 import torch
 from torch import Tensor
@@ -19,9 +22,12 @@ from abliterate.interventions import (
 )
 from abliterate.model import ChatModel
 from abliterate.refusal_metric import refusal_metric
+from abliterate.selection import Candidate, PromptScores, ScoreName
 
 KL_EPSILON = 1e-6
 """Added inside both logarithms of the KL divergence (the published code's value)."""
+BATCHES_PER_GROUP = 4
+"""Candidates are run in groups that fill so many batches: enough rows of like length to batch without padding."""
 
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
@@ -47,6 +53,8 @@ class CandidateScorer:
         token_ids: the refusal tokens.
     """
 
+    kl_at_once: int | None = 1
+
     def __init__(
         self,
         *,
@@ -58,32 +66,107 @@ class CandidateScorer:
     ) -> None:
         self._chat = chat
         self._candidates = candidates
-        self._harmful_rows = harmful_rows
-        self._harmless_rows = harmless_rows
         self._token_ids = token_ids
         self._stream = _ResidualStream(chat, harmless_rows)
         self.base_harmless_logits = self._stream.logits
+        self._n_harmful = len(harmful_rows)
+        rows = [*harmful_rows, *harmless_rows]
+        n_cached = chat.shareable_prefix(rows)
+        self._prefix = list(rows[0][:n_cached])
+        self._rows = [list(row[n_cached:]) for row in rows]
 
-    def candidate(self, position: int, layer: int) -> Tensor:
-        """Return the un-normalised candidate [d_model]."""
-        return self._candidates[position, layer]
+    def groups(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+        """Divide candidates into the groups that `score` is best asked for one after another."""
+        if score == "induce":
+            by_layer = sorted(candidates, key=lambda key: -key[1])
+            return [list(group) for _, group in groupby(by_layer, key=lambda key: key[1])]
+        n_tokens = sum(len(self._rows[i]) for i in self._indices(score))
+        size = max(1, min(self._largest_group, -(-BATCHES_PER_GROUP * self._chat.tokens_per_batch // n_tokens)))
+        return [list(candidates[start : start + size]) for start in range(0, len(candidates), size)]
+
+    def score(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[PromptScores]:
+        """Return the values of a score for each candidate, prompt by prompt.
+
+        "ablated" stands for bypass and KL together, which share the candidate's prefix.
+        """
+        if score == "induce":
+            return self._induce(candidates)
+        indices = self._indices(score)
+        values = torch.empty(len(candidates), len(indices), dtype=torch.float64)
+
+        def receive(variants: Tensor, rows: Tensor, logits: Tensor) -> None:
+            is_harmful = torch.tensor([indices[i] < self._n_harmful for i in rows])
+            if is_harmful.any():
+                values[variants[is_harmful], rows[is_harmful]] = refusal_metric(
+                    logits[is_harmful], token_ids=self._token_ids
+                )
+            if not is_harmful.all():
+                places = torch.tensor([indices[i] - self._n_harmful for i in rows[~is_harmful]])
+                base = self.base_harmless_logits[places]
+                values[variants[~is_harmful], rows[~is_harmful]] = kl_divergence(base, logits[~is_harmful])
+
+        self._run_ablated(self._vectors(candidates), [self._rows[i] for i in indices], receive)
+        n = sum(i < self._n_harmful for i in indices)
+        found: list[PromptScores] = []
+        for row in values.tolist():
+            scores: dict[ScoreName, tuple[float, ...]] = {}
+            if n:
+                scores["bypass"] = tuple(row[:n])
+            if n < len(indices):
+                scores["kl"] = tuple(row[n:])
+            found.append(scores)
+        return found
 
     def bypass(self, position: int, layer: int) -> float:
         """Return the mean refusal metric on the harmful prompts with the candidate ablated everywhere."""
-        with ablate_direction(self._chat, self.candidate(position, layer)):
-            logits = self._chat.last_logits(self._harmful_rows)
-        return float(refusal_metric(logits, token_ids=self._token_ids).mean())
+        return mean(self.score("bypass", [(position, layer)])[0]["bypass"])
 
     def kl(self, position: int, layer: int) -> float:
         """Return the mean KL(base || ablated) of the first answer token on the harmless prompts, in nats."""
-        with ablate_direction(self._chat, self.candidate(position, layer)):
-            logits = self._chat.last_logits(self._harmless_rows)
-        return float(kl_divergence(self.base_harmless_logits, logits).mean())
+        return mean(self.score("kl", [(position, layer)])[0]["kl"])
 
     def induce(self, position: int, layer: int) -> float:
         """Return the mean refusal metric on the harmless prompts with the candidate added at its own layer."""
-        logits = self._stream.logits_with_addition(self.candidate(position, layer), layer=layer)
-        return float(refusal_metric(logits, token_ids=self._token_ids).mean())
+        return mean(self.score("induce", [(position, layer)])[0]["induce"])
+
+    @property
+    def _largest_group(self) -> int:
+        return max(1, self._chat.tokens_per_batch // max(1, len(self._prefix)))
+
+    def _indices(self, score: ScoreName) -> range:
+        first = self._n_harmful if score == "kl" else 0
+        return range(first, self._n_harmful if score == "bypass" else len(self._rows))
+
+    def _vectors(self, candidates: Sequence[Candidate]) -> Tensor:
+        return torch.stack([self._candidates[position, layer] for position, layer in candidates])
+
+    def _induce(self, candidates: Sequence[Candidate]) -> list[PromptScores]:
+        found: dict[Candidate, tuple[float, ...]] = {}
+        for group in self.groups("induce", candidates):
+            metric = self._stream.metric_with_addition(
+                self._vectors(group), layer=group[0][1], token_ids=self._token_ids
+            )
+            found |= {key: tuple(row) for key, row in zip(group, metric.tolist(), strict=True)}
+        return [{"induce": found[key]} for key in candidates]
+
+    def _run_ablated(
+        self, vectors: Tensor, rows: list[list[int]], receive: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> None:
+        chat, cache = self._chat, None
+        if self._prefix:
+            with ablate_direction(chat, vectors):
+                cache = chat.run_prefix(self._prefix, n_variants=len(vectors))
+        n_rows, n_cached = len(rows), len(self._prefix)
+
+        def run(pairs: list[int]) -> None:
+            variants, places = torch.tensor(pairs) // n_rows, torch.tensor(pairs) % n_rows
+            with ablate_direction(chat, vectors[variants]):
+                logits = chat.forward(
+                    [rows[i] for i in places], cache=cache, n_cached=n_cached, variants=variants.tolist()
+                )
+            receive(variants, places, logits.float().cpu())
+
+        chat.for_batches([len(row) + chat.cached_share(n_cached) for row in rows] * len(vectors), run)
 
 
 class _ResidualStream:
@@ -95,51 +178,65 @@ class _ResidualStream:
 
     def __init__(self, chat: ChatModel, rows: Sequence[Sequence[int]]) -> None:
         self._chat = chat
-        self._n_rows = len(rows)
         self._tuple_output = blocks_return_tuples(chat)
         self._prefix_hidden: list[Tensor] = []
         with capture_inputs(chat, lambda _layer, hidden: self._prefix_hidden.append(hidden)):
             self._cache, self._n_cached = chat.share_prefix(rows)
         self._prefix = list(rows[0][: self._n_cached])
-        self._batches: list[tuple[list[int], list[list[int]], list[Tensor]]] = []
-        results: list[Tensor] = []
+        self._rows = [list(row[self._n_cached :]) for row in rows]
+        width = max(len(row) for row in self._rows)
+        # In the order of the rows, padded on the left; what stands at the padding is never attended to.
+        shape = (len(rows), width, chat.d_model)
+        self._inputs = [torch.zeros(shape, dtype=chat.model.dtype) for _ in chat.blocks]
+        self.logits = torch.empty(0)
 
         def run(indices: list[int]) -> None:
-            batch = [list(rows[i][self._n_cached :]) for i in indices]
-            inputs: list[Tensor] = []
-            with capture_inputs(chat, lambda _layer, hidden: inputs.append(hidden)):
-                results.append(chat.forward(batch, cache=self._cache, n_cached=self._n_cached))
-            self._batches.append((indices, batch, inputs))
+            def keep(layer: int, hidden: Tensor) -> None:
+                self._inputs[layer][indices, width - hidden.shape[1] :] = hidden.cpu()
 
-        chat.for_batches([len(row) - self._n_cached for row in rows], run)
-        self.logits = self._in_order(results)
+            with capture_inputs(chat, keep):
+                result = chat.forward([self._rows[i] for i in indices], cache=self._cache, n_cached=self._n_cached)
+            if not len(self.logits):
+                self.logits = torch.empty(len(rows), result.shape[-1])
+            self.logits[indices] = result.float().cpu()
 
-    def logits_with_addition(self, vector: Tensor, *, layer: int) -> Tensor:
-        """Return the logits [n, vocab] with `vector` added to the input of block `layer` at all positions."""
-        chat = self._chat
-        cache = None
+        chat.for_batches([len(row) for row in self._rows], run)
+
+    def metric_with_addition(self, vectors: Tensor, *, layer: int, token_ids: Sequence[int]) -> Tensor:
+        """Return the refusal metric of the rows with a vector added to the input of block `layer` at all positions.
+
+        Args:
+            vectors: [n_vectors, d_model].
+            layer: the block.
+            token_ids: the refusal tokens.
+
+        Returns:
+            [n_vectors, n_rows] float64.
+        """
+        chat, cache, n_rows = self._chat, None, len(self._rows)
         if self._cache is not None:
-            with self._from_block(layer, self._prefix_hidden[layer], vector):
-                cache = chat.run_prefix(self._prefix)
+            hidden = self._prefix_hidden[layer].expand(len(vectors), -1, -1)
+            with self._from_block(layer, hidden, vectors):
+                cache = chat.run_prefix(self._prefix, n_variants=len(vectors))
             # The blocks that were skipped have cached nothing; theirs is the unchanged model's.
             if cache is not None:
-                cache.layers[:layer] = self._cache.layers[:layer]
-        results = []
-        for _, batch, inputs in self._batches:
-            with self._from_block(layer, inputs[layer], vector):
-                results.append(chat.forward(batch, cache=cache, n_cached=self._n_cached))
-        return self._in_order(results)
+                cache.cache.layers[:layer] = self._cache.cache.layers[:layer]
+        metric = torch.empty(len(vectors), n_rows, dtype=torch.float64)
+
+        def run(pairs: list[int]) -> None:
+            variants, places = torch.tensor(pairs) // n_rows, torch.tensor(pairs) % n_rows
+            batch = [self._rows[i] for i in places]
+            hidden = self._inputs[layer][places, -max(len(row) for row in batch) :].to(chat.device)
+            with self._from_block(layer, hidden, vectors[variants]):
+                logits = chat.forward(batch, cache=cache, n_cached=self._n_cached, variants=variants.tolist())
+            metric[variants, places] = refusal_metric(logits.float().cpu(), token_ids=token_ids)
+
+        chat.for_batches([len(row) + chat.cached_share(self._n_cached) for row in self._rows] * len(vectors), run)
+        return metric
 
     @contextmanager
-    def _from_block(self, layer: int, hidden: Tensor, vector: Tensor) -> Iterator[None]:
-        with (
-            start_at_block(self._chat, hidden, layer=layer, tuple_output=self._tuple_output),
-            add_direction(self._chat, vector, layer=layer),
-        ):
+    def _from_block(self, layer: int, hidden: Tensor, vectors: Tensor) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(start_at_block(self._chat, hidden, layer=layer, tuple_output=self._tuple_output))
+            stack.enter_context(add_direction(self._chat, vectors, layer=layer))
             yield
-
-    def _in_order(self, results: list[Tensor]) -> Tensor:
-        logits = torch.empty(self._n_rows, results[0].shape[-1])
-        for (indices, _, _), result in zip(self._batches, results, strict=True):
-            logits[indices] = result.float().cpu()
-        return logits

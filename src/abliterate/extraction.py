@@ -1,8 +1,9 @@
 """Finding the refusal direction: difference in means, filtering, scoring, selection (Arditi et al. 2024, section 2)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from abliterate.extraction_report import (
     NoCandidatePassesError,
     PromptCounts,
     direction_of,
+    versions,
 )
 from abliterate.hub import ModelSource, resolve_model
 from abliterate.model import (
@@ -27,24 +29,20 @@ from abliterate.model import (
     load_chat_model,
     with_response_prefix,
 )
-from abliterate.progress import SILENT, ProgressReporter
+from abliterate.progress import SILENT, Advance, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extraction
-from abliterate.refusal_metric import (
-    RefusalToken,
-    find_refusal_tokens,
-    is_refusal,
-    refusal_metric,
-    require_both_behaviours,
-)
+from abliterate.ranks import Ranks, find_ranks
+from abliterate.refusal_behaviour import refusal_tokens_of
+from abliterate.refusal_metric import refusal_metric, require_both_behaviours
+from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.score_report import ScoreTable
-from abliterate.selection import CandidateScore, passing_candidates, score_lazily
+from abliterate.scoring_run import ScoringRun
+from abliterate.selection import passing_candidates
 
 MIN_PROMPTS = 8
 """Fewer prompts than this on one side after filtering are too few to take a mean of."""
-ZERO_NORM = 1e-9
-"""A candidate shorter than this share of the longest is a zero vector."""
 N_PREFIX_PROMPTS = 8
-N_BEHAVIOUR_PROMPTS = 16
+PARTS = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
 
 
 def extract_direction(
@@ -55,8 +53,11 @@ def extract_direction(
     options: ExtractionOptions | None = None,
     model_options: ModelOptions | None = None,
     progress: ProgressReporter = SILENT,
+    work_directory: Path | None = None,
 ) -> Extraction:
     """Find the direction in the residual stream that mediates refusal.
+
+    Where a launcher started several processes (`accelerate launch`), they share the work, and each returns the whole.
 
     Args:
         model: a directory, a Hub id, a resolved source or a loaded model.
@@ -65,6 +66,8 @@ def extract_direction(
         options: how to extract; default: the paper's values.
         model_options: how to load and run the model.
         progress: where to show progress.
+        work_directory: where to keep recordings and scores as they are computed; an extraction that was interrupted
+            goes on from there, and the directory is deleted at the end. None, or a loaded model: nothing is kept.
 
     Raises:
         NoDirectionError: no candidate passes the selection.
@@ -77,10 +80,37 @@ def extract_direction(
     prompts = split_for_extraction(harmful, harmless, n_train=options.n_train, n_val=options.n_val, seed=options.seed)
     for note in prompts.notes:
         progress.message(note)
-    source, chat = _load(model, model_options or ModelOptions(), progress)
+    model_options = model_options or ModelOptions()
+    ranks = find_ranks(device=model_options.device)
+    source, chat = _load(model, model_options, progress)
     chat = _force_response_prefix(chat, prompts, progress)
-    run = _Run(chat=chat, prompts=prompts, options=options, progress=progress)
-    return run.extract(source)
+    saved = SavedWork(
+        work_directory if source is not None and ranks.is_first else None,
+        key=_work_key(source, prompts, options, model_options),
+        progress=progress,
+    )
+    run = _Run(chat=chat, prompts=prompts, options=options, progress=progress, saved=saved, ranks=ranks)
+    try:
+        extraction = run.extract(source)
+    except (InputError, RefusalBehaviourError):
+        # Nothing that is there would help the next attempt; after "no candidate passes" it would.
+        saved.discard()
+        raise
+    saved.discard()
+    return extraction
+
+
+def _work_key(
+    source: ModelSource | None, prompts: ExtractionPrompts, options: ExtractionOptions, model_options: ModelOptions
+) -> dict[str, Any]:
+    return {
+        "model": None if source is None else {"files": model_fingerprint(source.path), "revision": source.revision},
+        "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
+        "refusal tokens": options.refusal_tokens,
+        "filter": options.filter_prompts,
+        "model options": asdict(model_options),
+        "versions": versions(),
+    }
 
 
 def _check_options(options: ExtractionOptions) -> None:
@@ -119,14 +149,23 @@ class _Run:
     prompts: ExtractionPrompts
     options: ExtractionOptions
     progress: ProgressReporter
+    saved: SavedWork
+    ranks: Ranks
 
     def extract(self, source: ModelSource | None) -> Extraction:
         """Record, filter, take the means, score and choose."""
-        harmful, harmless = self._record(self.prompts.harmful_train), self._record(self.prompts.harmless_train)
-        tokens = self._refusal_tokens(harmful, harmless)
+        recordings = self._record()
+        harmful, harmless = recordings["harmful_train"], recordings["harmless_train"]
+        tokens = refusal_tokens_of(
+            chat=self.chat,
+            prompts=self.prompts,
+            harmful=harmful,
+            harmless=harmless,
+            named=self.options.refusal_tokens,
+        )
         token_ids = [token.token_id for token in tokens]
         candidates, counts = self._candidates(harmful, harmless, token_ids)
-        rows, baseline = self._validation(token_ids, counts)
+        rows, baseline = self._validation(recordings, token_ids, counts)
         scorer = CandidateScorer(
             chat=self.chat,
             candidates=candidates,
@@ -134,8 +173,17 @@ class _Run:
             harmless_rows=rows["harmless"],
             token_ids=token_ids,
         )
-        scores = self._score(scorer, candidates)
         thresholds, n_layers = self.options.thresholds, self.chat.n_layers
+        scoring = ScoringRun(
+            scorer=scorer,
+            saved=self.saved,
+            ranks=self.ranks,
+            thresholds=thresholds,
+            n_layers=n_layers,
+            exhaustive=self.options.exhaustive,
+            progress=self.progress,
+        )
+        scores = scoring.score(candidates)
         passing = passing_candidates(scores, thresholds=thresholds, n_layers=n_layers)
         table = ScoreTable(
             scores=scores,
@@ -192,56 +240,28 @@ class _Run:
             "harmless_train": PromptCounts(sampled=len(keep_harmless), kept=int(keep_harmless.sum())),
         }
 
-    def _record(self, prompts: PromptSet) -> Recording:
-        rows = self.chat.encode(prompts.texts)
-        with self.progress.task(f"Recording {prompts.name}", total=len(rows)) as advance:
-            return record(self.chat, rows, advance=advance)
+    def _record(self) -> dict[str, Recording]:
+        """Record all four sets of prompts, each taken from the saved work where it is there."""
+        recordings = {}
+        for name in PARTS:
+            prompts: PromptSet = getattr(self.prompts, name)
+            saved = self.ranks.first_says(self.saved.recording(name))
+            if saved is None:
+                rows = self.chat.encode(prompts.texts)
+                with self.progress.task(f"Recording {prompts.name}", total=len(rows)) as advance:
+                    saved = self._record_rows(rows, advance)
+                if self.ranks.is_first:
+                    self.saved.save_recording(name, saved)
+            recordings[name] = Recording(**saved)
+        return recordings
 
-    def _refusal_tokens(self, harmful: Recording, harmless: Recording) -> list[RefusalToken]:
-        tokenizer = self.chat.tokenizer
-        if self.options.refusal_tokens:
-            found = []
-            for text in self.options.refusal_tokens:
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-                if len(ids) != 1:
-                    raise InputError(
-                        f"--refusal-token {text!r} is {len(ids)} tokens in this model's vocabulary; it must be one"
-                    )
-                p, q = (float(torch.softmax(r.logits.double(), -1)[:, ids[0]].mean()) for r in (harmful, harmless))
-                found.append((ids[0], p, q))
-        else:
-            found = find_refusal_tokens(harmful_logits=harmful.logits, harmless_logits=harmless.logits)
-        if not found:
-            raise RefusalBehaviourError(
-                "no first token tells harmful from harmless prompts: " + self._behaviour() + "; if it refuses in "
-                "words of its own, name the first token with --refusal-token"
-            )
-        return [
-            RefusalToken(
-                token_id=token_id,
-                text=self.chat.decode([token_id], skip_special_tokens=False),
-                harmful_probability=p,
-                harmless_probability=q,
-            )
-            for token_id, p, q in found
-        ]
+    def _record_rows(self, rows: list[list[int]], advance: Advance) -> dict[str, Tensor]:
+        def compute(part: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
+            recording = record(self.chat, part, advance=lambda n: advance(n * self.ranks.count))
+            return list(zip(recording.activations, recording.logits, strict=True))
 
-    def _behaviour(self) -> str:
-        """Say in words what the model does, by completions."""
-        forced = self.chat.chat_format.response_prefix
-        refused = []
-        for prompts in (self.prompts.harmful_train, self.prompts.harmless_train):
-            rows = self.chat.encode(prompts.texts[:N_BEHAVIOUR_PROMPTS])
-            answers = self.chat.generate(rows, max_new_tokens=32)
-            refused.append((sum(is_refusal(forced + self.chat.decode(answer)) for answer in answers), len(rows)))
-        (bad, n_bad), (good, n_good) = refused
-        if bad <= n_bad // 4:
-            does = "the model does not refuse"
-        elif good > n_good // 2:
-            does = "the model refuses everything"
-        else:
-            does = "its refusals and answers start alike"
-        return f"{does} (refused {bad} of {n_bad} harmful and {good} of {n_good} harmless prompts)"
+        activations, logits = zip(*self.ranks.share(rows, compute), strict=True)
+        return {"activations": torch.stack(activations), "logits": torch.stack(logits)}
 
     def _keep(self, logits: Tensor, token_ids: Sequence[int], *, sign: int) -> Tensor:
         if not self.options.filter_prompts:
@@ -259,62 +279,19 @@ class _Run:
         )
 
     def _validation(
-        self, token_ids: Sequence[int], counts: dict[str, PromptCounts]
+        self, recordings: dict[str, Recording], token_ids: Sequence[int], counts: dict[str, PromptCounts]
     ) -> tuple[dict[str, list[list[int]]], Baseline]:
         kept: dict[str, list[list[int]]] = {}
         keeps: dict[str, Tensor] = {}
         means: dict[str, float] = {}
-        sets = {
-            "harmful": (self.prompts.harmful_validation, 1),
-            "harmless": (self.prompts.harmless_validation, -1),
-        }
-        for kind, (prompts, sign) in sets.items():
-            rows = self.chat.encode(prompts.texts)
-            with self.progress.task(f"Filtering {prompts.name}", total=len(rows)) as advance:
-                logits = self.chat.last_logits(rows, advance=advance)
+        for kind, sign in (("harmful", 1), ("harmless", -1)):
+            name = f"{kind}_validation"
+            prompts: PromptSet = getattr(self.prompts, name)
+            logits = recordings[name].logits
             keeps[kind] = self._keep(logits, token_ids, sign=sign)
+            rows = self.chat.encode(prompts.texts)
             kept[kind] = [row for row, keep in zip(rows, keeps[kind].tolist(), strict=True) if keep]
-            counts[f"{kind}_validation"] = PromptCounts(sampled=len(rows), kept=len(kept[kind]))
+            counts[name] = PromptCounts(sampled=len(rows), kept=len(kept[kind]))
             means[kind] = float(refusal_metric(logits[keeps[kind]], token_ids=token_ids).mean())
         self._require(keeps["harmful"], keeps["harmless"], minimum=MIN_PROMPTS, part="validation")
         return kept, Baseline(**means)
-
-    def _score(self, scorer: CandidateScorer, candidates: Tensor) -> list[CandidateScore]:
-        """Score the candidates that can be chosen, and return one entry per position and layer, in order.
-
-        A zero vector (layer 0 mostly: the template's tokens are the same in all prompts) is no direction.
-        """
-        thresholds, n_layers = self.options.thresholds, self.chat.n_layers
-        grid = [(p, layer) for p in range(-len(candidates), 0) for layer in range(n_layers)]
-        norms = candidates.norm(dim=-1)
-        able = [
-            (p, layer)
-            for p, layer in grid
-            if layer < thresholds.layer_limit(n_layers) and norms[p, layer] > ZERO_NORM * norms.max()
-        ]
-        with self.progress.task("Scoring candidates", total=3 * len(able)) as advance:
-            n_done = 0
-
-            def counted(compute: Callable[[int, int], float]) -> Callable[[int, int], float]:
-                def count(position: int, layer: int) -> float:
-                    nonlocal n_done
-                    value = compute(position, layer)
-                    n_done += 1
-                    advance(1)
-                    return value
-
-                return count
-
-            induce, bypass, kl = counted(scorer.induce), counted(scorer.bypass), counted(scorer.kl)
-            if self.options.exhaustive:
-                scores = [
-                    CandidateScore(position=p, layer=i, induce=induce(p, i), bypass=bypass(p, i), kl=kl(p, i))
-                    for p, i in able
-                ]
-            else:
-                scores = score_lazily(
-                    able, thresholds=thresholds, n_layers=n_layers, induce=induce, bypass=bypass, kl=kl
-                )
-            advance(3 * len(able) - n_done)
-        scored = {(score.position, score.layer): score for score in scores}
-        return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]

@@ -174,12 +174,7 @@ def direction_of(
             for name in ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
             for chosen in (getattr(prompts, name),)
         },
-        "versions": {
-            "abliterate": __version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "transformers": version("transformers"),
-        },
+        "versions": versions(),
     }
     return make_direction(
         mean_difference=candidates[selected.position, selected.layer],
@@ -187,6 +182,16 @@ def direction_of(
         scores=grids,
         metadata=metadata,
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed a direction."""
+    return {
+        "abliterate": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+    }
 
 
 def _config_hash(source: ModelSource | None) -> str | None:

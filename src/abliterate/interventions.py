@@ -61,31 +61,44 @@ def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
 
     Args:
         chat: the model.
-        direction: [d_model]; normalised here, a zero vector removes nothing.
+        direction: [d_model], or [batch, d_model] with a direction of its own for each row of the batch; normalised
+            here, a zero vector removes nothing.
 
     Yields:
         how many hooks are attached (three a block).
     """
+    with ExitStack() as stack:
+        yield sum(stack.enter_context(ablate_in_block(chat, block, direction)) for block in chat.blocks)
+
+
+@contextmanager
+def ablate_in_block(chat: ChatModel, block: nn.Module, direction: Tensor) -> Iterator[int]:
+    """Remove `direction` at one block's input and after its attention and MLP; see `ablate_direction`."""
     unit = _unit(direction, chat)
 
     def ablate(hidden: Tensor) -> Tensor:
-        ablated: Tensor = hidden - (hidden @ unit).unsqueeze(-1) * unit
-        return ablated
+        if unit.dim() == 1:
+            return hidden - (hidden @ unit).unsqueeze(-1) * unit
+        # Some mixtures of experts hand on all tokens of a batch in one axis, row after row.
+        rows = hidden.reshape(len(unit), -1, hidden.shape[-1])
+        share = torch.bmm(rows, unit.unsqueeze(-1))
+        return torch.baddbmm(rows, share, unit.unsqueeze(1), alpha=-1).reshape(hidden.shape)
 
     with ExitStack() as stack:
-        n_hooks = 0
-        for block in chat.blocks:
-            stack.callback(_edit_input(block, ablate).remove)
-            for module in residual_writes(block):
-                stack.callback(_edit_output(module, ablate).remove)
-            n_hooks += 3
-        yield n_hooks
+        stack.callback(_edit_input(block, ablate).remove)
+        for module in residual_writes(block):
+            stack.callback(_edit_output(module, ablate).remove)
+        yield 3
 
 
 @contextmanager
 def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: float = 1.0) -> Iterator[int]:
-    """Add `coefficient * vector` [d_model] to the input of block `layer` at all positions."""
+    """Add `coefficient * vector` to the input of block `layer` at all positions.
+
+    `vector` is [d_model], or [batch, d_model] with a vector of its own for each row of the batch.
+    """
     dose = (coefficient * vector).to(chat.device, chat.model.dtype)
+    dose = dose.unsqueeze(1) if dose.dim() == 2 else dose
     handle = _edit_input(chat.blocks[layer], lambda hidden: hidden + dose)
     try:
         yield 1
@@ -152,10 +165,10 @@ def _pass_through(tuple_output: bool) -> Callable[..., Any]:
 
 
 def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
-    if direction.shape != (chat.d_model,):
+    if direction.dim() not in {1, 2} or direction.shape[-1] != chat.d_model:
         raise ModelError(f"direction has shape {tuple(direction.shape)}; the model's width is {chat.d_model}")
     double = direction.to(torch.float64)
-    unit: Tensor = (double / double.norm().clamp(min=1e-8)).to(chat.device, chat.model.dtype)
+    unit: Tensor = (double / double.norm(dim=-1, keepdim=True).clamp(min=1e-8)).to(chat.device, chat.model.dtype)
     return unit
 
 

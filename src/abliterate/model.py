@@ -1,8 +1,8 @@
 """A loaded chat model: its decoder blocks, batched forward passes, and greedy generation."""
 
-import copy
 import itertools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from abliterate.batching import BatchLimits, plan_batches
 from abliterate.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
 from abliterate.errors import InputError, ModelError
+from abliterate.prefix_cache import PrefixCache, empty_cache, shared_prefix_length
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MIN_SHARED_PREFIX = 8
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+BATCH_OVERHEAD = {"cpu": 32, "cuda": 1024}
+"""What starting a batch costs, in tokens of computation: launching its operations, reading the weights."""
+CACHED_TOKENS_PER_TOKEN = 8
+"""So many cached tokens cost a row about the memory and time of one that is computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,18 +97,24 @@ class ChatModel:
         """Return the text of some tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
-    def share_prefix(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> "tuple[Cache | None, int]":
+    def share_prefix(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> tuple[PrefixCache | None, int]:
         """Run the tokens that all rows share at the start once; return their cache and how many they are.
 
-        Where the model's cache is not plain attention, or too few tokens are shared, the cache is None.
+        Where continuing the cache would not be exact, or too few tokens are shared, the cache is None.
 
         Args:
             rows: token ids.
             keep: how many tokens of each row to leave out of the cache at least.
         """
+        n_shared = self.shareable_prefix(rows, keep=keep)
+        return (self.run_prefix(rows[0][:n_shared]), n_shared) if n_shared else (None, 0)
+
+    def shareable_prefix(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> int:
+        """Return how many tokens at the start of all rows are worth a cache that is exact; 0 if there is none."""
         n_shared = min(shared_prefix_length(rows), min(len(row) for row in rows) - keep)
-        cache = self.run_prefix(rows[0][:n_shared]) if n_shared >= MIN_SHARED_PREFIX else None
-        return cache, n_shared if cache is not None else 0
+        if n_shared < MIN_SHARED_PREFIX:
+            return 0
+        return n_shared if empty_cache(self.model.config, longest=max(len(row) for row in rows)) is not None else 0
 
     def last_logits(self, rows: Sequence[Sequence[int]], *, advance: Callable[[int], None] | None = None) -> Tensor:
         """Return the logits [n, vocab] (float32, CPU) at the last token of each row, in the order of `rows`.
@@ -123,19 +135,26 @@ class ChatModel:
         return torch.stack([row for row in logits if row is not None])
 
     @torch.inference_mode()
-    def forward(self, batch: list[list[int]], *, cache: "Cache | None" = None, n_cached: int = 0) -> Tensor:
+    def forward(
+        self,
+        batch: list[list[int]],
+        *,
+        cache: PrefixCache | None = None,
+        n_cached: int = 0,
+        variants: Sequence[int] | None = None,
+    ) -> Tensor:
         """Run one left-padded batch and return its logits [n, vocab] at the last token.
 
         Args:
             batch: token ids; with a cache, those after the cached tokens.
-            cache: key-value cache of one row, shared by all rows of the batch; it is not changed.
+            cache: keys and values of the tokens before the batch's; it is not changed.
             n_cached: how many tokens the cache holds.
+            variants: for each row which variant of the cache it continues; None: the first.
         """
         ids, mask = self.pad(batch)
         past = None
         if cache is not None:
-            past = copy.deepcopy(cache)
-            past.batch_repeat_interleave(len(batch))
+            past = cache.for_rows([0] * len(batch) if variants is None else variants)
             mask = torch.cat([mask.new_ones(len(batch), n_cached), mask], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, n_cached:]
         out = self.model(
@@ -213,55 +232,64 @@ class ChatModel:
     ) -> None:
         """Call `run` with the indices of one batch after another, longest rows first.
 
-        When memory runs out, the batch is halved and the smaller size is kept for what follows.
+        Batches hold rows of like length and a bounded number of tokens, or `batch_size` rows. When memory runs out,
+        the bound is halved, for what follows too.
 
         Raises:
             ModelError: a single row does not fit.
         """
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         key = "generate" if generating else "forward"
-        start = 0
-        while start < len(order):
-            size = min(self._batch_limit(lengths[order[start]], generating), self._limit.get(key, len(order)))
+        pending = plan_batches(lengths, limits=self._batch_limits(key))
+        while pending:
+            batch = pending[0]
             try:
-                run(order[start : start + size])
+                run(batch)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                if size == 1:
+                if len(batch) == 1:
                     raise ModelError("one prompt alone does not fit into memory; try a smaller --dtype") from error
-                self._limit[key] = size // 2
+                self._limit[key] = len(batch) * max(lengths[i] for i in batch) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
+                left = sorted(i for batch in pending for i in batch)
+                plan = plan_batches([lengths[i] for i in left], limits=self._batch_limits(key))
+                pending = [[left[i] for i in batch] for batch in plan]
                 continue
-            start += size
+            pending = pending[1:]
 
-    def _batch_limit(self, length: int, generating: bool) -> int:
+    @staticmethod
+    def cached_share(n_cached: int) -> int:
+        """Return what a cache of some tokens costs each row of a batch, in tokens of computation."""
+        return n_cached // CACHED_TOKENS_PER_TOKEN
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """How many tokens one forward pass takes at most, padding included."""
+        return self._limit.get("forward", TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"]))
+
+    def _batch_limits(self, key: str) -> BatchLimits:
+        kind = self.device.type if self.device.type in TOKENS_PER_BATCH else "cuda"
+        # A decoded token of a row is computed alone: twice as many rows keep the device as busy.
+        tokens = TOKENS_PER_BATCH[kind] * (2 if key == "generate" else 1)
         if self.batch_size is not None:
-            return self.batch_size
-        tokens = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
-        return max(1, tokens * (2 if generating else 1) // max(1, length))
+            tokens = sys.maxsize
+        return BatchLimits(tokens=self._limit.get(key, tokens), rows=self.batch_size, overhead=BATCH_OVERHEAD[kind])
 
     @torch.inference_mode()
-    def run_prefix(self, prefix: Sequence[int]) -> "Cache | None":
-        """Return the key-value cache of one row of tokens, or None where it is not plain attention."""
-        from transformers.cache_utils import DynamicCache, DynamicLayer
+    def run_prefix(self, prefix: Sequence[int], *, n_variants: int = 1) -> PrefixCache | None:
+        """Return the keys and values of a row of tokens, or None where no cache of them would be exact.
 
-        cache = DynamicCache(config=self.model.config)
-        if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        Args:
+            prefix: token ids.
+            n_variants: how many times to run it, in one batch, whose rows an intervention may tell apart.
+        """
+        cache = empty_cache(self.model.config, longest=len(prefix))
+        if cache is None:
             return None
-        ids = torch.tensor([list(prefix)], device=self.device)
+        ids = torch.tensor([list(prefix)] * n_variants, device=self.device)
         self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
-
-def shared_prefix_length(rows: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all rows have in common at the start, leaving at least one token to each."""
-    shortest = min(len(row) for row in rows)
-    for i in range(shortest - 1):
-        if any(row[i] != rows[0][i] for row in rows):
-            return i
-    return max(0, shortest - 1)
+        return PrefixCache(cache=cache, n_tokens=len(prefix))
 
 
 def load_chat_model(path: Path, *, name: str, options: ModelOptions) -> ChatModel:

@@ -7,10 +7,20 @@ the published choices need the floor, see tests/golden.)
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 NOT_SCORED = None
+
+Candidate = tuple[int, int]
+"""(position, layer)"""
+ScoreName = Literal["induce", "bypass", "kl", "ablated"]
+"""What can be asked for; "ablated" asks for bypass and KL together."""
+PromptScores = Mapping[ScoreName, tuple[float, ...]]
+"""A candidate's scores by name, prompt by prompt; a score is their mean."""
+ComputeScores = Callable[[ScoreName, Sequence[Candidate]], Sequence[Mapping[ScoreName, float]]]
+"""Computes scores of some candidates; returns for each the values by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +53,15 @@ class CandidateScore:
     bypass: float | None = NOT_SCORED
     induce: float | None = NOT_SCORED
     kl: float | None = NOT_SCORED
+
+    def with_values(self, values: Mapping[ScoreName, float]) -> "CandidateScore":
+        """Return the same candidate with some of its scores known."""
+        return replace(
+            self,
+            bypass=values.get("bypass", self.bypass),
+            induce=values.get("induce", self.induce),
+            kl=values.get("kl", self.kl),
+        )
 
 
 def failed_thresholds(score: CandidateScore, thresholds: Thresholds, n_layers: int) -> list[str]:
@@ -94,13 +113,12 @@ def nearest_candidates(
 
 
 def score_lazily(
-    candidates: Sequence[tuple[int, int]],
+    candidates: Sequence[Candidate],
     *,
     thresholds: Thresholds,
     n_layers: int,
-    induce: Callable[[int, int], float],
-    bypass: Callable[[int, int], float],
-    kl: Callable[[int, int], float],
+    compute: ComputeScores,
+    kl_at_once: int | None = 1,
 ) -> list[CandidateScore]:
     """Compute only the scores that the choice depends on; choosing from them equals choosing from all scores.
 
@@ -111,22 +129,38 @@ def score_lazily(
         candidates: (position, layer) in the order that breaks ties.
         thresholds: see `Thresholds`.
         n_layers: number of decoder blocks.
-        induce: computes one induce score.
-        bypass: computes one bypass score.
-        kl: computes one KL score.
+        compute: computes scores of some candidates.
+        kl_at_once: for how many candidates KL is computed before looking whether one passes; None: together with
+            bypass, for all that induce.
     """
     scores = {key: CandidateScore(position=key[0], layer=key[1]) for key in candidates}
-    for key in candidates:
-        if key[1] < thresholds.layer_limit(n_layers):
-            scores[key] = replace(scores[key], induce=induce(*key))
+
+    def add(name: ScoreName, keys: Sequence[Candidate]) -> None:
+        for key, values in zip(keys, compute(name, keys) if keys else [], strict=True):
+            scores[key] = scores[key].with_values(values)
+
+    limit = thresholds.layer_limit(n_layers)
+    add("induce", [key for key in candidates if key[1] < limit])
     able = [k for k, score in scores.items() if score.induce is not None and score.induce >= thresholds.induce]
-    for key in able:
-        scores[key] = replace(scores[key], bypass=bypass(*key))
+    if kl_at_once is None:
+        add("ablated", able)
+        return list(scores.values())
+    add("bypass", able)
     ordered = sorted(
         (k for k in able if not math.isnan(scores[k].bypass or 0.0)), key=lambda k: scores[k].bypass or 0.0
     )
-    for key in ordered:
-        scores[key] = replace(scores[key], kl=kl(*key))
-        if not failed_thresholds(scores[key], thresholds, n_layers):
+    for start in range(0, len(ordered), kl_at_once):
+        keys = ordered[start : start + kl_at_once]
+        add("kl", keys)
+        if any(not failed_thresholds(scores[key], thresholds, n_layers) for key in keys):
             break
     return list(scores.values())
+
+
+def score_exhaustively(candidates: Sequence[Candidate], *, compute: ComputeScores) -> list[CandidateScore]:
+    """Compute all three scores of all candidates."""
+    induced, ablated = compute("induce", candidates), compute("ablated", candidates)
+    return [
+        CandidateScore(position=position, layer=layer, induce=added["induce"], bypass=both["bypass"], kl=both["kl"])
+        for (position, layer), added, both in zip(candidates, induced, ablated, strict=True)
+    ]

@@ -15,6 +15,7 @@ from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
 from abliterate.errors import AbliterateError
+from abliterate.ranks import in_first_process
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a known error or a failed verification; 2 wrong usage; "
@@ -77,5 +78,6 @@ def main() -> None:
 
 def _fail(message: str, exit_code: int) -> None:
     sys.stdout.flush()
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    if in_first_process():
+        print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(exit_code)

@@ -71,11 +71,16 @@ def extract(
 
     SPEC is `bundled`, a .txt/.jsonl/.json/.csv/.parquet file, or a Hub dataset ID[@rev][:split[:column]].
     When no candidate passes the selection, the nearest ones are shown and the exit code is 3.
+
+    Recordings and scores are kept in OUTPUT.work until the file is written: an interrupted extraction, or one with
+    other thresholds after exit code 3, goes on from there. `accelerate launch --num_processes N --module abliterate
+    extract ...` shares the work between N processes.
     """
     from abliterate.extraction import extract_direction
     from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
     from abliterate.hub import resolve_model
     from abliterate.model import ModelOptions
+    from abliterate.ranks import in_first_process
     from abliterate.score_report import require_plots, write_score_report
     from abliterate.selection import Thresholds
 
@@ -106,13 +111,16 @@ def extract(
             options=options,
             model_options=model_options,
             progress=output.progress,
+            work_directory=output_file.with_name(output_file.name + ".work"),
         )
     except NoCandidatePassesError as error:
-        if report is not None:
+        if report is not None and in_first_process():
             write_score_report(error.score_table, report)
         table = _nearest_table(error)
         output.report(error.report, tables=lambda: [table])
         raise
+    if not in_first_process():
+        return
     extraction.direction.save(output_file)
     if report is not None:
         write_score_report(extraction.score_table, report)

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from abliterate.progress import SILENT, Advance, ProgressReporter
+from abliterate.ranks import in_first_process
 
 
 def to_plain(value: Any) -> Any:
@@ -59,7 +60,9 @@ class Output:
         return cls(json_output=json_output, **(context.obj or {}))
 
     def report(self, report: Any, *, tables: Callable[[], list[Table | str]]) -> None:
-        """Write `report` as one JSON document, or as what `tables` returns, to stdout."""
+        """Write `report` as one JSON document, or as what `tables` returns, to stdout; of several processes, once."""
+        if not in_first_process():
+            return
         if self.json_output:
             sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=False) + "\n")
             return
@@ -81,7 +84,7 @@ class Output:
     @property
     def progress(self) -> ProgressReporter:
         """A reporter that draws on stderr, or a silent one."""
-        return SILENT if self.quiet else _BarProgress(self.stderr)
+        return SILENT if self.quiet or not in_first_process() else _BarProgress(self.stderr)
 
 
 class _BarProgress:

@@ -1,0 +1,254 @@
+"""Extraction beside the paper's procedure: wall time, computation, memory and the choice, in one run.
+
+    python benchmarks/extract.py MODEL [--n-train 128] [--n-val 32] [--no-filter] [--refusal-token TOK] [--json FILE]
+
+MODEL is a directory (`abliterate demo DIR` makes one) or `base`, the demo model's base from its installed package.
+Each way runs in a process of its own, one after another, on the same prompts:
+
+published    as the paper's authors do it: batches of 32 in the order of the prompts, a pass to filter, a pass for the
+             means, then three passes per position and layer (KL, bypass, induce), logits of all tokens
+exhaustive   `abliterate extract --exhaustive`
+lazy         `abliterate extract`
+
+A token-layer is one token through one decoder block; padding counts. Loading the model is not timed.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WAYS = ("published", "exhaustive", "lazy")
+BATCH = 32
+
+
+@contextmanager
+def counted(chat: Any) -> Iterator[dict[str, int]]:
+    """Count tokens through blocks, by their MLP's output."""
+    from abliterate.interventions import residual_writes
+
+    counts = {"token_layers": 0}
+
+    def count(_module: Any, _args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        counts["token_layers"] += hidden.numel() // hidden.shape[-1]
+
+    handles = [residual_writes(block)[1].register_forward_hook(count) for block in chat.blocks]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Published:
+    """The procedure of Arditi et al. (2024) as published, written plainly."""
+
+    def __init__(self, chat: Any, token_ids: list[int]) -> None:
+        self.chat, self.token_ids = chat, token_ids
+
+    @torch.inference_mode()
+    def logits(self, rows: list[list[int]]) -> Tensor:
+        """Run batches of 32 and return the last token's logits; all tokens' are computed."""
+        results = []
+        for start in range(0, len(rows), BATCH):
+            ids, mask = self.chat.pad(rows[start : start + BATCH])
+            results.append(self.chat.model(input_ids=ids, attention_mask=mask).logits[:, -1].float())
+        return torch.cat(results)
+
+    def metric(self, rows: list[list[int]]) -> Tensor:
+        """Return the refusal metric of each row."""
+        from abliterate.refusal_metric import refusal_metric
+
+        return refusal_metric(self.logits(rows), token_ids=self.token_ids)
+
+    def means(self, rows: list[list[int]]) -> Tensor:
+        """Return the mean of resid_pre at the post-instruction tokens, [n_pos, n_layers, d_model] float64."""
+        n_positions = self.chat.chat_format.n_positions
+        total = torch.zeros(n_positions, self.chat.n_layers, self.chat.d_model, dtype=torch.float64)
+
+        def watch(layer: int) -> Callable[..., None]:
+            def look(_module: Any, args: Any, kwargs: Any) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                total[:, layer] += hidden[:, -n_positions:].to(torch.float64).sum(dim=0).cpu()
+
+            return look
+
+        handles = [
+            block.register_forward_pre_hook(watch(layer), with_kwargs=True)
+            for layer, block in enumerate(self.chat.blocks)
+        ]
+        self.logits(rows)
+        for handle in handles:
+            handle.remove()
+        return total / len(rows)
+
+    def extract(self, rows: dict[str, list[list[int]]], *, filter_prompts: bool) -> list[dict[str, Any]]:
+        """Filter, take the means and score every position and layer by three passes."""
+        from abliterate.candidate_scoring import kl_divergence
+        from abliterate.interventions import ablate_direction, add_direction
+
+        if filter_prompts:
+            for name, part in rows.items():
+                sign = 1 if name.startswith("harmful") else -1
+                keep = (sign * self.metric(part) > 0).tolist()
+                rows[name] = [row for row, kept in zip(part, keep, strict=True) if kept]
+        candidates = self.means(rows["harmful_train"]) - self.means(rows["harmless_train"])
+        base = self.logits(rows["harmless_validation"])
+        scores = []
+        for position in range(-len(candidates), 0):
+            for layer in range(self.chat.n_layers):
+                vector = candidates[position, layer]
+                with ablate_direction(self.chat, vector):
+                    kl = kl_divergence(base, self.logits(rows["harmless_validation"])).mean()
+                with ablate_direction(self.chat, vector):
+                    bypass = self.metric(rows["harmful_validation"]).mean()
+                with add_direction(self.chat, vector, layer=layer):
+                    induce = self.metric(rows["harmless_validation"]).mean()
+                scores.append(
+                    {
+                        "position": position,
+                        "layer": layer,
+                        "bypass": float(bypass),
+                        "induce": float(induce),
+                        "kl": float(kl),
+                    }
+                )
+        return scores
+
+
+def load(model: str) -> Any:
+    """Load MODEL as a chat model in float32."""
+    from abliterate.demo import load_base_model
+    from abliterate.model import ModelOptions, load_chat_model, make_chat_model
+
+    if model == "base":
+        return make_chat_model(*load_base_model())
+    return load_chat_model(Path(model), name=model, options=ModelOptions())
+
+
+def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one way in this process and return what it took and chose."""
+    from abliterate.extraction import extract_direction
+    from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.prompt_sets import split_for_extraction
+    from abliterate.selection import CandidateScore, Thresholds, passing_candidates
+
+    chat = load(arguments.model)
+    options = ExtractionOptions(
+        n_train=arguments.n_train,
+        n_val=arguments.n_val,
+        filter_prompts=not arguments.no_filter,
+        refusal_tokens=tuple(arguments.refusal_token),
+        thresholds=Thresholds(kl=arguments.kl_threshold, induce=arguments.induce_threshold),
+        exhaustive=way == "exhaustive",
+    )
+    with counted(chat) as counts:
+        started, cpu = time.perf_counter(), time.process_time()
+        if way == "published":
+            prompts = split_for_extraction(
+                "bundled", "bundled", n_train=options.n_train, n_val=options.n_val, seed=options.seed
+            )
+            parts = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
+            rows = {name: chat.encode(getattr(prompts, name).texts) for name in parts}
+            table = Published(chat, arguments.token_ids).extract(rows, filter_prompts=options.filter_prompts)
+            scores = [CandidateScore(**score) for score in table]
+            passing = passing_candidates(scores, thresholds=options.thresholds, n_layers=chat.n_layers)
+            selected, token_ids = (passing[0] if passing else None), arguments.token_ids
+        else:
+            try:
+                report = extract_direction(model=chat, options=options).report
+                selected, scores = report.selected, list(report.scores)
+                token_ids = [token.token_id for token in report.refusal_tokens]
+            except NoCandidatePassesError as error:
+                selected, scores, token_ids = None, list(error.score_table.scores), arguments.token_ids
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {
+        "way": way,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "token_layers": counts["token_layers"],
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "selected": [selected.position, selected.layer] if selected else None,
+        "token_ids": token_ids,
+        "scores": [[s.position, s.layer, s.bypass, s.induce, s.kl] for s in scores],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the largest difference of scores that both ways computed."""
+    known = {(row[0], row[1]): row[2:] for row in other["scores"]}
+    return max(
+        abs(a - b)
+        for row in one["scores"]
+        for a, b in zip(row[2:], known[row[0], row[1]], strict=True)
+        if a is not None and b is not None
+    )
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the table, relative to the first result, whose scores are the reference."""
+    first = results[0]
+    print(
+        "| | wall s | faster | CPU s | million token-layers | peak RSS MB | scores computed | chosen | scores differ |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for result in results:
+        n_scores = sum(value is not None for row in result["scores"] for value in row[2:])
+        print(
+            f"| {result['way']} | {result['seconds']:.1f} | {first['seconds'] / result['seconds']:.2f} x "
+            f"| {result['cpu_seconds']:.1f} | {result['token_layers'] / 1e6:.2f} | {result['peak_rss_mb']:.0f} "
+            f"| {n_scores} | {result['selected']} | {largest_difference(result, first):.1e} |"
+        )
+
+
+def main() -> None:
+    """Run the ways in processes of their own and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--n-train", type=int, default=128)
+    parser.add_argument("--n-val", type=int, default=32)
+    parser.add_argument("--no-filter", action="store_true")
+    parser.add_argument("--refusal-token", action="append", default=[])
+    parser.add_argument("--kl-threshold", type=float, default=0.1)
+    parser.add_argument("--induce-threshold", type=float, default=0.0)
+    parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated, of " + ", ".join(WAYS))
+    parser.add_argument("--json", type=Path, help="write all results here")
+    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--token-ids", type=json.loads, default=[], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(json.dumps(measure(arguments.only, arguments)))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    token_ids: list[int] = []
+    # The published way is given its refusal tokens, as the paper's table gives them: those that ours finds.
+    for way in sorted(arguments.ways.split(","), key=WAYS.index, reverse=True):
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--token-ids", json.dumps(token_ids)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results[way] = json.loads(done.stdout.splitlines()[-1])
+        token_ids = token_ids or results[way]["token_ids"]
+        print(f"{way}: {results[way]['seconds']:.1f} s", file=sys.stderr)
+    ordered = [results[way] for way in WAYS if way in results]
+    print(
+        f"{arguments.model}, {arguments.n_train} training and {arguments.n_val} validation prompts of each kind, "
+        f"{ordered[0]['threads']} threads on {os.cpu_count()} cores, float32, torch {torch.__version__}\n"
+    )
+    show(ordered)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(ordered, indent=1))
+
+
+if __name__ == "__main__":
+    main()

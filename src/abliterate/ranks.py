@@ -1,0 +1,73 @@
+"""Several processes that share the work of one extraction, as `accelerate launch --num_processes N` starts them."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """The processes that work together.
+
+    Attributes:
+        index: this process's number, from 0.
+        count: how many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.index == 0
+
+    def share(self, items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+        """Compute this process's part of `items` and return the results of all, in the order of `items`.
+
+        Args:
+            items: the same in every process; process i computes those at i, i + count, ...
+            compute: returns one result per item.
+        """
+        own = list(compute(items[self.index :: self.count])) if len(items) > self.index else []
+        if self.count == 1:
+            return own
+        results: list[Any] = [None] * len(items)
+        for index, part in enumerate(self._gather(own)):
+            results[index :: self.count] = part
+        return results
+
+    def first_says(self, value: Item) -> Item:
+        """Return the first process's value in every process."""
+        return value if self.count == 1 else self._gather(value)[0]
+
+    @staticmethod
+    def _gather(value: Item) -> list[Item]:
+        from accelerate.utils import gather_object
+
+        gathered: list[Item] = gather_object([value])
+        return gathered
+
+
+def in_first_process() -> bool:
+    """Tell, without joining the others, whether this process is the one that writes and reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def find_ranks(*, device: str = "auto") -> Ranks:
+    """Join the other processes if a launcher started several; gloo on a CPU, nccl on GPUs.
+
+    Args:
+        device: the `--device` of the extraction.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Ranks()
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    return Ranks(index=state.process_index, count=state.num_processes)

@@ -1,0 +1,131 @@
+"""Scoring all candidates that the choice needs: over several processes, saved as it goes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Protocol
+
+from torch import Tensor
+
+from abliterate.progress import SILENT, ProgressReporter
+from abliterate.ranks import Ranks
+from abliterate.saved_work import SavedWork
+from abliterate.selection import (
+    Candidate,
+    CandidateScore,
+    PromptScores,
+    ScoreName,
+    Thresholds,
+    score_exhaustively,
+    score_lazily,
+)
+
+ZERO_NORM = 1e-9
+"""A candidate shorter than this share of the longest is a zero vector."""
+
+
+class Scorer(Protocol):
+    """Computes scores of candidates, prompt by prompt."""
+
+    kl_at_once: int | None
+    """For how many candidates to compute KL before looking; None: for all, together with bypass."""
+
+    def groups(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+        """Divide candidates into the groups that `score` is best asked for one after another."""
+        ...
+
+    def score(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[PromptScores]:
+        """Return the values of a score for each candidate, prompt by prompt."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringRun:
+    """One round of scoring.
+
+    Attributes:
+        scorer: computes scores.
+        saved: where they are kept as they are computed.
+        ranks: the processes that share the work.
+        thresholds: see `Thresholds`.
+        n_layers: number of decoder blocks.
+        exhaustive: score every candidate below the layer limit, not only those the choice depends on.
+        n_needed: how many passing candidates the choice needs.
+        prompt_scores: filled with every score computed, by name and candidate, prompt by prompt.
+    """
+
+    scorer: Scorer
+    saved: SavedWork
+    thresholds: Thresholds
+    n_layers: int
+    ranks: Ranks = field(default_factory=Ranks)
+    exhaustive: bool = False
+    progress: ProgressReporter = SILENT
+    prompt_scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = field(default_factory=dict)
+
+    def score(self, candidates: Tensor) -> list[CandidateScore]:
+        """Score what can be chosen, and return one entry per position and layer, in order.
+
+        A zero vector (layer 0 mostly: the template's tokens are the same in all prompts) is no direction.
+
+        Args:
+            candidates: [n_pos, n_layers, d_model], un-normalised.
+        """
+        grid = [(p, layer) for p in range(-len(candidates), 0) for layer in range(self.n_layers)]
+        norms = candidates.norm(dim=-1)
+        limit = self.thresholds.layer_limit(self.n_layers)
+        able = [(p, layer) for p, layer in grid if layer < limit and norms[p, layer] > ZERO_NORM * norms.max()]
+        with self.progress.task("Scoring candidates", total=3 * len(able)) as advance:
+            n_done = 0
+
+            def compute(name: ScoreName, keys: Sequence[Candidate]) -> list[Mapping[ScoreName, float]]:
+                def count(n: int) -> None:
+                    nonlocal n_done
+                    n_done += n
+                    advance(n)
+
+                return self._compute(name, keys, count)
+
+            if self.exhaustive:
+                scores = score_exhaustively(able, compute=compute)
+            else:
+                at_once = self.scorer.kl_at_once
+                scores = score_lazily(
+                    able,
+                    thresholds=self.thresholds,
+                    n_layers=self.n_layers,
+                    compute=compute,
+                    kl_at_once=None if at_once is None else max(at_once, self.ranks.count),
+                )
+            advance(3 * len(able) - n_done)
+        scored = {(score.position, score.layer): score for score in scores}
+        return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]
+
+    def _compute(
+        self, name: ScoreName, keys: Sequence[Candidate], advance: Callable[[int], None]
+    ) -> list[Mapping[ScoreName, float]]:
+        found: dict[Candidate, PromptScores] = {}
+        groups = _at_least(self.ranks.count, self.scorer.groups(name, keys))
+        for start in range(0, len(groups), self.ranks.count):
+            group_of_each = groups[start : start + self.ranks.count]
+            wanted = [key for group in group_of_each for key in group]
+            # Only the first process reads and writes: the others may run where they cannot see its files.
+            known = self.ranks.first_says([self.saved.scores(name, key) for key in wanted])
+            found |= {key: values for key, values in zip(wanted, known, strict=True) if values is not None}
+            missing = [group for group in ([k for k in g if k not in found] for g in group_of_each) if group]
+            computed = self.ranks.share(missing, lambda parts: [self.scorer.score(name, part) for part in parts])
+            for group, values in zip(missing, computed, strict=True):
+                found |= zip(group, values, strict=True)
+                if self.ranks.is_first:
+                    self.saved.save_scores(group, values)
+            advance(len(wanted) * (2 if name == "ablated" else 1))
+        self.prompt_scores.update({(each, key): v for key in keys for each, v in found[key].items()})
+        return [{each: fmean(values) for each, values in found[key].items()} for key in keys]
+
+
+def _at_least(n: int, groups: list[list[Candidate]]) -> list[list[Candidate]]:
+    while len(groups) < n and any(len(group) > 1 for group in groups):
+        largest = max(groups, key=len)
+        half = len(largest) // 2
+        groups = [part for g in groups for part in ([g[:half], g[half:]] if g is largest else [g])]
+    return groups

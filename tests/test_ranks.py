@@ -1,0 +1,68 @@
+"""One, two and three processes: the same choice, scores and candidates to rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from abliterate.directions import Direction, load_direction
+from abliterate.ranks import Ranks
+from abliterate.scoring_run import _at_least
+
+REPOSITORY = Path(__file__).parents[1]
+EXTRACT = ["--n-train", "9", "--n-val", "5", "--no-filter", "--refusal-token", "I"]
+EXTRACT += ["--kl-threshold", "1e9", "--induce-threshold", "-12"]
+
+
+def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction, str]:
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(n), "--module"] if n > 1 else ["-m"]
+    done = subprocess.run(
+        [sys.executable, *launch, "abliterate", "-q", "extract", str(model), "-o", str(output), *EXTRACT, *options],
+        env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return load_direction(output), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--exhaustive",)])
+def test_several_processes_choose_what_one_chooses(llama_directory: Path, tmp_path: Path, options) -> None:
+    one, _ = extract(llama_directory, tmp_path / "1", 1, *options)
+    for n in (2, 3):
+        several, stdout = extract(llama_directory, tmp_path / str(n), n, "--json", *options)
+        assert stdout.count('"direction_file"') == 1
+        for name in ("position", "layer", "counts"):
+            assert several.metadata[name] == one.metadata[name]
+        assert torch.allclose(several.candidates, one.candidates, atol=1e-5)
+        assert torch.allclose(several.vector, one.vector, atol=1e-5)
+        for name, grid in one.scores.items():
+            known = ~(grid.isnan() | several.scores[name].isnan())
+            assert known.any()
+            assert torch.allclose(several.scores[name][known], grid[known], atol=1e-4)
+
+
+def test_shares_come_back_in_order() -> None:
+    items = list(range(7))
+    parts = [items[index::3] for index in range(3)]
+    results: list[int] = [0] * 7
+    for index in range(3):
+        results[index::3] = parts[index]
+    assert results == items
+    assert Ranks().share(items, lambda part: [2 * item for item in part]) == [0, 2, 4, 6, 8, 10, 12]
+    assert Ranks().share([], lambda part: part) == []
+
+
+def test_groups_are_divided_until_every_process_has_one() -> None:
+    group = [(-1, layer) for layer in range(5)]
+    divided = _at_least(3, [group])
+    assert len(divided) == 3
+    assert sorted(key for part in divided for key in part) == group
+    assert _at_least(4, [group[:1]]) == [group[:1]]
+    assert _at_least(1, [group]) == [group]

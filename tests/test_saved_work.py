@@ -1,0 +1,145 @@
+"""An extraction that is killed goes on where it stopped and ends in the same bytes; changed input starts anew."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from abliterate.errors import InputError, NoDirectionError
+from abliterate.extraction import extract_direction
+from abliterate.extraction_report import ExtractionOptions
+from abliterate.saved_work import SavedWork, model_fingerprint
+from abliterate.selection import Thresholds
+
+ANYTHING = Thresholds(kl=1e9, induce=-1e9)
+OPTIONS = ExtractionOptions(
+    n_train=8, n_val=4, filter_prompts=False, refusal_tokens=("I",), thresholds=ANYTHING, exhaustive=True
+)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from abliterate.extraction import extract_direction
+from abliterate.saved_work import SavedWork
+from test_saved_work import OPTIONS
+
+def dying(method):
+    def call(self, *args):
+        method(self, *args)
+        dying.left -= 1
+        if dying.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return call
+
+dying.left = int(sys.argv[3])
+SavedWork.save_scores = dying(SavedWork.save_scores)
+SavedWork.save_recording = dying(SavedWork.save_recording)
+extract_direction(model=Path(sys.argv[1]), options=OPTIONS, work_directory=Path(sys.argv[2]))
+"""
+
+
+class Messages:
+    """Collects what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.tasks: list[str] = []
+
+    def task(self, description, *, total, unit=""):
+        from abliterate.progress import SILENT
+
+        self.tasks.append(description)
+        return SILENT.task(description, total=total)
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize("n_saved", [2, 4, 6])
+def test_killed_and_resumed_gives_the_same_bytes(llama_directory: Path, tmp_path: Path, n_saved: int) -> None:
+    extract_direction(model=llama_directory, options=OPTIONS).direction.save(tmp_path / "undisturbed")
+    work = tmp_path / "work"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(llama_directory), str(work), str(n_saved)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(["src", "tests"])},
+        cwd=Path(__file__).parents[1],
+        check=False,
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert (work / "KEY.json").is_file()
+    messages = Messages()
+    resumed = extract_direction(model=llama_directory, options=OPTIONS, work_directory=work, progress=messages)
+    assert messages.said[0].startswith("continuing")
+    assert sum("Recording" in task for task in messages.tasks) == max(0, 4 - n_saved)
+    resumed.direction.save(tmp_path / "resumed")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
+    assert not work.exists()
+
+
+def test_other_thresholds_go_on_with_the_same_scores(llama_directory: Path, tmp_path: Path, monkeypatch) -> None:
+    import dataclasses
+
+    from abliterate.candidate_scoring import CandidateScorer
+
+    strict = dataclasses.replace(OPTIONS, thresholds=Thresholds(kl=1e-9, induce=-1e9))
+    with pytest.raises(NoDirectionError):
+        extract_direction(model=llama_directory, options=strict, work_directory=tmp_path / "work")
+
+    def never(self, name, candidates):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(CandidateScorer, "score", never)
+    extract_direction(model=llama_directory, options=OPTIONS, work_directory=tmp_path / "work")
+
+
+def test_a_changed_input_starts_anew_and_says_so(tmp_path: Path) -> None:
+    messages = Messages()
+    work = SavedWork(tmp_path / "w", key={"model": "a", "filter": True}, progress=messages)
+    work.save_recording("x", {"t": torch.ones(2)})
+    work.save_scores([(-1, 3)], [{"bypass": (1.0, 2.0), "kl": (0.5,)}])
+    again = SavedWork(tmp_path / "w", key={"model": "a", "filter": True}, progress=messages)
+    assert torch.equal(again.recording("x")["t"], torch.ones(2))
+    assert again.scores("ablated", (-1, 3)) == {"bypass": (1.0, 2.0), "kl": (0.5,)}
+    assert again.scores("induce", (-1, 3)) is None
+    anew = SavedWork(tmp_path / "w", key={"model": "b", "filter": True}, progress=messages)
+    assert anew.recording("x") is None
+    assert anew.scores("bypass", (-1, 3)) is None
+    assert messages.said[1].startswith("starting anew: model changed")
+
+
+def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
+    work = SavedWork(tmp_path / "w", key={})
+    work.save_scores([(-1, 3)], [{"induce": (1.0,)}])
+    with (tmp_path / "w" / "scores.jsonl").open("a") as file:
+        file.write('[[-1, 4, {"induce": [2.0')
+    again = SavedWork(tmp_path / "w", key={})
+    assert again.scores("induce", (-1, 4)) is None
+    again.save_scores([(-1, 5)], [{"induce": (3.0,)}])
+    third = SavedWork(tmp_path / "w", key={})
+    assert third.scores("induce", (-1, 3)) == {"induce": (1.0,)}
+    assert third.scores("induce", (-1, 5)) == {"induce": (3.0,)}
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds no interim results"):
+        SavedWork(tmp_path, key={})
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_fingerprint_changes_with_the_weights_and_the_configuration(llama_directory: Path) -> None:
+    before = model_fingerprint(llama_directory)
+    assert model_fingerprint(llama_directory) == before
+    config = llama_directory / "config.json"
+    config.write_text(config.read_text() + " ")
+    changed = model_fingerprint(llama_directory)
+    assert changed != before
+    weights = llama_directory / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert model_fingerprint(llama_directory) != changed
