@@ -12,11 +12,8 @@ from abliterate.residual_writers import (
     ROLES,
     ResidualWriter,
     Role,
-    architecture_of,
-    find_residual_writers,
-    has_tied_embeddings,
-    layer_count,
-    residual_width,
+    StreamMap,
+    map_stream,
 )
 
 _WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
@@ -66,6 +63,7 @@ class EditPlan:
     Attributes:
         source: The model as it was named.
         checkpoint: Its layout.
+        stream: What its tensors do to the residual stream.
         direction: What is projected out.
         options: What was asked for.
         writers: The residual writers that the options select, in file order.
@@ -73,6 +71,7 @@ class EditPlan:
 
     source: ModelSource
     checkpoint: Checkpoint
+    stream: StreamMap
     direction: Direction
     options: EditOptions
     writers: tuple[ResidualWriter, ...]
@@ -80,11 +79,11 @@ class EditPlan:
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about this edit."""
         notes = []
-        model_type = architecture_of(self.checkpoint).model_type
+        model_type = self.stream.model_type
         extracted_from = self.direction.metadata.get("model_type")
         if extracted_from is not None and extracted_from != model_type:
             notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
-        if has_tied_embeddings(self.checkpoint) and any(writer.role == "embed" for writer in self.writers):
+        if self.stream.tied_embeddings and any(writer.role == "embed" for writer in self.writers):
             notes.append("the embeddings are tied, so the output head is edited with them")
         others = [
             name
@@ -113,14 +112,13 @@ def make_edit_plan(
     """
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
-    writers = find_residual_writers(checkpoint)
-    n_layers = layer_count(checkpoint)
-    if options.layers is not None and options.layers[1] > n_layers:
+    stream = map_stream(config=checkpoint.config, tensors=tuple(checkpoint.tensors()), path=checkpoint.path)
+    if options.layers is not None and options.layers[1] > stream.n_layers:
         raise InputError(
-            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {n_layers} layers of "
-            f"{model.name}; give a range within 0:{n_layers}"
+            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {stream.n_layers} layers of "
+            f"{model.name}; give a range within 0:{stream.n_layers}"
         )
-    selected = tuple(writer for writer in writers if options.includes(writer))
+    selected = tuple(writer for writer in stream.writers if options.includes(writer))
     if not selected:
         raise InputError(
             f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
@@ -129,7 +127,8 @@ def make_edit_plan(
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
-        direction=_as_direction(direction, d_model=residual_width(checkpoint), model=model.name),
+        stream=stream,
+        direction=_as_direction(direction, d_model=stream.d_model, model=model.name),
         options=options,
         writers=selected,
     )

@@ -36,7 +36,7 @@ from abliterate.hashed_files import WrittenFile, copy_file
 from abliterate.hub import ModelSource
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import component_and_norm, project_out, residue_bound
-from abliterate.residual_writers import ROLES, ResidualWriter, architecture_of, has_tied_embeddings
+from abliterate.residual_writers import ROLES, ResidualWriter
 from abliterate.safetensors_file import TORCH_DTYPES, read_tensor, rewrite_shard
 
 
@@ -146,9 +146,9 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
     base: dict[str, Any] = {
         "model": plan.source.name,
         "revision": plan.source.revision,
-        "model_type": architecture_of(checkpoint).model_type,
+        "model_type": plan.stream.model_type,
         "config_sha256": hashlib.sha256((checkpoint.path / CONFIG_NAME).read_bytes()).hexdigest(),
-        "tied_embeddings": has_tied_embeddings(checkpoint),
+        "tied_embeddings": plan.stream.tied_embeddings,
     }
     if RECORD_NAME in checkpoint.side_files:
         earlier = read_json_object(checkpoint.path / RECORD_NAME)

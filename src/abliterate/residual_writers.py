@@ -10,16 +10,32 @@ scalar. Where a norm stands between (see `projection`), or there is no row, the 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from abliterate.checkpoint import CONFIG_NAME, Checkpoint
+from abliterate.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 
 Role = Literal["embed", "attn", "mlp"]
 ROLES: tuple[Role, ...] = ("embed", "attn", "mlp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostNorm:
+    """A norm that stands between a writer and the residual stream.
+
+    Attributes:
+        weight: Name on disk of its weight, gamma.
+        plus_one: The norm multiplies by 1 + weight (Gemma 2 and 3), not by weight.
+        centered: A LayerNorm, which takes the mean away first; its own bias is a writer without a chain.
+    """
+
+    weight: str
+    plus_one: bool = False
+    centered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +47,49 @@ class ResidualWriter:
         role: embed (token and position embeddings), attn or mlp (out-projections and their biases).
         layer: Index of its decoder block; None for embeddings.
         residual_axis: The axis of the stored tensor that indexes the residual stream.
-        norm_chain: Norms between the writer and the stream, innermost first; always empty in this version.
+        norm_chain: Norms between the writer and the stream, innermost first.
     """
 
     tensor_name: str
     role: Role
     layer: int | None
     residual_axis: int
-    norm_chain: tuple[str, ...] = ()
+    norm_chain: tuple[PostNorm, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftAlone:
+    """A tensor that an edit does not touch though it has an axis of length d_model, and why not."""
+
+    tensor_name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamMap:
+    """What a checkpoint's tensors do to the residual stream.
+
+    Attributes:
+        model_type: As in config.json.
+        text_section: Keys that lead from config.json's top to the part that describes the text model.
+        d_model: Width of the residual stream.
+        n_layers: Number of decoder blocks.
+        tied_embeddings: Whether the output head shares the token embedding's rows.
+        embedding: Name of the token embedding's tensor, stored or (tied, head's name stored alone) not.
+        head: Name of the output head's tensor, stored or (tied) not; None where the class has no head.
+        writers: Every tensor that writes to the residual stream, in file order; of a tied pair, all that is stored.
+        left_alone: What could be taken for a writer and is none.
+    """
+
+    model_type: str
+    text_section: tuple[str, ...]
+    d_model: int
+    n_layers: int
+    tied_embeddings: bool
+    embedding: str
+    head: str | None
+    writers: tuple[ResidualWriter, ...]
+    left_alone: tuple[LeftAlone, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,67 +208,66 @@ _REASONS = {
 }
 
 
-def find_residual_writers(checkpoint: Checkpoint) -> tuple[ResidualWriter, ...]:
-    """Return every tensor that writes to the residual stream, in file order.
+def map_stream(*, config: dict[str, Any], tensors: Sequence[TensorInfo], path: Path) -> StreamMap:
+    """Return what each tensor of a checkpoint does to the residual stream, from config and headers alone.
 
     An out-projection's bias is a writer too. Where the config ties the embeddings and the head's tensor is
     stored all the same, the head is listed beside the embedding, because both are one matrix; an untied head
     never is. Layers at or beyond the config's number of layers (multi-token prediction) are left alone.
+
+    Args:
+        config: The content of config.json.
+        tensors: What the shards' headers list, in file order.
+        path: Where the checkpoint lies (or its Hub id), for messages.
 
     Raises:
         UnsupportedArchitectureError: The model type is not in the table, or a tensor is not in its row.
         QuantizedCheckpointError: A writer is not stored as plain floating-point numbers.
         CheckpointError: A writer is missing or has the wrong shape.
     """
-    _refuse_quantization_config(checkpoint)
-    stack = _read_stack(checkpoint)
+    _refuse_quantization_config(config, tensors, path)
+    stack = _read_stack(config, tensors, path)
     writers = []
-    for tensor in checkpoint.tensors():
+    for tensor in tensors:
         writer = _writer_of(tensor, stack)
         if writer is not None:
             _check_writer(tensor, writer, stack)
             writers.append(writer)
         elif stack.d_model in tensor.shape and not _is_known(tensor.name, stack):
             raise UnsupportedArchitectureError(
-                f"{checkpoint.path / tensor.shard}: tensor {tensor.name} {list(tensor.shape)} is not a known "
+                f"{path / tensor.shard}: tensor {tensor.name} {list(tensor.shape)} is not a known "
                 f"part of {stack.row.model_type} and may write to the residual stream, so the edit could be "
                 "incomplete; use a checkpoint without it"
             )
     _check_complete(writers, stack)
-    return tuple(writers)
+    return StreamMap(
+        model_type=stack.row.model_type,
+        text_section=(),
+        d_model=stack.d_model,
+        n_layers=stack.n_layers,
+        tied_embeddings=_is_tied(config, stack.row),
+        embedding=f"{stack.prefix}{stack.row.embeddings[0].module}.weight",
+        head="lm_head.weight",
+        writers=tuple(writers),
+        left_alone=(),
+    )
 
 
-def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """Return the table's row for a checkpoint.
-
-    Raises:
-        UnsupportedArchitectureError: There is none.
-    """
-    model_type = checkpoint.config.get("model_type")
+def _row_of(config: dict[str, Any], path: Path) -> Architecture:
+    model_type = config.get("model_type")
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if row is None:
         reason = _REASONS.get(str(model_type), "its residual writers are not known to be complete")
         raise UnsupportedArchitectureError(
-            f"{checkpoint.path / CONFIG_NAME}: model type {model_type!r} cannot be orthogonalized: {reason}; "
+            f"{path / CONFIG_NAME}: model type {model_type!r} cannot be orthogonalized: {reason}; "
             f"use one of {', '.join(sorted(ARCHITECTURES))}"
         )
     return row
 
 
-def residual_width(checkpoint: Checkpoint) -> int:
-    """Return d_model, from the config."""
-    return _config_size(checkpoint, architecture_of(checkpoint).size_key)
-
-
-def layer_count(checkpoint: Checkpoint) -> int:
-    """Return the number of decoder blocks, from the config."""
-    return _config_size(checkpoint, architecture_of(checkpoint).depth_key)
-
-
-def has_tied_embeddings(checkpoint: Checkpoint) -> bool:
-    """Return whether the output head shares the embedding's rows, from the config or its class's default."""
-    tied = checkpoint.config.get("tie_word_embeddings")
-    return architecture_of(checkpoint).tied_by_default if tied is None else bool(tied)
+def _is_tied(config: dict[str, Any], row: Architecture) -> bool:
+    tied = config.get("tie_word_embeddings")
+    return row.tied_by_default if tied is None else bool(tied)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,46 +291,46 @@ class _Stack:
         return int(match[1]), match[2]
 
 
-def _read_stack(checkpoint: Checkpoint) -> _Stack:
-    row = architecture_of(checkpoint)
-    names = [tensor.name for tensor in checkpoint.tensors()]
+def _read_stack(config: dict[str, Any], tensors: Sequence[TensorInfo], path: Path) -> _Stack:
+    row = _row_of(config, path)
+    names = [tensor.name for tensor in tensors]
     prefixes = [p for p in (row.prefix, "") if any(n.startswith(f"{p}{row.layers}.") for n in names)]
     if not prefixes:
         raise UnsupportedArchitectureError(
-            f"{checkpoint.path}: no tensor is named {row.prefix}{row.layers}.0..., so this is not the layout "
+            f"{path}: no tensor is named {row.prefix}{row.layers}.0..., so this is not the layout "
             f"of {row.model_type} (first: {min(names, default='none')}); save it again with transformers"
         )
     return _Stack(
-        path=checkpoint.path,
+        path=path,
         row=row,
-        d_model=residual_width(checkpoint),
-        n_layers=layer_count(checkpoint),
+        d_model=_config_size(config, row.size_key, path),
+        n_layers=_config_size(config, row.depth_key, path),
         prefix=prefixes[0],
-        tied_heads=_tied_heads(checkpoint, f"{prefixes[0]}{row.embeddings[0].module}.weight"),
+        tied_heads=_tied_heads(tensors, f"{prefixes[0]}{row.embeddings[0].module}.weight", path)
+        if _is_tied(config, row)
+        else frozenset(),
     )
 
 
-def _tied_heads(checkpoint: Checkpoint, embedding: str) -> frozenset[str]:
+def _tied_heads(tensors: Sequence[TensorInfo], embedding: str, path: Path) -> frozenset[str]:
     # A tied pair is one matrix. If only the head's name is stored, transformers loads the embedding from it;
     # if both are, editing one alone would make them differ, and transformers would no longer tie them.
-    if not has_tied_embeddings(checkpoint):
-        return frozenset()
-    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors()}
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
     head = "lm_head.weight"
     if head in shapes and shapes.get(embedding, shapes[head]) != shapes[head]:
         raise CheckpointError(
-            f"{checkpoint.path}: config.json ties the embeddings, but {head} {list(shapes[head])} and "
+            f"{path}: config.json ties the embeddings, but {head} {list(shapes[head])} and "
             f"{embedding} {list(shapes[embedding])} differ in shape; if they are separate matrices, "
             "set tie_word_embeddings to false"
         )
     return frozenset({head} & shapes.keys())
 
 
-def _config_size(checkpoint: Checkpoint, key: str) -> int:
-    value = checkpoint.config.get(key)
+def _config_size(config: dict[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
     if type(value) is not int or value <= 0:
         raise CheckpointError(
-            f"{checkpoint.path / CONFIG_NAME}: {key} is {value!r}, expected a positive integer; "
+            f"{path / CONFIG_NAME}: {key} is {value!r}, expected a positive integer; "
             "take config.json from the model's original release"
         )
     return value
@@ -312,15 +362,15 @@ def _is_known(name: str, stack: _Stack) -> bool:
     return layer >= stack.n_layers or path.rpartition(".")[0] in stack.row.others
 
 
-def _refuse_quantization_config(checkpoint: Checkpoint) -> None:
+def _refuse_quantization_config(config: dict[str, Any], tensors: Sequence[TensorInfo], path: Path) -> None:
     for key in ("quantization_config", "compression_config"):
-        found = checkpoint.config.get(key)
+        found = config.get(key)
         if found:
             method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-            plain = next((t for t in checkpoint.tensors() if t.dtype not in TORCH_DTYPES), None)
+            plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
             example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
             raise QuantizedCheckpointError(
-                f"{checkpoint.path / CONFIG_NAME}: the checkpoint is quantised ({key}, method "
+                f"{path / CONFIG_NAME}: the checkpoint is quantised ({key}, method "
                 f"{method}{example}), where rounding would undo the edit; use the model it was quantised from"
             )
 
