@@ -224,7 +224,7 @@ def write_checkpoint(
         return {"sha256": _sha256(data), "bytes": len(data)}
 
     record = {
-        "format_version": 1,
+        "format_version": 2,
         "tool": {"name": "abliterate", "version": "0.1.0", "torch": "2.13.0", "safetensors": "0.6.2"},
         "created": "2026-01-02T03:04:05+00:00",
         "base": {
@@ -234,20 +234,28 @@ def write_checkpoint(
             "config_sha256": "a" * 64,
             "tied_embeddings": False,
         },
-        "direction": {
-            "sha256": "d" * 64,
+        "directions": [
+            {
+                "sha256": "d" * 64,
+                "d_model": 64,
+                "metadata": {
+                    "position": -1,
+                    "layer": 20,
+                    "bypass": -6.25,
+                    "induce": 3.5,
+                    "kl": 0.0625,
+                    "seed": 42,
+                    "thresholds": {"kl": 0.1, "induce": 0.0, "prune_layers": 0.2},
+                    "filtered": True,
+                    "system_prompt": None,
+                },
+            }
+        ],
+        "subspace": {
+            "k": 1,
             "d_model": 64,
-            "metadata": {
-                "position": -1,
-                "layer": 20,
-                "bypass": -6.25,
-                "induce": 3.5,
-                "kl": 0.0625,
-                "seed": 42,
-                "thresholds": {"kl": 0.1, "induce": 0.0, "prune_layers": 0.2},
-                "filtered": True,
-                "system_prompt": None,
-            },
+            "dtype": "float64",
+            "base64": base64.b64encode(numpy.eye(1, 64).tobytes()).decode(),
         },
         "options": {"components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0},
         "tensors": [
@@ -259,8 +267,11 @@ def write_checkpoint(
                 "shape": [64, 64],
                 "dtype": "F32",
                 "shard": shard,
+                "norm_chain": [],
+                "kind": "projected",
                 "component_before": 0.125,
                 "component_after": 1.5e-8,
+                "survivor": 1.2e-7,
             }
             for name, role, shard in zip(names, ["embed", "attn"], shards, strict=True)
         ],

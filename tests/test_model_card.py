@@ -107,7 +107,7 @@ class TestText:
         assert "after | 1.50e-08 |" in text
 
     def test_a_bare_direction_has_no_origin(self, record):
-        record["direction"]["metadata"] = {}
+        record["directions"][0]["metadata"] = {}
         record["options"].update(layers=[4, 10], strength=0.5)
         text = section(card_of(record), "What was removed")
         assert "not recorded: the direction file came without its origin" in text
@@ -164,7 +164,11 @@ class TestCommands:
     def test_of_options(self, record):
         record["base"].update(model="models/my model", revision=None)
         record["options"]["layers"] = [4, 10]
-        record["direction"]["metadata"] = {"filtered": False, "system_prompt": "Be\nkind; $(rm)", "thresholds": None}
+        record["directions"][0]["metadata"] = {
+            "filtered": False,
+            "system_prompt": "Be\nkind; $(rm)",
+            "thresholds": None,
+        }
         extract, orthogonalize = commands(card_of(record))
         assert extract[2:5] == ["my model", "-o", "refusal.safetensors"]
         assert extract[5:] == ["--system-prompt", "Be kind; $(rm)", "--no-filter"]

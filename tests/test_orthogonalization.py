@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import abliterate.orthogonalization
-from abliterate.abliteration_record import OrthogonalizationReport
+from abliterate.abliteration_record import OrthogonalizationReport, decode_subspace
 from abliterate.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
@@ -158,7 +158,7 @@ def test_it_equals_the_edit_of_the_loaded_model_bit_for_bit(tmp_path, direction,
     for name, weight in before.items():
         expected = weight
         if name in axes:
-            expected = project_out(weight, direction=direction.vector, residual_axis=axes[name])
+            expected = project_out(weight, directions=direction.vector[None], residual_axis=axes[name])
             assert not torch.equal(weight, after[name])
         assert after[name].dtype == dtype
         assert torch.equal(after[name], expected), name
@@ -206,9 +206,10 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     report = orthogonalize_checkpoint(source=source, direction=direction, output=out)
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
-        "format_version", "tool", "created", "base", "direction", "options", "tensors", "shards", "side_files",
+        "format_version", "tool", "created", "base", "directions", "subspace", "options", "tensors", "shards",
+        "side_files",
     ]  # fmt: skip
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}
     assert record["base"] == {
         "model": "someone/tiny-llama",
@@ -217,9 +218,10 @@ def test_the_record_is_complete(llama, tmp_path, direction):
         "config_sha256": hashlib.sha256((llama / "config.json").read_bytes()).hexdigest(),
         "tied_embeddings": False,
     }
-    assert record["direction"] == {
-        "sha256": direction.sha256, "d_model": D_MODEL, "metadata": {"model": "tiny", "layer": 1},
-    }  # fmt: skip
+    assert record["directions"] == [
+        {"sha256": direction.sha256, "d_model": D_MODEL, "metadata": {"model": "tiny", "layer": 1}}
+    ]
+    torch.testing.assert_close(decode_subspace(record["subspace"])[0], direction.vector.double(), rtol=0, atol=1e-7)
     assert record["options"] == {"components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0}
     assert len(record["tensors"]) == 1 + 3 * N_LAYERS
     before, after = stored(llama), stored(out)
@@ -228,7 +230,7 @@ def test_the_record_is_complete(llama, tmp_path, direction):
         assert tensor["residual_axis"] == axis
         assert tensor["shape"] == list(before[tensor["name"]].shape)
         for key, weights in (("component_before", before), ("component_after", after)):
-            measured = component_norm(weights[tensor["name"]], direction=direction.vector, residual_axis=axis)
+            measured = component_norm(weights[tensor["name"]], directions=direction.vector[None], residual_axis=axis)
             assert tensor[key] == pytest.approx(measured, rel=1e-9)
         assert tensor["component_after"] < 1e-6
     assert max(tensor["component_before"] for tensor in record["tensors"]) > 0.1
@@ -336,7 +338,7 @@ def test_a_direction_file_and_plain_strings_do_as_well(single, tmp_path, directi
     report = orthogonalize_checkpoint(
         source=str(single), direction=str(tmp_path / "refusal.safetensors"), output=str(tmp_path / "out")
     )
-    assert report.direction["sha256"] == direction.sha256
+    assert report.directions[0]["sha256"] == direction.sha256
     assert (tmp_path / "out" / "abliteration.json").is_file()
 
 
@@ -347,9 +349,9 @@ def test_a_second_edit_keeps_the_first_in_its_record(single, tmp_path, direction
     other = make_direction(mean_difference=random_direction(seed=8))
     orthogonalize_checkpoint(source=first, direction=other, output=second, options=EditOptions(strength=0.5))
     record = json.loads((second / "abliteration.json").read_text())
-    assert record["direction"]["sha256"] == other.sha256
+    assert record["directions"][0]["sha256"] == other.sha256
     earlier = record["base"]["abliteration"]
-    assert earlier["direction"]["sha256"] == direction.sha256
+    assert earlier["directions"][0]["sha256"] == direction.sha256
     assert earlier["options"]["strength"] == 1.0
     assert earlier["base"]["model"] == str(single)
     assert not (second / "evaluation.json").exists(), "it describes other weights"

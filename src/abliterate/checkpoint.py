@@ -5,7 +5,7 @@ The layout is read from the shards' headers alone (see `safetensors_file`) and c
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise damaged_file(path, "it is not a JSON object")
     return value
+
+
+def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a config in which each dotted path (`text_config.tie_word_embeddings`) has its new value."""
+    changed = dict(config)
+    for path, value in changes.items():
+        section = changed
+        *parents, key = path.split(".")
+        for parent in parents:
+            section[parent] = dict(section.get(parent) or {})
+            section = section[parent]
+        section[key] = value
+    return changed
 
 
 def _shard_names(path: Path) -> tuple[list[str], dict[str, Any] | None]:

@@ -1,13 +1,18 @@
-"""What an edit will do: which tensors, along which direction, how far; from the files' headers alone."""
+"""What an edit will do: which tensors, along which directions, how far; from the files' headers alone."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.directions import Direction, load_direction
-from abliterate.errors import DirectionError, InputError
+from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.hub import ModelSource
+from abliterate.projection import orthonormalize
 from abliterate.residual_writers import (
     ROLES,
     ResidualWriter,
@@ -15,7 +20,10 @@ from abliterate.residual_writers import (
     StreamMap,
     map_stream,
 )
+from abliterate.safetensors_file import TORCH_DTYPES
 
+# Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
+_LEAST_SINE = 1e-3
 _WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
 
 
@@ -56,7 +64,7 @@ class EditOptions:
         return first == 0 if writer.layer is None else first <= writer.layer < end
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EditPlan:
     """An edit that has been checked and can be made.
 
@@ -64,7 +72,8 @@ class EditPlan:
         source: The model as it was named.
         checkpoint: Its layout.
         stream: What its tensors do to the residual stream.
-        direction: What is projected out.
+        directions: What is projected out, one or several.
+        subspace: R, [k, d_model] float64, orthonormal rows that span the directions, in their order.
         options: What was asked for.
         writers: The residual writers that the options select, in file order.
     """
@@ -72,7 +81,8 @@ class EditPlan:
     source: ModelSource
     checkpoint: Checkpoint
     stream: StreamMap
-    direction: Direction
+    directions: tuple[Direction, ...]
+    subspace: Tensor
     options: EditOptions
     writers: tuple[ResidualWriter, ...]
 
@@ -80,9 +90,10 @@ class EditPlan:
         """Return what the user should know about this edit."""
         notes = []
         model_type = self.stream.model_type
-        extracted_from = self.direction.metadata.get("model_type")
-        if extracted_from is not None and extracted_from != model_type:
-            notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
+        for direction in self.directions:
+            extracted_from = direction.metadata.get("model_type")
+            if extracted_from is not None and extracted_from != model_type:
+                notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
         if self.stream.tied_embeddings and any(writer.role == "embed" for writer in self.writers):
             notes.append("the embeddings are tied, so the output head is edited with them")
         others = [
@@ -96,18 +107,21 @@ class EditPlan:
 
 
 def make_edit_plan(
-    *, source: ModelSource | Path | str, direction: Direction | Path | str, options: EditOptions
+    *,
+    source: ModelSource | Path | str,
+    direction: Direction | Path | str | Sequence[Direction | Path | str],
+    options: EditOptions,
 ) -> EditPlan:
-    """Read the layouts, and check that checkpoint, direction and options fit one another.
+    """Read the layouts, and check that checkpoint, directions and options fit one another.
 
     Args:
         source: The model: a local directory, or what `hub.resolve_model` returned.
-        direction: A direction, or the file that holds it.
+        direction: A direction or the file that holds it, or several of them.
         options: What to edit.
 
     Raises:
         InputError: There is no such directory, or the options select nothing or layers that are not there.
-        DirectionError: The direction is malformed or has another width than the model.
+        DirectionError: A direction is malformed, has another width than the model, or lies in the span of others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type.
     """
     model = _as_source(source)
@@ -124,11 +138,15 @@ def make_edit_plan(
             f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
             f"{model.name}; embeddings are edited only if the layers start at 0"
         )
+    _check_norms(checkpoint, selected, d_model=stream.d_model)
+    given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
+    directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
         stream=stream,
-        direction=_as_direction(direction, d_model=stream.d_model, model=model.name),
+        directions=directions,
+        subspace=_span(directions, given),
         options=options,
         writers=selected,
     )
@@ -154,3 +172,30 @@ def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str
             f"{d_model}; extract a direction from this model"
         )
     return direction
+
+
+def _span(directions: Sequence[Direction], given: Sequence[Direction | Path | str]) -> Tensor:
+    if not directions:
+        raise DirectionError("no direction was given; name a direction file with --direction")
+    basis, left_out = orthonormalize(torch.stack([each.vector for each in directions]), tolerance=_LEAST_SINE)
+    if left_out:
+        index = left_out[0]
+        name = f"direction {index + 1}" if isinstance(given[index], Direction) else str(given[index])
+        raise DirectionError(
+            f"{name}: lies in the span of the directions before it (to less than {_LEAST_SINE:g} of its length), "
+            "so it adds nothing but rounding; leave it out"
+        )
+    return basis
+
+
+def _check_norms(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], *, d_model: int) -> None:
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors()}
+    for writer in writers:
+        for norm in writer.norm_chain:
+            info = tensors.get(norm.weight)
+            if info is None or info.shape != (d_model,) or info.dtype not in TORCH_DTYPES:
+                found = "it is missing" if info is None else f"it is {info.dtype} {list(info.shape)}"
+                raise CheckpointError(
+                    f"{checkpoint.path}: the norm {norm.weight} stands between {writer.tensor_name} and the residual "
+                    f"stream and must be a vector of {d_model}, but {found}; download the checkpoint again"
+                )

@@ -118,16 +118,13 @@ def _local_name(record: dict[str, Any]) -> str:
 
 
 def _what_was_removed(record: dict[str, Any]) -> str:
-    base, direction, options = record["base"], record["direction"], record.get("options", {})
-    metadata = _mapping(direction.get("metadata"))
+    base, directions, options = record["base"], record["directions"], record.get("options", {})
     tensors = record.get("tensors", [])
     layers = options.get("layers")
     rows = [
         ("Base revision", _code(base["revision"]) if base.get("revision") else "local files, no revision"),
         ("Model type", _code(base.get("model_type", "unknown"))),
-        ("Direction (SHA-256 of its float32 bytes)", _code(direction["sha256"])),
-        ("Found at", _where_found(metadata)),
-        *_score_rows(metadata),
+        *(row for n, direction in enumerate(directions) for row in _direction_rows(direction, n, len(directions))),
         ("Components", ", ".join(_code(name) for name in options.get("components", [])) or "unknown"),
         ("Layers", f"{layers[0]} up to, not including, {layers[1]}" if layers else "all"),
         ("Strength", _number(options.get("strength"))),
@@ -143,6 +140,16 @@ def _what_was_removed(record: dict[str, Any]) -> str:
         "The full record, with the hash of each file, is in "
         "`abliteration.json`.\n\n" + _table(("", ""), rows)
     )
+
+
+def _direction_rows(direction: dict[str, Any], index: int, n_directions: int) -> list[tuple[str, str]]:
+    metadata = _mapping(direction.get("metadata"))
+    number = f" {index + 1} of {n_directions}" if n_directions > 1 else ""
+    return [
+        (f"Direction{number} (SHA-256 of its float32 bytes)", _code(direction["sha256"])),
+        (f"Found{number and f' ({index + 1})'} at", _where_found(metadata)),
+        *_score_rows(metadata),
+    ]
 
 
 def _where_found(metadata: dict[str, Any]) -> str:
@@ -243,12 +250,22 @@ def _how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None)
     name = base["model"] if revision else _local_name(record)
     model = [name, "--revision", revision] if revision else [name]
     layers = options.get("layers")
-    orthogonalize = ["abliterate", "orthogonalize", *model, "--direction", "refusal.safetensors", "-o", "OUT"]
+    directions = record["directions"]
+    files = (
+        ["refusal.safetensors"]
+        if len(directions) == 1
+        else [f"direction-{n + 1}.safetensors" for n in range(len(directions))]
+    )
+    orthogonalize = ["abliterate", "orthogonalize", *model]
+    orthogonalize += [word for file in files for word in ("--direction", file)] + ["-o", "OUT"]
     orthogonalize += ["--components", ",".join(options.get("components", []))]
     orthogonalize += ["--layers", f"{layers[0]}:{layers[1]}"] if layers else []
     orthogonalize += ["--strength", options.get("strength", 1.0)]
     commands = [
-        ["abliterate", "extract", *model, "-o", "refusal.safetensors", *_extract_options(record)],
+        *(
+            ["abliterate", "extract", *model, "-o", file, *_extract_options(direction)]
+            for file, direction in zip(files, directions, strict=True)
+        ),
         orthogonalize,
         ["abliterate", "evaluate", "OUT", "--base", name, "--output", "OUT/evaluation.json"],
     ]
@@ -262,8 +279,8 @@ def _how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None)
     return f"## How to reproduce\n\n```sh\n{block}\n```\n\nMade with these versions: {made_with}."
 
 
-def _extract_options(record: dict[str, Any]) -> list[Any]:
-    metadata = _mapping(record["direction"].get("metadata"))
+def _extract_options(direction: dict[str, Any]) -> list[Any]:
+    metadata = _mapping(direction.get("metadata"))
     thresholds = _mapping(metadata.get("thresholds"))
     values = {
         "--seed": metadata.get("seed"),

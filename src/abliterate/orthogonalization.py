@@ -1,4 +1,4 @@
-"""Orthogonalizing a checkpoint: a new directory whose weights cannot write along a direction.
+"""Orthogonalizing a checkpoint: a new directory whose weights cannot write along given directions.
 
 Works on files, never on a loaded model. The plan is made from the headers; then each shard is copied byte
 for byte except for the residual writers, which are projected (see `projection` for the mathematics and for
@@ -9,7 +9,7 @@ they were, and so does every other file. The new directory is reread and checked
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,20 @@ from abliterate.abliteration_record import (
     RECORD_NAME,
     EditedTensor,
     OrthogonalizationReport,
+    encode_subspace,
     write_record,
 )
 from abliterate.atomic_directory import check_output_directory, published_directory
 from abliterate.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json_object
+from abliterate.checkpoint_checks import (
+    EditedWriter,
+    Survivor,
+    compare_bytes,
+    compare_layouts,
+    directions_through,
+    measure_survivors,
+    ratio,
+)
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.errors import CheckpointError, InputError, VerificationError
@@ -37,27 +47,28 @@ from abliterate.hub import ModelSource
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import component_and_norm, project_out, residue_bound
 from abliterate.residual_writers import ROLES, ResidualWriter
-from abliterate.safetensors_file import TORCH_DTYPES, read_tensor, rewrite_shard
+from abliterate.safetensors_file import TORCH_DTYPES, rewrite_shard
 
 
 def orthogonalize_checkpoint(
     *,
     source: ModelSource | Path | str,
-    direction: Direction | Path | str,
+    direction: Direction | Path | str | Sequence[Direction | Path | str],
     output: Path | str | None,
     options: EditOptions | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     progress: ProgressReporter = SILENT,
 ) -> OrthogonalizationReport:
-    """Write a copy of a checkpoint in which no residual writer has a component along `direction`.
+    """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
 
     Section 4.1 of arXiv 2406.11717: W <- W - strength * r (r^T W), for the embeddings, the out-projections of
-    attention and MLP, and their biases. Where the embeddings are tied, the output head changes with them.
+    attention and MLP, and their biases. Several directions are projected out together, and where norms stand
+    between a writer and the stream, what is projected out is the direction as seen through them.
 
     Args:
         source: The model to edit: a local directory, or what `hub.resolve_model` returned.
-        direction: A direction, or the file that holds it.
+        direction: A direction or the file that holds it, or several of them.
         output: Directory to make; may be None in a dry run.
         options: What to edit; all residual writers at strength 1 by default.
         dry_run: Make and return the plan, and write nothing.
@@ -69,7 +80,7 @@ def orthogonalize_checkpoint(
 
     Raises:
         InputError: `output` cannot be used, or the options select nothing.
-        DirectionError: The direction is malformed or has another width than the model.
+        DirectionError: A direction is malformed, has another width than the model, or adds nothing to the others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or writing failed.
         VerificationError: What was written, reread, still has the direction in it.
     """
@@ -98,7 +109,7 @@ def _check_output(output: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> OrthogonalizationReport:
-    checkpoint, direction = plan.checkpoint, plan.direction
+    checkpoint = plan.checkpoint
     infos = {info.name: info for info in checkpoint.tensors()}
     edited = [infos[writer.tensor_name] for writer in plan.writers]
     roles = [writer.role for writer in plan.writers]
@@ -114,11 +125,11 @@ def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> Or
         },
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=_describe_base(plan),
-        direction={
-            "sha256": direction.sha256,
-            "d_model": direction.d_model,
-            "metadata": direction.metadata,
-        },
+        directions=tuple(
+            {"sha256": direction.sha256, "d_model": direction.d_model, "metadata": direction.metadata}
+            for direction in plan.directions
+        ),
+        subspace=encode_subspace(plan.subspace),
         options=plan.options,
         tensors=tuple(
             EditedTensor(
@@ -129,6 +140,7 @@ def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> Or
                 shape=info.shape,
                 dtype=info.dtype,
                 shard=info.shard,
+                norm_chain=writer.norm_chain,
             )
             for writer, info in zip(plan.writers, edited, strict=True)
         ),
@@ -152,7 +164,7 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
     }
     if RECORD_NAME in checkpoint.side_files:
         earlier = read_json_object(checkpoint.path / RECORD_NAME)
-        base["abliteration"] = {key: earlier.get(key) for key in ("base", "direction", "options")}
+        base["abliteration"] = {key: earlier.get(key) for key in ("base", "directions", "options")}
     return base
 
 
@@ -161,7 +173,11 @@ def _write(
 ) -> OrthogonalizationReport:
     checkpoint = plan.checkpoint
     before: dict[str, tuple[float, float]] = {}
-    edits = {writer.tensor_name: _edit_of(plan, writer, before) for writer in plan.writers}
+    chains = {writer.norm_chain for writer in plan.writers}
+    directions = directions_through(checkpoint, plan.subspace, chains=chains)
+    edits = {
+        writer.tensor_name: _edit_of(plan, writer, directions[writer.norm_chain], before) for writer in plan.writers
+    }
     with progress.task(f"Writing {report.output}", total=report.bytes_total, unit="bytes") as advance:
         shards = {
             shard.file_name: rewrite_shard(shard, source=checkpoint.path, target=partial, edits=edits, advance=advance)
@@ -171,8 +187,8 @@ def _write(
     missed = sorted(edits.keys() - before.keys())
     if missed:
         raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
-    with progress.task(f"Checking {report.output}", total=report.bytes_edited, unit="bytes") as advance:
-        after = _verify(plan, partial, before, advance)
+    with progress.task(f"Checking {report.output}", total=report.bytes_total, unit="bytes") as advance:
+        after = _check_written(plan, partial, before, advance)
     report = dataclasses.replace(
         report,
         shards=shards,
@@ -180,8 +196,9 @@ def _write(
         tensors=tuple(
             dataclasses.replace(
                 tensor,
-                component_before=_ratio(*before[tensor.name]),
-                component_after=_ratio(*after[tensor.name]),
+                component_before=ratio(*before[tensor.name]),
+                component_after=ratio(after[tensor.name].along_after, after[tensor.name].norm_after),
+                survivor=ratio(after[tensor.name].along_after, before[tensor.name][0]),
             )
             for tensor in report.tensors
         ),
@@ -191,18 +208,21 @@ def _write(
 
 
 def _edit_of(
-    plan: EditPlan, writer: ResidualWriter, before: dict[str, tuple[float, float]]
+    plan: EditPlan,
+    writer: ResidualWriter,
+    directions: Tensor,
+    before: dict[str, tuple[float, float]],
 ) -> Callable[[Tensor], Tensor]:
     def edit(weight: Tensor) -> Tensor:
-        vector, axis = plan.direction.vector, writer.residual_axis
-        measured = component_and_norm(weight, direction=vector, residual_axis=axis)
+        axis = writer.residual_axis
+        measured = component_and_norm(weight, directions=directions, residual_axis=axis)
         if not math.isfinite(measured[1]):
             raise CheckpointError(
                 f"{plan.checkpoint.path}: tensor {writer.tensor_name} holds NaN or infinite values; "
                 "download the checkpoint again"
             )
         before[writer.tensor_name] = measured
-        return project_out(weight, direction=vector, residual_axis=axis, strength=plan.options.strength)
+        return project_out(weight, directions=directions, residual_axis=axis, strength=plan.options.strength)
 
     return edit
 
@@ -218,35 +238,37 @@ def _copy_side_files(checkpoint: Checkpoint, partial: Path) -> dict[str, Written
     return copied
 
 
-def _verify(
-    plan: EditPlan, partial: Path, before: dict[str, tuple[float, float]], advance: Callable[[int], None]
-) -> dict[str, tuple[float, float]]:
-    written = open_checkpoint(partial)
-    for old, new in zip(plan.checkpoint.shards, written.shards, strict=True):
-        if old.file_name != new.file_name or old.header_bytes != new.header_bytes:
-            raise VerificationError(f"{partial}: the header of {new.file_name} is not that of the source")
-    after = {}
+def _check_written(
+    plan: EditPlan,
+    partial: Path,
+    before: Mapping[str, tuple[float, float]],
+    advance: Callable[[int], None],
+) -> dict[str, Survivor]:
+    """Reread what was written: nothing but the planned tensors differs, and nothing of the directions is left."""
+    base, written = plan.checkpoint, open_checkpoint(partial)
+    changed = {writer.tensor_name for writer in plan.writers}
+    problems = compare_layouts(base, written) or compare_bytes(base, written, changed=changed, advance=advance)
+    if problems:
+        raise VerificationError(f"{partial}: {problems[0]}; disk or memory may be faulty, run again")
     infos = {info.name: info for info in written.tensors()}
-    for writer in plan.writers:
-        info = infos[writer.tensor_name]
-        weight = read_tensor(partial, info)
-        along, norm = component_and_norm(weight, direction=plan.direction.vector, residual_axis=writer.residual_axis)
+    edited = [
+        EditedWriter(name=writer.tensor_name, residual_axis=writer.residual_axis, norm_chain=writer.norm_chain)
+        for writer in plan.writers
+    ]
+    survivors = {}
+    for found in measure_survivors(written, base=None, writers=edited, subspace=plan.subspace, advance=advance):
         bound = residue_bound(
-            TORCH_DTYPES[info.dtype],
-            d_model=plan.direction.d_model,
-            elements=weight.numel(),
-            before=before[info.name][1],
-            after=norm,
+            TORCH_DTYPES[found.dtype],
+            d_model=plan.stream.d_model,
+            elements=math.prod(infos[found.name].shape),
+            before=before[found.name][1],
+            after=found.norm_after,
         )
-        if not math.isfinite(norm) or (plan.options.strength == 1.0 and along > bound):
+        if not math.isfinite(found.norm_after) or (plan.options.strength == 1.0 and found.along_after > bound):
             raise VerificationError(
-                f"{info.shard}: tensor {info.name}, reread, has a component of {along:.3g} along the direction "
-                f"and rounding to {info.dtype} explains {bound:.3g}; disk or memory may be faulty, run again"
+                f"{infos[found.name].shard}: tensor {found.name}, reread, has a component of "
+                f"{found.along_after:.3g} along what was removed and rounding to {found.dtype} explains "
+                f"{bound:.3g}; disk or memory may be faulty, run again"
             )
-        after[info.name] = (along, norm)
-        advance(info.end - info.start)
-    return after
-
-
-def _ratio(along: float, norm: float) -> float:
-    return along / norm if norm else 0.0
+        survivors[found.name] = found
+    return survivors
