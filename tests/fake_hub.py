@@ -77,7 +77,8 @@ class Fault:
 
 
 class FakeHub:
-    """The server. `requests` lists "METHOD /path" of all that came; `lfs` holds the objects by SHA-256."""
+    """The server. `requests` lists "METHOD /path" of all that came, `sent` the bytes of the answers to GET by path;
+    `lfs` holds the objects by SHA-256."""
 
     def __init__(self, *, part_size: int | None = None) -> None:
         self.part_size = part_size
@@ -85,6 +86,7 @@ class FakeHub:
         self.lfs: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[str] = []
+        self.sent: dict[str, int] = {}
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -387,6 +389,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+        if self.command == "GET":
+            with self.hub.lock:
+                self.hub.sent[self.url_path] = self.hub.sent.get(self.url_path, 0) + len(data)
 
     def _json(self, value: Any, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode())

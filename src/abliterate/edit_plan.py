@@ -127,17 +127,7 @@ def make_edit_plan(
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
     stream = map_stream(config=checkpoint.config, tensors=tuple(checkpoint.tensors()), path=checkpoint.path)
-    if options.layers is not None and options.layers[1] > stream.n_layers:
-        raise InputError(
-            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {stream.n_layers} layers of "
-            f"{model.name}; give a range within 0:{stream.n_layers}"
-        )
-    selected = tuple(writer for writer in stream.writers if options.includes(writer))
-    if not selected:
-        raise InputError(
-            f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
-            f"{model.name}; embeddings are edited only if the layers start at 0"
-        )
+    selected = select_writers(stream, options=options, model=model.name)
     _check_norms(checkpoint, selected, d_model=stream.d_model)
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
@@ -150,6 +140,26 @@ def make_edit_plan(
         options=options,
         writers=selected,
     )
+
+
+def select_writers(stream: StreamMap, *, options: EditOptions, model: str) -> tuple[ResidualWriter, ...]:
+    """Return the residual writers that the options select, in file order.
+
+    Raises:
+        InputError: They select nothing, or layers that are not there; `model` is named in the message.
+    """
+    if options.layers is not None and options.layers[1] > stream.n_layers:
+        raise InputError(
+            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {stream.n_layers} layers of "
+            f"{model}; give a range within 0:{stream.n_layers}"
+        )
+    selected = tuple(writer for writer in stream.writers if options.includes(writer))
+    if not selected:
+        raise InputError(
+            f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
+            f"{model}; embeddings are edited only if the layers start at 0"
+        )
+    return selected
 
 
 def _as_source(source: ModelSource | Path | str) -> ModelSource:

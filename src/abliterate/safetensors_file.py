@@ -76,18 +76,34 @@ def read_shard(path: Path) -> Shard:
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise damaged_file(path, "its __metadata__ is not a map of strings")
+    tensors = describe_tensors(path, header, data_start=len(header_bytes))
+    position = tensors[-1].end if tensors else len(header_bytes)
+    if position != size:
+        raise damaged_file(path, f"its header describes {position} bytes, the file has {size}")
+    return Shard(file_name=path.name, header_bytes=header_bytes, metadata=metadata, tensors=tensors)
+
+
+def describe_tensors(path: Path, header: Mapping[str, Any], *, data_start: int) -> tuple[TensorInfo, ...]:
+    """Return the tensors that a header, without its `__metadata__`, describes, in file order.
+
+    Args:
+        path: The file, for messages.
+        header: Name -> dtype, shape and data_offsets.
+        data_start: Where in the file the tensors begin.
+
+    Raises:
+        CheckpointError: An entry is malformed, or the tensors overlap or leave gaps.
+    """
     tensors = sorted(
-        (_tensor_info(path, name, entry, len(header_bytes)) for name, entry in header.items()),
+        (_tensor_info(path, name, entry, data_start) for name, entry in header.items()),
         key=lambda tensor: (tensor.start, tensor.end),
     )
-    position = len(header_bytes)
+    position = data_start
     for tensor in tensors:
         if tensor.start != position:
             raise damaged_file(path, f"tensor {tensor.name} starts at byte {tensor.start}, expected {position}")
         position = tensor.end
-    if position != size:
-        raise damaged_file(path, f"its header describes {position} bytes, the file has {size}")
-    return Shard(file_name=path.name, header_bytes=header_bytes, metadata=metadata, tensors=tuple(tensors))
+    return tuple(tensors)
 
 
 def read_tensor(directory: Path, info: TensorInfo) -> Tensor:

@@ -6,14 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from abliterate.cli.options import DirectionOption, JsonOption, ModelArg, RevisionOption
+from abliterate.cli.options import (
+    ALL_COMPONENTS,
+    ComponentsOption,
+    DirectionOption,
+    JsonOption,
+    LayersOption,
+    ModelArg,
+    RevisionOption,
+    parse_components,
+    parse_layers,
+)
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
     from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport
-    from abliterate.residual_writers import Role
-
-_COMPONENTS: "tuple[Role, ...]" = ("embed", "attn", "mlp")
 
 
 def orthogonalize(
@@ -24,17 +31,8 @@ def orthogonalize(
         Path | None,
         typer.Option("-o", "--output", metavar="OUT", help="Directory to make. Needed unless --dry-run."),
     ] = None,
-    components: Annotated[
-        str, typer.Option("--components", help="What to edit: any of embed, attn, mlp, by commas.")
-    ] = ",".join(_COMPONENTS),
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="A:B",
-            help="Edit layers A to B-1 only; the embeddings are edited only if A is 0. Default: everything.",
-        ),
-    ] = None,
+    components: ComponentsOption = ALL_COMPONENTS,
+    layers: LayersOption = None,
     strength: Annotated[
         float, typer.Option("--strength", help="Share of the component to remove; 1 removes it.")
     ] = 1.0,
@@ -48,7 +46,7 @@ def orthogonalize(
     Every tensor that writes to the residual stream is projected, W <- W - r (r^T W); all else is copied byte
     for byte. OUT appears whole or not at all, with a complete record in abliteration.json.
     """
-    roles, layer_range = _parse_components(components), _parse_layers(layers)
+    roles, layer_range = parse_components(components), parse_layers(layers)
     if output_directory is None and not dry_run:
         raise typer.BadParameter("is needed unless --dry-run is given", param_hint="'-o' / '--output'")
     if not 0 < strength < float("inf"):
@@ -69,23 +67,6 @@ def orthogonalize(
         progress=output.progress,
     )
     output.report(report, tables=lambda: _tables(report))
-
-
-def _parse_components(text: str) -> "tuple[Role, ...]":
-    wanted = [part.strip() for part in text.split(",")]
-    unknown = [part for part in wanted if part not in _COMPONENTS]
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not among {', '.join(_COMPONENTS)}", param_hint="'--components'")
-    return tuple(role for role in _COMPONENTS if role in wanted)
-
-
-def _parse_layers(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, _, end = text.partition(":")
-    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit()) or int(first) >= int(end):
-        raise typer.BadParameter(f"{text!r} is not a range A:B with A < B, such as 10:20", param_hint="'--layers'")
-    return int(first), int(end)
 
 
 def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
