@@ -206,8 +206,8 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     report = orthogonalize_checkpoint(source=source, direction=direction, output=out)
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
-        "format_version", "tool", "created", "base", "directions", "subspace", "options", "tensors", "shards",
-        "side_files",
+        "format_version", "tool", "created", "base", "directions", "subspace", "options", "config_changes", "tensors",
+        "shards", "side_files",
     ]  # fmt: skip
     assert record["format_version"] == 2
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}
@@ -222,7 +222,11 @@ def test_the_record_is_complete(llama, tmp_path, direction):
         {"sha256": direction.sha256, "d_model": D_MODEL, "metadata": {"model": "tiny", "layer": 1}}
     ]
     torch.testing.assert_close(decode_subspace(record["subspace"])[0], direction.vector.double(), rtol=0, atol=1e-7)
-    assert record["options"] == {"components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0}
+    assert record["options"] == {
+        "components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0, "tied": "edit",
+        "preserve_norms": False, "add": None, "unverified": False,
+    }  # fmt: skip
+    assert record["config_changes"] == {}
     assert len(record["tensors"]) == 1 + 3 * N_LAYERS
     before, after = stored(llama), stored(out)
     for tensor in record["tensors"]:
