@@ -1,5 +1,6 @@
 """What an edit will do: which tensors, along which directions, how far; from the files' headers alone."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class EditOptions:
             return
         if not math.isfinite(self.add) or self.add == 0:
             raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
-        if self != EditOptions(add=self.add, unverified=self.unverified):
+        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified):
             raise InputError(
                 "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
                 "go with it; make two runs, one on the output of the other"
