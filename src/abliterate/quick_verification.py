@@ -206,11 +206,11 @@ def _tensor_check(
     record: AbliterationRecord, entry: Mapping[str, Any], survivor: Survivor, *, shape: tuple[int, ...]
 ) -> TensorCheck:
     recorded = entry.get("component_before")
+    before: float | None = recorded
     if survivor.along_before is not None and survivor.norm_before is not None:
         norm_before, before = survivor.norm_before, ratio(survivor.along_before, survivor.norm_before)
     else:
         # What was removed is orthogonal to what is left, so |W|^2 is the sum of their squares.
-        before = recorded
         left = math.sqrt(max(1.0 - float(recorded or 0.0) ** 2, 0.0))
         norm_before = survivor.norm_after / left if left else survivor.norm_after
     after = ratio(survivor.along_after, survivor.norm_after)

@@ -2,7 +2,8 @@
 
 (a), (b) its files (see `quick_verification`); (c) the directions in its residual stream on real prompts, beside its
 base; (d) its logits beside those of the base with the directions ablated by hooks. docs/exactness.md says when the
-stream must be clean and when the logits must be equal; where they need not be, (c) and (d) report and do not judge. `verification_report` says how clean is clean.
+stream must be clean and when the logits must be equal; where they need not be, (c) and (d) report and do not judge.
+`verification_report` says how clean is clean.
 """
 
 import gc
