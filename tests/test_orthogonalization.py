@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import save_file
 
 import abliterate.orthogonalization
 from abliterate.abliteration_record import OrthogonalizationReport, decode_subspace
@@ -28,9 +26,8 @@ from abliterate.hub import ModelSource
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.projection import component_norm, project_out
 from abliterate.residual_writers import ARCHITECTURES
-from tiny_models import D_MODEL, N_LAYERS, VOCABULARY, random_direction, save_tiny_model
-
-TOKENS = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(3))
+from loaded_models import ablated, load, logits, stored, stream_component, tree
+from tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -56,69 +53,6 @@ def single(tmp_path) -> Path:
     return save_tiny_model(tmp_path / "base")
 
 
-def load(path: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def blocks_and_final_norm(model: PreTrainedModel) -> tuple[Any, Any]:
-    stack = model.base_model
-    return (stack.h, stack.ln_f) if hasattr(stack, "h") else (stack.layers, stack.norm)
-
-
-@contextmanager
-def ablated(model: PreTrainedModel, vector: Tensor) -> Iterator[None]:
-    """Directional ablation of every write to the stream, by hooks of this test's own."""
-    unit = vector.double() / vector.double().norm()
-
-    def clean(hidden: Tensor) -> Tensor:
-        r = unit.to(hidden.dtype)
-        return hidden - (hidden @ r).unsqueeze(-1) * r
-
-    def clean_output(_module, _args, output):
-        return (clean(output[0]), *output[1:]) if isinstance(output, tuple) else clean(output)
-
-    def clean_input(_module, args, kwargs):
-        return (
-            ((clean(args[0]), *args[1:]), kwargs)
-            if args
-            else (args, kwargs | {"hidden_states": clean(kwargs["hidden_states"])})
-        )
-
-    blocks, _ = blocks_and_final_norm(model)
-    handles = [blocks[0].register_forward_pre_hook(clean_input, with_kwargs=True)]
-    for block in blocks:
-        attention = block.attn if hasattr(block, "attn") else block.self_attn
-        handles += [attention.register_forward_hook(clean_output), block.mlp.register_forward_hook(clean_output)]
-    assert len(handles) == 1 + 2 * N_LAYERS
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def stream_component(model: PreTrainedModel, vector: Tensor) -> float:
-    """Largest |r.h|/|h| over all tokens at every block's input and before the final norm."""
-    streams = []
-
-    def record(_module, args, kwargs):
-        streams.append(args[0] if args else kwargs["hidden_states"])
-
-    blocks, final_norm = blocks_and_final_norm(model)
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in (*blocks, final_norm)]
-    logits(model)
-    for handle in handles:
-        handle.remove()
-    stacked = torch.stack(streams).double()
-    assert stacked.shape[0] == N_LAYERS + 1
-    return float(((stacked @ vector.double()).abs() / stacked.norm(dim=-1)).max())
-
-
 def writer_axes(model_type: str, *, biases: bool = False) -> dict[str, int]:
     """The writers by hand, name in the loaded model -> residual axis: independent of the code under test."""
     if model_type == "gpt2":
@@ -136,14 +70,6 @@ def writer_axes(model_type: str, *, biases: bool = False) -> dict[str, int]:
         if biases:
             axes[f"model.layers.{layer}.self_attn.o_proj.bias"] = 0
     return axes
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-def stored(path: Path) -> dict[str, Tensor]:
-    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -206,8 +132,8 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     report = orthogonalize_checkpoint(source=source, direction=direction, output=out)
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
-        "format_version", "tool", "created", "base", "directions", "subspace", "options", "tensors", "shards",
-        "side_files",
+        "format_version", "tool", "created", "base", "directions", "subspace", "options", "config_changes", "tensors",
+        "shards", "side_files",
     ]  # fmt: skip
     assert record["format_version"] == 2
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}
@@ -222,7 +148,11 @@ def test_the_record_is_complete(llama, tmp_path, direction):
         {"sha256": direction.sha256, "d_model": D_MODEL, "metadata": {"model": "tiny", "layer": 1}}
     ]
     torch.testing.assert_close(decode_subspace(record["subspace"])[0], direction.vector.double(), rtol=0, atol=1e-7)
-    assert record["options"] == {"components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0}
+    assert record["options"] == {
+        "components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0, "tied": "edit",
+        "preserve_norms": False, "add": None, "unverified": False,
+    }  # fmt: skip
+    assert record["config_changes"] == {}
     assert len(record["tensors"]) == 1 + 3 * N_LAYERS
     before, after = stored(llama), stored(out)
     for tensor in record["tensors"]:

@@ -3,13 +3,16 @@
 Works on files, never on a loaded model. The plan is made from the headers; then each shard is copied byte
 for byte except for the residual writers, which are projected (see `projection` for the mathematics and for
 when the result equals ablating activations). Names, order, dtypes, offsets, metadata and the index stay as
-they were, and so does every other file. The new directory is reread and checked before it appears, whole.
+they were, and so does every other file, unless tensors must be added (an untied head, a bias that is switched
+on). The new directory is reread and checked before it appears, whole.
 """
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from abliterate.abliteration_record import (
     write_record,
 )
 from abliterate.atomic_directory import check_output_directory, published_directory
-from abliterate.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json_object
+from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, open_checkpoint, read_json_object, with_changes
 from abliterate.checkpoint_checks import (
     EditedWriter,
     Survivor,
@@ -42,12 +45,13 @@ from abliterate.checkpoint_checks import (
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.errors import CheckpointError, InputError, VerificationError
-from abliterate.hashed_files import WrittenFile, copy_file
+from abliterate.hashed_files import WrittenFile, copy_file, write_file
 from abliterate.hub import ModelSource
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import component_and_norm, project_out, residue_bound
-from abliterate.residual_writers import ROLES, ResidualWriter
-from abliterate.safetensors_file import TORCH_DTYPES, rewrite_shard
+from abliterate.residual_writers import ROLES
+from abliterate.safetensors_file import TORCH_DTYPES, NewTensor, hash_range, read_tensor, rewrite_shard, tensor_bytes
+from abliterate.tensor_edits import TensorEdit
 
 
 def orthogonalize_checkpoint(
@@ -70,7 +74,7 @@ def orthogonalize_checkpoint(
         source: The model to edit: a local directory, or what `hub.resolve_model` returned.
         direction: A direction or the file that holds it, or several of them.
         output: Directory to make; may be None in a dry run.
-        options: What to edit; all residual writers at strength 1 by default.
+        options: What to edit, and how; all residual writers at strength 1 by default.
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
         progress: Shown the bytes written and checked.
@@ -110,9 +114,8 @@ def _check_output(output: Path, source: Path, *, overwrite: bool) -> None:
 
 def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> OrthogonalizationReport:
     checkpoint = plan.checkpoint
-    infos = {info.name: info for info in checkpoint.tensors()}
-    edited = [infos[writer.tensor_name] for writer in plan.writers]
-    roles = [writer.role for writer in plan.writers]
+    edits = plan.edits
+    roles = [edit.role for edit in edits]
     return OrthogonalizationReport(
         output=None if output is None else str(output),
         dry_run=dry_run,
@@ -131,24 +134,26 @@ def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> Or
         ),
         subspace=encode_subspace(plan.subspace),
         options=plan.options,
+        config_changes=plan.config_changes,
         tensors=tuple(
             EditedTensor(
-                name=info.name,
-                role=writer.role,
-                layer=writer.layer,
-                residual_axis=writer.residual_axis,
-                shape=info.shape,
-                dtype=info.dtype,
-                shard=info.shard,
-                norm_chain=writer.norm_chain,
+                name=edit.name,
+                role=edit.role,
+                layer=edit.layer,
+                residual_axis=edit.residual_axis,
+                shape=edit.info.shape,
+                dtype=edit.info.dtype,
+                shard=edit.info.shard,
+                norm_chain=edit.norm_chain,
+                kind=edit.kind,
             )
-            for writer, info in zip(plan.writers, edited, strict=True)
+            for edit in edits
         ),
         shards={},
         side_files={},
         counts={role: roles.count(role) for role in ROLES if role in roles},
-        bytes_edited=sum(info.end - info.start for info in edited),
-        bytes_total=sum(shard.size for shard in checkpoint.shards),
+        bytes_edited=sum(_size(edit) for edit in edits),
+        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(_size(edit) for edit in edits if edit.is_new),
         notes=plan.notes(),
     )
 
@@ -162,113 +167,204 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
         "config_sha256": hashlib.sha256((checkpoint.path / CONFIG_NAME).read_bytes()).hexdigest(),
         "tied_embeddings": plan.stream.tied_embeddings,
     }
+    if plan.stream.tied_embeddings:
+        stored = {tensor.name for tensor in checkpoint.tensors()}
+        is_embedding = plan.stream.embedding in stored
+        base["tied_tensor"] = plan.stream.embedding if is_embedding else plan.stream.head
     if RECORD_NAME in checkpoint.side_files:
         earlier = read_json_object(checkpoint.path / RECORD_NAME)
         base["abliteration"] = {key: earlier.get(key) for key in ("base", "directions", "options")}
     return base
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """What came out of one edit in memory: |U W| and |W| (None where nothing is projected), and the new bytes' hash."""
+
+    before: tuple[float, float] | None
+    sha256: str
+
+
 def _write(
     plan: EditPlan, report: OrthogonalizationReport, partial: Path, progress: ProgressReporter
 ) -> OrthogonalizationReport:
-    checkpoint = plan.checkpoint
-    before: dict[str, tuple[float, float]] = {}
-    chains = {writer.norm_chain for writer in plan.writers}
-    directions = directions_through(checkpoint, plan.subspace, chains=chains)
-    edits = {
-        writer.tensor_name: _edit_of(plan, writer, directions[writer.norm_chain], before) for writer in plan.writers
-    }
+    made: dict[str, _Made] = {}
+    makers = _makers(plan, made)
     with progress.task(f"Writing {report.output}", total=report.bytes_total, unit="bytes") as advance:
         shards = {
-            shard.file_name: rewrite_shard(shard, source=checkpoint.path, target=partial, edits=edits, advance=advance)
-            for shard in checkpoint.shards
+            shard.file_name: rewrite_shard(
+                shard,
+                source=plan.checkpoint.path,
+                target=partial,
+                edits={edit.name: makers[edit.name] for edit in plan.edits if not edit.is_new},
+                added=_new_tensors(plan, shard.file_name, makers),
+                advance=advance,
+            )
+            for shard in plan.checkpoint.shards
         }
-    side_files = _copy_side_files(checkpoint, partial)
-    missed = sorted(edits.keys() - before.keys())
+    side_files = _write_side_files(plan, partial)
+    missed = sorted(makers.keys() - made.keys())
     if missed:
         raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
     with progress.task(f"Checking {report.output}", total=report.bytes_total, unit="bytes") as advance:
-        after = _check_written(plan, partial, before, advance)
+        after = _check_written(plan, partial, made, advance)
     report = dataclasses.replace(
         report,
         shards=shards,
         side_files=side_files,
-        tensors=tuple(
-            dataclasses.replace(
-                tensor,
-                component_before=ratio(*before[tensor.name]),
-                component_after=ratio(after[tensor.name].along_after, after[tensor.name].norm_after),
-                survivor=ratio(after[tensor.name].along_after, before[tensor.name][0]),
-            )
-            for tensor in report.tensors
-        ),
+        tensors=tuple(_measured(tensor, made[tensor.name], after.get(tensor.name)) for tensor in report.tensors),
     )
     write_record(report, partial)
     return report
 
 
-def _edit_of(
-    plan: EditPlan,
-    writer: ResidualWriter,
-    directions: Tensor,
-    before: dict[str, tuple[float, float]],
-) -> Callable[[Tensor], Tensor]:
-    def edit(weight: Tensor) -> Tensor:
-        axis = writer.residual_axis
-        measured = component_and_norm(weight, directions=directions, residual_axis=axis)
-        if not math.isfinite(measured[1]):
-            raise CheckpointError(
-                f"{plan.checkpoint.path}: tensor {writer.tensor_name} holds NaN or infinite values; "
-                "download the checkpoint again"
-            )
-        before[writer.tensor_name] = measured
-        return project_out(weight, directions=directions, residual_axis=axis, strength=plan.options.strength)
-
-    return edit
+def _measured(tensor: EditedTensor, made: _Made, after: Survivor | None) -> EditedTensor:
+    if made.before is None or after is None:
+        return tensor
+    return dataclasses.replace(
+        tensor,
+        component_before=ratio(*made.before),
+        component_after=ratio(after.along_after, after.norm_after),
+        survivor=ratio(after.along_after, made.before[0]),
+    )
 
 
-def _copy_side_files(checkpoint: Checkpoint, partial: Path) -> dict[str, WrittenFile]:
+def _makers(plan: EditPlan, made: dict[str, _Made]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return for each edit the function from the base's tensor to the new one; what it did is put into `made`."""
+    chains = {edit.norm_chain for edit in plan.edits if edit.project}
+    directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
+
+    def maker(edit: TensorEdit) -> Callable[[Tensor], Tensor]:
+        def make(old: Tensor) -> Tensor:
+            basis = directions[edit.norm_chain] if edit.project else None
+            new, before = _apply_edit(plan, edit, old, basis)
+            made[edit.name] = _Made(before=before, sha256=hashlib.sha256(tensor_bytes(new)).hexdigest())
+            return new
+
+        return make
+
+    return {edit.name: maker(edit) for edit in plan.edits}
+
+
+def _apply_edit(
+    plan: EditPlan, edit: TensorEdit, old: Tensor, directions: Tensor | None
+) -> tuple[Tensor, tuple[float, float] | None]:
+    if directions is None:
+        # One rounding, and nothing else: a bias and its dose are added in float64.
+        return (old if edit.dose is None else (old.double() + edit.dose).to(old.dtype)), None
+    before = component_and_norm(old, directions=directions, residual_axis=edit.residual_axis)
+    if not math.isfinite(before[1]):
+        raise CheckpointError(
+            f"{plan.checkpoint.path}: tensor {edit.name} holds NaN or infinite values; download the checkpoint again"
+        )
+    new = project_out(
+        old,
+        directions=directions,
+        residual_axis=edit.residual_axis,
+        strength=plan.options.strength,
+        preserve_norms=plan.options.preserve_norms,
+    )
+    return new, before
+
+
+def _new_tensors(
+    plan: EditPlan, shard_name: str, makers: Mapping[str, Callable[[Tensor], Tensor]]
+) -> tuple[NewTensor, ...]:
+    def make(edit: TensorEdit) -> Callable[[], Tensor]:
+        def from_source() -> Tensor:
+            if edit.source is None:
+                return makers[edit.name](torch.zeros(edit.info.shape, dtype=TORCH_DTYPES[edit.info.dtype]))
+            return makers[edit.name](read_tensor(plan.checkpoint.path, edit.source))
+
+        return from_source
+
+    new = [edit for edit in plan.edits if edit.is_new and edit.info.shard == shard_name]
+    return tuple(NewTensor(info=edit.info, make=make(edit)) for edit in new)
+
+
+def _size(edit: TensorEdit) -> int:
+    return math.prod(edit.info.shape) * TORCH_DTYPES[edit.info.dtype].itemsize
+
+
+def _write_side_files(plan: EditPlan, partial: Path) -> dict[str, WrittenFile]:
+    checkpoint = plan.checkpoint
     left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in checkpoint.side_files else set()
-    copied = {}
+    changed = {}
+    if plan.config_changes:
+        changed[CONFIG_NAME] = json.dumps(with_changes(checkpoint.config, plan.config_changes), indent=2) + "\n"
+    if checkpoint.index is not None and any(edit.is_new for edit in plan.edits):
+        changed[INDEX_NAME] = json.dumps(_extended_index(plan, checkpoint.index), indent=2) + "\n"
+    written = {}
     for name in checkpoint.side_files:
         if name in left_out:
             continue
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        copied[name] = copy_file(checkpoint.path / name, partial / name)
-    return copied
+        if name in changed:
+            written[name] = write_file(partial / name, changed[name].encode())
+        else:
+            written[name] = copy_file(checkpoint.path / name, partial / name)
+    return written
+
+
+def _extended_index(plan: EditPlan, index: dict[str, Any]) -> dict[str, Any]:
+    new = [edit for edit in plan.edits if edit.is_new]
+    weight_map = index["weight_map"] | {edit.name: edit.info.shard for edit in new}
+    metadata = dict(index.get("metadata") or {})
+    for key, more in (
+        ("total_size", sum(_size(edit) for edit in new)),
+        ("total_parameters", sum(math.prod(edit.info.shape) for edit in new)),
+    ):
+        if isinstance(metadata.get(key), int):
+            metadata[key] += more
+    return {**index, **({"metadata": metadata} if metadata else {}), "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _check_written(
-    plan: EditPlan,
-    partial: Path,
-    before: Mapping[str, tuple[float, float]],
-    advance: Callable[[int], None],
+    plan: EditPlan, partial: Path, made: Mapping[str, _Made], advance: Callable[[int], None]
 ) -> dict[str, Survivor]:
     """Reread what was written: nothing but the planned tensors differs, and nothing of the directions is left."""
     base, written = plan.checkpoint, open_checkpoint(partial)
-    changed = {writer.tensor_name for writer in plan.writers}
-    problems = compare_layouts(base, written) or compare_bytes(base, written, changed=changed, advance=advance)
+    problems = compare_layouts(
+        base,
+        written,
+        added={edit.name for edit in plan.edits if edit.is_new},
+        config_changes=plan.config_changes,
+    ) or compare_bytes(base, written, changed={edit.name for edit in plan.edits}, advance=advance)
+    infos = {info.name: info for info in written.tensors()}
+    problems += [
+        f"{edit.info.shard}: tensor {edit.name}, reread, is not what was written"
+        for edit in plan.edits
+        if not problems and hash_range(partial, infos[edit.name]) != made[edit.name].sha256
+    ]
     if problems:
         raise VerificationError(f"{partial}: {problems[0]}; disk or memory may be faulty, run again")
-    infos = {info.name: info for info in written.tensors()}
-    edited = [
-        EditedWriter(name=writer.tensor_name, residual_axis=writer.residual_axis, norm_chain=writer.norm_chain)
-        for writer in plan.writers
+    projected = [edit for edit in plan.edits if edit.project]
+    writers = [
+        EditedWriter(name=edit.name, residual_axis=edit.residual_axis, norm_chain=edit.norm_chain) for edit in projected
     ]
-    survivors = {}
-    for found in measure_survivors(written, base=None, writers=edited, subspace=plan.subspace, advance=advance):
-        bound = residue_bound(
-            TORCH_DTYPES[found.dtype],
-            d_model=plan.stream.d_model,
-            elements=math.prod(infos[found.name].shape),
-            before=before[found.name][1],
-            after=found.norm_after,
-        )
-        if not math.isfinite(found.norm_after) or (plan.options.strength == 1.0 and found.along_after > bound):
-            raise VerificationError(
-                f"{infos[found.name].shard}: tensor {found.name}, reread, has a component of "
-                f"{found.along_after:.3g} along what was removed and rounding to {found.dtype} explains "
-                f"{bound:.3g}; disk or memory may be faulty, run again"
-            )
-        survivors[found.name] = found
+    found = measure_survivors(written, base=None, writers=writers, subspace=plan.subspace, advance=advance)
+    survivors = {survivor.name: survivor for survivor in found}
+    for edit in projected:
+        _check_survivor(plan, edit, made[edit.name], survivors[edit.name])
     return survivors
+
+
+def _check_survivor(plan: EditPlan, edit: TensorEdit, made: _Made, found: Survivor) -> None:
+    along, norm = made.before or (0.0, 0.0)
+    strength = plan.options.strength
+    bound = residue_bound(
+        TORCH_DTYPES[found.dtype],
+        d_model=plan.stream.d_model,
+        elements=math.prod(edit.info.shape),
+        before=max(1.0, strength) * norm,
+        after=found.norm_after,
+    )
+    # Lengths that are restored scale what a strength other than 1 leaves, by a factor per column.
+    is_known = strength == 1.0 or not plan.options.preserve_norms
+    left = abs(found.along_after - abs(1 - strength) * along)
+    if not math.isfinite(found.norm_after) or (is_known and left > bound):
+        raise VerificationError(
+            f"{edit.info.shard}: tensor {edit.name}, reread, has a component of {found.along_after:.3g} along what "
+            f"was to be removed, {abs(1 - strength) * along:.3g} was to be left, and rounding to {found.dtype} "
+            f"explains {bound:.3g}; disk or memory may be faulty, run again"
+        )

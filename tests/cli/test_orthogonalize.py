@@ -66,7 +66,15 @@ def test_options_reach_the_edit(files):
     model, direction, out = files
     options = ["--components", "mlp,attn", "--layers", "1:3", "--strength", "0.5", "--json"]
     report = json.loads(run(model, "--direction", direction, "-o", out, *options).stdout)
-    assert report["options"] == {"components": ["attn", "mlp"], "layers": [1, 3], "strength": 0.5}
+    assert report["options"] == {
+        "components": ["attn", "mlp"],
+        "layers": [1, 3],
+        "strength": 0.5,
+        "tied": "edit",
+        "preserve_norms": False,
+        "add": None,
+        "unverified": False,
+    }
     assert {tensor["layer"] for tensor in report["tensors"]} == {1, 2}
 
 

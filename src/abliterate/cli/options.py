@@ -27,6 +27,10 @@ RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, 
 DirectionOption = Annotated[
     Path, typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it.")
 ]
+DirectionsOption = Annotated[
+    list[Path],
+    typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it; may be repeated."),
+]
 ComponentsOption = Annotated[
     str, typer.Option("--components", help="What to edit: any of embed, attn, mlp, by commas.")
 ]
