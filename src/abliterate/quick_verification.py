@@ -5,6 +5,7 @@ directions through their norm chains, as far as rounding allows, and measure wha
 has the hash that the record gives.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,13 +114,18 @@ def recorded_tensors(record: AbliterationRecord) -> tuple[Mapping[str, Any], ...
 
 
 def verify_files(
-    record: AbliterationRecord, *, base: Checkpoint | None, progress: ProgressReporter = SILENT
+    record: AbliterationRecord,
+    *,
+    base: Checkpoint | None,
+    hashes: bool = True,
+    progress: ProgressReporter = SILENT,
 ) -> QuickCheck:
     """Check an edited checkpoint from its files; no tensor is held beside another.
 
     Args:
         record: The record of the checkpoint.
         base: What it was made from; without one, the files are held against the record alone.
+        hashes: Whether to check the hash of every file too; a caller may have done so.
         progress: Shown the bytes read.
 
     Raises:
@@ -136,7 +142,7 @@ def verify_files(
     if not problems:
         tensors = _check_tensors(record, base, edited, entries=entries, subspace=subspace, progress=progress)
         problems += [text for check in tensors for text in _tensor_problems(record, check)]
-    if not problems:
+    if hashes and not problems:
         problems = _check_record(record, progress=progress)
     return QuickCheck(against_base=base is not None, bytes_compared=compared, tensors=tensors, failures=tuple(problems))
 
@@ -206,11 +212,11 @@ def _tensor_check(
     record: AbliterationRecord, entry: Mapping[str, Any], survivor: Survivor, *, shape: tuple[int, ...]
 ) -> TensorCheck:
     recorded = entry.get("component_before")
+    before: float | None = recorded
     if survivor.along_before is not None and survivor.norm_before is not None:
         norm_before, before = survivor.norm_before, ratio(survivor.along_before, survivor.norm_before)
     else:
         # What was removed is orthogonal to what is left, so |W|^2 is the sum of their squares.
-        before = recorded
         left = math.sqrt(max(1.0 - float(recorded or 0.0) ** 2, 0.0))
         norm_before = survivor.norm_after / left if left else survivor.norm_after
     after = ratio(survivor.along_after, survivor.norm_after)
@@ -271,12 +277,19 @@ def _strength(record: AbliterationRecord) -> float:
 
 
 def find_local_base(record: AbliterationRecord) -> Checkpoint | None:
-    """Return the base that the record names if it is a directory that is still there as it was, else None."""
+    """Return the base that the record names if that is a directory and still what was edited, else None."""
     base = record.content["base"]
     path = Path(str(base["model"]))
-    if base.get("revision") or not (path / CONFIG_NAME).is_file():
+    if base.get("revision") or not is_base(path, record):
         return None
     try:
         return open_checkpoint(path)
     except CheckpointError:
         return None
+
+
+def is_base(path: Path, record: AbliterationRecord) -> bool:
+    """Return whether the config.json in a directory is the one of the model that was edited."""
+    config = path / CONFIG_NAME
+    recorded = record.content["base"].get("config_sha256")
+    return config.is_file() and hashlib.sha256(config.read_bytes()).hexdigest() == recorded

@@ -122,9 +122,9 @@ def run_prompts(
         wide = hidden.detach().cpu().double().reshape(-1, hidden.shape[-1])
         norms, along = wide.norm(dim=-1), (wide @ basis.T).norm(dim=-1)
         peak = torch.maximum(peak, norms) if place and peak.shape == norms.shape else norms
-        shares = torch.where(norms > 0, along / norms, 0.0)
+        shares = torch.where(norms == 0, 0.0, along / norms)
         largest[place] = _larger(largest[place], float(shares.max()))
-        accumulated[place] = _larger(accumulated[place], float(torch.where(peak > 0, along / peak, 0.0).max()))
+        accumulated[place] = _larger(accumulated[place], float(torch.where(peak == 0, 0.0, along / peak).max()))
         total[place] += float(shares.sum())
         counts[place] += len(shares)
 

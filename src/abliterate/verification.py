@@ -2,11 +2,11 @@
 
 (a), (b) its files (see `quick_verification`); (c) the directions in its residual stream on real prompts, beside its
 base; (d) its logits beside those of the base with the directions ablated by hooks. docs/exactness.md says when the
-stream must be clean and when the logits must be equal; where they need not be, (c) and (d) report and do not judge. `verification_report` says how clean is clean.
+stream must be clean and when the logits must be equal; where they need not be, (c) and (d) report and do not judge.
+`verification_report` says how clean is clean.
 """
 
 import gc
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from abliterate.model import ChatModel, ModelOptions, load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import orthonormalize
 from abliterate.prompt_sets import Kind, load_prompt_set
-from abliterate.quick_verification import QuickCheck, recorded_subspace, verify_files
+from abliterate.quick_verification import QuickCheck, is_base, recorded_subspace, verify_files
 from abliterate.stream_checks import LogitComparison, StreamComponents, run_prompts
 from abliterate.verification_report import (
     LogitCheck,
@@ -145,8 +145,7 @@ def find_base(record: AbliterationRecord, given: ModelSource | Path | str | None
             f"{record.directory / RECORD_NAME}: names the base model {named}, which is not there; "
             "name a directory or a Hub id that holds it with --base"
         )
-    recorded = record.content["base"].get("config_sha256")
-    if hashlib.sha256((source.path / CONFIG_NAME).read_bytes()).hexdigest() != recorded:
+    if not is_base(source.path, record):
         raise InputError(
             f"{source.name}: is not the model that was edited: its config.json is not the one in "
             f"{record.directory / RECORD_NAME}; name the right one with --base"

@@ -2,11 +2,12 @@
 
 How clean is clean. Every write to the stream rounds: by at most u |h| with the unit roundoff u of the number format
 the model runs in (2^-24 for float32, 2^-8 for bfloat16), in directions of its own. A token's 2 L + 1 writes add up
-to about sqrt(2 L + 1) u / 2 of the largest |h| it has had. Matrix products sum in float32 at the best, which counts
+to about sqrt(2 L + 1) u of the largest |h| it has had. Matrix products sum in float32 at the best, which counts
 eightfold (massive activations: a few large terms among many). What rounding left in the stored weights comes on top;
 (b) has measured it in the norm of each weight, and single tokens may have a multiple of that.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,24 +130,20 @@ def stream_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: in
         dtype: What the model ran in, as torch names it.
         n_layers: Number of decoder blocks.
     """
-    writes = (2 * n_layers + 1) ** 0.5
-    stored = max((check.component_after for check in tensors if check.kind != "added"), default=0.0)
-    return writes * (_roundoff(dtype) / 2 + 8 * _FLOAT32_ROUNDOFF) + 16 * stored
+    writes = math.sqrt(2 * n_layers + 1)
+    stored = max((check.component_after for check in tensors if check.bound is not None), default=0.0)
+    return writes * (_roundoff(dtype) + 8 * _FLOAT32_ROUNDOFF) + 16 * stored
 
 
 def logit_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: int) -> float:
     """Return how far logits may be from equal ones (`LogitDifference.relative`) by rounding of weights and stream.
 
     Projecting a weight rounds it anew, by at most u of the format it is stored in, and every write to the stream by
-    u of the format it runs in; a model's 2 L + 1 writes add up as above, and its layers may amplify that fourfold.
+    u of the format it runs in; a model's 2 L + 1 writes add up as above, and its layers may amplify that eightfold.
     """
-    stored = max(
-        (torch.finfo(TORCH_DTYPES[check.dtype]).eps / 2 for check in tensors if check.dtype in TORCH_DTYPES),
-        default=0.0,
-    )
-    rounding = max(stored, _roundoff(dtype)) + 8 * _FLOAT32_ROUNDOFF
-    tolerance: float = 4 * (2 * n_layers + 1) ** 0.5 * rounding
-    return tolerance
+    formats = [dtype, *(str(TORCH_DTYPES[check.dtype]).removeprefix("torch.") for check in tensors)]
+    rounding = max(_roundoff(each) for each in formats) + 8 * _FLOAT32_ROUNDOFF
+    return float(8 * math.sqrt(2 * n_layers + 1) * rounding)
 
 
 def _roundoff(dtype: str) -> float:
