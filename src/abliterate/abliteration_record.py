@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from abliterate.errors import InputError, VerificationError
 from abliterate.hashed_files import WrittenFile, hash_file
@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 
     from abliterate.edit_plan import EditOptions
     from abliterate.residual_writers import PostNorm, Role
+    from abliterate.tensor_edits import Kind
 
 RECORD_NAME = "abliteration.json"
 FORMAT_VERSION = 2
 
 # Written by `abliterate evaluate` about the weights it lies beside, so it must not move on to others.
 EVALUATION_NAME = "evaluation.json"
-
-Kind = Literal["projected", "added", "untied"]
 
 _AGAIN = "run `abliterate orthogonalize` again"
 
@@ -49,7 +48,8 @@ class EditedTensor:
         norm_chain: Norms between it and the stream, innermost first.
         kind: projected; untied: a copy of the tied matrix that got a tensor of its own (projected where the
             component is given); added: a bias of an activation addition.
-        component_before: |U W|/|W|, U being the directions seen through the norm chain; None in a dry run.
+        component_before: |U W|/|W|, U being the directions seen through the norm chain; None in a dry run, and
+            where nothing is projected.
         component_after: |U W'|/|W'|.
         survivor: |U W'|/|U W|; 0 where there was nothing to remove.
     """
@@ -62,7 +62,7 @@ class EditedTensor:
     dtype: str
     shard: str
     norm_chain: "tuple[PostNorm, ...]" = ()
-    kind: Kind = "projected"
+    kind: "Kind" = "projected"
     component_before: float | None = None
     component_after: float | None = None
     survivor: float | None = None
@@ -80,16 +80,18 @@ class OrthogonalizationReport:
         format_version: Of the record.
         tool: Name and version of the tool and of the libraries that did the arithmetic.
         created: Time of writing, ISO 8601, UTC.
-        base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings, and
-            `abliteration`, the earlier edit, if it had been orthogonalized before.
+        base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings; where they
+            are tied, `tied_tensor`, the stored one of the pair; and `abliteration`, the earlier edit, if it had
+            been orthogonalized before.
         directions: sha256, d_model and metadata of each direction.
         subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
         options: What was asked for.
+        config_changes: Dotted path in config.json -> the value it has instead of the base's.
         tensors: Every edited tensor, in file order.
         shards: File name -> SHA-256 and size of each shard written; empty in a dry run.
         side_files: The same for every other file.
-        counts: Role -> number of edited tensors.
-        bytes_edited: Bytes of the edited tensors.
+        counts: Role -> number of tensors in `tensors`.
+        bytes_edited: Bytes of those tensors.
         bytes_total: Bytes of all shards.
         notes: What the user should know about this checkpoint.
     """
@@ -103,6 +105,7 @@ class OrthogonalizationReport:
     directions: tuple[dict[str, Any], ...]
     subspace: dict[str, Any]
     options: "EditOptions"
+    config_changes: dict[str, Any]
     tensors: tuple[EditedTensor, ...]
     shards: dict[str, WrittenFile]
     side_files: dict[str, WrittenFile]

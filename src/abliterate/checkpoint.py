@@ -68,7 +68,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = read_json_object(path / CONFIG_NAME)
     shard_names, index = _shard_names(path)
     shards = tuple(read_shard(path / name) for name in shard_names)
-    _check_tensor_names(path, shards, index)
+    check_tensor_names(path, shards, index)
     return Checkpoint(
         path=path,
         config=config,
@@ -156,7 +156,12 @@ def _no_weights_message(path: Path) -> str:
     )
 
 
-def _check_tensor_names(path: Path, shards: tuple[Shard, ...], index: dict[str, Any] | None) -> None:
+def check_tensor_names(path: Path, shards: tuple[Shard, ...], index: dict[str, Any] | None) -> None:
+    """Check that each tensor is in one shard, and in the one that the index names.
+
+    Raises:
+        CheckpointError: It is not.
+    """
     found: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:

@@ -156,6 +156,7 @@ def compare_bytes(
     edited: Checkpoint,
     *,
     changed: Collection[str],
+    copies: Mapping[str, str] | None = None,
     other_files: Collection[str] = (),
     advance: Advance = _ignore,
 ) -> list[str]:
@@ -165,6 +166,7 @@ def compare_bytes(
         base: The checkpoint that was edited.
         edited: What came of it; its layout must be that of the base (`compare_layouts`).
         changed: Tensors that may differ: planned edits.
+        copies: New tensor -> the base's tensor whose bytes it must have.
         other_files: Side files to compare besides, relative paths.
         advance: Told the bytes compared.
 
@@ -181,6 +183,10 @@ def compare_bytes(
         if old.name not in changed and new is not None:
             same = _same_bytes(base.path, edited.path, old, new, advance)
             problems += [] if same else [f"{new.shard}: tensor {old.name} differs, and no edit of it was planned"]
+    old_infos = {tensor.name: tensor for tensor in base.tensors()}
+    for name, original in (copies or {}).items():
+        if not _same_bytes(base.path, edited.path, old_infos[original], new_infos[name], advance):
+            problems.append(f"{new_infos[name].shard}: tensor {name} is not the copy of {original} that it was to be")
     for name in other_files:
         ends = [(path / name).stat().st_size if (path / name).is_file() else -1 for path in (base.path, edited.path)]
         whole = [TensorInfo(name=name, shard=name, dtype="U8", shape=(), start=0, end=end) for end in ends]

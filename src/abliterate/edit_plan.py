@@ -1,13 +1,16 @@
 """What an edit will do: which tensors, along which directions, how far; from the files' headers alone."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from abliterate.activation_addition import Addition, plan_addition
 from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import CheckpointError, DirectionError, InputError
@@ -21,6 +24,8 @@ from abliterate.residual_writers import (
     map_stream,
 )
 from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.tensor_edits import TensorEdit
+from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
@@ -36,6 +41,11 @@ class EditOptions:
         layers: Half-open range (first, end) of decoder blocks; None edits all. The embeddings count as what
             comes before layer 0: with a range they are edited only if it starts at 0.
         strength: Share of the component that is removed; 1 removes it.
+        tied: What happens to tied embeddings: edit the shared matrix, untie it so that the head keeps its rows,
+            or skip it.
+        preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
+        add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
+        unverified: Whether the model type was accepted although it is not known.
 
     Raises:
         InputError: A value that means no edit or none that is defined.
@@ -44,6 +54,10 @@ class EditOptions:
     components: tuple[Role, ...] = ROLES
     layers: tuple[int, int] | None = None
     strength: float = 1.0
+    tied: TiedPolicy = "edit"
+    preserve_norms: bool = False
+    add: float | None = None
+    unverified: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.components) - set(ROLES)
@@ -53,6 +67,17 @@ class EditOptions:
             raise InputError(f"layers {self.layers[0]}:{self.layers[1]} is empty; give FIRST:END with FIRST < END")
         if not math.isfinite(self.strength) or self.strength <= 0:
             raise InputError(f"strength is {self.strength}; give a positive number, 1 removes the direction")
+        if self.tied not in TIED_POLICIES:
+            raise InputError(f"tied is {self.tied!r}; give one of {', '.join(TIED_POLICIES)}")
+        if self.add is None:
+            return
+        if not math.isfinite(self.add) or self.add == 0:
+            raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
+        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified):
+            raise InputError(
+                "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
+                "go with it; make two runs, one on the output of the other"
+            )
 
     def includes(self, writer: ResidualWriter) -> bool:
         """Return whether these options edit `writer`."""
@@ -75,7 +100,9 @@ class EditPlan:
         directions: What is projected out, one or several.
         subspace: R, [k, d_model] float64, orthonormal rows that span the directions, in their order.
         options: What was asked for.
-        writers: The residual writers that the options select, in file order.
+        edits: Every tensor that will differ or be new, in file order, new ones last.
+        config_changes: Dotted path in config.json -> new value.
+        edit_notes: What the user should know about the edits.
     """
 
     source: ModelSource
@@ -84,7 +111,9 @@ class EditPlan:
     directions: tuple[Direction, ...]
     subspace: Tensor
     options: EditOptions
-    writers: tuple[ResidualWriter, ...]
+    edits: tuple[TensorEdit, ...]
+    config_changes: dict[str, Any]
+    edit_notes: tuple[str, ...]
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about this edit."""
@@ -94,8 +123,7 @@ class EditPlan:
             extracted_from = direction.metadata.get("model_type")
             if extracted_from is not None and extracted_from != model_type:
                 notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
-        if self.stream.tied_embeddings and any(writer.role == "embed" for writer in self.writers):
-            notes.append("the embeddings are tied, so the output head is edited with them")
+        notes += self.edit_notes
         others = [
             name
             for name in self.checkpoint.side_files
@@ -122,25 +150,14 @@ def make_edit_plan(
     Raises:
         InputError: There is no such directory, or the options select nothing or layers that are not there.
         DirectionError: A direction is malformed, has another width than the model, or lies in the span of others.
-        CheckpointError: The source is incomplete, quantised or of an unsupported type.
+        CheckpointError: The source is incomplete, quantised or of an unsupported type, or cannot express an addition.
     """
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
     stream = map_stream(config=checkpoint.config, tensors=tuple(checkpoint.tensors()), path=checkpoint.path)
-    if options.layers is not None and options.layers[1] > stream.n_layers:
-        raise InputError(
-            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {stream.n_layers} layers of "
-            f"{model.name}; give a range within 0:{stream.n_layers}"
-        )
-    selected = tuple(writer for writer in stream.writers if options.includes(writer))
-    if not selected:
-        raise InputError(
-            f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
-            f"{model.name}; embeddings are edited only if the layers start at 0"
-        )
-    _check_norms(checkpoint, selected, d_model=stream.d_model)
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
+    planned = _plan_edits(checkpoint, stream, directions, options, model=model.name)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
@@ -148,8 +165,67 @@ def make_edit_plan(
         directions=directions,
         subspace=_span(directions, given),
         options=options,
-        writers=selected,
+        edits=planned.edits,
+        config_changes=planned.config_changes,
+        edit_notes=planned.notes,
     )
+
+
+def _plan_edits(
+    checkpoint: Checkpoint,
+    stream: StreamMap,
+    directions: Sequence[Direction],
+    options: EditOptions,
+    *,
+    model: str,
+) -> WriterEdits | Addition:
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors()}
+    if options.add is not None:
+        if len(directions) != 1:
+            raise InputError(f"an addition takes one direction, and {len(directions)} were given; give one --direction")
+        return plan_addition(
+            coefficient=options.add,
+            direction=directions[0],
+            stream=stream,
+            tensors=tensors,
+            config=_text_config(checkpoint, stream),
+            path=checkpoint.path,
+        )
+    selected = select_writers(stream, options=options, model=model)
+    _check_norms(checkpoint, selected, d_model=stream.d_model)
+    planned = edits_of_writers(selected, stream=stream, tensors=tensors, policy=options.tied)
+    if not planned.edits:
+        raise InputError(
+            f"{model}: nothing but the tied embeddings was selected, and --tied skip leaves them; edit or untie them"
+        )
+    return planned
+
+
+def _text_config(checkpoint: Checkpoint, stream: StreamMap) -> dict[str, Any]:
+    section = checkpoint.config
+    for key in stream.text_section:
+        section = section[key]
+    return section
+
+
+def select_writers(stream: StreamMap, *, options: EditOptions, model: str) -> tuple[ResidualWriter, ...]:
+    """Return the residual writers that the options select, in file order.
+
+    Raises:
+        InputError: They select nothing, or layers that are not there; `model` is named in the message.
+    """
+    if options.layers is not None and options.layers[1] > stream.n_layers:
+        raise InputError(
+            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {stream.n_layers} layers of "
+            f"{model}; give a range within 0:{stream.n_layers}"
+        )
+    selected = tuple(writer for writer in stream.writers if options.includes(writer))
+    if not selected:
+        raise InputError(
+            f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
+            f"{model}; embeddings are edited only if the layers start at 0"
+        )
+    return selected
 
 
 def _as_source(source: ModelSource | Path | str) -> ModelSource:

@@ -61,15 +61,16 @@ def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
 
     Args:
         chat: the model.
-        direction: [d_model]; normalised here, a zero vector removes nothing.
+        direction: [d_model], normalised here, a zero vector removes nothing; or orthonormal rows [k, d_model],
+            which are removed together.
 
     Yields:
         how many hooks are attached (three a block).
     """
-    unit = _unit(direction, chat)
+    basis = _basis(direction, chat)
 
     def ablate(hidden: Tensor) -> Tensor:
-        ablated: Tensor = hidden - (hidden @ unit).unsqueeze(-1) * unit
+        ablated: Tensor = hidden - (hidden @ basis.T) @ basis
         return ablated
 
     with ExitStack() as stack:
@@ -96,22 +97,29 @@ def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: f
 @contextmanager
 def capture_inputs(chat: ChatModel, receive: Callable[[int, Tensor], None]) -> Iterator[int]:
     """Call `receive(layer, hidden)` with the input [batch, tokens, d_model] of every block."""
-    handles: list[RemovableHandle] = []
-
-    def watch(layer: int) -> Callable[[Tensor], Tensor]:
-        def look(hidden: Tensor) -> Tensor:
-            receive(layer, hidden)
-            return hidden
-
-        return look
-
-    try:
+    with ExitStack() as stack:
         for layer, block in enumerate(chat.blocks):
-            handles.append(_edit_input(block, watch(layer)))
-        yield len(handles)
-    finally:
-        for handle in handles:
+            stack.callback(_edit_input(block, _watch(layer, receive)).remove)
+        yield chat.n_layers
+
+
+@contextmanager
+def capture_stream(chat: ChatModel, receive: Callable[[int, Tensor], None]) -> Iterator[int]:
+    """Like `capture_inputs`, and with layer = n_layers what the last block puts out, which the final norm gets."""
+    with capture_inputs(chat, receive) as n_hooks:
+        handle = _edit_output(chat.blocks[-1], _watch(chat.n_layers, receive))
+        try:
+            yield n_hooks + 1
+        finally:
             handle.remove()
+
+
+def _watch(layer: int, receive: Callable[[int, Tensor], None]) -> Callable[[Tensor], Tensor]:
+    def look(hidden: Tensor) -> Tensor:
+        receive(layer, hidden)
+        return hidden
+
+    return look
 
 
 def blocks_return_tuples(chat: ChatModel) -> bool:
@@ -151,12 +159,12 @@ def _pass_through(tuple_output: bool) -> Callable[..., Any]:
     return forward
 
 
-def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
-    if direction.shape != (chat.d_model,):
+def _basis(direction: Tensor, chat: ChatModel) -> Tensor:
+    if direction.dim() not in {1, 2} or direction.shape[-1] != chat.d_model:
         raise ModelError(f"direction has shape {tuple(direction.shape)}; the model's width is {chat.d_model}")
     double = direction.to(torch.float64)
-    unit: Tensor = (double / double.norm().clamp(min=1e-8)).to(chat.device, chat.model.dtype)
-    return unit
+    rows = double if double.dim() == 2 else (double / double.norm().clamp(min=1e-8)).unsqueeze(0)
+    return rows.to(chat.device, chat.model.dtype)
 
 
 def _first(children: dict[str, nn.Module], names: tuple[str, ...]) -> nn.Module | None:
