@@ -35,7 +35,9 @@ def by_hooks(base: Path, direction: Direction, coefficient: float) -> torch.Tens
     model = load(base)
     chat: ChatModel = make_chat_model(model, make_tokenizer())
     assert direction.mean_difference is not None
-    with add_direction(chat, direction.mean_difference, layer=direction.metadata["layer"], coefficient=coefficient):
+    with add_direction(
+        chat, direction.mean_difference.double(), layer=direction.metadata["layer"], coefficient=coefficient
+    ):
         return logits(model)
 
 

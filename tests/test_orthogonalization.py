@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import abliterate.orthogonalization
+import abliterate.edited_checkpoint
 from abliterate.abliteration_record import OrthogonalizationReport, decode_subspace
 from abliterate.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
@@ -472,20 +472,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(llama, tmp_path, direction):
     ],
 )
 def test_what_is_written_is_verified(single, tmp_path, direction, monkeypatch, name, replacement, message):
-    monkeypatch.setattr(abliterate.orthogonalization, name, replacement)
+    monkeypatch.setattr(abliterate.edited_checkpoint, name, replacement)
     with pytest.raises(VerificationError, match=message):
         orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
 def test_a_planned_edit_that_no_shard_consumed_is_an_error(single, tmp_path, direction, monkeypatch):
-    rewrite = abliterate.orthogonalization.rewrite_shard
+    rewrite = abliterate.edited_checkpoint.rewrite_shard
 
     def forget(shard, *, edits, **rest):
         kept = {k: v for k, v in edits.items() if k != "model.layers.1.mlp.down_proj.weight"}
         return rewrite(shard, edits=kept, **rest)
 
-    monkeypatch.setattr(abliterate.orthogonalization, "rewrite_shard", forget)
+    monkeypatch.setattr(abliterate.edited_checkpoint, "rewrite_shard", forget)
     with pytest.raises(VerificationError, match=r"were not made, first model\.layers\.1\.mlp\.down_proj"):
         orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -505,3 +505,116 @@ def test_a_bias_along_the_direction_becomes_nothing_and_passes(single, tmp_path,
     save_file(tensors, single / "model.safetensors")
     orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
     assert stored(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"].abs().max() < 1e-6
+
+
+class TestSeveralDirections:
+    def test_all_of_them_are_gone_from_weights_and_stream(self, tmp_path):
+        base = save_tiny_model(tmp_path / "base", dtype=torch.float64, mlp_bias=True)
+        directions = [make_direction(mean_difference=random_direction(seed=seed)) for seed in (1, 2, 3)]
+        directions[2].save(tmp_path / "third.safetensors")
+        report = orthogonalize_checkpoint(
+            source=base, direction=[*directions[:2], tmp_path / "third.safetensors"], output=tmp_path / "out"
+        )
+        original, edited = load(base), load(tmp_path / "out")
+        for direction in directions:
+            assert stream_component(original, direction.vector) > 1e-2
+            assert stream_component(edited, direction.vector) < 1e-6
+        assert stream_component(edited, random_direction(seed=4)) > 1e-2
+        assert [entry["sha256"] for entry in report.directions] == [each.sha256 for each in directions]
+        subspace = decode_subspace(report.subspace)
+        torch.testing.assert_close(subspace @ subspace.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-14)
+        stacked = torch.stack([each.vector.double() for each in directions])
+        torch.testing.assert_close(stacked @ subspace.T @ subspace, stacked, rtol=0, atol=1e-14)
+
+    def test_the_change_of_a_weight_has_their_rank(self, single, tmp_path):
+        directions = [make_direction(mean_difference=random_direction(seed=seed)) for seed in (1, 2)]
+        orthogonalize_checkpoint(source=single, direction=directions, output=tmp_path / "out")
+        name = "model.layers.1.mlp.down_proj.weight"
+        change = (stored(single)[name] - stored(tmp_path / "out")[name]).double()
+        assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
+
+    @pytest.mark.parametrize("other", ["the same", "turned round", "in the span"])
+    def test_one_that_adds_nothing_is_refused(self, single, tmp_path, direction, other):
+        second = make_direction(mean_difference=random_direction(seed=2))
+        vector = {
+            "the same": direction.vector,
+            "turned round": -3 * direction.vector,
+            "in the span": direction.vector + second.vector + 1e-5 * random_direction(seed=5),
+        }[other]
+        third = make_direction(mean_difference=vector)
+        with pytest.raises(DirectionError, match=r"direction 3: lies in the span.*leave it out"):
+            orthogonalize_checkpoint(source=single, direction=[direction, second, third], output=tmp_path / "out")
+        third.save(tmp_path / "third.safetensors")
+        with pytest.raises(DirectionError, match=r"third\.safetensors: lies in the span"):
+            orthogonalize_checkpoint(
+                source=single, direction=[direction, second, tmp_path / "third.safetensors"], output=tmp_path / "out"
+            )
+        with pytest.raises(DirectionError, match="no direction was given"):
+            orthogonalize_checkpoint(source=single, direction=[], output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_preserved_norms_keep_the_stream_clean(tmp_path, direction):
+    base = save_tiny_model(tmp_path / "base", "gpt2", dtype=torch.float64)
+    options = EditOptions(preserve_norms=True)
+    orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", options=options)
+    assert stream_component(load(tmp_path / "out"), direction.vector) < 1e-6
+    before, after = stored(base), stored(tmp_path / "out")
+    for name, axis in writer_axes("gpt2").items():
+        assert not torch.equal(before[name], after[name])
+        torch.testing.assert_close(after[name].norm(dim=axis), before[name].norm(dim=axis), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_survivor_of_each_tensor_is_reported(tmp_path, dtype):
+    direction = make_direction(mean_difference=random_direction(256))
+    base = save_tiny_model(tmp_path / "base", hidden_size=256, intermediate_size=512, dtype=dtype)
+    report = orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
+    unit = direction.vector.double() / direction.vector.double().norm()
+    before, after = stored(base), stored(tmp_path / "out")
+    for tensor in report.tensors:
+        old, new = (each[tensor.name].double().movedim(tensor.residual_axis, 0) for each in (before, after))
+        assert tensor.survivor == pytest.approx(float((unit @ new).norm() / (unit @ old).norm()), rel=1e-6)
+        assert tensor.survivor < 2e-3
+
+
+class TestFaultsWhileWriting:
+    """Whatever lands on the disk other than was meant is found before the directory appears."""
+
+    @pytest.fixture
+    def damage(self, single, tmp_path, direction, monkeypatch):
+        rewrite = abliterate.edited_checkpoint.rewrite_shard
+        info = open_checkpoint(single).tensor
+
+        def run(name: str, at: int) -> None:
+            def faulty(shard, *, target, **rest):
+                written = rewrite(shard, target=target, **rest)
+                data = bytearray((target / shard.file_name).read_bytes())
+                data[info(name).start + at] ^= 1
+                (target / shard.file_name).write_bytes(data)
+                return written
+
+            monkeypatch.setattr(abliterate.edited_checkpoint, "rewrite_shard", faulty)
+            orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("model.layers.1.mlp.down_proj.weight", "down_proj.weight, reread, is not what was written"),
+            ("model.layers.1.mlp.up_proj.weight", "up_proj.weight differs, and no edit of it was planned"),
+            ("model.norm.weight", "model.norm.weight differs, and no edit"),
+        ],
+    )
+    def test_one_flipped_bit(self, tmp_path, damage, name, message):
+        with pytest.raises(VerificationError, match=message) as raised:
+            damage(name, 0)
+        assert "disk or memory may be faulty" in str(raised.value)
+        assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+    def test_a_flipped_bit_in_the_header(self, tmp_path, damage):
+        # The first byte before the tensors: the header's last one.
+        with pytest.raises((VerificationError, CheckpointError)):
+            damage("lm_head.weight", -1)
+        assert {path.name for path in tmp_path.iterdir()} == {"base"}

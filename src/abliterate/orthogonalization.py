@@ -9,21 +9,17 @@ on). The new directory is reread and checked before it appears, whole.
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
 
 from abliterate._version import __version__
 from abliterate.abliteration_record import (
-    EVALUATION_NAME,
     FORMAT_VERSION,
     RECORD_NAME,
     EditedTensor,
@@ -32,25 +28,24 @@ from abliterate.abliteration_record import (
     write_record,
 )
 from abliterate.atomic_directory import check_output_directory, published_directory
-from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, open_checkpoint, read_json_object, with_changes
+from abliterate.checkpoint import CONFIG_NAME, open_checkpoint, read_json_object
 from abliterate.checkpoint_checks import (
     EditedWriter,
     Survivor,
     compare_bytes,
     compare_layouts,
-    directions_through,
     measure_survivors,
     ratio,
 )
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
-from abliterate.errors import CheckpointError, InputError, VerificationError
-from abliterate.hashed_files import WrittenFile, copy_file, write_file
+from abliterate.edited_checkpoint import MadeEdit, write_edited_checkpoint
+from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.projection import component_and_norm, project_out, residue_bound
+from abliterate.projection import residue_bound
 from abliterate.residual_writers import ROLES
-from abliterate.safetensors_file import TORCH_DTYPES, NewTensor, hash_range, read_tensor, rewrite_shard, tensor_bytes
+from abliterate.safetensors_file import TORCH_DTYPES, hash_range
 from abliterate.tensor_edits import TensorEdit
 
 
@@ -152,8 +147,8 @@ def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> Or
         shards={},
         side_files={},
         counts={role: roles.count(role) for role in ROLES if role in roles},
-        bytes_edited=sum(_size(edit) for edit in edits),
-        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(_size(edit) for edit in edits if edit.is_new),
+        bytes_edited=sum(edit.nbytes for edit in edits),
+        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),
     )
 
@@ -177,48 +172,28 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
     return base
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Made:
-    """What came out of one edit in memory: |U W| and |W| (None where nothing is projected), and the new bytes' hash."""
-
-    before: tuple[float, float] | None
-    sha256: str
-
-
 def _write(
     plan: EditPlan, report: OrthogonalizationReport, partial: Path, progress: ProgressReporter
 ) -> OrthogonalizationReport:
-    made: dict[str, _Made] = {}
-    makers = _makers(plan, made)
     with progress.task(f"Writing {report.output}", total=report.bytes_total, unit="bytes") as advance:
-        shards = {
-            shard.file_name: rewrite_shard(
-                shard,
-                source=plan.checkpoint.path,
-                target=partial,
-                edits={edit.name: makers[edit.name] for edit in plan.edits if not edit.is_new},
-                added=_new_tensors(plan, shard.file_name, makers),
-                advance=advance,
-            )
-            for shard in plan.checkpoint.shards
-        }
-    side_files = _write_side_files(plan, partial)
-    missed = sorted(makers.keys() - made.keys())
+        written = write_edited_checkpoint(plan, partial, advance=advance)
+    made = written.made
+    missed = sorted({edit.name for edit in plan.edits} - made.keys())
     if missed:
         raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
     with progress.task(f"Checking {report.output}", total=report.bytes_total, unit="bytes") as advance:
         after = _check_written(plan, partial, made, advance)
     report = dataclasses.replace(
         report,
-        shards=shards,
-        side_files=side_files,
+        shards=written.shards,
+        side_files=written.side_files,
         tensors=tuple(_measured(tensor, made[tensor.name], after.get(tensor.name)) for tensor in report.tensors),
     )
     write_record(report, partial)
     return report
 
 
-def _measured(tensor: EditedTensor, made: _Made, after: Survivor | None) -> EditedTensor:
+def _measured(tensor: EditedTensor, made: MadeEdit, after: Survivor | None) -> EditedTensor:
     if made.before is None or after is None:
         return tensor
     return dataclasses.replace(
@@ -229,98 +204,8 @@ def _measured(tensor: EditedTensor, made: _Made, after: Survivor | None) -> Edit
     )
 
 
-def _makers(plan: EditPlan, made: dict[str, _Made]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return for each edit the function from the base's tensor to the new one; what it did is put into `made`."""
-    chains = {edit.norm_chain for edit in plan.edits if edit.project}
-    directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
-
-    def maker(edit: TensorEdit) -> Callable[[Tensor], Tensor]:
-        def make(old: Tensor) -> Tensor:
-            basis = directions[edit.norm_chain] if edit.project else None
-            new, before = _apply_edit(plan, edit, old, basis)
-            made[edit.name] = _Made(before=before, sha256=hashlib.sha256(tensor_bytes(new)).hexdigest())
-            return new
-
-        return make
-
-    return {edit.name: maker(edit) for edit in plan.edits}
-
-
-def _apply_edit(
-    plan: EditPlan, edit: TensorEdit, old: Tensor, directions: Tensor | None
-) -> tuple[Tensor, tuple[float, float] | None]:
-    if directions is None:
-        # One rounding, and nothing else: a bias and its dose are added in float64.
-        return (old if edit.dose is None else (old.double() + edit.dose).to(old.dtype)), None
-    before = component_and_norm(old, directions=directions, residual_axis=edit.residual_axis)
-    if not math.isfinite(before[1]):
-        raise CheckpointError(
-            f"{plan.checkpoint.path}: tensor {edit.name} holds NaN or infinite values; download the checkpoint again"
-        )
-    new = project_out(
-        old,
-        directions=directions,
-        residual_axis=edit.residual_axis,
-        strength=plan.options.strength,
-        preserve_norms=plan.options.preserve_norms,
-    )
-    return new, before
-
-
-def _new_tensors(
-    plan: EditPlan, shard_name: str, makers: Mapping[str, Callable[[Tensor], Tensor]]
-) -> tuple[NewTensor, ...]:
-    def make(edit: TensorEdit) -> Callable[[], Tensor]:
-        def from_source() -> Tensor:
-            if edit.source is None:
-                return makers[edit.name](torch.zeros(edit.info.shape, dtype=TORCH_DTYPES[edit.info.dtype]))
-            return makers[edit.name](read_tensor(plan.checkpoint.path, edit.source))
-
-        return from_source
-
-    new = [edit for edit in plan.edits if edit.is_new and edit.info.shard == shard_name]
-    return tuple(NewTensor(info=edit.info, make=make(edit)) for edit in new)
-
-
-def _size(edit: TensorEdit) -> int:
-    return math.prod(edit.info.shape) * TORCH_DTYPES[edit.info.dtype].itemsize
-
-
-def _write_side_files(plan: EditPlan, partial: Path) -> dict[str, WrittenFile]:
-    checkpoint = plan.checkpoint
-    left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in checkpoint.side_files else set()
-    changed = {}
-    if plan.config_changes:
-        changed[CONFIG_NAME] = json.dumps(with_changes(checkpoint.config, plan.config_changes), indent=2) + "\n"
-    if checkpoint.index is not None and any(edit.is_new for edit in plan.edits):
-        changed[INDEX_NAME] = json.dumps(_extended_index(plan, checkpoint.index), indent=2) + "\n"
-    written = {}
-    for name in checkpoint.side_files:
-        if name in left_out:
-            continue
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        if name in changed:
-            written[name] = write_file(partial / name, changed[name].encode())
-        else:
-            written[name] = copy_file(checkpoint.path / name, partial / name)
-    return written
-
-
-def _extended_index(plan: EditPlan, index: dict[str, Any]) -> dict[str, Any]:
-    new = [edit for edit in plan.edits if edit.is_new]
-    weight_map = index["weight_map"] | {edit.name: edit.info.shard for edit in new}
-    metadata = dict(index.get("metadata") or {})
-    for key, more in (
-        ("total_size", sum(_size(edit) for edit in new)),
-        ("total_parameters", sum(math.prod(edit.info.shape) for edit in new)),
-    ):
-        if isinstance(metadata.get(key), int):
-            metadata[key] += more
-    return {**index, **({"metadata": metadata} if metadata else {}), "weight_map": dict(sorted(weight_map.items()))}
-
-
 def _check_written(
-    plan: EditPlan, partial: Path, made: Mapping[str, _Made], advance: Callable[[int], None]
+    plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit], advance: Callable[[int], None]
 ) -> dict[str, Survivor]:
     """Reread what was written: nothing but the planned tensors differs, and nothing of the directions is left."""
     base, written = plan.checkpoint, open_checkpoint(partial)
@@ -349,7 +234,7 @@ def _check_written(
     return survivors
 
 
-def _check_survivor(plan: EditPlan, edit: TensorEdit, made: _Made, found: Survivor) -> None:
+def _check_survivor(plan: EditPlan, edit: TensorEdit, made: MadeEdit, found: Survivor) -> None:
     along, norm = made.before or (0.0, 0.0)
     strength = plan.options.strength
     bound = residue_bound(

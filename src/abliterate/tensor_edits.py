@@ -1,12 +1,13 @@
 """What happens to one tensor of a checkpoint: the unit that plans are made of and that the writer carries out."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from abliterate.residual_writers import PostNorm, ResidualWriter, Role
-from abliterate.safetensors_file import TensorInfo
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 
 Kind = Literal["projected", "added", "untied"]
 
@@ -46,6 +47,11 @@ class TensorEdit:
     def is_new(self) -> bool:
         """Whether the base has no tensor of this name."""
         return self.source is None or self.source.name != self.info.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes up in its shard."""
+        return math.prod(self.info.shape) * TORCH_DTYPES[self.info.dtype].itemsize
 
 
 def projection_of(writer: ResidualWriter, info: TensorInfo) -> TensorEdit:
