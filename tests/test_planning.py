@@ -74,7 +74,7 @@ def test_facts_of_a_directory(wide):
     assert (plan.license, plan.license_name, plan.license_link) == ("other", "own", "LICENSE")
     assert plan.download_bytes == 0
     assert plan.largest_tensor == "model.layers.0.mlp.down_proj.weight"
-    assert plan.memory_bytes == 2 * 32 * 4000 * 4
+    assert plan.memory_bytes == 2 * 32 * 4000 * 4 + 40_000_000
     assert plan.bytes_weights == sum(
         json.loads((wide / "model.safetensors.index.json").read_text())["metadata"][key] for key in ("total_size",)
     )

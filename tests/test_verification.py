@@ -12,13 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from abliterate.abliteration_record import read_record
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import CheckpointError, InputError, ModelError
 from abliterate.hub import resolve_model
 from abliterate.model import ModelOptions
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.verification import VerificationOptions, VerificationReport, verify_checkpoint
+from abliterate.progress import SILENT
+from abliterate.quick_verification import QuickCheck
+from abliterate.recorded_edits import recorded_subspace
+from abliterate.verification import VerificationOptions, VerificationReport, _Run, verify_checkpoint
+from abliterate.verification_report import LogitCheck, StreamCheck, logit_failures, stream_failures
 from chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 from fake_hub import FakeHub
 
@@ -196,6 +201,62 @@ class TestWhatIsPromised:
         assert "tied" in report.logits.reasons[0]
         assert report.logits.all.relative > 100 * report.logits.tolerance
 
+    def test_untied_the_logits_are_those_of_ablation(self, tmp_path):
+        base = save(tiny_llama(tied=True), tmp_path / "base", max_shard_size="40KB")
+        options = EditOptions(tied="untie")
+        orthogonalize_checkpoint(source=base, direction=direction_of(), output=tmp_path / "out", options=options)
+        report = verify(tmp_path / "out")
+        assert report.passed
+        assert report.stream.judged
+        assert report.logits.judged
+        assert report.logits.all.relative < 1e-5
+        copy = shard_of(tmp_path / "out", "lm_head.weight")
+        change_shard(copy, lambda tensors: tensors["lm_head.weight"].mul_(2))
+        vouch_again(tmp_path / "out")
+        assert "lm_head.weight is not the copy" in first_failure(tmp_path / "out", options=QUICK)
+
+    def test_skipped_tied_embeddings_leave_the_direction(self, tmp_path):
+        base = save(tiny_llama(tied=True), tmp_path / "base")
+        options = EditOptions(tied="skip")
+        orthogonalize_checkpoint(source=base, direction=direction_of(), output=tmp_path / "out", options=options)
+        report = verify(tmp_path / "out")
+        assert report.passed
+        assert not report.stream.judged
+        assert "skipped" in report.stream.reasons[0]
+        assert report.stream.layers[0].edited_max == pytest.approx(report.stream.layers[0].base_max)
+
+    @pytest.mark.parametrize("strength", [1.0, 0.5])
+    def test_preserved_norms(self, made, tmp_path, strength):
+        options = EditOptions(preserve_norms=True, strength=strength)
+        orthogonalize_checkpoint(source=made[0], direction=direction_of(), output=tmp_path / "out", options=options)
+        report = verify(tmp_path / "out")
+        assert report.passed
+        assert report.stream.judged == (strength == 1.0)
+        assert not report.logits.judged
+        assert any("norms were preserved" in reason for reason in report.logits.reasons)
+
+    def test_an_addition_is_verified_by_its_bytes(self, made, tmp_path):
+        direction = make_direction(mean_difference=direction_of().vector * 3, metadata={"layer": 2})
+        options = EditOptions(add=-1.0)
+        out = tmp_path / "out"
+        orthogonalize_checkpoint(source=made[0], direction=direction, output=out, options=options)
+        report = verify(out)
+        assert report.passed
+        assert not report.stream.judged
+        assert report.logits is None
+        assert report.stream.layers[1].edited_max == report.stream.layers[1].base_max
+        assert report.stream.layers[2].edited_max != report.stream.layers[2].base_max
+        name = "model.layers.1.mlp.down_proj.bias"
+        change_shard(shard_of(out, name), lambda tensors: tensors[name][3].add_(1.0))
+        vouch_again(out)
+        assert f"tensor {name} differs from the base's by more" in first_failure(out, options=QUICK)
+
+    def test_a_share_that_is_not_the_one_asked_for(self, made, tmp_path):
+        options = EditOptions(strength=0.5)
+        orthogonalize_checkpoint(source=made[0], direction=direction_of(), output=tmp_path / "out", options=options)
+        change_record(tmp_path / "out", lambda record: record["options"].update(strength=0.4))
+        assert "was to be left" in first_failure(tmp_path / "out", options=QUICK)
+
 
 class TestWhatIsCaught:
     @pytest.mark.parametrize("vouched", [False, True])
@@ -239,7 +300,7 @@ class TestWhatIsCaught:
             vouch_again(out)
         failure = first_failure(out, options=QUICK)
         assert f"tensor {DOWN} has a component of" in failure
-        assert "was not edited" in failure
+        assert "it was not edited" in failure
 
     def test_a_layer_edited_by_half(self, made, out):
         original = stored(made[0], DOWN)
@@ -263,24 +324,30 @@ class TestWhatIsCaught:
         assert path.name in failure
         assert "metadata" in failure
 
-    def test_a_tensor_that_was_neither_edited_nor_recorded_shows_in_the_stream(self, made, out):
+    def test_a_tensor_that_was_neither_edited_nor_recorded(self, made, out):
         original = stored(made[0], DOWN)
         change_shard(shard_of(out, DOWN), lambda tensors: tensors.update({DOWN: original}))
         vouch_again(out)
         change_record(out, lambda record: record.update(tensors=[t for t in record["tensors"] if t["name"] != DOWN]))
-        failures = verify(out).failures
-        assert any("residual stream at layer 3" in failure for failure in failures) or DOWN in failures[0]
-        assert not any("residual stream at layer 2" in failure for failure in failures)
+        failure = first_failure(out, options=QUICK)
+        assert f"tensor {DOWN} is not edited according to" in failure
+        # A planner that does not know of it would not see that; the stream does, from the layer on.
+        stream, _ = run_only(out, made[0])
+        failing = [layer.place for layer in stream.layers if layer.edited_accumulated > stream.tolerance]
+        assert failing == ["layer 3", "layer 4", "final norm"]
+        assert "residual stream at layer 3" in stream_failures(out, stream)[0]
 
-    def test_an_edit_of_what_is_no_writer_shows_in_the_logits(self, made, out):
+    def test_an_edit_of_what_is_no_writer(self, made, out):
         name, unit = "lm_head.weight", direction_of().vector
         change_shard(shard_of(out, name), lambda tensors: tensors[name].sub_(torch.outer(tensors[name] @ unit, unit)))
         vouch_again(out)
         entry = {**record_of(out)["tensors"][0], "name": name, "residual_axis": 1, "shard": shard_of(out, name).name}
-        after = stored(out, name).double() @ unit.double()
-        entry["component_after"] = float(after.norm() / stored(out, name).double().norm())
         change_record(out, lambda record: record["tensors"].append(entry))
-        assert name in first_failure(out) or "its logits differ" in first_failure(out)
+        assert f"tensor {name} is projected" in first_failure(out, options=QUICK)
+        # The stream is clean all the same; the logits are not what they must be.
+        stream, logits = run_only(out, made[0])
+        assert stream_failures(out, stream) == []
+        assert "its logits differ" in logit_failures(out, logits)[0]
 
     def test_a_changed_side_file(self, out):
         (out / "tokenizer_config.json").write_text("{}")
@@ -349,12 +416,8 @@ class TestBases:
             run_only(out, other)
 
 
-def run_only(out: Path, base: Path) -> None:
-    """Run (c) and (d) alone: the files would fail first."""
-    from abliterate.abliteration_record import read_record
-    from abliterate.quick_verification import QuickCheck, recorded_subspace
-    from abliterate.verification import _Run
-
+def run_only(out: Path, base: Path) -> tuple[StreamCheck, LogitCheck | None]:
+    """Run (c) and (d) alone, where the files would fail first."""
     record = read_record(out)
     run = _Run(
         record=record,
@@ -362,9 +425,9 @@ def run_only(out: Path, base: Path) -> None:
         subspace=recorded_subspace(record),
         options=FEW,
         model_options=CPU,
-        progress=__import__("abliterate.progress", fromlist=["SILENT"]).SILENT,
+        progress=SILENT,
     )
-    run.measure(QuickCheck(against_base=True, bytes_compared=0, tensors=(), failures=()))
+    return run.measure(QuickCheck(against_base=True, bytes_compared=0, tensors=(), failures=()))[:2]
 
 
 def test_the_number_of_prompts_is_checked():

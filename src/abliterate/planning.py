@@ -12,6 +12,9 @@ from abliterate.hub import CardFacts, RemoteModel, find_local_model, inspect_mod
 from abliterate.residual_writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
 from abliterate.safetensors_file import Shard, TensorInfo, describe_tensors
 
+# Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
+_WORKSPACE_BYTES = 40_000_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTensor:
@@ -84,7 +87,8 @@ class PlanReport:
         download_bytes: What would be downloaded; 0 for a directory.
         disk_bytes: What the edited checkpoint takes: weights, headers and side files.
         largest_tensor: Name of the largest tensor to edit.
-        memory_bytes: Twice that tensor: as it is read and as it is written. Python and torch come on top.
+        memory_bytes: That tensor as it is read and as it is written, and room for the arithmetic. Python and torch
+            come on top.
     """
 
     model: str
@@ -228,7 +232,7 @@ def _report(
         download_bytes=layout.download_bytes,
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
-        memory_bytes=2 * largest.bytes,
+        memory_bytes=2 * largest.bytes + _WORKSPACE_BYTES,
     )
 
 

@@ -1,28 +1,20 @@
 """Verifying an edited checkpoint from its files alone: against its base where there is one, and against its record.
 
-(a) nothing differs from the base but what the record names; (b) the edited tensors, reread, are clean of the
-directions through their norm chains, as far as rounding allows, and measure what the record says; and every file
-has the hash that the record gives.
+(a) The record names what its options select, and nothing differs from the base but that. (b) The edited tensors,
+reread, have of the directions what rounding explains, through their norm chains, and measure what the record says.
+And every file has the hash that the record gives.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from abliterate.abliteration_record import (
-    EVALUATION_NAME,
-    RECORD_NAME,
-    AbliterationRecord,
-    check_hashes,
-    check_sizes,
-    decode_subspace,
-)
+from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
 from abliterate.checkpoint_checks import (
     EditedWriter,
@@ -32,11 +24,18 @@ from abliterate.checkpoint_checks import (
     measure_survivors,
     ratio,
 )
-from abliterate.errors import CheckpointError, InputError, VerificationError
+from abliterate.edit_plan import EditOptions
+from abliterate.errors import CheckpointError, VerificationError
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import residue_bound
-from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.recorded_edits import (
+    RecordedTensor,
+    differences_from_plan,
+    recorded_options,
+    recorded_subspace,
+    recorded_tensors,
+)
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 
 _AGAIN = "run `abliterate orthogonalize` again"
 
@@ -52,12 +51,13 @@ class TensorCheck:
         name: The tensor.
         role: embed, attn or mlp.
         layer: Its decoder block; None for embeddings.
-        kind: What was done to it: projected, added or untied.
+        kind: What was done to it: projected, or untied (a tied embedding that got a tensor of its own).
         dtype: What it is stored in.
         component_before: |U W|/|W| in the base, or as the record says without one.
         component_after: |U W'|/|W'|.
-        survivor: |U W'|/|U W|; None where nothing tells |U W|.
-        bound: The largest |U W'|/|W'| that rounding explains; None where none is meant to be left.
+        survivor: |U W'|/|U W|.
+        expected: What |U W'|/|W'| is meant to be: 0 at strength 1.
+        bound: By how much rounding may move it; None where nothing tells (norms preserved at another strength).
     """
 
     name: str
@@ -65,9 +65,10 @@ class TensorCheck:
     layer: int | None
     kind: str
     dtype: str
-    component_before: float | None
+    component_before: float
     component_after: float
-    survivor: float | None
+    survivor: float
+    expected: float
     bound: float | None
 
 
@@ -77,8 +78,8 @@ class QuickCheck:
 
     Attributes:
         against_base: Whether they were held against the base.
-        bytes_compared: Bytes that had to be, and were compared with, the base's.
-        tensors: Every edited tensor.
+        bytes_compared: Bytes of the tensors that had to be, and were compared with, the base's.
+        tensors: Every tensor that directions were projected out of.
         failures: What failed, a line each, the most telling first.
     """
 
@@ -88,29 +89,22 @@ class QuickCheck:
     failures: tuple[str, ...]
 
 
-def recorded_subspace(record: AbliterationRecord) -> Tensor:
-    """Return the orthonormal rows [k, d_model], float64, that the record says were removed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """An edited checkpoint, its base if there is one, and what the record says of it."""
 
-    Raises:
-        InputError: They are missing or malformed.
-    """
-    encoded = record.content.get("subspace")
-    if not isinstance(encoded, dict):
-        raise InputError(f"{record.directory / RECORD_NAME}: has no subspace; {_AGAIN}")
-    return decode_subspace(encoded)
+    record: AbliterationRecord
+    base: Checkpoint | None
+    edited: Checkpoint
+    tensors: tuple[RecordedTensor, ...]
+    options: EditOptions
+    subspace: Tensor
+    progress: ProgressReporter
 
-
-def recorded_tensors(record: AbliterationRecord) -> tuple[Mapping[str, Any], ...]:
-    """Return the record's entries of edited tensors.
-
-    Raises:
-        InputError: There are none, or one is malformed.
-    """
-    tensors = record.content.get("tensors")
-    keys = {"name", "role", "residual_axis", "norm_chain", "kind"}
-    if not (isinstance(tensors, list) and tensors and all(isinstance(t, dict) and keys <= t.keys() for t in tensors)):
-        raise InputError(f"{record.directory / RECORD_NAME}: its list of edited tensors is malformed; {_AGAIN}")
-    return tuple(tensors)
+    @property
+    def tied_tensor(self) -> str:
+        """The stored one of a tied pair, from which an untied tensor was made."""
+        return str(self.record.content["base"].get("tied_tensor"))
 
 
 def verify_files(
@@ -120,7 +114,7 @@ def verify_files(
     hashes: bool = True,
     progress: ProgressReporter = SILENT,
 ) -> QuickCheck:
-    """Check an edited checkpoint from its files; no tensor is held beside another.
+    """Check an edited checkpoint from its files. A failed check is in the result and raises nothing.
 
     Args:
         record: The record of the checkpoint.
@@ -132,148 +126,24 @@ def verify_files(
         InputError: The record is malformed.
         CheckpointError: A checkpoint cannot be read.
     """
-    subspace, entries = recorded_subspace(record), recorded_tensors(record)
-    edited = open_checkpoint(record.directory)
-    problems, compared = (
-        ([], 0) if base is None else _against_base(record, base, edited, entries=entries, progress=progress)
+    files = _Files(
+        record=record,
+        base=base,
+        edited=open_checkpoint(record.directory),
+        tensors=recorded_tensors(record),
+        options=recorded_options(record),
+        subspace=recorded_subspace(record),
+        progress=progress,
     )
-    tensors: tuple[TensorCheck, ...] = ()
+    problems, compared = ([], 0) if base is None else _against_base(files, base)
+    checks: tuple[TensorCheck, ...] = ()
     # In a checkpoint of another layout nothing that the record says can be looked up.
     if not problems:
-        tensors = _check_tensors(record, base, edited, entries=entries, subspace=subspace, progress=progress)
-        problems += [text for check in tensors for text in _tensor_problems(record, check)]
+        checks = _check_tensors(files)
+        problems = [line for check in checks for line in _tensor_problems(files, check)]
     if hashes and not problems:
         problems = _check_record(record, progress=progress)
-    return QuickCheck(against_base=base is not None, bytes_compared=compared, tensors=tensors, failures=tuple(problems))
-
-
-def _against_base(
-    record: AbliterationRecord,
-    base: Checkpoint,
-    edited: Checkpoint,
-    *,
-    entries: tuple[Mapping[str, Any], ...],
-    progress: ProgressReporter,
-) -> tuple[list[str], int]:
-    names = {tensor.name for tensor in base.tensors()}
-    added = {str(entry["name"]) for entry in entries} - names
-    config_changes = record.content.get("config_changes") or {}
-    problems = compare_layouts(base, edited, added=added, config_changes=config_changes)
-    own = {RECORD_NAME, EVALUATION_NAME}
-    rewritten = ({CONFIG_NAME} if config_changes else set()) | ({INDEX_NAME} if added else set())
-    side_files = (set(base.side_files) | record.content["side_files"].keys()) - own
-    changed = {str(entry["name"]) for entry in entries}
-    tensors = [tensor for tensor in base.tensors() if tensor.name not in changed]
-    total = sum(tensor.end - tensor.start for tensor in tensors)
-    if not problems:
-        with progress.task("Comparing with the base", total=total, unit="bytes") as advance:
-            problems = compare_bytes(
-                base, edited, changed=changed, other_files=sorted(side_files - rewritten), advance=advance
-            )
-    return problems, total
-
-
-def _check_tensors(
-    record: AbliterationRecord,
-    base: Checkpoint | None,
-    edited: Checkpoint,
-    *,
-    entries: tuple[Mapping[str, Any], ...],
-    subspace: Tensor,
-    progress: ProgressReporter,
-) -> tuple[TensorCheck, ...]:
-    infos = {tensor.name: tensor for tensor in edited.tensors()}
-    in_base = set() if base is None else {tensor.name for tensor in base.tensors()}
-    measured = [entry for entry in entries if entry.get("component_after") is not None]
-    writers = [
-        EditedWriter(
-            name=str(entry["name"]),
-            residual_axis=int(entry["residual_axis"]),
-            norm_chain=tuple(PostNorm(**norm) for norm in entry["norm_chain"]),
-            base_name=None if entry["name"] in in_base else _other_of_pair(record),
-        )
-        for entry in measured
-    ]
-    total = sum(infos[writer.name].end - infos[writer.name].start for writer in writers if writer.name in infos)
-    checks = []
-    with progress.task("Measuring the edited tensors", total=total, unit="bytes") as advance:
-        found = measure_survivors(edited, base=base, writers=writers, subspace=subspace, advance=advance)
-        for entry, survivor in zip(measured, found, strict=True):
-            checks.append(_tensor_check(record, entry, survivor, shape=infos[survivor.name].shape))
-    return tuple(checks)
-
-
-def _other_of_pair(record: AbliterationRecord) -> str | None:
-    name = record.content["base"].get("tied_tensor")
-    return None if name is None else str(name)
-
-
-def _tensor_check(
-    record: AbliterationRecord, entry: Mapping[str, Any], survivor: Survivor, *, shape: tuple[int, ...]
-) -> TensorCheck:
-    recorded = entry.get("component_before")
-    before: float | None = recorded
-    if survivor.along_before is not None and survivor.norm_before is not None:
-        norm_before, before = survivor.norm_before, ratio(survivor.along_before, survivor.norm_before)
-    else:
-        # What was removed is orthogonal to what is left, so |W|^2 is the sum of their squares.
-        left = math.sqrt(max(1.0 - float(recorded or 0.0) ** 2, 0.0))
-        norm_before = survivor.norm_after / left if left else survivor.norm_after
-    after = ratio(survivor.along_after, survivor.norm_after)
-    exact = _strength(record) == 1.0 and entry["kind"] != "added"
-    bound = residue_bound(
-        TORCH_DTYPES.get(survivor.dtype, torch.float32),
-        d_model=shape[int(entry["residual_axis"])],
-        elements=math.prod(shape),
-        before=norm_before,
-        after=survivor.norm_after,
-    )
-    share = survivor.ratio
-    if share is None and before:
-        share = survivor.along_after / (before * norm_before) if norm_before else 0.0
-    return TensorCheck(
-        name=survivor.name,
-        role=str(entry["role"]),
-        layer=entry.get("layer"),
-        kind=str(entry["kind"]),
-        dtype=survivor.dtype,
-        component_before=before,
-        component_after=after,
-        survivor=share,
-        bound=ratio(bound, survivor.norm_after) if exact else None,
-    )
-
-
-def _tensor_problems(record: AbliterationRecord, check: TensorCheck) -> list[str]:
-    where = f"{record.directory}: tensor {check.name}"
-    if not math.isfinite(check.component_after):
-        return [f"{where} holds NaN or infinite values; {_AGAIN}"]
-    if check.bound is not None and check.component_after > check.bound:
-        return [
-            f"{where} has a component of {check.component_after:.3g} along what was removed, and rounding to "
-            f"{check.dtype} explains {check.bound:.3g}: it was not edited, or changed since; {_AGAIN}"
-        ]
-    recorded = next(entry for entry in recorded_tensors(record) if entry["name"] == check.name)["component_after"]
-    if abs(check.component_after - recorded) > _SAME * recorded + 1e-15:
-        return [
-            f"{where} has a component of {check.component_after:.9g} along what was removed, in {RECORD_NAME} it is "
-            f"{recorded:.9g}: changed since then; {_AGAIN}"
-        ]
-    return []
-
-
-def _check_record(record: AbliterationRecord, *, progress: ProgressReporter) -> list[str]:
-    try:
-        check_sizes(record)
-        check_hashes(record, progress=progress)
-    except VerificationError as error:
-        return [str(error)]
-    return []
-
-
-def _strength(record: AbliterationRecord) -> float:
-    options = record.content.get("options")
-    return float(options.get("strength", 1.0)) if isinstance(options, dict) else 1.0
+    return QuickCheck(against_base=base is not None, bytes_compared=compared, tensors=checks, failures=tuple(problems))
 
 
 def find_local_base(record: AbliterationRecord) -> Checkpoint | None:
@@ -293,3 +163,140 @@ def is_base(path: Path, record: AbliterationRecord) -> bool:
     config = path / CONFIG_NAME
     recorded = record.content["base"].get("config_sha256")
     return config.is_file() and hashlib.sha256(config.read_bytes()).hexdigest() == recorded
+
+
+def _against_base(files: _Files, base: Checkpoint) -> tuple[list[str], int]:
+    names = {tensor.name for tensor in base.tensors()}
+    changed = {tensor.name for tensor in files.tensors}
+    added = changed - names
+    config_changes = files.record.content.get("config_changes") or {}
+    own = {RECORD_NAME, EVALUATION_NAME}
+    rewritten = ({CONFIG_NAME} if config_changes else set()) | ({INDEX_NAME} if added else set())
+    side_files = (set(base.side_files) | files.record.content["side_files"].keys()) - own - rewritten
+    copies = {tensor.name: files.tied_tensor for tensor in files.tensors if _is_copy(tensor)}
+    total = sum(tensor.end - tensor.start for tensor in base.tensors() if tensor.name not in changed)
+    problems = differences_from_plan(files.record, base)
+    problems += compare_layouts(base, files.edited, added=added, config_changes=config_changes)
+    if copies.keys() - added or set(copies.values()) - names:
+        problems.append(f"{files.record.directory / RECORD_NAME}: names no tied tensor of the base; {_AGAIN}")
+    if not problems:
+        with files.progress.task("Comparing with the base", total=total, unit="bytes") as advance:
+            problems = compare_bytes(
+                base, files.edited, changed=changed, copies=copies, other_files=sorted(side_files), advance=advance
+            )
+        problems += _addition_problems(files, base)
+    return [_located(files, problem) for problem in problems], total
+
+
+def _located(files: _Files, problem: str) -> str:
+    directory = str(files.record.directory)
+    return problem if problem.startswith(directory) else f"{directory}: {problem}"
+
+
+def _is_copy(tensor: RecordedTensor) -> bool:
+    return tensor.kind == "untied" and not tensor.is_projected
+
+
+def _addition_problems(files: _Files, base: Checkpoint) -> list[str]:
+    """An added bias differs from the base's, or from zero, along the directions only."""
+    old = {tensor.name: tensor for tensor in base.tensors()}
+    problems = []
+    for tensor in files.tensors:
+        if tensor.kind != "added":
+            continue
+        info = files.edited.tensor(tensor.name)
+        new = read_tensor(files.edited.path, info).double()
+        before = read_tensor(base.path, old[tensor.name]).double() if tensor.name in old else torch.zeros_like(new)
+        rounding = torch.finfo(TORCH_DTYPES[info.dtype]).eps * float(new.norm() + before.norm())
+        # A bias of another width, as those that config.json switches on beside it, can have nothing added to it.
+        basis = files.subspace if new.shape[-1] == files.subspace.shape[1] else files.subspace[:0, :1]
+        change = new - before
+        across = change - (change @ basis.T) @ basis if len(basis) else change
+        if not float(across.norm()) <= rounding:
+            problems.append(
+                f"{info.shard}: tensor {tensor.name} differs from the base's by more than a multiple of the direction"
+            )
+    return problems
+
+
+def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
+    infos = {tensor.name: tensor for tensor in files.edited.tensors()}
+    in_base = set() if files.base is None else {tensor.name for tensor in files.base.tensors()}
+    projected = [tensor for tensor in files.tensors if tensor.is_projected]
+    writers = [
+        EditedWriter(
+            name=tensor.name,
+            residual_axis=tensor.residual_axis,
+            norm_chain=tensor.norm_chain,
+            base_name=None if tensor.name in in_base else files.tied_tensor,
+        )
+        for tensor in projected
+    ]
+    total = sum(infos[tensor.name].end - infos[tensor.name].start for tensor in projected if tensor.name in infos)
+    with files.progress.task("Measuring the edited tensors", total=total, unit="bytes") as advance:
+        found = measure_survivors(
+            files.edited, base=files.base, writers=writers, subspace=files.subspace, advance=advance
+        )
+        return tuple(
+            _tensor_check(files, tensor, survivor, infos[tensor.name])
+            for tensor, survivor in zip(projected, found, strict=True)
+        )
+
+
+def _tensor_check(files: _Files, tensor: RecordedTensor, found: Survivor, info: TensorInfo) -> TensorCheck:
+    options = files.options
+    if found.along_before is not None and found.norm_before is not None:
+        along, norm = found.along_before, found.norm_before
+    else:
+        # What is left is orthogonal to what was taken: |W|^2 = |W'|^2 + |U W|^2 (1 - (1 - strength)^2).
+        share = min(tensor.component_before or 0.0, 1.0)
+        rest = 1.0 - share**2 * (1.0 - (1.0 - options.strength) ** 2)
+        norm = found.norm_after if options.preserve_norms or rest <= 0 else found.norm_after / math.sqrt(rest)
+        along = share * norm
+    bound = residue_bound(
+        TORCH_DTYPES.get(info.dtype, torch.float32),
+        d_model=info.shape[tensor.residual_axis],
+        elements=math.prod(info.shape),
+        before=max(1.0, options.strength) * norm,
+        after=found.norm_after,
+    )
+    # Restored lengths scale what another strength leaves, by a factor of its own for each vector.
+    is_known = options.strength == 1.0 or not options.preserve_norms
+    return TensorCheck(
+        name=tensor.name,
+        role=tensor.role,
+        layer=tensor.layer,
+        kind=tensor.kind,
+        dtype=info.dtype,
+        component_before=ratio(along, norm),
+        component_after=ratio(found.along_after, found.norm_after),
+        survivor=ratio(found.along_after, along),
+        expected=ratio(abs(1.0 - options.strength) * along, found.norm_after),
+        bound=ratio(bound, found.norm_after) if is_known else None,
+    )
+
+
+def _tensor_problems(files: _Files, check: TensorCheck) -> Sequence[str]:
+    where = f"{files.record.directory}: tensor {check.name}"
+    found = f"{where} has a component of {check.component_after:.9g} along what was removed"
+    if not math.isfinite(check.component_after):
+        return [f"{where} holds NaN or infinite values; {_AGAIN}"]
+    if check.bound is not None and abs(check.component_after - check.expected) > check.bound:
+        meant = f"{check.expected:.3g} was to be left, and " if check.expected else ""
+        return [
+            f"{found}; {meant}rounding to {check.dtype} explains {check.bound:.3g}: "
+            f"it was not edited, or changed since; {_AGAIN}"
+        ]
+    recorded = next(tensor.component_after or 0.0 for tensor in files.tensors if tensor.name == check.name)
+    if abs(check.component_after - recorded) > _SAME * recorded + 1e-15:
+        return [f"{found}, and {recorded:.9g} according to {RECORD_NAME}: changed since then; {_AGAIN}"]
+    return []
+
+
+def _check_record(record: AbliterationRecord, *, progress: ProgressReporter) -> list[str]:
+    try:
+        check_sizes(record)
+        check_hashes(record, progress=progress)
+    except VerificationError as error:
+        return [str(error)]
+    return []

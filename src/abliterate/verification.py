@@ -24,7 +24,8 @@ from abliterate.model import ChatModel, ModelOptions, load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import orthonormalize
 from abliterate.prompt_sets import Kind, load_prompt_set
-from abliterate.quick_verification import QuickCheck, is_base, recorded_subspace, verify_files
+from abliterate.quick_verification import QuickCheck, is_base, verify_files
+from abliterate.recorded_edits import recorded_options, recorded_subspace
 from abliterate.stream_checks import LogitComparison, StreamComponents, run_prompts
 from abliterate.verification_report import (
     LogitCheck,
@@ -203,6 +204,8 @@ class _Run:
         chat = self._load(self.source.path, self.source.name)
         rows = chat.encode(texts)
         stream = self._pass(chat, rows, "base")
+        if recorded_options(self.record).add is not None:
+            return _BaseRun(rows=rows, stream=stream, ablated=None, logits=[], not_ablated="this edit is an addition")
         logits: list[Tensor] = []
         try:
             with ablate_direction(chat, self.subspace):

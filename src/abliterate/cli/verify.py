@@ -94,14 +94,14 @@ def _tensors(checks: "tuple[TensorCheck, ...]") -> list[Table | str]:
     )  # fmt: skip
     for role in dict.fromkeys(check.role for check in checks):
         group = [check for check in checks if check.role == role]
-        worst = max(group, key=lambda check: check.survivor or 0.0)
+        worst = max(group, key=lambda check: check.survivor)
         table.add_row(
             role,
             str(len(group)),
             ", ".join(sorted({check.dtype for check in group})),
-            f"{max(check.component_before or 0.0 for check in group):.2e}",
+            f"{max(check.component_before for check in group):.2e}",
             f"{max(check.component_after for check in group):.2e}",
-            "-" if worst.survivor is None else f"{worst.survivor:.2e}",
+            f"{worst.survivor:.2e}",
             worst.name,
         )
     return [table]
