@@ -41,7 +41,15 @@ def by_hooks(base: Path, direction: Direction, coefficient: float) -> torch.Tens
         return logits(model)
 
 
+_GPT2_SIZES = {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 64}
 EXTRAS = {
+    "bloom": {"hidden_size": D_MODEL, "n_layer": N_LAYERS, "n_head": 4},
+    "codegen": {**_GPT2_SIZES, "n_ctx": 64, "rotary_dim": 4},
+    "gpt_bigcode": _GPT2_SIZES,
+    "gpt_neo": {"hidden_size": D_MODEL, "num_layers": N_LAYERS, "num_heads": 4, "attention_types": [[["global"], 3]]},
+    "gptj": {**_GPT2_SIZES, "rotary_dim": 4},
+    "opt": {"ffn_dim": 80, "word_embed_proj_dim": D_MODEL},
+    "granite_swa": {"residual_multiplier": 0.4, "logits_scaling": 0.5},
     "cwm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "granite": {"residual_multiplier": 0.4, "logits_scaling": 0.5},
 }

@@ -25,7 +25,6 @@ from abliterate.errors import (
 from abliterate.hub import ModelSource
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.projection import component_norm, project_out
-from abliterate.residual_writers import ARCHITECTURES
 from loaded_models import ablated, load, logits, stored, stream_component, tree
 from tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
@@ -215,10 +214,9 @@ def test_an_untied_head_is_never_edited(single, tmp_path, direction):
     assert torch.equal(stored(single)["lm_head.weight"], stored(tmp_path / "out")["lm_head.weight"])
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_the_stream_is_clean_for_every_model_type_in_the_table(tmp_path, direction, model_type):
-    extra = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} if model_type == "cwm" else {}
-    base = save_tiny_model(tmp_path / "base", model_type, dtype=torch.float64, max_shard_size="40KB", **extra)
+@pytest.mark.parametrize("model_type", ["granite", "olmo", "phi3", "qwen3", "starcoder2"])
+def test_the_stream_is_clean_for_other_model_types(tmp_path, direction, model_type):
+    base = save_tiny_model(tmp_path / "base", model_type, dtype=torch.float64, max_shard_size="40KB")
     assert stream_component(load(base), direction.vector) > 1e-1
     orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
     assert stream_component(load(tmp_path / "out"), direction.vector) < 1e-6
@@ -318,14 +316,14 @@ def leave_only_pickle(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda base: change_config(base, model_type="gemma2"), UnsupportedArchitectureError, "a norm stands between"),
+        (lambda base: change_config(base, model_type="doge"), UnsupportedArchitectureError, "'doge'"),
         (lambda base: change_config(base, model_type="new_one"), UnsupportedArchitectureError, "'new_one'"),
         (
             lambda base: change_config(base, quantization_config={"quant_method": "gptq"}),
             QuantizedCheckpointError,
             "gptq",
         ),
-        (lambda base: change_config(base, num_hidden_layers=9), CheckpointError, "residual writers are missing"),
+        (lambda base: change_config(base, num_hidden_layers=9), CheckpointError, "has no residual writer"),
         (leave_only_pickle, CheckpointError, "convert them with"),
         (put_nan, CheckpointError, "model.layers.2.mlp.down_proj.weight holds NaN"),
         (lambda base: (base / "config.json").unlink(), CheckpointError, "no config.json"),

@@ -44,10 +44,21 @@ _RULES = (
         AdditionRule(model_type=name, switch="mlp_bias", modules=_GATED)
         for name in ("llama", "helium", "seed_oss", "cwm", "smollm3")
     ),
-    AdditionRule(model_type="granite", switch="mlp_bias", modules=_GATED, multiplier="residual_multiplier"),
-    AdditionRule(model_type="arcee", switch="mlp_bias", modules=("up_proj",)),
-    AdditionRule(model_type="gpt2"),
-    AdditionRule(model_type="starcoder2"),
+    *(
+        AdditionRule(model_type=name, switch="mlp_bias", modules=_GATED, multiplier="residual_multiplier")
+        for name in ("granite", "granite_swa")
+    ),
+    *(
+        AdditionRule(model_type=name, switch="mlp_bias", modules=("up_proj",))
+        for name in ("arcee", "nemotron", "jais2")
+    ),
+    *(
+        AdditionRule(model_type=name)
+        for name in (
+            *("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "persimmon"),
+            *("phi", "starcoder2"),
+        )
+    ),
 )
 ADDITIONS: dict[str, AdditionRule] = {rule.model_type: rule for rule in _RULES}
 

@@ -286,3 +286,10 @@ WRAPPERS: Mapping[str, Wrapper] = {
     for tied, rows in ((False, _WRAPPERS), (True, _WRAPPERS_TIED))
     for wrapper, text in (row.split(":") for row in rows.split())
 }
+
+# What the token embedding is called where only the tied head is stored, so that its name cannot be read off the files.
+UNSTORED_EMBEDDINGS = {
+    **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "codegen", "gptj", "mpt"), "wte"),
+    **dict.fromkeys(("bloom", "falcon"), "word_embeddings"),
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "embed_in"),
+}

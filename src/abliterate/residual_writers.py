@@ -179,7 +179,8 @@ class _Mapper:
                 "download it again"
             )
         prefix = stacks[0].rpartition(".")[0]
-        embedding = embeddings[0] if embeddings else f"{prefix}.embed_tokens.weight".removeprefix(".")
+        unstored = table.UNSTORED_EMBEDDINGS.get(self.row.model_type, "embed_tokens")
+        embedding = embeddings[0] if embeddings else f"{prefix}.{unstored}.weight".removeprefix(".")
         if heads:
             self._check_tied_head(heads[0], embedding)
             return embedding, heads[0]

@@ -175,7 +175,7 @@ def test_known_errors_reach_the_boundary_with_their_message(files):
         error = error_of(*arguments)
         assert isinstance(error, kind)
         assert message in str(error)
-    (model / "config.json").write_text('{"model_type": "gemma3_text"}')
+    (model / "config.json").write_text('{"model_type": "doge"}')
     error = error_of(model, "--direction", direction, "-o", out, "--overwrite")
     assert isinstance(error, UnsupportedArchitectureError)
     assert list(out.iterdir()) == []
