@@ -1,4 +1,4 @@
-"""The conformance check of one architecture: a tiny random model, edited on disk and loaded again, must keep a clean stream.
+"""The conformance check of one architecture: a tiny random model, edited on disk and loaded, keeps a clean stream.
 
 Clean means that r . h is zero at the input of every block and after the last one. `Conformance.run` also restores
 each group of edited parameters in memory, one at a time: if the stream stays clean, that group was edited needlessly.
@@ -6,7 +6,7 @@ each group of edited parameters in memory, one at a time: if the stream stays cl
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from abliterate.abliteration_record import EditedTensor
 from abliterate.architectures import ARCHITECTURES, TOWER, WRAPPERS
 from abliterate.directions import make_direction
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.tiny_config import shrink_config
-from conformance_models import EXTRAS, INPUTS, WRAPPER_EXTRAS
+from conformance_models import BIASES, EXTRAS, INPUTS, WRAPPER_EXTRAS
 from tiny_models import random_direction
 
 logging.set_verbosity_error()
@@ -37,8 +38,16 @@ REFUSED_TYPES = sorted({*ALL_TYPES} - {*WRAPPER_TYPES, *TEXT_TYPES})
 CLEAN, DIRTY = 1e-6, 1e-3
 _LISTS = ("layers", "h", "blocks")
 _FINAL_NORMS = (
-    "norm norm_f ln_f out_norm final_norm final_layernorm final_layer_norm layer_norm embedding_norm".split()
-)  # fmt: skip
+    "norm",
+    "norm_f",
+    "ln_f",
+    "out_norm",
+    "final_norm",
+    "final_layernorm",
+    "final_layer_norm",
+    "layer_norm",
+    "embedding_norm",
+)
 
 
 def merge(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,8 +63,18 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     """Return the shrunken default config of a model type, with the extras of its recipe."""
     default = AutoConfig.for_model(model_type)
     extras = WRAPPER_EXTRAS.get(model_type, {}) if model_type in WRAPPERS else EXTRAS.get(model_type, {})
-    shrunk = merge(merge(shrink_config(default.to_dict()), extras), changes)
-    return type(default).from_dict({k: v for k, v in shrunk.items() if k not in {"architectures", "transformers_version"}})
+    shrunk = merge(merge(_with_biases(shrink_config(default.to_dict())), extras), changes)
+    return type(default).from_dict(
+        {k: v for k, v in shrunk.items() if k not in {"architectures", "transformers_version"}}
+    )
+
+
+def _with_biases(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Switch every bias on that the text model's config can switch on, so that all of its writers are there."""
+    return {
+        key: _with_biases(value) if key == "text_config" else True if key in BIASES and value is False else value
+        for key, value in config.items()
+    }
 
 
 def _auto_class(model_type: str) -> Any:
@@ -73,7 +92,7 @@ def build_model(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrained
             if not tensor.is_floating_point():
                 continue
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            is_scale = tensor.dim() <= 1 and (name.endswith("weight") or name.endswith("layer_scalar"))
+            is_scale = tensor.dim() <= 1 and name.endswith(("weight", "layer_scalar"))
             scale = 0.3 if tensor.dim() <= 1 else tensor.shape[-1] ** -0.5
             tensor.copy_(float(is_scale) + scale * noise)
     return model.eval()
@@ -108,7 +127,7 @@ def layer_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
 
 
 def stream_component(model: PreTrainedModel, inputs: Mapping[str, Tensor], direction: Tensor) -> float:
-    """Return max |r . h| / |h| over all block inputs, the last block's output, the final norm's input and all tokens."""
+    """Return max |r . h| / |h| over all block inputs, what the final norm gets, and all tokens."""
     streams: list[Tensor] = []
     handles = []
 
@@ -125,7 +144,9 @@ def stream_component(model: PreTrainedModel, inputs: Mapping[str, Tensor], direc
             parent = model.get_submodule(name.rpartition(".")[0])
             handles += [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
             handles.append(blocks[-1].register_forward_hook(after))
-            norms = [getattr(parent, norm) for norm in _FINAL_NORMS if isinstance(getattr(parent, norm, None), nn.Module)]
+            norms = [
+                getattr(parent, norm) for norm in _FINAL_NORMS if isinstance(getattr(parent, norm, None), nn.Module)
+            ]
             handles += [norm.register_forward_pre_hook(before, with_kwargs=True) for norm in norms[:1]]
         with torch.no_grad():
             model(**inputs, use_cache=False)
@@ -153,7 +174,7 @@ class Result:
         without: For each group of edited parameters (numbers as `*`), the component when that group is restored.
         edited_on_disk: Entries of the tensors that were edited.
         edited_in_memory: Entries of the parameters that changed.
-        writers: For each group of edited tensors on disk, the count.
+        writers: The edited tensors on disk in words, numbers as `*`.
     """
 
     before: float
@@ -161,7 +182,7 @@ class Result:
     without: dict[str, float]
     edited_on_disk: int
     edited_in_memory: int
-    writers: dict[str, int]
+    writers: str
 
 
 def check(model_type: str, work: Path, *, model: PreTrainedModel | None = None, shard: str = "60KB") -> Result:
@@ -184,18 +205,32 @@ def check_saved(model_type: str, work: Path) -> Result:
     before = stream_component(base, inputs, direction)
     after = stream_component(edited, inputs, direction)
     groups = changed_parameters(base, edited)
-    writers: dict[str, int] = {}
-    for tensor in report.tensors:
-        group = re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", tensor.name)
-        writers[group] = writers.get(group, 0) + 1
     return Result(
         before=before,
         after=after,
         without={name: _without(edited, group, inputs, direction) for name, group in groups.items()},
         edited_on_disk=sum(_entries(tensor.shape) for tensor in report.tensors),
         edited_in_memory=sum(changed.numel() for group in groups.values() for changed, _ in group),
-        writers=writers,
+        writers=describe_writers(report.tensors),
     )
+
+
+def describe_writers(tensors: Sequence[EditedTensor]) -> str:
+    """Return the names of edited tensors within their layers, each once, with the norms that they are seen through."""
+    described = {}
+    for tensor in tensors:
+        name = _generic(tensor.name)
+        norms = [norm.weight.removesuffix(".weight") for norm in tensor.norm_chain]
+        through = [_generic(norm).rpartition(".*.")[2].rpartition(".")[2] for norm in norms]
+        within = re.sub(r"^.*?(layers|h|blocks|block)\.\*\.", "", name) if tensor.layer is not None else name
+        within = within.removesuffix(".weight")
+        axis = f" [axis {tensor.residual_axis}]" if tensor.layer is not None and tensor.residual_axis else ""
+        described[f"`{within}`{axis}{' through ' + ', '.join(through) if through else ''}"] = None
+    return ", ".join(sorted(described))
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
 
 
 def _entries(shape: tuple[int, ...]) -> int:
@@ -208,8 +243,7 @@ def changed_parameters(base: PreTrainedModel, edited: PreTrainedModel) -> dict[s
     groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, tensor in [*edited.named_parameters(), *edited.named_buffers()]:
         if name in originals and not torch.equal(tensor, originals[name]):
-            group = re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
-            groups.setdefault(group, []).append((tensor, originals[name]))
+            groups.setdefault(_generic(name), []).append((tensor, originals[name]))
     return groups
 
 

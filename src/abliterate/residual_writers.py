@@ -6,35 +6,22 @@ is a layer without its writers or an expert that is not there: an edit not known
 anything is written. Norms that stand between a writer and the stream are read off the names of the writer's own layer.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abliterate import architectures as table
-from abliterate.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
+from abliterate.norm_chains import NormChains, PostNorm
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.tensor_names import Part, Role, TensorName, parse_name
 from abliterate.text_model import TextModel, read_text_model
+from abliterate.writer_checks import check_experts, check_layers, refuse_quantization_config
+
+__all__ = ["ROLES", "LeftAlone", "PostNorm", "ResidualWriter", "Role", "StreamMap", "map_stream"]
 
 ROLES: tuple[Role, ...] = ("embed", "attn", "mlp")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PostNorm:
-    """A norm that stands between a writer and the residual stream.
-
-    Attributes:
-        weight: Name on disk of its weight, gamma.
-        plus_one: The norm multiplies by 1 + weight (Gemma 2 and 3), not by weight.
-        centered: A LayerNorm, which takes the mean away first; its own bias is a writer without a chain.
-    """
-
-    weight: str
-    plus_one: bool = False
-    centered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +99,7 @@ def map_stream(
         QuantizedCheckpointError: A writer is not stored as plain floating-point numbers.
         CheckpointError: A writer is missing or has the wrong shape.
     """
-    _refuse_quantization_config(config, tensors, path)
+    refuse_quantization_config(config, tensors, path)
     model = read_text_model(config=config, path=path, unverified=unverified)
     return _Mapper(model, tensors, path).map()
 
@@ -125,10 +112,11 @@ class _Mapper:
         self.tensors = tensors
         self.names = {tensor.name: parse_name(tensor.name, has_towers=model.has_towers) for tensor in tensors}
         self.shapes = {tensor.name: tensor.shape for tensor in tensors}
+        self.stacks = sorted({name.stack for name in self.names.values() if name.stack})
         self.embedding, self.head = self._embedding_and_head()
         self.d_model = model.d_model or self.shapes[self._stored_embedding()][1]
         self.n_layers = model.n_layers or 1 + max((n.layer or 0 for n in self.names.values()), default=0)
-        self.norms = self._norms()
+        self.chains = NormChains(self.names, post_norm=self.row.post_norm, plus_one=self.row.plus_one)
 
     def map(self) -> StreamMap:
         writers = []
@@ -140,8 +128,9 @@ class _Mapper:
                 writers.append(writer)
             elif self.d_model in tensor.shape and (reason := self._left_alone(tensor)):
                 left_alone.append(LeftAlone(tensor_name=tensor.name, reason=reason))
-        self._check_layers(writers)
-        self._check_experts(writers)
+        matrices = {w.tensor_name: self.names[w.tensor_name] for w in writers if self._is(w.tensor_name, Part.WRITER)}
+        check_layers(matrices, self.stacks, n_layers=self.n_layers, row=self.row, path=self.path)
+        check_experts(matrices, self.shapes, expected=self.model.n_experts, path=self.path)
         return StreamMap(
             model_type=self.model.model_type,
             text_section=self.model.section,
@@ -155,28 +144,29 @@ class _Mapper:
         )
 
     def _embedding_and_head(self) -> tuple[str, str | None]:
-        stacks = sorted({name.stack for name in self.names.values() if name.stack})
+        stacks = self.stacks
         if not stacks:
             raise UnsupportedArchitectureError(
-                f"{self.path}: no tensor is named as a layer of a {self.row.model_type} model is, such as model.layers.0... "
-                f"(first: {min(self.shapes, default='none')}); save the checkpoint again with transformers"
+                f"{self.path}: no tensor is named as a layer of a {self.row.model_type} model is, such as "
+                f"model.layers.0... (first: {min(self.shapes, default='none')}); save the checkpoint again with "
+                "transformers"
             )
         if len(stacks) > self.row.stacks and self.model.verified:
             raise UnsupportedArchitectureError(
-                f"{self.path}: layers are named in {len(stacks)} ways ({', '.join(stacks)}), and a {self.row.model_type} "
-                f"model has {self.row.stacks}; use the checkpoint as it was released"
+                f"{self.path}: layers are named in {len(stacks)} ways ({', '.join(stacks)}), where a "
+                f"{self.row.model_type} model has {self.row.stacks}; use the checkpoint as it was released"
             )
         embeddings = [n for n in self.shapes if self._is(n, Part.TOKEN_EMBEDDING)]
         heads = [n for n in self.shapes if self._is(n, Part.HEAD) and not self.names[n].is_bias]
         if len(embeddings) > 1:
             raise UnsupportedArchitectureError(
-                f"{self.path}: holds {len(embeddings)} token embeddings ({', '.join(embeddings)}), and which of them starts the "
-                "residual stream is not known; use the checkpoint as it was released"
+                f"{self.path}: holds {len(embeddings)} token embeddings ({', '.join(embeddings)}), and which of "
+                "them starts the residual stream is not known; use the checkpoint as it was released"
             )
         if not embeddings and not (heads and self.model.tied_embeddings):
             raise CheckpointError(
-                f"{self.path}: no token embedding was found (such as model.embed_tokens.weight), so the checkpoint is incomplete; "
-                "download it again"
+                f"{self.path}: no token embedding was found (such as model.embed_tokens.weight), so the checkpoint "
+                "is incomplete; download it again"
             )
         prefix = stacks[0].rpartition(".")[0]
         unstored = table.UNSTORED_EMBEDDINGS.get(self.row.model_type, "embed_tokens")
@@ -202,16 +192,6 @@ class _Mapper:
     def _is(self, tensor_name: str, part: Part) -> bool:
         return self.names[tensor_name].part is part
 
-    def _norms(self) -> dict[tuple[str, int], dict[str, PostNorm]]:
-        norms: dict[tuple[str, int], dict[str, PostNorm]] = defaultdict(dict)
-        for tensor_name, name in self.names.items():
-            if name.layer is not None and name.part in {Part.NORM, Part.POST_NORM} and not name.is_bias:
-                bias = tensor_name.removesuffix(".weight") + ".bias"
-                norms[name.stack, name.layer][name.path] = PostNorm(
-                    weight=tensor_name, plus_one=self.row.plus_one, centered=bias in self.shapes
-                )
-        return norms
-
     def _writer_of(self, tensor: TensorInfo) -> ResidualWriter | None:
         name = self.names[tensor.name]
         if name.layer is not None and name.layer >= self.n_layers:
@@ -222,9 +202,9 @@ class _Mapper:
                 "stored as a plain weight (quantised, or an adapter that was not merged); "
                 "use the original model"
             )
-        role, chain = name.role, self._chain(name)
+        role = name.role
         if name.part is Part.HEAD and self.model.tied_embeddings and not name.is_bias:
-            role, chain = "embed", self._embedding_chain()
+            role = "embed"
         elif name.part in {Part.POST_NORM, Part.EMBEDDING_NORM} and name.is_bias:
             role = "embed" if name.layer is None else "mlp"
         elif role is None or name.part not in _WRITING:
@@ -233,7 +213,7 @@ class _Mapper:
         if self.row.latent_experts and name.expert is not None and tensor.shape[axis] != self.d_model:
             return None
         return ResidualWriter(
-            tensor_name=tensor.name, role=role, layer=name.layer, residual_axis=axis, norm_chain=chain
+            tensor_name=tensor.name, role=role, layer=name.layer, residual_axis=axis, norm_chain=self.chains.of(name)
         )
 
     def _axis(self, tensor: TensorInfo, name: TensorName) -> int:
@@ -242,10 +222,10 @@ class _Mapper:
         if name.layer is None:
             return 1
         if len(tensor.shape) == 3:
-            return self._fused_axis(tensor, name)
+            return self._fused_axis(tensor)
         return table.AXES.get(name.path, 1 if self.row.conv1d else 0)
 
-    def _fused_axis(self, tensor: TensorInfo, name: TensorName) -> int:
+    def _fused_axis(self, tensor: TensorInfo) -> int:
         matching = [axis for axis in (1, 2) if tensor.shape[axis] == self.d_model]
         if len(matching) == 1:
             return matching[0]
@@ -256,32 +236,6 @@ class _Mapper:
         if len(shape) == 3 and (shape[1] == self.d_model) != (shape[2] == self.d_model):
             return 2 if shape[1] == self.d_model else 1
         return self.row.fused_axis
-
-    def _chain(self, name: TensorName) -> tuple[PostNorm, ...]:
-        if name.part in {Part.TOKEN_EMBEDDING, Part.STREAM_START}:
-            return self._embedding_chain()
-        if name.layer is None or not self.row.post_norm:
-            return ()
-        norms = self.norms[name.stack, name.layer]
-        if name.part is Part.POST_NORM:
-            outer = name.path in {table.DENSE_POST_NORM, table.EXPERT_POST_NORM}
-            return tuple(_first(norms, table.MLP_POST_NORMS)) if outer else ()
-        if name.path in table.SIDE_POST_NORMS:
-            return tuple(_first(norms, (table.SIDE_POST_NORMS[name.path],)))
-        if name.role == "attn":
-            chain = tuple(_first(norms, table.ATTENTION_POST_NORMS))
-            if not chain and any(own in norms for own in table.MLP_OWN_NORMS):
-                chain = tuple(_first(norms, (table.SHARED_NORM,)))
-            return chain
-        own = table.EXPERT_POST_NORM if "experts" in name.path.split(".") else table.DENSE_POST_NORM
-        return (*_first(norms, (own,)), *_first(norms, table.MLP_POST_NORMS))
-
-    def _embedding_chain(self) -> tuple[PostNorm, ...]:
-        return tuple(
-            PostNorm(weight=tensor_name, centered=True)
-            for tensor_name, name in self.names.items()
-            if name.part is Part.EMBEDDING_NORM and not name.is_bias
-        )
 
     def _left_alone(self, tensor: TensorInfo) -> str | None:
         name = self.names[tensor.name]
@@ -316,43 +270,8 @@ class _Mapper:
                 f"the residual stream of {self.d_model}; do config.json and the weights belong together?"
             )
 
-    def _check_layers(self, writers: Sequence[ResidualWriter]) -> None:
-        found = {(self.names[w.tensor_name].stack, w.layer, w.role) for w in writers if self._is_matrix(w)}
-        stacks = sorted({name.stack for name in self.names.values() if name.stack})
-        for stack in stacks:
-            for layer in range(self.n_layers):
-                present = {role for role in ("attn", "mlp") if (stack, layer, role) in found}
-                if not present or (len(present) < 2 and not self.row.single):
-                    missing = [role for role in ("attn", "mlp") if role not in present]
-                    raise CheckpointError(
-                        f"{self.path}: {stack}.{layer} (config.json says {self.n_layers} layers) has no residual writer of "
-                        f"{' and of '.join(_SUBLAYERS[role] for role in missing)}; the checkpoint is incomplete, or not a plain "
-                        f"{self.row.model_type}"
-                    )
-
-    def _is_matrix(self, writer: ResidualWriter) -> bool:
-        return self._is(writer.tensor_name, Part.WRITER)
-
-    def _check_experts(self, writers: Sequence[ResidualWriter]) -> None:
-        numbered: dict[str, set[int]] = defaultdict(set)
-        stacked: dict[str, int] = {}
-        for writer in filter(self._is_matrix, writers):
-            name = self.names[writer.tensor_name]
-            if name.expert is not None:
-                numbered[f"{name.stack}.{name.layer}.{name.path}"].add(name.expert)
-            elif len(self.shapes[writer.tensor_name]) == 3:
-                stacked[writer.tensor_name] = self.shapes[writer.tensor_name][0]
-        expected = self.model.n_experts
-        for where, count in [*((w, len(found)) for w, found in numbered.items()), *stacked.items()]:
-            if count != expected:
-                raise CheckpointError(
-                    f"{self.path}: {where} has {count} experts, but config.json says {'nothing of experts' if expected is None else expected}; "
-                    "the checkpoint is incomplete, or belongs to another config"
-                )
-
 
 _WRITING = {Part.WRITER, Part.BIAS, Part.TOKEN_EMBEDDING, Part.POSITION_EMBEDDING, Part.STREAM_START}
-_SUBLAYERS = {"attn": "attention (or another mixer)", "mlp": "an MLP"}
 _REASONS = {
     Part.TOWER: "it is part of an image, video or audio tower or its projector, which the text path does not use",
     Part.PREDICTION: "it predicts tokens further ahead, and does not write to the residual stream",
@@ -361,26 +280,7 @@ _REASONS = {
 }
 
 
-def _first(norms: Mapping[str, PostNorm], names: Sequence[str]) -> Iterator[PostNorm]:
-    found = next((name for name in names if name in norms), None)
-    if found is not None:
-        yield norms[found]
-
-
 def _head_beside(embedding: str) -> str:
     if embedding.startswith("language_model."):
         return "language_model.lm_head.weight"
     return "lm_head.weight"
-
-
-def _refuse_quantization_config(config: dict[str, Any], tensors: Sequence[TensorInfo], path: Path) -> None:
-    for key in ("quantization_config", "compression_config"):
-        found = config.get(key)
-        if found:
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-            plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
-            example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
-            raise QuantizedCheckpointError(
-                f"{path / CONFIG_NAME}: the checkpoint is quantised ({key}, method "
-                f"{method}{example}), where rounding would undo the edit; use the model it was quantised from"
-            )

@@ -43,7 +43,8 @@ class TensorName:
         part: What it is.
         stack: What stands before the layer's index, such as `model.layers`; empty outside the layers.
         layer: The layer's index; None outside the layers.
-        path: What follows the index, without `.weight` and `.bias`, numbers written as `*`; outside, the name without prefix.
+        path: What follows the index, without `.weight` and `.bias`, numbers written as `*`; outside, the name
+            without its prefix.
         expert: The number of the expert, where the name has one.
         is_bias: It ends in `.bias`.
         role: What kind of writer it belongs to; None if to none.
@@ -69,7 +70,9 @@ def _roles(text: str, role: Role) -> dict[str, Role]:
 WRITERS: Mapping[str, Role] = _roles(table.ATTENTION_OUT, "attn") | _roles(table.MLP_OUT, "mlp")
 _IN_LAYER = re.compile(rf"((?:[^.]+\.)*?(?:{'|'.join(table.LAYER_LISTS)}))\.([0-9]+)\.(.+)")
 _EXPERT = re.compile(r"(?:^|\.)experts\.([0-9]+)\.")
-_COMPANION = re.compile(r"weight_.+|q?weight|qzeros|scales?|scale_inv|g_idx|SCB|absmax|quant_.*|nested_.*|bitsandbytes__.*|.*_(blocks|scales)")
+_COMPANION = re.compile(
+    r"weight_.+|q?weight|qzeros|scales?|scale_inv|g_idx|SCB|absmax|quant_.*|nested_.*|bitsandbytes__.*|.*_(blocks|scales)"
+)
 
 
 def parse_name(name: str, *, has_towers: bool = False) -> TensorName:
