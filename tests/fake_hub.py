@@ -77,7 +77,8 @@ class Fault:
 
 
 class FakeHub:
-    """The server. `requests` lists "METHOD /path" of all that came; `lfs` holds the objects by SHA-256."""
+    """The server. `requests` lists "METHOD /path" of all that came, `sent` the bytes of the answers to GET by path;
+    `lfs` holds the objects by SHA-256."""
 
     def __init__(self, *, part_size: int | None = None) -> None:
         self.part_size = part_size
@@ -85,6 +86,7 @@ class FakeHub:
         self.lfs: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[str] = []
+        self.sent: dict[str, int] = {}
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -208,9 +210,18 @@ def write_checkpoint(
     generator = numpy.random.default_rng(0)
     shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     names = ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"]
-    for shard, name in zip(shards, names, strict=True):
-        save_file({name: generator.standard_normal((64, 64)).astype("float32")}, directory / shard)
+    left: dict[str, float] = {}
+    for axis, shard, name in zip((1, 0), shards, names, strict=True):
+        weight = generator.standard_normal((64, 64)).astype("float32")
+        # The direction is the first basis vector; this is its projection, and some rounding.
+        along = (slice(None), 0) if axis else 0
+        weight[along] = 0
+        weight[along] = 1.5e-8 / 8 * numpy.linalg.norm(weight)
+        wide = weight.astype("float64")
+        left[name] = float(numpy.linalg.norm(wide[along]) / numpy.linalg.norm(wide))
+        save_file({name: weight}, directory / shard)
     side_files = {
+        "model.safetensors.index.json": json.dumps({"weight_map": dict(zip(names, shards, strict=True))}),
         "config.json": '{"model_type": "llama"}\n',
         "tokenizer.json": "{}\n",
         "LICENSE": "the licence\n",
@@ -224,7 +235,7 @@ def write_checkpoint(
         return {"sha256": _sha256(data), "bytes": len(data)}
 
     record = {
-        "format_version": 1,
+        "format_version": 2,
         "tool": {"name": "abliterate", "version": "0.1.0", "torch": "2.13.0", "safetensors": "0.6.2"},
         "created": "2026-01-02T03:04:05+00:00",
         "base": {
@@ -234,20 +245,28 @@ def write_checkpoint(
             "config_sha256": "a" * 64,
             "tied_embeddings": False,
         },
-        "direction": {
-            "sha256": "d" * 64,
+        "directions": [
+            {
+                "sha256": "d" * 64,
+                "d_model": 64,
+                "metadata": {
+                    "position": -1,
+                    "layer": 20,
+                    "bypass": -6.25,
+                    "induce": 3.5,
+                    "kl": 0.0625,
+                    "seed": 42,
+                    "thresholds": {"kl": 0.1, "induce": 0.0, "prune_layers": 0.2},
+                    "filtered": True,
+                    "system_prompt": None,
+                },
+            }
+        ],
+        "subspace": {
+            "k": 1,
             "d_model": 64,
-            "metadata": {
-                "position": -1,
-                "layer": 20,
-                "bypass": -6.25,
-                "induce": 3.5,
-                "kl": 0.0625,
-                "seed": 42,
-                "thresholds": {"kl": 0.1, "induce": 0.0, "prune_layers": 0.2},
-                "filtered": True,
-                "system_prompt": None,
-            },
+            "dtype": "float64",
+            "base64": base64.b64encode(numpy.eye(1, 64).tobytes()).decode(),
         },
         "options": {"components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0},
         "tensors": [
@@ -259,8 +278,11 @@ def write_checkpoint(
                 "shape": [64, 64],
                 "dtype": "F32",
                 "shard": shard,
+                "norm_chain": [],
+                "kind": "projected",
                 "component_before": 0.125,
-                "component_after": 1.5e-8,
+                "component_after": left[name],
+                "survivor": 1.2e-7,
             }
             for name, role, shard in zip(names, ["embed", "attn"], shards, strict=True)
         ],
@@ -376,6 +398,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+        if self.command == "GET":
+            with self.hub.lock:
+                self.hub.sent[self.url_path] = self.hub.sent.get(self.url_path, 0) + len(data)
 
     def _json(self, value: Any, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode())

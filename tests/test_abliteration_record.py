@@ -70,8 +70,8 @@ def test_no_record(tmp_path):
     [
         ("{", "cannot be read as JSON"),
         ("[]", "no JSON object"),
-        ('{"format_version": 2}', "version 2 is not 1"),
-        ("{}", "version None is not 1"),
+        ('{"format_version": 1}', "version 1 is not 2"),
+        ("{}", "version None is not 2"),
     ],
 )
 def test_a_record_that_is_none(out, content, match):
@@ -79,7 +79,7 @@ def test_a_record_that_is_none(out, content, match):
     refused(InputError, match, lambda: read_record(out))
 
 
-@pytest.mark.parametrize("key", ["base", "direction", "shards", "side_files"])
+@pytest.mark.parametrize("key", ["base", "directions", "shards", "side_files"])
 @pytest.mark.parametrize("value", [None, [], "x"])
 def test_an_incomplete_record(out, key, value):
     edit(out, lambda record: record.pop(key) if value is None else record.update({key: value}))

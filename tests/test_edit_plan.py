@@ -21,10 +21,10 @@ def plan(source: ModelSource | Path | str, direction: Direction | None = None, *
 
 
 def test_a_plan_names_each_selected_writer_once(base):
-    writers = plan(base, components=("embed", "mlp")).writers
+    writers = plan(base, components=("embed", "mlp")).edits
     expected = {"model.embed_tokens.weight", *(f"model.layers.{n}.mlp.down_proj.weight" for n in range(N_LAYERS))}
     assert len(writers) == len(expected)
-    assert {writer.tensor_name for writer in writers} == expected
+    assert {writer.name for writer in writers} == expected
 
 
 def test_a_source_is_a_directory_or_what_was_resolved(base):

@@ -107,13 +107,53 @@ class TestText:
         assert "after | 1.50e-08 |" in text
 
     def test_a_bare_direction_has_no_origin(self, record):
-        record["direction"]["metadata"] = {}
+        record["directions"][0]["metadata"] = {}
         record["options"].update(layers=[4, 10], strength=0.5)
         text = section(card_of(record), "What was removed")
         assert "not recorded: the direction file came without its origin" in text
         assert "score when selected" not in text
         assert "| Layers | 4 up to, not including, 10 |" in text
         assert "| Strength | 0.5 |" in text
+
+    def test_several_directions(self, record):
+        second = copy.deepcopy(record["directions"][0]) | {"sha256": "e" * 64}
+        second["metadata"]["layer"] = 4
+        record["directions"].append(second)
+        record["options"].update(tied="untie", preserve_norms=True)
+        record["base"]["tied_embeddings"] = True
+        record["config_changes"] = {"tie_word_embeddings": False}
+        record["tensors"][1]["norm_chain"] = [{"weight": "norm.weight", "plus_one": True, "centered": False}]
+        card = card_of(record)
+        text = section(card, "What was removed")
+        assert "several directions projected out of the weights" in card
+        assert "W becomes W - s Uᵀ (U W)" in text
+        assert "| Direction 2 of 2 (SHA-256 of its float32 bytes) | `" + "e" * 64 + "` |" in text
+        assert "| Found (2) at | the input of layer 4," in text
+        assert "| Tied embeddings | untied: the output head keeps the base model's rows |" in text
+        assert "`config.json` is the base model's but for `tie_word_embeddings: false`." in text
+        assert "as it is seen through them" in text
+        assert "scaled back to its length" in text
+        assert "| Largest part of a tensor's component that survived | 1.20e-07 |" in text
+        assert [command[1] for command in commands(card)] == ["extract", "extract", "orthogonalize"]
+        files = [word for command in commands(card) for word in command if word.startswith("direction-")]
+        assert files == ["direction-1.safetensors", "direction-2.safetensors"] * 2
+        assert commands(card)[2][-3:] == ["--tied", "untie", "--preserve-norms"]
+
+    @pytest.mark.parametrize(
+        ("coefficient", "notice"), [(1.5, "steered towards refusing"), (-1.0, "removed on purpose")]
+    )
+    def test_an_addition(self, record, coefficient, notice):
+        record["options"]["add"] = coefficient
+        record["config_changes"] = {"mlp_bias": True}
+        record["tensors"] = [record["tensors"][1] | {"kind": "added", "component_before": None}]
+        card = card_of(record)
+        assert f"with {coefficient:g} times its refusal direction added to the activations by a bias" in card
+        assert notice in section(card, "Safety notice")
+        text = section(card, "What was added")
+        assert f"| Coefficient | {coefficient:g} |" in text
+        assert "but for `mlp_bias: true`" in text
+        assert "Strength" not in text
+        assert commands(card)[1][-2:] == ["--add", str(coefficient)]
 
     def test_measurements(self, record):
         text = section(card_of(record, evaluation_report()), "How it was measured")
@@ -164,7 +204,11 @@ class TestCommands:
     def test_of_options(self, record):
         record["base"].update(model="models/my model", revision=None)
         record["options"]["layers"] = [4, 10]
-        record["direction"]["metadata"] = {"filtered": False, "system_prompt": "Be\nkind; $(rm)", "thresholds": None}
+        record["directions"][0]["metadata"] = {
+            "filtered": False,
+            "system_prompt": "Be\nkind; $(rm)",
+            "thresholds": None,
+        }
         extract, orthogonalize = commands(card_of(record))
         assert extract[2:5] == ["my model", "-o", "refusal.safetensors"]
         assert extract[5:] == ["--system-prompt", "Be kind; $(rm)", "--no-filter"]

@@ -7,15 +7,27 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from abliterate import hub as hub_module
 from abliterate import publishing
+from abliterate.directions import make_direction
 from abliterate.errors import AbliterateError, HubError, InputError, VerificationError
+from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.publishing import PushReport, push_checkpoint
 from fake_hub import FakeHub, evaluation_report, write_checkpoint
+from tiny_models import random_direction, save_tiny_model
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-SENT = {*SHARDS, "config.json", "tokenizer.json", "LICENSE", "README.md", "abliteration.json"}
+SENT = {
+    *SHARDS,
+    "model.safetensors.index.json",
+    "config.json",
+    "tokenizer.json",
+    "LICENSE",
+    "README.md",
+    "abliteration.json",
+}
 
 
 @pytest.fixture
@@ -37,7 +49,7 @@ class Notes:
         self.messages, self.steps, self.total = [], 0, 0
 
     def task(self, description, *, total, unit=""):
-        self.total = total
+        self.total += total
         return self
 
     def __enter__(self):
@@ -138,7 +150,7 @@ class TestPush:
         notes = Notes()
         push(out, progress=notes)
         assert notes.steps == notes.total > 30_000
-        assert notes.messages == ["uploading 7 files to org/pushed"]
+        assert notes.messages == ["uploading 8 files to org/pushed"]
 
     def test_where_links_cannot_be_made_files_are_copied(self, hub, out, monkeypatch):
         def no_links(*_args, **_kwargs):
@@ -387,3 +399,52 @@ def test_a_checkpoint_of_links(hub, out, tmp_path):
     assert hub.repos["org/pushed"].files[SHARDS[0]] == (out / SHARDS[0]).read_bytes()
     shutil.rmtree(linked)
     assert (out / SHARDS[0]).is_file()
+
+
+class TestVerifiedFirst:
+    """A record whose hashes are right does not vouch for an edit that is not there."""
+
+    @pytest.fixture
+    def local(self, tmp_path) -> tuple[Path, Path]:
+        base = save_tiny_model(tmp_path / "base")
+        direction = make_direction(mean_difference=random_direction())
+        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "real")
+        return base, tmp_path / "real"
+
+    def vouch_again(self, out: Path) -> None:
+        def rehash(record):
+            for name in record["shards"]:
+                data = (out / name).read_bytes()
+                record["shards"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+        edit_record(out, rehash)
+
+    def test_what_orthogonalize_wrote_goes(self, hub, local):
+        assert push(local[1], dry_run=True).total_bytes > 0
+
+    @pytest.mark.parametrize("base_is_there", [True, False])
+    def test_an_edit_undone(self, hub, local, base_is_there):
+        base, out = local
+        tensors = load_file(out / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"] = load_file(base / "model.safetensors")[
+            "model.layers.1.mlp.down_proj.weight"
+        ]
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        self.vouch_again(out)
+        if not base_is_there:
+            base.rename(base.with_name("moved"))
+        text = refused(VerificationError, "nothing was sent", out)
+        assert "tensor model.layers.1.mlp.down_proj.weight has a component of" in text
+        assert not hub.count("POST|PUT")
+
+    def test_another_tensor_changed_is_seen_where_the_base_is(self, hub, local):
+        base, out = local
+        tensors = load_file(out / "model.safetensors")
+        tensors["model.norm.weight"] *= 2
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        self.vouch_again(out)
+        assert "tensor model.norm.weight differs" in refused(VerificationError, "nothing was sent", out)
+        # A base that has become another model says nothing about this one.
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+        push(out, dry_run=True)

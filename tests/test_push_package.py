@@ -14,7 +14,7 @@ from abliterate.push_package import find_base_card_facts, read_push_package, sta
 from fake_hub import evaluation_report, write_checkpoint
 
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-OF_THE_BASE = {"config.json", "tokenizer.json", "LICENSE"}
+OF_THE_BASE = {"model.safetensors.index.json", "config.json", "tokenizer.json", "LICENSE"}
 
 
 @pytest.fixture

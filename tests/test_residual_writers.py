@@ -11,14 +11,19 @@ from abliterate.errors import CheckpointError, QuantizedCheckpointError, Unsuppo
 from abliterate.residual_writers import (
     ARCHITECTURES,
     ResidualWriter,
-    find_residual_writers,
-    has_tied_embeddings,
+    StreamMap,
+    map_stream,
 )
 from tiny_models import D_MODEL, N_LAYERS, save_tiny_gpt2, save_tiny_llama, save_tiny_model
 
 
+def stream_of(path: Path) -> StreamMap:
+    checkpoint = open_checkpoint(path)
+    return map_stream(config=checkpoint.config, tensors=tuple(checkpoint.tensors()), path=path)
+
+
 def writers_of(path: Path) -> dict[str, ResidualWriter]:
-    return {writer.tensor_name: writer for writer in find_residual_writers(open_checkpoint(path))}
+    return {writer.tensor_name: writer for writer in stream_of(path).writers}
 
 
 def change_config(path: Path, **values: object) -> None:
@@ -95,7 +100,7 @@ def test_a_stored_head_is_a_writer_only_when_tied(tmp_path, tied, stored):
     save_tiny_llama(tmp_path)
     change_config(tmp_path, tie_word_embeddings=tied)
     assert ("lm_head.weight" in writers_of(tmp_path)) == stored
-    assert has_tied_embeddings(open_checkpoint(tmp_path)) == tied
+    assert stream_of(tmp_path).tied_embeddings == tied
 
 
 def test_where_the_config_does_not_say_the_class_default_holds(tmp_path):
@@ -103,7 +108,7 @@ def test_where_the_config_does_not_say_the_class_default_holds(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["tie_word_embeddings"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert has_tied_embeddings(open_checkpoint(tmp_path))
+    assert stream_of(tmp_path).tied_embeddings
 
 
 def test_tied_with_only_the_head_stored_the_head_is_the_embedding(tmp_path):

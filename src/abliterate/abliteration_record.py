@@ -4,9 +4,11 @@ It says what was edited, how, and from what, and vouches for every file of the c
 Reading it needs neither torch nor the base model.
 """
 
+import base64
 import dataclasses
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -16,11 +18,14 @@ from abliterate.hashed_files import WrittenFile, hash_file
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from abliterate.edit_plan import EditOptions
-    from abliterate.residual_writers import Role
+    from abliterate.residual_writers import PostNorm, Role
+    from abliterate.tensor_edits import Kind
 
 RECORD_NAME = "abliteration.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Written by `abliterate evaluate` about the weights it lies beside, so it must not move on to others.
 EVALUATION_NAME = "evaluation.json"
@@ -30,7 +35,24 @@ _AGAIN = "run `abliterate orthogonalize` again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditedTensor:
-    """One planned edit; the components, |r.W|/|W| before and after, are None in a dry run."""
+    """One tensor that is not as it was in the base.
+
+    Attributes:
+        name: Its name on disk.
+        role: What it belongs to.
+        layer: Its decoder block; None for embeddings.
+        residual_axis: The axis of the stored tensor that indexes the residual stream.
+        shape: Its shape.
+        dtype: Its dtype, as safetensors names it.
+        shard: The file it is in.
+        norm_chain: Norms between it and the stream, innermost first.
+        kind: projected; untied: a copy of the tied matrix that got a tensor of its own (projected where the
+            component is given); added: a bias of an activation addition.
+        component_before: |U W|/|W|, U being the directions seen through the norm chain; None in a dry run, and
+            where nothing is projected.
+        component_after: |U W'|/|W'|.
+        survivor: |U W'|/|U W|; 0 where there was nothing to remove.
+    """
 
     name: str
     role: "Role"
@@ -39,8 +61,11 @@ class EditedTensor:
     shape: tuple[int, ...]
     dtype: str
     shard: str
+    norm_chain: "tuple[PostNorm, ...]" = ()
+    kind: "Kind" = "projected"
     component_before: float | None = None
     component_after: float | None = None
+    survivor: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +80,18 @@ class OrthogonalizationReport:
         format_version: Of the record.
         tool: Name and version of the tool and of the libraries that did the arithmetic.
         created: Time of writing, ISO 8601, UTC.
-        base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings, and
-            `abliteration`, the earlier edit, if it had been orthogonalized before.
-        direction: sha256, d_model and metadata of the direction.
+        base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings; where they
+            are tied, `tied_tensor`, the stored one of the pair; and `abliteration`, the earlier edit, if it had
+            been orthogonalized before.
+        directions: sha256, d_model and metadata of each direction.
+        subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
         options: What was asked for.
+        config_changes: Dotted path in config.json -> the value it has instead of the base's.
         tensors: Every edited tensor, in file order.
         shards: File name -> SHA-256 and size of each shard written; empty in a dry run.
         side_files: The same for every other file.
-        counts: Role -> number of edited tensors.
-        bytes_edited: Bytes of the edited tensors.
+        counts: Role -> number of tensors in `tensors`.
+        bytes_edited: Bytes of those tensors.
         bytes_total: Bytes of all shards.
         notes: What the user should know about this checkpoint.
     """
@@ -74,8 +102,10 @@ class OrthogonalizationReport:
     tool: dict[str, str]
     created: str
     base: dict[str, Any]
-    direction: dict[str, Any]
+    directions: tuple[dict[str, Any], ...]
+    subspace: dict[str, Any]
     options: "EditOptions"
+    config_changes: dict[str, Any]
     tensors: tuple[EditedTensor, ...]
     shards: dict[str, WrittenFile]
     side_files: dict[str, WrittenFile]
@@ -97,7 +127,7 @@ class AbliterationRecord:
 
     Attributes:
         directory: The checkpoint.
-        content: The content of `abliteration.json`; `base`, `direction`, `shards` and `side_files` are there.
+        content: The content of `abliteration.json`; `base`, `directions`, `shards` and `side_files` are there.
         files: Path -> hash and size of every file that the record vouches for, as a relative POSIX path.
         base_evaluation: An `evaluation.json` that was copied from the base and may have been replaced since.
     """
@@ -106,6 +136,33 @@ class AbliterationRecord:
     content: dict[str, Any]
     files: dict[str, WrittenFile]
     base_evaluation: WrittenFile | None
+
+
+def encode_subspace(subspace: "Tensor") -> dict[str, Any]:
+    """Return orthonormal rows [k, d_model] as the record holds them: their float64 bytes, little-endian, base64."""
+    data = subspace.double().cpu().contiguous().numpy().astype("<f8").tobytes()
+    k, d_model = subspace.shape
+    return {"k": k, "d_model": d_model, "dtype": "float64", "base64": base64.b64encode(data).decode("ascii")}
+
+
+def decode_subspace(encoded: dict[str, Any]) -> "Tensor":
+    """Return the orthonormal rows [k, d_model], float64, that `encode_subspace` encoded.
+
+    Raises:
+        InputError: They are not what `encode_subspace` returns.
+    """
+    import torch
+
+    try:
+        k, d_model = encoded["k"], encoded["d_model"]
+        data = bytearray(base64.b64decode(encoded["base64"], validate=True))
+        if encoded["dtype"] != "float64" or not 0 < k <= d_model or len(data) != 8 * k * d_model:
+            raise ValueError(f"{len(data)} bytes do not hold {k} float64 vectors of {d_model}")
+        if sys.byteorder == "big":
+            return torch.frombuffer(data, dtype=torch.uint8).view(-1, 8).flip(1).view(torch.float64).view(k, d_model)
+        return torch.frombuffer(data, dtype=torch.float64).view(k, d_model)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the subspace in {RECORD_NAME} cannot be read ({error}); {_AGAIN}") from error
 
 
 def write_record(report: OrthogonalizationReport, directory: Path) -> None:
@@ -133,16 +190,18 @@ def read_record(directory: Path) -> AbliterationRecord:
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{path}: format version {version!r} is not {FORMAT_VERSION}; use the abliterate that wrote it"
+            f"{path}: format version {version!r} is not {FORMAT_VERSION}; orthogonalize the base again with this "
+            "abliterate, or use the one that wrote it"
         )
-    base, direction = content.get("base"), content.get("direction")
+    base, directions = content.get("base"), content.get("directions")
     shards, side_files = content.get("shards"), content.get("side_files")
     if not (
         (isinstance(base, dict) and "model" in base)
-        and (isinstance(direction, dict) and "sha256" in direction)
+        and (isinstance(directions, list) and directions)
+        and all(isinstance(entry, dict) and "sha256" in entry for entry in directions)
         and (isinstance(shards, dict) and shards and isinstance(side_files, dict))
     ):
-        raise InputError(f"{path}: base, direction, shards or side_files is missing; {_AGAIN}")
+        raise InputError(f"{path}: base, directions, shards or side_files is missing; {_AGAIN}")
     # A base directory may have had these two itself; what lies there now is this checkpoint's own.
     recorded = {name: entry for name, entry in (shards | side_files).items() if name != RECORD_NAME}
     files = {name: _read_entry(path, name, entry) for name, entry in recorded.items()}

@@ -5,7 +5,7 @@ The layout is read from the shards' headers alone (see `safetensors_file`) and c
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = read_json_object(path / CONFIG_NAME)
     shard_names, index = _shard_names(path)
     shards = tuple(read_shard(path / name) for name in shard_names)
-    _check_tensor_names(path, shards, index)
+    check_tensor_names(path, shards, index)
     return Checkpoint(
         path=path,
         config=config,
@@ -93,6 +93,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise damaged_file(path, "it is not a JSON object")
     return value
+
+
+def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a config in which each dotted path (`text_config.tie_word_embeddings`) has its new value."""
+    changed = dict(config)
+    for path, value in changes.items():
+        section = changed
+        *parents, key = path.split(".")
+        for parent in parents:
+            section[parent] = dict(section.get(parent) or {})
+            section = section[parent]
+        section[key] = value
+    return changed
 
 
 def _shard_names(path: Path) -> tuple[list[str], dict[str, Any] | None]:
@@ -143,7 +156,12 @@ def _no_weights_message(path: Path) -> str:
     )
 
 
-def _check_tensor_names(path: Path, shards: tuple[Shard, ...], index: dict[str, Any] | None) -> None:
+def check_tensor_names(path: Path, shards: tuple[Shard, ...], index: dict[str, Any] | None) -> None:
+    """Check that each tensor is in one shard, and in the one that the index names.
+
+    Raises:
+        CheckpointError: It is not.
+    """
     found: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:

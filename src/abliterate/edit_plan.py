@@ -1,24 +1,34 @@
-"""What an edit will do: which tensors, along which direction, how far; from the files' headers alone."""
+"""What an edit will do: which tensors, along which directions, how far; from the files' headers alone."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from abliterate.activation_addition import Addition, plan_addition
 from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.directions import Direction, load_direction
-from abliterate.errors import DirectionError, InputError
+from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.hub import ModelSource
+from abliterate.projection import orthonormalize
 from abliterate.residual_writers import (
     ROLES,
     ResidualWriter,
     Role,
-    architecture_of,
-    find_residual_writers,
-    has_tied_embeddings,
-    layer_count,
-    residual_width,
+    StreamMap,
+    map_stream,
 )
+from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.tensor_edits import TensorEdit
+from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
 
+# Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
+_LEAST_SINE = 1e-3
 _WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
 
 
@@ -31,6 +41,11 @@ class EditOptions:
         layers: Half-open range (first, end) of decoder blocks; None edits all. The embeddings count as what
             comes before layer 0: with a range they are edited only if it starts at 0.
         strength: Share of the component that is removed; 1 removes it.
+        tied: What happens to tied embeddings: edit the shared matrix, untie it so that the head keeps its rows,
+            or skip it.
+        preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
+        add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
+        unverified: Whether the model type was accepted although it is not known.
 
     Raises:
         InputError: A value that means no edit or none that is defined.
@@ -39,6 +54,10 @@ class EditOptions:
     components: tuple[Role, ...] = ROLES
     layers: tuple[int, int] | None = None
     strength: float = 1.0
+    tied: TiedPolicy = "edit"
+    preserve_norms: bool = False
+    add: float | None = None
+    unverified: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.components) - set(ROLES)
@@ -48,6 +67,17 @@ class EditOptions:
             raise InputError(f"layers {self.layers[0]}:{self.layers[1]} is empty; give FIRST:END with FIRST < END")
         if not math.isfinite(self.strength) or self.strength <= 0:
             raise InputError(f"strength is {self.strength}; give a positive number, 1 removes the direction")
+        if self.tied not in TIED_POLICIES:
+            raise InputError(f"tied is {self.tied!r}; give one of {', '.join(TIED_POLICIES)}")
+        if self.add is None:
+            return
+        if not math.isfinite(self.add) or self.add == 0:
+            raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
+        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified):
+            raise InputError(
+                "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
+                "go with it; make two runs, one on the output of the other"
+            )
 
     def includes(self, writer: ResidualWriter) -> bool:
         """Return whether these options edit `writer`."""
@@ -59,33 +89,41 @@ class EditOptions:
         return first == 0 if writer.layer is None else first <= writer.layer < end
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EditPlan:
     """An edit that has been checked and can be made.
 
     Attributes:
         source: The model as it was named.
         checkpoint: Its layout.
-        direction: What is projected out.
+        stream: What its tensors do to the residual stream.
+        directions: What is projected out, one or several.
+        subspace: R, [k, d_model] float64, orthonormal rows that span the directions, in their order.
         options: What was asked for.
-        writers: The residual writers that the options select, in file order.
+        edits: Every tensor that will differ or be new, in file order, new ones last.
+        config_changes: Dotted path in config.json -> new value.
+        edit_notes: What the user should know about the edits.
     """
 
     source: ModelSource
     checkpoint: Checkpoint
-    direction: Direction
+    stream: StreamMap
+    directions: tuple[Direction, ...]
+    subspace: Tensor
     options: EditOptions
-    writers: tuple[ResidualWriter, ...]
+    edits: tuple[TensorEdit, ...]
+    config_changes: dict[str, Any]
+    edit_notes: tuple[str, ...]
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about this edit."""
         notes = []
-        model_type = architecture_of(self.checkpoint).model_type
-        extracted_from = self.direction.metadata.get("model_type")
-        if extracted_from is not None and extracted_from != model_type:
-            notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
-        if has_tied_embeddings(self.checkpoint) and any(writer.role == "embed" for writer in self.writers):
-            notes.append("the embeddings are tied, so the output head is edited with them")
+        model_type = self.stream.model_type
+        for direction in self.directions:
+            extracted_from = direction.metadata.get("model_type")
+            if extracted_from is not None and extracted_from != model_type:
+                notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
+        notes += self.edit_notes
         others = [
             name
             for name in self.checkpoint.side_files
@@ -97,42 +135,97 @@ class EditPlan:
 
 
 def make_edit_plan(
-    *, source: ModelSource | Path | str, direction: Direction | Path | str, options: EditOptions
+    *,
+    source: ModelSource | Path | str,
+    direction: Direction | Path | str | Sequence[Direction | Path | str],
+    options: EditOptions,
 ) -> EditPlan:
-    """Read the layouts, and check that checkpoint, direction and options fit one another.
+    """Read the layouts, and check that checkpoint, directions and options fit one another.
 
     Args:
         source: The model: a local directory, or what `hub.resolve_model` returned.
-        direction: A direction, or the file that holds it.
+        direction: A direction or the file that holds it, or several of them.
         options: What to edit.
 
     Raises:
         InputError: There is no such directory, or the options select nothing or layers that are not there.
-        DirectionError: The direction is malformed or has another width than the model.
-        CheckpointError: The source is incomplete, quantised or of an unsupported type.
+        DirectionError: A direction is malformed, has another width than the model, or lies in the span of others.
+        CheckpointError: The source is incomplete, quantised or of an unsupported type, or cannot express an addition.
     """
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
-    writers = find_residual_writers(checkpoint)
-    n_layers = layer_count(checkpoint)
-    if options.layers is not None and options.layers[1] > n_layers:
-        raise InputError(
-            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {n_layers} layers of "
-            f"{model.name}; give a range within 0:{n_layers}"
-        )
-    selected = tuple(writer for writer in writers if options.includes(writer))
-    if not selected:
-        raise InputError(
-            f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
-            f"{model.name}; embeddings are edited only if the layers start at 0"
-        )
+    stream = map_stream(config=checkpoint.config, tensors=tuple(checkpoint.tensors()), path=checkpoint.path)
+    given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
+    directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
+    planned = _plan_edits(checkpoint, stream, directions, options, model=model.name)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
-        direction=_as_direction(direction, d_model=residual_width(checkpoint), model=model.name),
+        stream=stream,
+        directions=directions,
+        subspace=_span(directions, given),
         options=options,
-        writers=selected,
+        edits=planned.edits,
+        config_changes=planned.config_changes,
+        edit_notes=planned.notes,
     )
+
+
+def _plan_edits(
+    checkpoint: Checkpoint,
+    stream: StreamMap,
+    directions: Sequence[Direction],
+    options: EditOptions,
+    *,
+    model: str,
+) -> WriterEdits | Addition:
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors()}
+    if options.add is not None:
+        if len(directions) != 1:
+            raise InputError(f"an addition takes one direction, and {len(directions)} were given; give one --direction")
+        return plan_addition(
+            coefficient=options.add,
+            direction=directions[0],
+            stream=stream,
+            tensors=tensors,
+            config=_text_config(checkpoint, stream),
+            path=checkpoint.path,
+        )
+    selected = select_writers(stream, options=options, model=model)
+    _check_norms(checkpoint, selected, d_model=stream.d_model)
+    planned = edits_of_writers(selected, stream=stream, tensors=tensors, policy=options.tied)
+    if not planned.edits:
+        raise InputError(
+            f"{model}: nothing but the tied embeddings was selected, and --tied skip leaves them; edit or untie them"
+        )
+    return planned
+
+
+def _text_config(checkpoint: Checkpoint, stream: StreamMap) -> dict[str, Any]:
+    section = checkpoint.config
+    for key in stream.text_section:
+        section = section[key]
+    return section
+
+
+def select_writers(stream: StreamMap, *, options: EditOptions, model: str) -> tuple[ResidualWriter, ...]:
+    """Return the residual writers that the options select, in file order.
+
+    Raises:
+        InputError: They select nothing, or layers that are not there; `model` is named in the message.
+    """
+    if options.layers is not None and options.layers[1] > stream.n_layers:
+        raise InputError(
+            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {stream.n_layers} layers of "
+            f"{model}; give a range within 0:{stream.n_layers}"
+        )
+    selected = tuple(writer for writer in stream.writers if options.includes(writer))
+    if not selected:
+        raise InputError(
+            f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
+            f"{model}; embeddings are edited only if the layers start at 0"
+        )
+    return selected
 
 
 def _as_source(source: ModelSource | Path | str) -> ModelSource:
@@ -155,3 +248,30 @@ def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str
             f"{d_model}; extract a direction from this model"
         )
     return direction
+
+
+def _span(directions: Sequence[Direction], given: Sequence[Direction | Path | str]) -> Tensor:
+    if not directions:
+        raise DirectionError("no direction was given; name a direction file with --direction")
+    basis, left_out = orthonormalize(torch.stack([each.vector for each in directions]), tolerance=_LEAST_SINE)
+    if left_out:
+        index = left_out[0]
+        name = f"direction {index + 1}" if isinstance(given[index], Direction) else str(given[index])
+        raise DirectionError(
+            f"{name}: lies in the span of the directions before it (to less than {_LEAST_SINE:g} of its length), "
+            "so it adds nothing but rounding; leave it out"
+        )
+    return basis
+
+
+def _check_norms(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], *, d_model: int) -> None:
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors()}
+    for writer in writers:
+        for norm in writer.norm_chain:
+            info = tensors.get(norm.weight)
+            if info is None or info.shape != (d_model,) or info.dtype not in TORCH_DTYPES:
+                found = "it is missing" if info is None else f"it is {info.dtype} {list(info.shape)}"
+                raise CheckpointError(
+                    f"{checkpoint.path}: the norm {norm.weight} stands between {writer.tensor_name} and the residual "
+                    f"stream and must be a vector of {d_model}, but {found}; download the checkpoint again"
+                )

@@ -50,6 +50,14 @@ def copy_file(source: Path, target: Path) -> WrittenFile:
         return writer.finish()
 
 
+def write_file(path: Path, content: bytes) -> WrittenFile:
+    """Write a new file, flushed to the disk; it must not be there."""
+    with path.open("xb") as file:
+        writer = HashingWriter(file)
+        writer.write(content)
+        return writer.finish()
+
+
 def hash_file(path: Path, *, advance: Advance = lambda _bytes: None) -> str:
     """Return the SHA-256 of a file; `advance` is told the bytes read."""
     digest = hashlib.sha256()

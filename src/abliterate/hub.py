@@ -4,6 +4,7 @@ Endpoint, cache, token and offline mode are those of `huggingface_hub` itself (`
 `HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`); nothing here overrides them, and no token is ever shown.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import HfApi, constants, get_token, metadata_load, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, metadata_load, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+    SafetensorsParsingError,
+)
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils._paths import filter_repo_objects
+from huggingface_hub.utils._safetensors import SafetensorsRepoMetadata
+from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from abliterate.errors import HubError, InputError
@@ -59,6 +68,31 @@ class RemoteFile:
     sha256: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteModel:
+    """What the Hub says of a model before any of its weights are downloaded.
+
+    Attributes:
+        name: The Hub id.
+        revision: The commit all of this is from.
+        config: The content of config.json.
+        headers: Shard -> tensor -> dtype, shape and data_offsets, as its header has them.
+        weight_map: The shard index's map; None for a single file.
+        files: What `resolve_model` would download, path -> bytes.
+        card: What its card says.
+        gated: "auto" or "manual" where its owner asks for agreement first; None where not.
+    """
+
+    name: str
+    revision: str
+    config: dict[str, Any]
+    headers: dict[str, dict[str, dict[str, Any]]]
+    weight_map: dict[str, str] | None
+    files: dict[str, int]
+    card: CardFacts
+    gated: str | None
+
+
 def resolve_model(model: str, *, revision: str | None = None, weights: bool = True) -> ModelSource:
     """Find a model's files: a local directory as it is, a Hub id downloaded into the Hub cache.
 
@@ -70,6 +104,16 @@ def resolve_model(model: str, *, revision: str | None = None, weights: bool = Tr
     Raises:
         InputError: `model` looks like a path and is not there, or is no model directory.
         HubError: The Hub does not have it, does not give it, or cannot be reached.
+    """
+    local = find_local_model(model, revision=revision)
+    return local or _download(model, revision=revision, weights=weights)
+
+
+def find_local_model(model: str, *, revision: str | None = None) -> ModelSource | None:
+    """Return the source of a model that is a directory; None where `model` can only be a Hub id.
+
+    Raises:
+        InputError: `model` looks like a path and is not there, or is no model directory.
     """
     local = Path(model).expanduser()
     if model.strip() and local.is_dir():
@@ -84,7 +128,7 @@ def resolve_model(model: str, *, revision: str | None = None, weights: bool = Tr
         raise InputError(f"{model}: this is a file; give the directory that holds config.json, or a Hub id")
     if _looks_like_a_path(model):
         raise InputError(f"{model}: no such directory; check the path (a Hub id has the form OWNER/NAME)")
-    return _download(model, revision=revision, weights=weights)
+    return None
 
 
 def _looks_like_a_path(model: str) -> bool:
@@ -98,10 +142,71 @@ def _download(model: str, *, revision: str | None, weights: bool) -> ModelSource
             snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS)
         )
     if not (snapshot / constants.CONFIG_NAME).is_file():
-        raise HubError(f"{model}: the repository has no config.json; give a model in the transformers layout")
+        raise _no_config(model)
     if weights and not any(snapshot.glob("*.safetensors")):
-        raise HubError(f"{model}: the repository has no safetensors weights; give a revision or a copy that has them")
+        raise _no_weights(model)
     return ModelSource(path=snapshot, name=model, revision=snapshot.name)
+
+
+def _no_config(model: str) -> HubError:
+    return HubError(f"{model}: the repository has no config.json; give a model in the transformers layout")
+
+
+def _no_weights(model: str) -> HubError:
+    return HubError(f"{model}: the repository has no safetensors weights; give a revision or a copy that has them")
+
+
+def inspect_model(model: str, *, revision: str | None = None) -> RemoteModel:
+    """Ask the Hub for a model's config, headers, licence and sizes; of its weights only the headers are read.
+
+    Raises:
+        InputError: The Hub id is malformed.
+        HubError: The Hub does not have it, does not give it, or it has no readable safetensors weights.
+    """
+    api = HfApi()
+    with hub_errors(model, revision=revision):
+        info = api.model_info(model, revision=revision)
+        commit = str(info.sha)
+        files = {path: file.bytes for path, file in list_remote_files(model, revision=commit).items()}
+        if constants.CONFIG_NAME not in files:
+            raise _no_config(model)
+        text = Path(hf_hub_download(model, constants.CONFIG_NAME, revision=commit)).read_bytes()
+        headers = _read_headers(api, model, commit)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise HubError(f"{model}: its config.json is not JSON ({error}); use another revision") from error
+    if not isinstance(config, dict):
+        raise HubError(f"{model}: its config.json holds no JSON object; use another revision")
+    wanted = set(
+        filter_repo_objects(files, allow_patterns=[*_TEXT_PATTERNS, "*.safetensors"], ignore_patterns=_IGNORED_PATTERNS)
+    )
+    return RemoteModel(
+        name=model,
+        revision=commit,
+        config=config,
+        headers={
+            shard: {
+                name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
+                for name, tensor in header.tensors.items()
+            }
+            for shard, header in sorted(headers.files_metadata.items())
+        },
+        weight_map=headers.weight_map if headers.sharded else None,
+        files={path: size for path, size in files.items() if path in wanted},
+        card=_card_facts(vars(info.card_data) if info.card_data is not None else {}),
+        gated=info.gated or None,
+    )
+
+
+def _read_headers(api: HfApi, model: str, commit: str) -> SafetensorsRepoMetadata:
+    try:
+        return api.get_safetensors_metadata(model, revision=commit)
+    except NotASafetensorsRepoError as error:
+        raise _no_weights(model) from error
+    # What the client raises about an index or a header that is not one.
+    except (SafetensorsParsingError, AttributeError, TypeError, KeyError) as error:
+        raise HubError(f"{model}: its shard index or a shard's header is damaged; use another revision") from error
 
 
 def check_repo_id(repo_id: str) -> None:

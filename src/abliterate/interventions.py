@@ -84,11 +84,31 @@ def ablate_in_block(chat: ChatModel, block: nn.Module, direction: Tensor) -> Ite
         share = torch.bmm(rows, unit.unsqueeze(-1))
         return torch.baddbmm(rows, share, unit.unsqueeze(1), alpha=-1).reshape(hidden.shape)
 
+    with _edit_writes(block, ablate) as n_hooks:
+        yield n_hooks
+
+
+@contextmanager
+def ablate_subspace(chat: ChatModel, basis: Tensor) -> Iterator[int]:
+    """Remove several directions together, as `ablate_direction` removes one.
+
+    Args:
+        chat: the model.
+        basis: [k, d_model], orthonormal rows.
+
+    Yields:
+        how many hooks are attached (three a block).
+    """
+    if basis.dim() != 2 or basis.shape[1] != chat.d_model:
+        raise ModelError(f"basis has shape {tuple(basis.shape)}; the model's width is {chat.d_model}")
+    rows = basis.to(chat.device, chat.model.dtype)
+
+    def ablate(hidden: Tensor) -> Tensor:
+        ablated: Tensor = hidden - (hidden @ rows.T) @ rows
+        return ablated
+
     with ExitStack() as stack:
-        stack.callback(_edit_input(block, ablate).remove)
-        for module in residual_writes(block):
-            stack.callback(_edit_output(module, ablate).remove)
-        yield 3
+        yield sum(stack.enter_context(_edit_writes(block, ablate)) for block in chat.blocks)
 
 
 @contextmanager
@@ -109,22 +129,29 @@ def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: f
 @contextmanager
 def capture_inputs(chat: ChatModel, receive: Callable[[int, Tensor], None]) -> Iterator[int]:
     """Call `receive(layer, hidden)` with the input [batch, tokens, d_model] of every block."""
-    handles: list[RemovableHandle] = []
-
-    def watch(layer: int) -> Callable[[Tensor], Tensor]:
-        def look(hidden: Tensor) -> Tensor:
-            receive(layer, hidden)
-            return hidden
-
-        return look
-
-    try:
+    with ExitStack() as stack:
         for layer, block in enumerate(chat.blocks):
-            handles.append(_edit_input(block, watch(layer)))
-        yield len(handles)
-    finally:
-        for handle in handles:
+            stack.callback(_edit_input(block, _watch(layer, receive)).remove)
+        yield chat.n_layers
+
+
+@contextmanager
+def capture_stream(chat: ChatModel, receive: Callable[[int, Tensor], None]) -> Iterator[int]:
+    """Like `capture_inputs`, and with layer = n_layers what the last block puts out, which the final norm gets."""
+    with capture_inputs(chat, receive) as n_hooks:
+        handle = _edit_output(chat.blocks[-1], _watch(chat.n_layers, receive))
+        try:
+            yield n_hooks + 1
+        finally:
             handle.remove()
+
+
+def _watch(layer: int, receive: Callable[[int, Tensor], None]) -> Callable[[Tensor], Tensor]:
+    def look(hidden: Tensor) -> Tensor:
+        receive(layer, hidden)
+        return hidden
+
+    return look
 
 
 def blocks_return_tuples(chat: ChatModel) -> bool:
@@ -162,6 +189,15 @@ def _pass_through(tuple_output: bool) -> Callable[..., Any]:
         return (hidden_states,) if tuple_output else hidden_states
 
     return forward
+
+
+@contextmanager
+def _edit_writes(block: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[int]:
+    with ExitStack() as stack:
+        stack.callback(_edit_input(block, edit).remove)
+        for module in residual_writes(block):
+            stack.callback(_edit_output(module, edit).remove)
+        yield 3
 
 
 def _unit(direction: Tensor, chat: ChatModel) -> Tensor:

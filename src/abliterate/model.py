@@ -80,7 +80,12 @@ class ChatModel:
         return self.model.device
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Render prompts with the chat template and return token ids, each with exactly one BOS if there is one."""
+        """Render prompts with the chat template and return token ids, each with exactly one BOS if there is one.
+
+        Without a template, prompts are tokenized as they are.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            return [list(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
         texts = [
             render(
                 self.tokenizer,
@@ -292,20 +297,21 @@ class ChatModel:
         return PrefixCache(cache=cache, n_tokens=len(prefix))
 
 
-def load_chat_model(path: Path, *, name: str, options: ModelOptions) -> ChatModel:
+def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_template: bool = True) -> ChatModel:
     """Load a causal language model and its tokenizer from a local directory.
 
     Args:
         path: the directory.
         name: what to call the model in messages.
         options: see `ModelOptions`.
+        needs_template: refuse a model without a chat template; else it is given prompts as they are.
 
     Raises:
-        ModelError: the files do not load as a chat model.
+        ModelError: the files do not load as such a model.
         InputError: the device is not there.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -314,13 +320,25 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions) -> ChatMode
     trust = options.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+        model = _auto_class(path, trust).from_pretrained(path, dtype=dtype, trust_remote_code=trust)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name} does not load as a causal language model: {reason}") from error
     if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
         model = model.float()
-    return make_chat_model(cast(Any, model).to(device), tokenizer, name=name, options=options)
+    return make_chat_model(
+        cast(Any, model).to(device), tokenizer, name=name, options=options, needs_template=needs_template
+    )
+
+
+def _auto_class(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    # Vision-language models run on text too; most of them are not registered as causal language models.
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    is_wrapper = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if is_wrapper and not is_causal else AutoModelForCausalLM
 
 
 def make_chat_model(
@@ -329,13 +347,15 @@ def make_chat_model(
     *,
     name: str = "the model",
     options: ModelOptions | None = None,
+    needs_template: bool = True,
 ) -> ChatModel:
     """Wrap a loaded model: find its decoder blocks and the shape of its chat template.
 
     Raises:
-        ModelError: there is no chat template, or the decoder blocks cannot be found.
+        ModelError: there is no chat template and one is needed, or the decoder blocks cannot be found.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if needs_template and not has_template:
         raise ModelError(f"{name} has no chat template; use its instruction-tuned version")
     options = options or ModelOptions()
     model.eval()
@@ -346,7 +366,9 @@ def make_chat_model(
         tokenizer=tokenizer,
         blocks=_find_blocks(model, n_layers, name),
         d_model=int(text_config.hidden_size),
-        chat_format=find_chat_format(tokenizer, system_prompt=options.system_prompt, name=name),
+        chat_format=find_chat_format(tokenizer, system_prompt=options.system_prompt, name=name)
+        if has_template
+        else ChatFormat(n_positions=0, post_instruction_tokens=()),
         batch_size=options.batch_size,
         system_prompt=options.system_prompt,
     )

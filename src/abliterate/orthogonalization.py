@@ -1,65 +1,75 @@
-"""Orthogonalizing a checkpoint: a new directory whose weights cannot write along a direction.
+"""Orthogonalizing a checkpoint: a new directory whose weights cannot write along given directions.
 
 Works on files, never on a loaded model. The plan is made from the headers; then each shard is copied byte
 for byte except for the residual writers, which are projected (see `projection` for the mathematics and for
 when the result equals ablating activations). Names, order, dtypes, offsets, metadata and the index stay as
-they were, and so does every other file. The new directory is reread and checked before it appears, whole.
+they were, and so does every other file, unless tensors must be added (an untied head, a bias that is switched
+on). The new directory is reread and checked before it appears, whole.
 """
 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
 
 from abliterate._version import __version__
 from abliterate.abliteration_record import (
-    EVALUATION_NAME,
     FORMAT_VERSION,
     RECORD_NAME,
     EditedTensor,
     OrthogonalizationReport,
+    encode_subspace,
     write_record,
 )
 from abliterate.atomic_directory import check_output_directory, published_directory
-from abliterate.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json_object
+from abliterate.checkpoint import CONFIG_NAME, open_checkpoint, read_json_object
+from abliterate.checkpoint_checks import (
+    EditedWriter,
+    Survivor,
+    compare_bytes,
+    compare_layouts,
+    measure_survivors,
+    ratio,
+)
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
-from abliterate.errors import CheckpointError, InputError, VerificationError
-from abliterate.hashed_files import WrittenFile, copy_file
+from abliterate.edited_checkpoint import MadeEdit, write_edited_checkpoint
+from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.projection import component_and_norm, project_out, residue_bound
-from abliterate.residual_writers import ROLES, ResidualWriter, architecture_of, has_tied_embeddings
-from abliterate.safetensors_file import TORCH_DTYPES, read_tensor, rewrite_shard
+from abliterate.projection import residue_bound
+from abliterate.residual_writers import ROLES
+from abliterate.safetensors_file import TORCH_DTYPES, hash_range
+from abliterate.tensor_edits import TensorEdit
 
 
 def orthogonalize_checkpoint(
     *,
     source: ModelSource | Path | str,
-    direction: Direction | Path | str,
+    direction: Direction | Path | str | Sequence[Direction | Path | str],
     output: Path | str | None,
     options: EditOptions | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     progress: ProgressReporter = SILENT,
 ) -> OrthogonalizationReport:
-    """Write a copy of a checkpoint in which no residual writer has a component along `direction`.
+    """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
 
     Section 4.1 of arXiv 2406.11717: W <- W - strength * r (r^T W), for the embeddings, the out-projections of
-    attention and MLP, and their biases. Where the embeddings are tied, the output head changes with them.
+    attention and MLP, and their biases. Several directions are projected out together, and where norms stand
+    between a writer and the stream, what is projected out is the direction as seen through them.
 
     Args:
         source: The model to edit: a local directory, or what `hub.resolve_model` returned.
-        direction: A direction, or the file that holds it.
+        direction: A direction or the file that holds it, or several of them.
         output: Directory to make; may be None in a dry run.
-        options: What to edit; all residual writers at strength 1 by default.
+        options: What to edit, and how; all residual writers at strength 1 by default.
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
         progress: Shown the bytes written and checked.
@@ -69,7 +79,7 @@ def orthogonalize_checkpoint(
 
     Raises:
         InputError: `output` cannot be used, or the options select nothing.
-        DirectionError: The direction is malformed or has another width than the model.
+        DirectionError: A direction is malformed, has another width than the model, or adds nothing to the others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or writing failed.
         VerificationError: What was written, reread, still has the direction in it.
     """
@@ -98,10 +108,9 @@ def _check_output(output: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> OrthogonalizationReport:
-    checkpoint, direction = plan.checkpoint, plan.direction
-    infos = {info.name: info for info in checkpoint.tensors()}
-    edited = [infos[writer.tensor_name] for writer in plan.writers]
-    roles = [writer.role for writer in plan.writers]
+    checkpoint = plan.checkpoint
+    edits = plan.edits
+    roles = [edit.role for edit in edits]
     return OrthogonalizationReport(
         output=None if output is None else str(output),
         dry_run=dry_run,
@@ -114,29 +123,32 @@ def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> Or
         },
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=_describe_base(plan),
-        direction={
-            "sha256": direction.sha256,
-            "d_model": direction.d_model,
-            "metadata": direction.metadata,
-        },
+        directions=tuple(
+            {"sha256": direction.sha256, "d_model": direction.d_model, "metadata": direction.metadata}
+            for direction in plan.directions
+        ),
+        subspace=encode_subspace(plan.subspace),
         options=plan.options,
+        config_changes=plan.config_changes,
         tensors=tuple(
             EditedTensor(
-                name=info.name,
-                role=writer.role,
-                layer=writer.layer,
-                residual_axis=writer.residual_axis,
-                shape=info.shape,
-                dtype=info.dtype,
-                shard=info.shard,
+                name=edit.name,
+                role=edit.role,
+                layer=edit.layer,
+                residual_axis=edit.residual_axis,
+                shape=edit.info.shape,
+                dtype=edit.info.dtype,
+                shard=edit.info.shard,
+                norm_chain=edit.norm_chain,
+                kind=edit.kind,
             )
-            for writer, info in zip(plan.writers, edited, strict=True)
+            for edit in edits
         ),
         shards={},
         side_files={},
         counts={role: roles.count(role) for role in ROLES if role in roles},
-        bytes_edited=sum(info.end - info.start for info in edited),
-        bytes_total=sum(shard.size for shard in checkpoint.shards),
+        bytes_edited=sum(edit.nbytes for edit in edits),
+        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),
     )
 
@@ -146,107 +158,98 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
     base: dict[str, Any] = {
         "model": plan.source.name,
         "revision": plan.source.revision,
-        "model_type": architecture_of(checkpoint).model_type,
+        "model_type": plan.stream.model_type,
         "config_sha256": hashlib.sha256((checkpoint.path / CONFIG_NAME).read_bytes()).hexdigest(),
-        "tied_embeddings": has_tied_embeddings(checkpoint),
+        "tied_embeddings": plan.stream.tied_embeddings,
     }
+    if plan.stream.tied_embeddings:
+        stored = {tensor.name for tensor in checkpoint.tensors()}
+        is_embedding = plan.stream.embedding in stored
+        base["tied_tensor"] = plan.stream.embedding if is_embedding else plan.stream.head
     if RECORD_NAME in checkpoint.side_files:
         earlier = read_json_object(checkpoint.path / RECORD_NAME)
-        base["abliteration"] = {key: earlier.get(key) for key in ("base", "direction", "options")}
+        base["abliteration"] = {key: earlier.get(key) for key in ("base", "directions", "options")}
     return base
 
 
 def _write(
     plan: EditPlan, report: OrthogonalizationReport, partial: Path, progress: ProgressReporter
 ) -> OrthogonalizationReport:
-    checkpoint = plan.checkpoint
-    before: dict[str, tuple[float, float]] = {}
-    edits = {writer.tensor_name: _edit_of(plan, writer, before) for writer in plan.writers}
     with progress.task(f"Writing {report.output}", total=report.bytes_total, unit="bytes") as advance:
-        shards = {
-            shard.file_name: rewrite_shard(shard, source=checkpoint.path, target=partial, edits=edits, advance=advance)
-            for shard in checkpoint.shards
-        }
-    side_files = _copy_side_files(checkpoint, partial)
-    missed = sorted(edits.keys() - before.keys())
+        written = write_edited_checkpoint(plan, partial, advance=advance)
+    made = written.made
+    missed = sorted({edit.name for edit in plan.edits} - made.keys())
     if missed:
         raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
-    with progress.task(f"Checking {report.output}", total=report.bytes_edited, unit="bytes") as advance:
-        after = _verify(plan, partial, before, advance)
+    with progress.task(f"Checking {report.output}", total=report.bytes_total, unit="bytes") as advance:
+        after = _check_written(plan, partial, made, advance)
     report = dataclasses.replace(
         report,
-        shards=shards,
-        side_files=side_files,
-        tensors=tuple(
-            dataclasses.replace(
-                tensor,
-                component_before=_ratio(*before[tensor.name]),
-                component_after=_ratio(*after[tensor.name]),
-            )
-            for tensor in report.tensors
-        ),
+        shards=written.shards,
+        side_files=written.side_files,
+        tensors=tuple(_measured(tensor, made[tensor.name], after.get(tensor.name)) for tensor in report.tensors),
     )
     write_record(report, partial)
     return report
 
 
-def _edit_of(
-    plan: EditPlan, writer: ResidualWriter, before: dict[str, tuple[float, float]]
-) -> Callable[[Tensor], Tensor]:
-    def edit(weight: Tensor) -> Tensor:
-        vector, axis = plan.direction.vector, writer.residual_axis
-        measured = component_and_norm(weight, direction=vector, residual_axis=axis)
-        if not math.isfinite(measured[1]):
-            raise CheckpointError(
-                f"{plan.checkpoint.path}: tensor {writer.tensor_name} holds NaN or infinite values; "
-                "download the checkpoint again"
-            )
-        before[writer.tensor_name] = measured
-        return project_out(weight, direction=vector, residual_axis=axis, strength=plan.options.strength)
-
-    return edit
+def _measured(tensor: EditedTensor, made: MadeEdit, after: Survivor | None) -> EditedTensor:
+    if made.before is None or after is None:
+        return tensor
+    return dataclasses.replace(
+        tensor,
+        component_before=ratio(*made.before),
+        component_after=ratio(after.along_after, after.norm_after),
+        survivor=ratio(after.along_after, made.before[0]),
+    )
 
 
-def _copy_side_files(checkpoint: Checkpoint, partial: Path) -> dict[str, WrittenFile]:
-    left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in checkpoint.side_files else set()
-    copied = {}
-    for name in checkpoint.side_files:
-        if name in left_out:
-            continue
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        copied[name] = copy_file(checkpoint.path / name, partial / name)
-    return copied
-
-
-def _verify(
-    plan: EditPlan, partial: Path, before: dict[str, tuple[float, float]], advance: Callable[[int], None]
-) -> dict[str, tuple[float, float]]:
-    written = open_checkpoint(partial)
-    for old, new in zip(plan.checkpoint.shards, written.shards, strict=True):
-        if old.file_name != new.file_name or old.header_bytes != new.header_bytes:
-            raise VerificationError(f"{partial}: the header of {new.file_name} is not that of the source")
-    after = {}
+def _check_written(
+    plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit], advance: Callable[[int], None]
+) -> dict[str, Survivor]:
+    """Reread what was written: nothing but the planned tensors differs, and nothing of the directions is left."""
+    base, written = plan.checkpoint, open_checkpoint(partial)
+    problems = compare_layouts(
+        base,
+        written,
+        added={edit.name for edit in plan.edits if edit.is_new},
+        config_changes=plan.config_changes,
+    ) or compare_bytes(base, written, changed={edit.name for edit in plan.edits}, advance=advance)
     infos = {info.name: info for info in written.tensors()}
-    for writer in plan.writers:
-        info = infos[writer.tensor_name]
-        weight = read_tensor(partial, info)
-        along, norm = component_and_norm(weight, direction=plan.direction.vector, residual_axis=writer.residual_axis)
-        bound = residue_bound(
-            TORCH_DTYPES[info.dtype],
-            d_model=plan.direction.d_model,
-            elements=weight.numel(),
-            before=before[info.name][1],
-            after=norm,
+    problems += [
+        f"{edit.info.shard}: tensor {edit.name}, reread, is not what was written"
+        for edit in plan.edits
+        if not problems and hash_range(partial, infos[edit.name]) != made[edit.name].sha256
+    ]
+    if problems:
+        raise VerificationError(f"{partial}: {problems[0]}; disk or memory may be faulty, run again")
+    projected = [edit for edit in plan.edits if edit.project]
+    writers = [
+        EditedWriter(name=edit.name, residual_axis=edit.residual_axis, norm_chain=edit.norm_chain) for edit in projected
+    ]
+    found = measure_survivors(written, base=None, writers=writers, subspace=plan.subspace, advance=advance)
+    survivors = {survivor.name: survivor for survivor in found}
+    for edit in projected:
+        _check_survivor(plan, edit, made[edit.name], survivors[edit.name])
+    return survivors
+
+
+def _check_survivor(plan: EditPlan, edit: TensorEdit, made: MadeEdit, found: Survivor) -> None:
+    along, norm = made.before or (0.0, 0.0)
+    strength = plan.options.strength
+    bound = residue_bound(
+        TORCH_DTYPES[found.dtype],
+        d_model=plan.stream.d_model,
+        elements=math.prod(edit.info.shape),
+        before=max(1.0, strength) * norm,
+        after=found.norm_after,
+    )
+    # Lengths that are restored scale what a strength other than 1 leaves, by a factor per column.
+    is_known = strength == 1.0 or not plan.options.preserve_norms
+    left = abs(found.along_after - abs(1 - strength) * along)
+    if not math.isfinite(found.norm_after) or (is_known and left > bound):
+        raise VerificationError(
+            f"{edit.info.shard}: tensor {edit.name}, reread, has a component of {found.along_after:.3g} along what "
+            f"was to be removed, {abs(1 - strength) * along:.3g} was to be left, and rounding to {found.dtype} "
+            f"explains {bound:.3g}; disk or memory may be faulty, run again"
         )
-        if not math.isfinite(norm) or (plan.options.strength == 1.0 and along > bound):
-            raise VerificationError(
-                f"{info.shard}: tensor {info.name}, reread, has a component of {along:.3g} along the direction "
-                f"and rounding to {info.dtype} explains {bound:.3g}; disk or memory may be faulty, run again"
-            )
-        after[info.name] = (along, norm)
-        advance(info.end - info.start)
-    return after
-
-
-def _ratio(along: float, norm: float) -> float:
-    return along / norm if norm else 0.0

@@ -19,6 +19,7 @@ from abliterate.hub import (
 from abliterate.model_card import base_model_id, build_model_card
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.push_package import CARD_NAME, PushPackage, find_base_card_facts, read_push_package, stage_package
+from abliterate.quick_verification import find_local_base, verify_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +82,11 @@ def push_checkpoint(
 ) -> PushReport:
     """Push a checkpoint that `orthogonalize_checkpoint` wrote, with a generated model card.
 
-    Every file is checked against `abliteration.json` first. Nothing else of the directory goes, except
-    `evaluation.json`; the card takes the place of the base model's README.md in what is sent, not on disk.
-    Nothing is deleted on the Hub, and the visibility of a repository that exists is never changed.
+    Every file is checked against `abliteration.json` first: its hash; what is left of the direction in each
+    edited tensor, reread; and, where the base is a directory that is still there, that nothing else differs.
+    Nothing else of the directory goes, except `evaluation.json`; the card takes the place of the base model's
+    README.md in what is sent, not on disk. Nothing is deleted on the Hub, and the visibility of a repository that
+    exists is never changed.
     An interrupted push goes on where it stopped when it is repeated.
 
     Args:
@@ -97,7 +100,8 @@ def push_checkpoint(
 
     Raises:
         InputError: The directory has no record, or the evaluation or `repo_id` cannot be used.
-        VerificationError: A file is missing, unknown, or not the one in the record; or did not arrive.
+        VerificationError: A file is missing, unknown, or not the one in the record, or an edited tensor still has
+            the direction in it, or another one differs from the base's; or a file did not arrive.
         HubError: No token, no permission, the visibility differs, or the Hub cannot be reached.
     """
     check_repo_id(repo_id)
@@ -106,6 +110,10 @@ def push_checkpoint(
     if not dry_run:
         repo_id, exists = _look_up(repo_id, private=private)
     check_hashes(package.record, progress=progress)
+    # The hashes say that this is what was written; this, that what was written is what the record says of it.
+    check = verify_files(package.record, base=find_local_base(package.record), hashes=False, progress=progress)
+    if check.failures:
+        raise VerificationError(f"{check.failures[0]} (nothing was sent)")
     facts = find_base_card_facts(package, online=not dry_run, progress=progress)
     title = repo_id.rpartition("/")[2]
     card = build_model_card(record=package.record.content, evaluation=package.evaluation, facts=facts, title=title)

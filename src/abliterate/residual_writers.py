@@ -1,24 +1,26 @@
 """Which tensors of a checkpoint write to the residual stream, from names, shapes and the config alone.
 
-The table `ARCHITECTURES` is data: one row per `model_type`, naming each writer on disk with its role and the
-axis that indexes the residual stream, and naming everything else that a layer may hold. A tensor that the
-row does not name and that could touch the stream (one of its axes has length d_model) is an error, and so is
-a layer without its writers: an edit not known to be complete is refused before anything is written.
-
-Every row is a pre-norm architecture: what a writer puts out is added to the stream as it is, at most times a
-scalar. Where a norm stands between (see `projection`), or there is no row, the checkpoint is refused.
+`architectures` holds what is known as data; `tensor_names` reads a name by it; here names, shapes and config come
+together. A tensor that is not known and could touch the stream (one of its axes has length d_model) is an error, and so
+is a layer without its writers or an expert that is not there: an edit not known to be complete is refused before
+anything is written. Norms that stand between a writer and the stream are read off the names of the writer's own layer.
 """
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from abliterate.checkpoint import CONFIG_NAME, Checkpoint
+from abliterate import architectures as table
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
+from abliterate.norm_chains import NormChains, PostNorm
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
+from abliterate.tensor_names import Part, Role, TensorName, parse_name
+from abliterate.text_model import TextModel, read_text_model
+from abliterate.writer_checks import check_experts, check_layers, refuse_quantization_config
 
-Role = Literal["embed", "attn", "mlp"]
+__all__ = ["ROLES", "LeftAlone", "PostNorm", "ResidualWriter", "Role", "StreamMap", "map_stream"]
+
 ROLES: tuple[Role, ...] = ("embed", "attn", "mlp")
 
 
@@ -31,329 +33,254 @@ class ResidualWriter:
         role: embed (token and position embeddings), attn or mlp (out-projections and their biases).
         layer: Index of its decoder block; None for embeddings.
         residual_axis: The axis of the stored tensor that indexes the residual stream.
-        norm_chain: Norms between the writer and the stream, innermost first; always empty in this version.
+        norm_chain: Norms between the writer and the stream, innermost first.
     """
 
     tensor_name: str
     role: Role
     layer: int | None
     residual_axis: int
-    norm_chain: tuple[str, ...] = ()
+    norm_chain: tuple[PostNorm, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WriterRule:
-    """A module that writes to the stream; `residual_axis` is that of its 2-D weight (a bias has but one)."""
+class LeftAlone:
+    """A tensor that an edit does not touch though it has an axis of length d_model, and why not."""
 
-    module: str
-    role: Role
-    residual_axis: int
+    tensor_name: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """What a checkpoint of one `model_type` holds.
+class StreamMap:
+    """What a checkpoint's tensors do to the residual stream.
 
     Attributes:
         model_type: As in config.json.
-        tied_by_default: `tie_word_embeddings` where config.json does not say; the config class's own default.
-        prefix: What model classes with a head put before the names of the stack; base models put nothing.
-        layers: Name of the list of decoder blocks.
-        embeddings: Modules outside the layers that write to the stream.
-        writers: Modules inside a layer that write to the stream; each layer must have all of them.
-        others: Modules inside a layer that do not: readers of the stream, norms, buffers.
-        outside: Modules outside the layers that do not write: the final norm and heads.
-        size_key: The config's name of d_model.
-        depth_key: The config's name of the number of layers.
+        text_section: Keys that lead from config.json's top to the part that describes the text model.
+        d_model: Width of the residual stream.
+        n_layers: Number of decoder blocks.
+        tied_embeddings: Whether the output head shares the token embedding's rows.
+        embedding: Name of the token embedding's tensor, stored or (tied, head's name stored alone) not.
+        head: Name of the output head's tensor, stored or (tied) not; None where the class has no head.
+        writers: Every tensor that writes to the residual stream, in file order; of a tied pair, all that is stored.
+        left_alone: What could be taken for a writer and is none.
     """
 
     model_type: str
-    tied_by_default: bool
-    prefix: str = "model."
-    layers: str = "layers"
-    embeddings: tuple[WriterRule, ...] = (WriterRule(module="embed_tokens", role="embed", residual_axis=1),)
-    writers: tuple[WriterRule, ...] = (
-        WriterRule(module="self_attn.o_proj", role="attn", residual_axis=0),
-        WriterRule(module="mlp.down_proj", role="mlp", residual_axis=0),
-    )
-    others: frozenset[str]
-    outside: frozenset[str] = frozenset({"norm", "lm_head", "score"})
-    size_key: str = "hidden_size"
-    depth_key: str = "num_hidden_layers"
+    text_section: tuple[str, ...]
+    d_model: int
+    n_layers: int
+    tied_embeddings: bool
+    embedding: str
+    head: str | None
+    writers: tuple[ResidualWriter, ...]
+    left_alone: tuple[LeftAlone, ...]
 
 
-_QKV = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
-_GATED = frozenset({"mlp.gate_proj", "mlp.up_proj"})
-_NORMS = frozenset({"input_layernorm", "post_attention_layernorm"})
-_LLAMA = _QKV | _GATED | _NORMS
-
-_ROWS = (
-    Architecture(model_type="llama", tied_by_default=False, others=_LLAMA),
-    Architecture(model_type="mistral", tied_by_default=False, others=_LLAMA),
-    Architecture(model_type="ministral", tied_by_default=False, others=_LLAMA),
-    Architecture(model_type="qwen2", tied_by_default=False, others=_LLAMA),
-    Architecture(model_type="qwen3", tied_by_default=False, others=_LLAMA | {"self_attn.q_norm", "self_attn.k_norm"}),
-    Architecture(model_type="gemma", tied_by_default=True, others=_LLAMA),
-    Architecture(model_type="smollm3", tied_by_default=True, others=_LLAMA),
-    # granite adds each write times `residual_multiplier`, a scalar, which commutes with the projection.
-    Architecture(model_type="granite", tied_by_default=False, others=_LLAMA),
-    Architecture(model_type="helium", tied_by_default=False, others=_LLAMA),
-    Architecture(model_type="seed_oss", tied_by_default=False, others=_LLAMA),
-    Architecture(model_type="cwm", tied_by_default=False, others=_LLAMA),
-    Architecture(model_type="olmo", tied_by_default=False, others=_QKV | _GATED),
-    Architecture(model_type="arcee", tied_by_default=False, others=_QKV | _NORMS | {"mlp.up_proj"}),
-    Architecture(model_type="phi3", tied_by_default=False, others=_NORMS | {"self_attn.qkv_proj", "mlp.gate_up_proj"}),
-    Architecture(
-        model_type="starcoder2",
-        tied_by_default=True,
-        writers=(
-            WriterRule(module="self_attn.o_proj", role="attn", residual_axis=0),
-            WriterRule(module="mlp.c_proj", role="mlp", residual_axis=0),
-        ),
-        others=_QKV | _NORMS | {"mlp.c_fc"},
-    ),
-    Architecture(
-        model_type="gpt2",
-        tied_by_default=True,
-        prefix="transformer.",
-        layers="h",
-        embeddings=(
-            WriterRule(module="wte", role="embed", residual_axis=1),
-            WriterRule(module="wpe", role="embed", residual_axis=1),
-        ),
-        # GPT-2's Conv1D stores [in, out], so the stream is on axis 1.
-        writers=(
-            WriterRule(module="attn.c_proj", role="attn", residual_axis=1),
-            WriterRule(module="mlp.c_proj", role="mlp", residual_axis=1),
-        ),
-        # `attn.bias` and `attn.masked_bias` are causal masks that old checkpoints stored.
-        others=frozenset({"attn.c_attn", "mlp.c_fc", "ln_1", "ln_2", "attn"}),
-        outside=frozenset({"ln_f", "lm_head", "score"}),
-        size_key="n_embd",
-        depth_key="n_layer",
-    ),
-)
-ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
-
-_POST_NORM = (
-    "a norm stands between each out-projection and the residual stream, so projecting the weight alone would "
-    "leave the direction in the stream, and this version does not handle that"
-)
-_EXPERTS = "it has experts, which this version does not edit"
-_INEXACT = "no edit of its weights keeps the direction out of its residual stream"
-_REASONS_TO_MODEL_TYPES = {
-    _POST_NORM: (
-        "gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified gemma4_unified_text olmo2 olmo3 "
-        "flex_olmo exaone4 glm4 glm4v glm_ocr afmoe hyperclovax"
-    ),
-    _EXPERTS: (
-        "mixtral qwen2_moe qwen3_moe olmoe phimoe deepseek_v2 deepseek_v3 gpt_oss llama4 llama4_text "
-        "granitemoe granitemoeshared granitemoehybrid ernie4_5_moe hunyuan_v1_moe dbrx glm4_moe minimax_m2"
-    ),
-    _INEXACT: ("openai-gpt minimax doge zaya rwkv inkling inkling2 gemma3n gemma3n_text qwen4_exp ctrl xglm"),
-}
-_REASONS = {
-    model_type: reason for reason, model_types in _REASONS_TO_MODEL_TYPES.items() for model_type in model_types.split()
-}
-
-
-def find_residual_writers(checkpoint: Checkpoint) -> tuple[ResidualWriter, ...]:
-    """Return every tensor that writes to the residual stream, in file order.
+def map_stream(
+    *, config: dict[str, Any], tensors: Sequence[TensorInfo], path: Path, unverified: bool = False
+) -> StreamMap:
+    """Return what each tensor of a checkpoint does to the residual stream, from config and headers alone.
 
     An out-projection's bias is a writer too. Where the config ties the embeddings and the head's tensor is
     stored all the same, the head is listed beside the embedding, because both are one matrix; an untied head
     never is. Layers at or beyond the config's number of layers (multi-token prediction) are left alone.
 
+    Args:
+        config: The content of config.json.
+        tensors: What the shards' headers list, in file order.
+        path: Where the checkpoint lies (or its Hub id), for messages.
+        unverified: Map a model type that is not in the table, by the rules common to all. Nothing proves then that
+            the map is complete; `tiny_twin` tries it on a small model.
+
     Raises:
-        UnsupportedArchitectureError: The model type is not in the table, or a tensor is not in its row.
+        UnsupportedArchitectureError: The model type is not known, or a tensor is not.
         QuantizedCheckpointError: A writer is not stored as plain floating-point numbers.
         CheckpointError: A writer is missing or has the wrong shape.
     """
-    _refuse_quantization_config(checkpoint)
-    stack = _read_stack(checkpoint)
-    writers = []
-    for tensor in checkpoint.tensors():
-        writer = _writer_of(tensor, stack)
-        if writer is not None:
-            _check_writer(tensor, writer, stack)
-            writers.append(writer)
-        elif stack.d_model in tensor.shape and not _is_known(tensor.name, stack):
+    refuse_quantization_config(config, tensors, path)
+    model = read_text_model(config=config, path=path, unverified=unverified)
+    return _Mapper(model, tensors, path).map()
+
+
+class _Mapper:
+    """One checkpoint's tensors beside its text model; `map` brings them together."""
+
+    def __init__(self, model: TextModel, tensors: Sequence[TensorInfo], path: Path) -> None:
+        self.model, self.row, self.path = model, model.row, path
+        self.tensors = tensors
+        self.names = {tensor.name: parse_name(tensor.name, has_towers=model.has_towers) for tensor in tensors}
+        self.shapes = {tensor.name: tensor.shape for tensor in tensors}
+        self.stacks = sorted({name.stack for name in self.names.values() if name.stack})
+        self.embedding, self.head = self._embedding_and_head()
+        self.d_model = model.d_model or self.shapes[self._stored_embedding()][1]
+        self.n_layers = model.n_layers or 1 + max((n.layer or 0 for n in self.names.values()), default=0)
+        self.chains = NormChains(self.names, post_norm=self.row.post_norm, plus_one=self.row.plus_one)
+
+    def map(self) -> StreamMap:
+        writers = []
+        left_alone = []
+        for tensor in self.tensors:
+            writer = self._writer_of(tensor)
+            if writer is not None:
+                self._check_writer(tensor, writer)
+                writers.append(writer)
+            elif self.d_model in tensor.shape and (reason := self._left_alone(tensor)):
+                left_alone.append(LeftAlone(tensor_name=tensor.name, reason=reason))
+        matrices = {w.tensor_name: self.names[w.tensor_name] for w in writers if self._is(w.tensor_name, Part.WRITER)}
+        check_layers(matrices, self.stacks, n_layers=self.n_layers, row=self.row, path=self.path)
+        check_experts(matrices, self.shapes, expected=self.model.n_experts, path=self.path)
+        return StreamMap(
+            model_type=self.model.model_type,
+            text_section=self.model.section,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            tied_embeddings=self.model.tied_embeddings,
+            embedding=self.embedding,
+            head=self.head,
+            writers=tuple(writers),
+            left_alone=tuple(left_alone),
+        )
+
+    def _embedding_and_head(self) -> tuple[str, str | None]:
+        stacks = self.stacks
+        if not stacks:
             raise UnsupportedArchitectureError(
-                f"{checkpoint.path / tensor.shard}: tensor {tensor.name} {list(tensor.shape)} is not a known "
-                f"part of {stack.row.model_type} and may write to the residual stream, so the edit could be "
-                "incomplete; use a checkpoint without it"
+                f"{self.path}: no tensor is named as a layer of a {self.row.model_type} model is, such as "
+                f"model.layers.0... (first: {min(self.shapes, default='none')}); save the checkpoint again with "
+                "transformers"
             )
-    _check_complete(writers, stack)
-    return tuple(writers)
+        if len(stacks) > self.row.stacks and self.model.verified:
+            raise UnsupportedArchitectureError(
+                f"{self.path}: layers are named in {len(stacks)} ways ({', '.join(stacks)}), where a "
+                f"{self.row.model_type} model has {self.row.stacks}; use the checkpoint as it was released"
+            )
+        embeddings = [n for n in self.shapes if self._is(n, Part.TOKEN_EMBEDDING)]
+        heads = [n for n in self.shapes if self._is(n, Part.HEAD) and not self.names[n].is_bias]
+        if len(embeddings) > 1:
+            raise UnsupportedArchitectureError(
+                f"{self.path}: holds {len(embeddings)} token embeddings ({', '.join(embeddings)}), and which of "
+                "them starts the residual stream is not known; use the checkpoint as it was released"
+            )
+        if not embeddings and not (heads and self.model.tied_embeddings):
+            raise CheckpointError(
+                f"{self.path}: no token embedding was found (such as model.embed_tokens.weight), so the checkpoint "
+                "is incomplete; download it again"
+            )
+        prefix = stacks[0].rpartition(".")[0]
+        unstored = table.UNSTORED_EMBEDDINGS.get(self.row.model_type, "embed_tokens")
+        embedding = embeddings[0] if embeddings else f"{prefix}.{unstored}.weight".removeprefix(".")
+        if heads:
+            self._check_tied_head(heads[0], embedding)
+            return embedding, heads[0]
+        return embedding, _head_beside(embedding)
 
+    def _check_tied_head(self, head: str, embedding: str) -> None:
+        # A tied pair is one matrix. If only the head's name is stored, transformers loads the embedding from it;
+        # if both are, editing one alone would make them differ, and transformers would no longer tie them.
+        if self.model.tied_embeddings and self.shapes.get(embedding, self.shapes[head]) != self.shapes[head]:
+            raise CheckpointError(
+                f"{self.path}: config.json ties the embeddings, but {head} {list(self.shapes[head])} and "
+                f"{embedding} {list(self.shapes[embedding])} differ in shape; if they are separate matrices, "
+                "set tie_word_embeddings to false"
+            )
 
-def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """Return the table's row for a checkpoint.
+    def _stored_embedding(self) -> str:
+        return self.embedding if self.embedding in self.shapes else str(self.head)
 
-    Raises:
-        UnsupportedArchitectureError: There is none.
-    """
-    model_type = checkpoint.config.get("model_type")
-    row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    if row is None:
-        reason = _REASONS.get(str(model_type), "its residual writers are not known to be complete")
-        raise UnsupportedArchitectureError(
-            f"{checkpoint.path / CONFIG_NAME}: model type {model_type!r} cannot be orthogonalized: {reason}; "
-            f"use one of {', '.join(sorted(ARCHITECTURES))}"
-        )
-    return row
+    def _is(self, tensor_name: str, part: Part) -> bool:
+        return self.names[tensor_name].part is part
 
-
-def residual_width(checkpoint: Checkpoint) -> int:
-    """Return d_model, from the config."""
-    return _config_size(checkpoint, architecture_of(checkpoint).size_key)
-
-
-def layer_count(checkpoint: Checkpoint) -> int:
-    """Return the number of decoder blocks, from the config."""
-    return _config_size(checkpoint, architecture_of(checkpoint).depth_key)
-
-
-def has_tied_embeddings(checkpoint: Checkpoint) -> bool:
-    """Return whether the output head shares the embedding's rows, from the config or its class's default."""
-    tied = checkpoint.config.get("tie_word_embeddings")
-    return architecture_of(checkpoint).tied_by_default if tied is None else bool(tied)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stack:
-    """One checkpoint's decoder stack: its row, and what the row leaves open."""
-
-    path: Path
-    row: Architecture
-    d_model: int
-    n_layers: int
-    prefix: str
-    tied_heads: frozenset[str]
-
-    def split(self, name: str) -> tuple[int | None, str]:
-        """Split a tensor name into its layer (None outside the layers) and the path within."""
-        inner = name.removeprefix(self.prefix)
-        # Whole components only, so that layer 1 never takes layers 10 to 19 with it.
-        match = re.fullmatch(rf"{re.escape(self.row.layers)}\.([0-9]+)\.(.+)", inner)
-        if match is None or not name.startswith(self.prefix):
-            return None, inner
-        return int(match[1]), match[2]
-
-
-def _read_stack(checkpoint: Checkpoint) -> _Stack:
-    row = architecture_of(checkpoint)
-    names = [tensor.name for tensor in checkpoint.tensors()]
-    prefixes = [p for p in (row.prefix, "") if any(n.startswith(f"{p}{row.layers}.") for n in names)]
-    if not prefixes:
-        raise UnsupportedArchitectureError(
-            f"{checkpoint.path}: no tensor is named {row.prefix}{row.layers}.0..., so this is not the layout "
-            f"of {row.model_type} (first: {min(names, default='none')}); save it again with transformers"
-        )
-    return _Stack(
-        path=checkpoint.path,
-        row=row,
-        d_model=residual_width(checkpoint),
-        n_layers=layer_count(checkpoint),
-        prefix=prefixes[0],
-        tied_heads=_tied_heads(checkpoint, f"{prefixes[0]}{row.embeddings[0].module}.weight"),
-    )
-
-
-def _tied_heads(checkpoint: Checkpoint, embedding: str) -> frozenset[str]:
-    # A tied pair is one matrix. If only the head's name is stored, transformers loads the embedding from it;
-    # if both are, editing one alone would make them differ, and transformers would no longer tie them.
-    if not has_tied_embeddings(checkpoint):
-        return frozenset()
-    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors()}
-    head = "lm_head.weight"
-    if head in shapes and shapes.get(embedding, shapes[head]) != shapes[head]:
-        raise CheckpointError(
-            f"{checkpoint.path}: config.json ties the embeddings, but {head} {list(shapes[head])} and "
-            f"{embedding} {list(shapes[embedding])} differ in shape; if they are separate matrices, "
-            "set tie_word_embeddings to false"
-        )
-    return frozenset({head} & shapes.keys())
-
-
-def _config_size(checkpoint: Checkpoint, key: str) -> int:
-    value = checkpoint.config.get(key)
-    if type(value) is not int or value <= 0:
-        raise CheckpointError(
-            f"{checkpoint.path / CONFIG_NAME}: {key} is {value!r}, expected a positive integer; "
-            "take config.json from the model's original release"
-        )
-    return value
-
-
-def _writer_of(tensor: TensorInfo, stack: _Stack) -> ResidualWriter | None:
-    if tensor.name in stack.tied_heads:
-        return ResidualWriter(tensor_name=tensor.name, role="embed", layer=None, residual_axis=1)
-    layer, path = stack.split(tensor.name)
-    if not tensor.name.startswith(stack.prefix) or (layer is not None and layer >= stack.n_layers):
-        return None
-    for rule in stack.row.embeddings if layer is None else stack.row.writers:
-        if path in {f"{rule.module}.weight", f"{rule.module}.bias"}:
-            axis = rule.residual_axis if path.endswith(".weight") else 0
-            return ResidualWriter(tensor_name=tensor.name, role=rule.role, layer=layer, residual_axis=axis)
-        if path.startswith(f"{rule.module}."):
+    def _writer_of(self, tensor: TensorInfo) -> ResidualWriter | None:
+        name = self.names[tensor.name]
+        if name.layer is not None and name.layer >= self.n_layers:
+            return None
+        if name.part is Part.COMPANION:
             raise QuantizedCheckpointError(
-                f"{stack.path / tensor.shard}: tensor {tensor.name} belongs to a residual writer that is not "
+                f"{self.path / tensor.shard}: tensor {tensor.name} belongs to a residual writer that is not "
                 "stored as a plain weight (quantised, or an adapter that was not merged); "
                 "use the original model"
             )
-    return None
+        role = name.role
+        if name.part is Part.HEAD and self.model.tied_embeddings and not name.is_bias:
+            role = "embed"
+        elif name.part in {Part.POST_NORM, Part.EMBEDDING_NORM} and name.is_bias:
+            role = "embed" if name.layer is None else "mlp"
+        elif role is None or name.part not in _WRITING:
+            return None
+        axis = self._axis(tensor, name)
+        if self.row.latent_experts and name.expert is not None and tensor.shape[axis] != self.d_model:
+            return None
+        return ResidualWriter(
+            tensor_name=tensor.name, role=role, layer=name.layer, residual_axis=axis, norm_chain=self.chains.of(name)
+        )
 
+    def _axis(self, tensor: TensorInfo, name: TensorName) -> int:
+        if name.part not in {Part.WRITER, Part.TOKEN_EMBEDDING, Part.POSITION_EMBEDDING, Part.HEAD}:
+            return len(tensor.shape) - 1
+        if name.layer is None:
+            return 1
+        if len(tensor.shape) == 3:
+            return self._fused_axis(tensor)
+        return table.AXES.get(name.path, 1 if self.row.conv1d else 0)
 
-def _is_known(name: str, stack: _Stack) -> bool:
-    layer, path = stack.split(name)
-    if layer is None:
-        return path.rpartition(".")[0] in stack.row.outside
-    return layer >= stack.n_layers or path.rpartition(".")[0] in stack.row.others
+    def _fused_axis(self, tensor: TensorInfo) -> int:
+        matching = [axis for axis in (1, 2) if tensor.shape[axis] == self.d_model]
+        if len(matching) == 1:
+            return matching[0]
+        # Square: what stands beside it, with both of its halves, tells the order of its axes.
+        module = tensor.name.removesuffix(".weight")
+        reader = module.rpartition(".")[0] + "." + table.FUSED_READERS.get(module.rpartition(".")[2], "")
+        shape = self.shapes.get(reader, self.shapes.get(f"{reader}.weight", ()))
+        if len(shape) == 3 and (shape[1] == self.d_model) != (shape[2] == self.d_model):
+            return 2 if shape[1] == self.d_model else 1
+        return self.row.fused_axis
 
+    def _left_alone(self, tensor: TensorInfo) -> str | None:
+        name = self.names[tensor.name]
+        if name.layer is not None and name.layer >= self.n_layers:
+            return f"layer {name.layer} is beyond the model's {self.n_layers}: it predicts tokens further ahead"
+        if name.part is Part.POST_NORM and not self.row.post_norm:
+            raise self._unknown(tensor)
+        if name.part is Part.UNKNOWN:
+            raise self._unknown(tensor)
+        return _REASONS.get(name.part)
 
-def _refuse_quantization_config(checkpoint: Checkpoint) -> None:
-    for key in ("quantization_config", "compression_config"):
-        found = checkpoint.config.get(key)
-        if found:
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-            plain = next((t for t in checkpoint.tensors() if t.dtype not in TORCH_DTYPES), None)
-            example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
+    def _unknown(self, tensor: TensorInfo) -> UnsupportedArchitectureError:
+        return UnsupportedArchitectureError(
+            f"{self.path / tensor.shard}: tensor {tensor.name} {list(tensor.shape)} is not a known "
+            f"part of {self.row.model_type} and may write to the residual stream, so the edit could be "
+            "incomplete; use a checkpoint without it"
+        )
+
+    def _check_writer(self, tensor: TensorInfo, writer: ResidualWriter) -> None:
+        where = f"{self.path / tensor.shard}: tensor {tensor.name}"
+        if tensor.dtype not in TORCH_DTYPES:
             raise QuantizedCheckpointError(
-                f"{checkpoint.path / CONFIG_NAME}: the checkpoint is quantised ({key}, method "
-                f"{method}{example}), where rounding would undo the edit; use the model it was quantised from"
+                f"{where} is stored as {tensor.dtype}, and only {', '.join(TORCH_DTYPES)} can be edited; "
+                "use the model it was quantised from"
+            )
+        name = self.names[tensor.name]
+        is_vector = name.part in {Part.BIAS, Part.STREAM_START, Part.POST_NORM, Part.EMBEDDING_NORM}
+        axes = {1, 2} if is_vector else {2, 3} if name.layer is not None and name.expert is None else {2}
+        if len(tensor.shape) not in axes or tensor.shape[writer.residual_axis] != self.d_model:
+            raise CheckpointError(
+                f"{where} has shape {list(tensor.shape)}, but axis {writer.residual_axis} of {min(axes)} must be "
+                f"the residual stream of {self.d_model}; do config.json and the weights belong together?"
             )
 
 
-def _check_writer(tensor: TensorInfo, writer: ResidualWriter, stack: _Stack) -> None:
-    where = f"{stack.path / tensor.shard}: tensor {tensor.name}"
-    if tensor.dtype not in TORCH_DTYPES:
-        raise QuantizedCheckpointError(
-            f"{where} is stored as {tensor.dtype}, and only {', '.join(TORCH_DTYPES)} can be edited; "
-            "use the model it was quantised from"
-        )
-    n_axes = 1 if tensor.name.endswith(".bias") else 2
-    if len(tensor.shape) != n_axes or tensor.shape[writer.residual_axis] != stack.d_model:
-        raise CheckpointError(
-            f"{where} has shape {list(tensor.shape)}, but axis {writer.residual_axis} of {n_axes} must be "
-            f"the residual stream of {stack.d_model}; do config.json and the weights belong together?"
-        )
+_WRITING = {Part.WRITER, Part.BIAS, Part.TOKEN_EMBEDDING, Part.POSITION_EMBEDDING, Part.STREAM_START}
+_REASONS = {
+    Part.TOWER: "it is part of an image, video or audio tower or its projector, which the text path does not use",
+    Part.PREDICTION: "it predicts tokens further ahead, and does not write to the residual stream",
+    Part.HEAD: "the output head reads the residual stream",
+    Part.READER_COMPANION: "it belongs to a quantised weight that reads the residual stream",
+}
 
 
-def _check_complete(writers: list[ResidualWriter], stack: _Stack) -> None:
-    row = stack.row
-    # A tied embedding may be stored under the head's name alone.
-    embeddings = row.embeddings[1:] if stack.tied_heads else row.embeddings
-    required = [f"{stack.prefix}{rule.module}.weight" for rule in embeddings] + [
-        f"{stack.prefix}{row.layers}.{layer}.{rule.module}.weight"
-        for layer in range(stack.n_layers)
-        for rule in row.writers
-    ]
-    found = {writer.tensor_name for writer in writers}
-    missing = [name for name in required if name not in found]
-    if missing:
-        raise CheckpointError(
-            f"{stack.path}: {len(missing)} of {len(required)} residual writers are missing, first "
-            f"{missing[0]} (config.json says {stack.n_layers} layers); the checkpoint is incomplete, or not "
-            f"a plain {row.model_type}"
-        )
+def _head_beside(embedding: str) -> str:
+    if embedding.startswith("language_model."):
+        return "language_model.lm_head.weight"
+    return "lm_head.weight"

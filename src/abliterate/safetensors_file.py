@@ -4,9 +4,10 @@ A file is 8 bytes of length, a JSON header, which names every tensor with its dt
 the bytes of the tensors. No tensor is read before one is asked for, and no file is ever changed in place.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -76,18 +77,34 @@ def read_shard(path: Path) -> Shard:
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise damaged_file(path, "its __metadata__ is not a map of strings")
+    tensors = describe_tensors(path, header, data_start=len(header_bytes))
+    position = tensors[-1].end if tensors else len(header_bytes)
+    if position != size:
+        raise damaged_file(path, f"its header describes {position} bytes, the file has {size}")
+    return Shard(file_name=path.name, header_bytes=header_bytes, metadata=metadata, tensors=tensors)
+
+
+def describe_tensors(path: Path, header: Mapping[str, Any], *, data_start: int) -> tuple[TensorInfo, ...]:
+    """Return the tensors that a header, without its `__metadata__`, describes, in file order.
+
+    Args:
+        path: The file, for messages.
+        header: Name -> dtype, shape and data_offsets.
+        data_start: Where in the file the tensors begin.
+
+    Raises:
+        CheckpointError: An entry is malformed, or the tensors overlap or leave gaps.
+    """
     tensors = sorted(
-        (_tensor_info(path, name, entry, len(header_bytes)) for name, entry in header.items()),
+        (_tensor_info(path, name, entry, data_start) for name, entry in header.items()),
         key=lambda tensor: (tensor.start, tensor.end),
     )
-    position = len(header_bytes)
+    position = data_start
     for tensor in tensors:
         if tensor.start != position:
             raise damaged_file(path, f"tensor {tensor.name} starts at byte {tensor.start}, expected {position}")
         position = tensor.end
-    if position != size:
-        raise damaged_file(path, f"its header describes {position} bytes, the file has {size}")
-    return Shard(file_name=path.name, header_bytes=header_bytes, metadata=metadata, tensors=tuple(tensors))
+    return tuple(tensors)
 
 
 def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
@@ -104,24 +121,47 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def hash_range(directory: Path, info: TensorInfo) -> str:
+    """Return the SHA-256 of one tensor's bytes, reread from its shard in `directory`."""
+    digest = hashlib.sha256()
+    with (directory / info.shard).open("rb") as file:
+        file.seek(info.start)
+        left = info.end - info.start
+        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTensor:
+    """A tensor that a copy of a shard has besides; `make` returns it when its turn to be written comes."""
+
+    info: TensorInfo
+    make: Callable[[], Tensor]
+
+
 def rewrite_shard(
     shard: Shard,
     *,
     source: Path,
     target: Path,
     edits: Mapping[str, Callable[[Tensor], Tensor]],
+    added: Sequence[NewTensor] = (),
     advance: Advance,
 ) -> WrittenFile:
     """Copy a shard byte for byte, except for the tensors that `edits` names.
 
-    The header is written as it was read, so names, order, dtypes, offsets and metadata stay; an edit must
-    give back the shape and dtype it was given. Memory: one edited tensor and its arithmetic.
+    Unless tensors are added, which are put behind the others, the header is written as it was read, so names,
+    order, dtypes, offsets and metadata stay; an edit must give back the shape and dtype it was given. Memory:
+    one edited tensor and its arithmetic.
 
     Args:
         shard: The shard, as `read_shard` read it.
         source: Directory to read from.
         target: Directory to write to; the file must not be there.
         edits: Tensor name -> function from the stored tensor to the new one.
+        added: Tensors that the shard does not have.
         advance: Told the bytes written.
 
     Raises:
@@ -132,7 +172,7 @@ def rewrite_shard(
         writer = HashingWriter(file)
         if reader.read(len(shard.header_bytes)) != shard.header_bytes:
             raise damaged_file(path, "it was changed while it was being read")
-        writer.write(shard.header_bytes)
+        writer.write(_extended_header(shard, added) if added else shard.header_bytes)
         for info in shard.tensors:
             edit = edits.get(info.name)
             if edit is None:
@@ -142,9 +182,39 @@ def rewrite_shard(
             new = edit(old)
             if new.shape != old.shape or new.dtype != old.dtype:
                 raise CheckpointError(f"{path}: the edit of {info.name} changed its shape or dtype")
-            writer.write(new.contiguous().flatten().view(torch.uint8).numpy().data)
+            writer.write(tensor_bytes(new))
             advance(info.end - info.start)
+        for tensor in added:
+            new = tensor.make()
+            if tuple(new.shape) != tensor.info.shape or new.dtype != TORCH_DTYPES[tensor.info.dtype]:
+                raise CheckpointError(f"{path}: the new tensor {tensor.info.name} has another shape or dtype")
+            writer.write(tensor_bytes(new))
+            advance(new.nbytes)
         return writer.finish()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes as a file stores them."""
+    data: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return data
+
+
+def _extended_header(shard: Shard, added: Sequence[NewTensor]) -> bytes:
+    header = json.loads(shard.header_bytes[_LENGTH_BYTES:])
+    position = shard.size - len(shard.header_bytes)
+    for tensor in added:
+        info = tensor.info
+        size = math.prod(info.shape) * _DTYPE_BITS[info.dtype] // 8
+        header[info.name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format wants the tensors to begin at a multiple of eight bytes.
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def _copy_bytes(reader: BinaryIO, writer: HashingWriter, path: Path, count: int, advance: Advance) -> None:

@@ -66,8 +66,43 @@ def test_options_reach_the_edit(files):
     model, direction, out = files
     options = ["--components", "mlp,attn", "--layers", "1:3", "--strength", "0.5", "--json"]
     report = json.loads(run(model, "--direction", direction, "-o", out, *options).stdout)
-    assert report["options"] == {"components": ["attn", "mlp"], "layers": [1, 3], "strength": 0.5}
+    assert report["options"] == {
+        "components": ["attn", "mlp"],
+        "layers": [1, 3],
+        "strength": 0.5,
+        "tied": "edit",
+        "preserve_norms": False,
+        "add": None,
+        "unverified": False,
+    }
     assert {tensor["layer"] for tensor in report["tensors"]} == {1, 2}
+
+
+def test_several_directions_untied_with_lengths_kept(files, tmp_path):
+    _, direction, out = files
+    model = save_tiny_llama(tmp_path / "tied", tied=True)
+    make_direction(mean_difference=random_direction(seed=9)).save(tmp_path / "second.safetensors")
+    options = ["--direction", tmp_path / "second.safetensors", "--tied", "untie", "--preserve-norms"]
+    result = run(model, "--direction", direction, "-o", out, *options)
+    assert result.exit_code == 0, result.output
+    assert "untied" in result.stdout
+    assert "max survivor" in result.stdout
+    assert "no longer" in result.stderr
+    record = json.loads((out / "abliteration.json").read_text())
+    assert record["subspace"]["k"] == 2
+    assert record["options"]["tied"] == "untie"
+    assert record["options"]["preserve_norms"] is True
+
+
+def test_an_addition(files, tmp_path):
+    model, _, out = files
+    direction = tmp_path / "layer-1.safetensors"
+    make_direction(mean_difference=random_direction(), metadata={"layer": 1}).save(direction)
+    result = run(model, "--direction", direction, "-o", out, "--add", "-1.5")
+    assert result.exit_code == 0, result.output
+    assert "added" in result.stdout
+    assert "mlp_bias is switched on" in result.stderr
+    assert json.loads((out / "abliteration.json").read_text())["options"]["add"] == -1.5
 
 
 def test_a_note_about_the_checkpoint_goes_to_stderr(files):
@@ -92,6 +127,14 @@ def test_a_note_about_the_checkpoint_goes_to_stderr(files):
         (["--strength", "nan"], "must be a positive number"),
         (["--strength", "much"], "'--strength'"),
         (["--frobnicate"], "No such option"),
+        (["--tied", "cut"], "'cut' is not one of"),
+        (["--add", "0"], "must be a number other than 0"),
+        (["--add", "nan"], "must be a number other than 0"),
+        (["--add", "1", "--strength", "0.5"], "projects nothing"),
+        (["--add", "1", "--layers", "0:1"], "projects nothing"),
+        (["--add", "1", "--tied", "untie"], "projects nothing"),
+        (["--add", "1", "--preserve-norms"], "projects nothing"),
+        (["--add", "1", "--direction", "second.safetensors"], "takes one --direction"),
     ],
 )
 def test_wrong_usage_exits_2_and_writes_nothing(files, arguments, message):
@@ -132,7 +175,7 @@ def test_known_errors_reach_the_boundary_with_their_message(files):
         error = error_of(*arguments)
         assert isinstance(error, kind)
         assert message in str(error)
-    (model / "config.json").write_text('{"model_type": "gemma3_text"}')
+    (model / "config.json").write_text('{"model_type": "doge"}')
     error = error_of(model, "--direction", direction, "-o", out, "--overwrite")
     assert isinstance(error, UnsupportedArchitectureError)
     assert list(out.iterdir()) == []
@@ -141,5 +184,16 @@ def test_known_errors_reach_the_boundary_with_their_message(files):
 def test_help_describes_the_options():
     result = run("--help")
     assert result.exit_code == 0
-    for option in ("--direction", "--output", "--components", "--layers", "--strength", "--dry-run", "--overwrite"):
+    for option in (
+        "--direction",
+        "--output",
+        "--components",
+        "--layers",
+        "--strength",
+        "--dry-run",
+        "--overwrite",
+        "--tied",
+        "--preserve-norms",
+        "--add",
+    ):
         assert option in result.stdout

@@ -12,8 +12,10 @@ from abliterate.cli.demo import demo
 from abliterate.cli.evaluate import evaluate
 from abliterate.cli.extract import extract
 from abliterate.cli.orthogonalize import orthogonalize
+from abliterate.cli.plan import plan
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
+from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError
 from abliterate.ranks import in_first_process
 
@@ -32,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _command in (extract, orthogonalize, evaluate, push, prompts, demo):
+for _command in (extract, plan, orthogonalize, verify, evaluate, push, prompts, demo):
     app.command(epilog=EXIT_CODES)(_command)
 
 

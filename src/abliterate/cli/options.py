@@ -2,9 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from abliterate.residual_writers import Role
+
+COMPONENTS: "tuple[Role, ...]" = ("embed", "attn", "mlp")
+ALL_COMPONENTS = ",".join(COMPONENTS)
 
 
 class Dtype(StrEnum):
@@ -20,6 +26,21 @@ ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model di
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of MODEL on the Hub.")]
 DirectionOption = Annotated[
     Path, typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it.")
+]
+DirectionsOption = Annotated[
+    list[Path],
+    typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it; may be repeated."),
+]
+ComponentsOption = Annotated[
+    str, typer.Option("--components", help="What to edit: any of embed, attn, mlp, by commas.")
+]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="A:B",
+        help="Edit layers A to B-1 only; the embeddings are edited only if A is 0. Default: everything.",
+    ),
 ]
 HarmfulOption = Annotated[
     str,
@@ -58,3 +79,30 @@ def parse_batch_size(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise typer.BadParameter(f"--batch-size {text!r} is neither a positive number nor auto")
     return int(text)
+
+
+def parse_components(text: str) -> "tuple[Role, ...]":
+    """Return the roles that `--components` names, in their usual order.
+
+    Raises:
+        typer.BadParameter: one of them is none.
+    """
+    wanted = [part.strip() for part in text.split(",")]
+    unknown = [part for part in wanted if part not in COMPONENTS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is not among {', '.join(COMPONENTS)}", param_hint="'--components'")
+    return tuple(role for role in COMPONENTS if role in wanted)
+
+
+def parse_layers(text: str | None) -> tuple[int, int] | None:
+    """Return the half-open range that `--layers` names.
+
+    Raises:
+        typer.BadParameter: it is none, or empty.
+    """
+    if text is None:
+        return None
+    first, _, end = text.partition(":")
+    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit()) or int(first) >= int(end):
+        raise typer.BadParameter(f"{text!r} is not a range A:B with A < B, such as 10:20", param_hint="'--layers'")
+    return int(first), int(end)

@@ -1,43 +1,73 @@
 """`abliterate orthogonalize`: project a direction out of a checkpoint's weights."""
 
+import math
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from abliterate.cli.options import DirectionOption, JsonOption, ModelArg, RevisionOption
+from abliterate.cli.options import (
+    ALL_COMPONENTS,
+    COMPONENTS,
+    ComponentsOption,
+    DirectionsOption,
+    JsonOption,
+    LayersOption,
+    ModelArg,
+    RevisionOption,
+    parse_components,
+    parse_layers,
+)
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
     from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport
-    from abliterate.residual_writers import Role
 
-_COMPONENTS: "tuple[Role, ...]" = ("embed", "attn", "mlp")
+
+class Tied(StrEnum):
+    """What is done about tied embeddings."""
+
+    edit = "edit"
+    untie = "untie"
+    skip = "skip"
 
 
 def orthogonalize(
     context: typer.Context,
     model: ModelArg,
-    direction: DirectionOption,
+    directions: DirectionsOption,
     output_directory: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="OUT", help="Directory to make. Needed unless --dry-run."),
     ] = None,
-    components: Annotated[
-        str, typer.Option("--components", help="What to edit: any of embed, attn, mlp, by commas.")
-    ] = ",".join(_COMPONENTS),
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="A:B",
-            help="Edit layers A to B-1 only; the embeddings are edited only if A is 0. Default: everything.",
-        ),
-    ] = None,
+    components: ComponentsOption = ALL_COMPONENTS,
+    layers: LayersOption = None,
     strength: Annotated[
         float, typer.Option("--strength", help="Share of the component to remove; 1 removes it.")
     ] = 1.0,
+    tied: Annotated[
+        Tied,
+        typer.Option(
+            "--tied",
+            help="Tied embeddings: edit the shared matrix, and with it the output head; untie, so that the head keeps "
+            "its rows in a tensor of its own and the logits are the ablated ones; or skip them.",
+        ),
+    ] = Tied.edit,
+    preserve_norms: Annotated[
+        bool,
+        typer.Option("--preserve-norms", help="Scale what each input writes (the columns) back to its length."),
+    ] = False,
+    add: Annotated[
+        float | None,
+        typer.Option(
+            "--add",
+            metavar="COEFF",
+            help="Instead of projecting, add COEFF times the difference in means to the input of its layer, by a "
+            "bias: 1 induces refusal, -1 takes it away.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint or empty.")] = False,
     revision: RevisionOption = None,
@@ -46,13 +76,24 @@ def orthogonalize(
     """Write a copy of MODEL whose weights cannot write along the direction.
 
     Every tensor that writes to the residual stream is projected, W <- W - r (r^T W); all else is copied byte
-    for byte. OUT appears whole or not at all, with a complete record in abliteration.json.
+    for byte. Give --direction several times to project out what several directions span. What was written is
+    reread and checked before OUT appears, whole or not at all, with a complete record in abliteration.json.
     """
-    roles, layer_range = _parse_components(components), _parse_layers(layers)
+    roles, layer_range = parse_components(components), parse_layers(layers)
     if output_directory is None and not dry_run:
         raise typer.BadParameter("is needed unless --dry-run is given", param_hint="'-o' / '--output'")
     if not 0 < strength < float("inf"):
         raise typer.BadParameter("must be a positive number", param_hint="'--strength'")
+    if add is not None:
+        if not math.isfinite(add) or add == 0:
+            raise typer.BadParameter("must be a number other than 0", param_hint="'--add'")
+        if len(directions) > 1:
+            raise typer.BadParameter("takes one --direction", param_hint="'--add'")
+        if (roles, layer_range, strength, tied, preserve_norms) != (COMPONENTS, None, 1.0, Tied.edit, False):
+            raise typer.BadParameter(
+                "projects nothing; leave out --components, --layers, --strength, --tied and --preserve-norms",
+                param_hint="'--add'",
+            )
 
     from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
@@ -61,9 +102,16 @@ def orthogonalize(
     output = Output.of(context, json_output=json_output)
     report = orthogonalize_checkpoint(
         source=resolve_model(model, revision=revision),
-        direction=direction,
+        direction=directions,
         output=output_directory,
-        options=EditOptions(components=roles, layers=layer_range, strength=strength),
+        options=EditOptions(
+            components=roles,
+            layers=layer_range,
+            strength=strength,
+            tied=tied.value,
+            preserve_norms=preserve_norms,
+            add=add,
+        ),
         dry_run=dry_run,
         overwrite=overwrite,
         progress=output.progress,
@@ -71,35 +119,19 @@ def orthogonalize(
     output.report(report, tables=lambda: _tables(report))
 
 
-def _parse_components(text: str) -> "tuple[Role, ...]":
-    wanted = [part.strip() for part in text.split(",")]
-    unknown = [part for part in wanted if part not in _COMPONENTS]
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not among {', '.join(_COMPONENTS)}", param_hint="'--components'")
-    return tuple(role for role in _COMPONENTS if role in wanted)
-
-
-def _parse_layers(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, _, end = text.partition(":")
-    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit()) or int(first) >= int(end):
-        raise typer.BadParameter(f"{text!r} is not a range A:B with A < B, such as 10:20", param_hint="'--layers'")
-    return int(first), int(end)
-
-
 def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
-    table = Table("role", "tensors", "shapes", "dtype", "max |r·W|/|W| before", "after")
-    for role, count in report.counts.items():
-        tensors = [tensor for tensor in report.tensors if tensor.role == role]
+    table = Table("role", "kind", "tensors", "shapes", "dtype", "max |r·W|/|W| before", "after", "max survivor")
+    groups = dict.fromkeys((tensor.role, tensor.kind) for tensor in report.tensors)
+    for role, kind in sorted(groups, key=lambda group: (COMPONENTS.index(group[0]), group[1])):
+        tensors = [tensor for tensor in report.tensors if (tensor.role, tensor.kind) == (role, kind)]
         shapes = sorted({" x ".join(map(str, tensor.shape)) for tensor in tensors}, key=len, reverse=True)
         table.add_row(
             role,
-            str(count),
+            kind,
+            str(len(tensors)),
             ", ".join(shapes),
             ", ".join(sorted({tensor.dtype for tensor in tensors})),
-            _largest(tensors, "component_before"),
-            _largest(tensors, "component_after"),
+            *(_largest(tensors, field) for field in ("component_before", "component_after", "survivor")),
         )
     megabytes = f"{report.bytes_edited / 1e6:.1f} of {report.bytes_total / 1e6:.1f} MB"
     if report.dry_run:

@@ -1,0 +1,41 @@
+"""Run the conformance check on every model type and write docs/architectures.md.
+
+    python scripts/architecture_matrix.py
+
+Takes a few minutes on one core; exits with 1 and writes nothing if a type that is not refused is not exact.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import transformers
+
+from abliterate.refused_architectures import refusal
+from conformance import CLEAN, DIRTY, REFUSED_TYPES, TEXT_TYPES, WRAPPER_TYPES, build_model, check
+from conformance_models import VARIANTS
+from matrix import HEADER, MATRIX, exact_row, refused_row
+
+
+def main() -> int:
+    """Check all types, write the document, and return the exit code."""
+    rows = []
+    for name in sorted([*TEXT_TYPES, *WRAPPER_TYPES, *VARIANTS]):
+        model_type, changes = VARIANTS.get(name, (name, {}))
+        with tempfile.TemporaryDirectory() as work:
+            result = check(model_type, Path(work), model=build_model(model_type, **changes))
+        if result.after >= CLEAN or result.before <= DIRTY or min(result.without.values()) <= CLEAN:
+            print(f"{name}: not exact ({result})", file=sys.stderr)
+            return 1
+        rows.append(exact_row(name, result.writers))
+    rows += [refused_row(name, refusal(name)) for name in REFUSED_TYPES]
+    MATRIX.parent.mkdir(exist_ok=True)
+    MATRIX.write_text(HEADER.format(version=transformers.__version__) + "\n".join(rows) + "\n")
+    print(f"{MATRIX}: {len(rows)} rows", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""`abliterate plan`: what an edit would touch, leave alone and need, before anything is downloaded."""
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Table
+
+from abliterate.cli.options import (
+    ALL_COMPONENTS,
+    ComponentsOption,
+    JsonOption,
+    LayersOption,
+    ModelArg,
+    RevisionOption,
+    parse_components,
+    parse_layers,
+)
+from abliterate.cli.output import Output
+
+if TYPE_CHECKING:
+    from abliterate.planning import PlanReport
+
+
+def plan(
+    context: typer.Context,
+    model: ModelArg,
+    components: ComponentsOption = ALL_COMPONENTS,
+    layers: LayersOption = None,
+    revision: RevisionOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show what `orthogonalize` would do to MODEL: which tensors, why not others, disk and memory, licence.
+
+    Only config.json and the headers of the weight files are read; of a Hub model nothing else is downloaded.
+    """
+    roles, layer_range = parse_components(components), parse_layers(layers)
+
+    from abliterate.edit_plan import EditOptions
+    from abliterate.planning import plan_edit
+
+    output = Output.of(context, json_output=json_output)
+    report = plan_edit(model=model, revision=revision, options=EditOptions(components=roles, layers=layer_range))
+    output.report(report, tables=lambda: _tables(report))
+
+
+def _tables(report: "PlanReport") -> list[Table | str]:
+    edited = Table("role", "layers", "tensor", "count", "shape", "dtype", "axis", "norms to the stream", "MB")
+    for column in ("count", "axis", "MB"):
+        next(c for c in edited.columns if c.header == column).justify = "right"
+    for group in report.groups:
+        edited.add_row(
+            group.role,
+            group.layers or "-",
+            group.pattern,
+            str(group.count),
+            " x ".join(map(str, group.shape)),
+            group.dtype,
+            str(group.residual_axis),
+            " > ".join(group.norms) or "-",
+            f"{group.bytes / 1e6:.2f}",
+        )
+    return [edited, *_left_alone(report), *_facts(report)]
+
+
+def _left_alone(report: "PlanReport") -> list[Table | str]:
+    from abliterate.planning import pattern_of
+
+    counts: dict[tuple[str, str], int] = {}
+    for kept in report.left_alone:
+        key = (pattern_of(kept.tensor_name), kept.reason)
+        counts[key] = counts.get(key, 0) + 1
+    for name in report.not_selected:
+        key = (pattern_of(name), "a residual writer that --components or --layers leaves out")
+        counts[key] = counts.get(key, 0) + 1
+    if not counts:
+        return []
+    table = Table("left alone", "count", "why")
+    for (pattern, reason), count in counts.items():
+        table.add_row(pattern, str(count), reason)
+    return [table]
+
+
+def _facts(report: "PlanReport") -> list[Table | str]:
+    where = report.model if report.revision is None else f"{report.model} at {report.revision}"
+    licence = report.license_name or report.license or "not known"
+    link = f" ({report.license_link})" if report.license_link else ""
+    gated = f"; gated on the Hub ({report.gated} approval)" if report.gated else ""
+    total = sum(report.counts.values())
+    lines = [
+        f"{where}: {report.model_type}, {report.n_layers} layers, d_model {report.d_model}; "
+        f"licence {licence}{link}{gated}",
+        f"{total} tensors to edit in {report.n_shards} files: {report.bytes_edited / 1e6:.1f} of "
+        f"{report.bytes_weights / 1e6:.1f} MB of weights",
+        f"Disk: {report.disk_bytes / 1e6:.1f} MB for the edited checkpoint"
+        + (f", after a download of {report.download_bytes / 1e6:.1f} MB" if report.download_bytes else ""),
+        f"Memory: {report.memory_bytes / 1e6:.1f} MB for {report.largest_tensor}, besides Python and torch",
+    ]
+    if report.tied_embeddings:
+        lines.append(
+            "The embeddings are tied: the output head is one matrix with the token embedding, so editing one edits both"
+        )
+    return list(lines)

@@ -1,0 +1,138 @@
+"""`abliterate verify`: prove what was done to a checkpoint, from its files and by running it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from abliterate.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    HarmfulOption,
+    HarmlessOption,
+    JsonOption,
+    TrustRemoteCodeOption,
+)
+from abliterate.cli.output import Output
+
+if TYPE_CHECKING:
+    from abliterate.quick_verification import TensorCheck
+    from abliterate.verification_report import LogitCheck, StreamCheck, VerificationReport
+
+
+def verify(
+    context: typer.Context,
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A directory that `abliterate orthogonalize` wrote.")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="What it was made from; default: what its record names."),
+    ] = None,
+    direction: Annotated[
+        list[Path] | None,
+        typer.Option("--direction", help="Direction file that must span what the record names. May be repeated."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Check the files only; run no model.")] = False,
+    harmful: HarmfulOption = "bundled",
+    harmless: HarmlessOption = "bundled",
+    n_prompts: Annotated[
+        int, typer.Option("--n-prompts", min=1, help="How many prompts of each kind are run, from the start.")
+    ] = 4,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustRemoteCodeOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Prove what was done to OUT.
+
+    (a) Only the planned tensors differ from the base. (b) What rounding left of the direction in each. (c) The
+    direction in the residual stream on real prompts, base beside edited. (d) The logits beside those of the base with
+    the direction ablated by hooks. Exit code 1 names the first tensor or layer that fails.
+    """
+    from abliterate.errors import VerificationError
+    from abliterate.model import ModelOptions
+    from abliterate.verification import VerificationOptions, verify_checkpoint
+
+    output = Output.of(context, json_output=json_output)
+    report = verify_checkpoint(
+        checkpoint=checkpoint,
+        base=base,
+        directions=direction or (),
+        options=VerificationOptions(quick=quick, harmful=harmful, harmless=harmless, n_prompts=n_prompts),
+        model_options=ModelOptions(dtype=dtype.value, device=device, trust_remote_code=trust_remote_code),
+        progress=output.progress,
+    )
+    for note in report.notes:
+        output.note(note)
+    output.report(report, tables=lambda: _tables(report))
+    if report.failures:
+        more = f" (and {len(report.failures) - 1} more failures)" if len(report.failures) > 1 else ""
+        raise VerificationError(report.failures[0] + more)
+
+
+def _tables(report: "VerificationReport") -> list[Table | str]:
+    parts: list[Table | str] = []
+    if report.files.tensors:
+        parts += _tensors(report.files.tensors)
+    if report.stream is not None:
+        parts += _stream(report.stream)
+    if report.logits is not None:
+        parts += _logits(report.logits)
+    if report.passed:
+        compared = f"{report.files.bytes_compared / 1e6:.1f} MB of unedited tensors are those of {report.base}"
+        parts.append(f"Verified: {compared}; {len(report.files.tensors)} edited tensors are as recorded")
+    return parts
+
+
+def _tensors(checks: "tuple[TensorCheck, ...]") -> list[Table | str]:
+    table = Table(
+        "role", "tensors", "dtype", "max |U·W|/|W| before", "after", "max survivor", "worst tensor",
+        title="Edited tensors, reread",
+    )  # fmt: skip
+    for role in dict.fromkeys(check.role for check in checks):
+        group = [check for check in checks if check.role == role]
+        worst = max(group, key=lambda check: check.survivor)
+        table.add_row(
+            role,
+            str(len(group)),
+            ", ".join(sorted({check.dtype for check in group})),
+            f"{max(check.component_before for check in group):.2e}",
+            f"{max(check.component_after for check in group):.2e}",
+            f"{worst.survivor:.2e}",
+            worst.name,
+        )
+    return [table]
+
+
+def _stream(check: "StreamCheck") -> list[Table | str]:
+    table = Table(
+        "into", "base max", "base mean", "edited max", "edited mean", "ablated max",
+        title=f"|R·h|/|h| in the residual stream, {check.n_prompts} prompts, {check.n_tokens} tokens, {check.dtype}",
+    )  # fmt: skip
+    for layer in check.layers:
+        values = (layer.base_max, layer.base_mean, layer.edited_max, layer.edited_mean, layer.ablated_max)
+        table.add_row(layer.place, *("-" if value is None else f"{value:.2e}" for value in values))
+    if check.judged:
+        worst = max(check.layers, key=lambda layer: layer.edited_accumulated)
+        return [
+            table,
+            f"Largest |R·h| over the largest |h| so far: {worst.edited_accumulated:.2e} at {worst.place}; "
+            f"rounding explains {check.tolerance:.2e}",
+        ]
+    return [table, f"Not judged: {'; '.join(check.reasons)}"]
+
+
+def _logits(check: "LogitCheck") -> list[Table | str]:
+    table = Table(
+        "positions", "n", "mean KL (nats)", "max KL", "largest difference", "relative",
+        title="Logits beside those of the base ablated by hooks",
+    )  # fmt: skip
+    for label, found in (("last", check.last), ("all", check.all)):
+        values = (found.kl_mean, found.kl_max, found.largest, found.relative)
+        table.add_row(label, str(found.n_positions), *(f"{value:.2e}" for value in values))
+    if check.judged:
+        return [table, f"Equal up to rounding, which explains a relative difference of {check.tolerance:.2e}"]
+    return [table, f"Not judged: {'; '.join(check.reasons)}"]

@@ -1,0 +1,289 @@
+"""What an edit of a model would do and need, before anything is downloaded or written: from headers alone."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abliterate.checkpoint import check_tensor_names, open_checkpoint
+from abliterate.edit_plan import EditOptions, select_writers
+from abliterate.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
+from abliterate.residual_writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
+from abliterate.safetensors_file import Shard, TensorInfo, describe_tensors
+
+# Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
+_WORKSPACE_BYTES = 40_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTensor:
+    """A tensor that would be edited; `norm_chain` lists the norms between it and the stream, innermost first."""
+
+    name: str
+    role: Role
+    layer: int | None
+    residual_axis: int
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    bytes: int
+    norm_chain: tuple[PostNorm, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorGroup:
+    """Tensors that differ in the numbers in their names only.
+
+    Attributes:
+        pattern: Their name, with `*` where the numbers are.
+        role: What they belong to.
+        layers: Their layers as text, such as `0-29`; empty for embeddings.
+        count: How many they are.
+        shape: The shape they share.
+        dtype: The dtype they share.
+        residual_axis: The axis that indexes the residual stream.
+        norms: Patterns of the norms between them and the stream, innermost first.
+        bytes: Their size together.
+    """
+
+    pattern: str
+    role: Role
+    layers: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    residual_axis: int
+    norms: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """What an edit would do and need.
+
+    Attributes:
+        model: The directory or Hub id, as given.
+        revision: The commit on the Hub; None for a directory.
+        model_type: As in config.json.
+        text_section: Keys that lead to the text model's part of config.json.
+        d_model: Width of the residual stream.
+        n_layers: Number of decoder blocks.
+        tied_embeddings: Whether the output head shares the token embedding's rows.
+        embedding: Name of the token embedding's tensor.
+        head: Name of the output head's tensor, stored or (tied) not; None without one.
+        license: As the model's card says; None where it does not.
+        license_name: Its name where `license` is "other".
+        license_link: Where its text is.
+        gated: "auto" or "manual" where the Hub asks for agreement first; None where not, or for a directory.
+        counts: Role -> number of tensors to edit.
+        groups: The tensors to edit, those that differ by numbers in their names taken together.
+        tensors: Every tensor to edit, in file order.
+        not_selected: Residual writers that --components or --layers leave as they are.
+        left_alone: What could be taken for a writer and is none, and why.
+        n_shards: Number of weight files.
+        bytes_edited: Bytes of the tensors to edit.
+        bytes_weights: Bytes of all tensors.
+        download_bytes: What would be downloaded; 0 for a directory.
+        disk_bytes: What the edited checkpoint takes: weights, headers and side files.
+        largest_tensor: Name of the largest tensor to edit.
+        memory_bytes: That tensor as it is read and as it is written, and room for the arithmetic. Python and torch
+            come on top.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    text_section: tuple[str, ...]
+    d_model: int
+    n_layers: int
+    tied_embeddings: bool
+    embedding: str
+    head: str | None
+    license: str | None
+    license_name: str | None
+    license_link: str | None
+    gated: str | None
+    counts: dict[str, int]
+    groups: tuple[TensorGroup, ...]
+    tensors: tuple[PlannedTensor, ...]
+    not_selected: tuple[str, ...]
+    left_alone: tuple[LeftAlone, ...]
+    n_shards: int
+    bytes_edited: int
+    bytes_weights: int
+    download_bytes: int
+    disk_bytes: int
+    largest_tensor: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """A model's config and headers, wherever they came from."""
+
+    name: str
+    path: Path
+    revision: str | None
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    card: CardFacts
+    gated: str | None
+    download_bytes: int
+    disk_bytes: int
+
+
+def plan_edit(*, model: str, revision: str | None = None, options: EditOptions | None = None) -> PlanReport:
+    """Return what orthogonalizing a model would edit, leave alone and need; no weight is read or downloaded.
+
+    Args:
+        model: A directory, or a Hub id, of which config.json and the shards' headers are fetched.
+        revision: Branch, tag or commit of a Hub id.
+        options: What to edit; all residual writers by default.
+
+    Raises:
+        InputError: There is no such directory, or the options select nothing or layers that are not there.
+        CheckpointError: The model is incomplete, quantised or of an unsupported type.
+        HubError: The Hub does not have it, does not give it, or cannot be reached.
+    """
+    local = find_local_model(model, revision=revision)
+    layout = (
+        _read_remote(inspect_model(model, revision=revision)) if local is None else _read_local(local.path, local.name)
+    )
+    infos = {tensor.name: tensor for shard in layout.shards for tensor in shard.tensors}
+    stream = map_stream(config=layout.config, tensors=tuple(infos.values()), path=layout.path)
+    selected = select_writers(stream, options=options or EditOptions(), model=layout.name)
+    return _report(layout, stream, selected, infos)
+
+
+def _read_local(path: Path, name: str) -> _Layout:
+    checkpoint = open_checkpoint(path)
+    sizes = [shard.size for shard in checkpoint.shards]
+    sizes += [(path / file).stat().st_size for file in checkpoint.side_files]
+    return _Layout(
+        name=name,
+        path=path,
+        revision=None,
+        config=checkpoint.config,
+        shards=checkpoint.shards,
+        card=read_card_facts(path / "README.md") or CardFacts(),
+        gated=None,
+        download_bytes=0,
+        disk_bytes=sum(sizes),
+    )
+
+
+def _read_remote(remote: RemoteModel) -> _Layout:
+    path = Path(remote.name)
+    # Offsets count from the end of the header here, whose length the client does not tell; only sizes are used.
+    shards = tuple(
+        Shard(
+            file_name=name,
+            header_bytes=b"",
+            metadata=None,
+            tensors=describe_tensors(path / name, header, data_start=0),
+        )
+        for name, header in remote.headers.items()
+    )
+    check_tensor_names(path, shards, None if remote.weight_map is None else {"weight_map": remote.weight_map})
+    total = sum(remote.files.values())
+    return _Layout(
+        name=remote.name,
+        path=path,
+        revision=remote.revision,
+        config=remote.config,
+        shards=shards,
+        card=remote.card,
+        gated=remote.gated,
+        download_bytes=total,
+        disk_bytes=total,
+    )
+
+
+def _report(
+    layout: _Layout, stream: StreamMap, selected: tuple[ResidualWriter, ...], infos: dict[str, TensorInfo]
+) -> PlanReport:
+    tensors = tuple(_planned(writer, infos[writer.tensor_name]) for writer in selected)
+    chosen = {tensor.name for tensor in tensors}
+    largest = max(tensors, key=lambda tensor: tensor.bytes)
+    roles = [tensor.role for tensor in tensors]
+    return PlanReport(
+        model=layout.name,
+        revision=layout.revision,
+        model_type=stream.model_type,
+        text_section=stream.text_section,
+        d_model=stream.d_model,
+        n_layers=stream.n_layers,
+        tied_embeddings=stream.tied_embeddings,
+        embedding=stream.embedding,
+        head=stream.head,
+        license=layout.card.license,
+        license_name=layout.card.license_name,
+        license_link=layout.card.license_link,
+        gated=layout.gated,
+        counts={role: roles.count(role) for role in ROLES if role in roles},
+        groups=group_tensors(tensors),
+        tensors=tensors,
+        not_selected=tuple(writer.tensor_name for writer in stream.writers if writer.tensor_name not in chosen),
+        left_alone=stream.left_alone,
+        n_shards=len(layout.shards),
+        bytes_edited=sum(tensor.bytes for tensor in tensors),
+        bytes_weights=sum(info.end - info.start for info in infos.values()),
+        download_bytes=layout.download_bytes,
+        disk_bytes=layout.disk_bytes,
+        largest_tensor=largest.name,
+        memory_bytes=2 * largest.bytes + _WORKSPACE_BYTES,
+    )
+
+
+def _planned(writer: ResidualWriter, info: TensorInfo) -> PlannedTensor:
+    return PlannedTensor(
+        name=writer.tensor_name,
+        role=writer.role,
+        layer=writer.layer,
+        residual_axis=writer.residual_axis,
+        shape=info.shape,
+        dtype=info.dtype,
+        shard=info.shard,
+        bytes=info.end - info.start,
+        norm_chain=writer.norm_chain,
+    )
+
+
+def group_tensors(tensors: Iterable[PlannedTensor]) -> tuple[TensorGroup, ...]:
+    """Take together the tensors whose names differ by numbers only, in the order in which each group begins."""
+    grouped: dict[tuple[Any, ...], list[PlannedTensor]] = {}
+    for tensor in tensors:
+        norms = tuple(pattern_of(norm.weight) for norm in tensor.norm_chain)
+        key = (pattern_of(tensor.name), tensor.role, tensor.shape, tensor.dtype, tensor.residual_axis, norms)
+        grouped.setdefault(key, []).append(tensor)
+    return tuple(
+        TensorGroup(
+            pattern=pattern,
+            role=role,
+            layers=format_ranges({member.layer for member in members if member.layer is not None}),
+            count=len(members),
+            shape=shape,
+            dtype=dtype,
+            residual_axis=axis,
+            norms=norms,
+            bytes=sum(member.bytes for member in members),
+        )
+        for (pattern, role, shape, dtype, axis, norms), members in grouped.items()
+    )
+
+
+def pattern_of(name: str) -> str:
+    """Return a tensor name with `*` for each component that is a number."""
+    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Write numbers as ranges: {0, 1, 2, 5} as `0-2, 5`."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -1,0 +1,302 @@
+"""Verifying an edited checkpoint from its files alone: against its base where there is one, and against its record.
+
+(a) The record names what its options select, and nothing differs from the base but that. (b) The edited tensors,
+reread, have of the directions what rounding explains, through their norm chains, and measure what the record says.
+And every file has the hash that the record gives.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
+from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoint_checks import (
+    EditedWriter,
+    Survivor,
+    compare_bytes,
+    compare_layouts,
+    measure_survivors,
+    ratio,
+)
+from abliterate.edit_plan import EditOptions
+from abliterate.errors import CheckpointError, VerificationError
+from abliterate.progress import SILENT, ProgressReporter
+from abliterate.projection import residue_bound
+from abliterate.recorded_edits import (
+    RecordedTensor,
+    differences_from_plan,
+    recorded_options,
+    recorded_subspace,
+    recorded_tensors,
+)
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
+
+_AGAIN = "run `abliterate orthogonalize` again"
+
+# A component measured twice differs by the order of float64 sums alone.
+_SAME = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorCheck:
+    """What rereading one edited tensor showed.
+
+    Attributes:
+        name: The tensor.
+        role: embed, attn or mlp.
+        layer: Its decoder block; None for embeddings.
+        kind: What was done to it: projected, or untied (a tied embedding that got a tensor of its own).
+        dtype: What it is stored in.
+        component_before: |U W|/|W| in the base, or as the record says without one.
+        component_after: |U W'|/|W'|.
+        survivor: |U W'|/|U W|.
+        expected: What |U W'|/|W'| is meant to be: 0 at strength 1.
+        bound: By how much rounding may move it; None where nothing tells (norms preserved at another strength).
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    kind: str
+    dtype: str
+    component_before: float
+    component_after: float
+    survivor: float
+    expected: float
+    bound: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuickCheck:
+    """What the files showed.
+
+    Attributes:
+        against_base: Whether they were held against the base.
+        bytes_compared: Bytes of the tensors that had to be, and were compared with, the base's.
+        tensors: Every tensor that directions were projected out of.
+        failures: What failed, a line each, the most telling first.
+    """
+
+    against_base: bool
+    bytes_compared: int
+    tensors: tuple[TensorCheck, ...]
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """An edited checkpoint, its base if there is one, and what the record says of it."""
+
+    record: AbliterationRecord
+    base: Checkpoint | None
+    edited: Checkpoint
+    tensors: tuple[RecordedTensor, ...]
+    options: EditOptions
+    subspace: Tensor
+    progress: ProgressReporter
+
+    @property
+    def tied_tensor(self) -> str:
+        """The stored one of a tied pair, from which an untied tensor was made."""
+        return str(self.record.content["base"].get("tied_tensor"))
+
+
+def verify_files(
+    record: AbliterationRecord,
+    *,
+    base: Checkpoint | None,
+    hashes: bool = True,
+    progress: ProgressReporter = SILENT,
+) -> QuickCheck:
+    """Check an edited checkpoint from its files. A failed check is in the result and raises nothing.
+
+    Args:
+        record: The record of the checkpoint.
+        base: What it was made from; without one, the files are held against the record alone.
+        hashes: Whether to check the hash of every file too; a caller may have done so.
+        progress: Shown the bytes read.
+
+    Raises:
+        InputError: The record is malformed.
+        CheckpointError: A checkpoint cannot be read.
+    """
+    files = _Files(
+        record=record,
+        base=base,
+        edited=open_checkpoint(record.directory),
+        tensors=recorded_tensors(record),
+        options=recorded_options(record),
+        subspace=recorded_subspace(record),
+        progress=progress,
+    )
+    problems, compared = ([], 0) if base is None else _against_base(files, base)
+    checks: tuple[TensorCheck, ...] = ()
+    # In a checkpoint of another layout nothing that the record says can be looked up.
+    if not problems:
+        checks = _check_tensors(files)
+        problems = [line for check in checks for line in _tensor_problems(files, check)]
+    if hashes and not problems:
+        problems = _check_record(record, progress=progress)
+    return QuickCheck(against_base=base is not None, bytes_compared=compared, tensors=checks, failures=tuple(problems))
+
+
+def find_local_base(record: AbliterationRecord) -> Checkpoint | None:
+    """Return the base that the record names if that is a directory and still what was edited, else None."""
+    base = record.content["base"]
+    path = Path(str(base["model"]))
+    if base.get("revision") or not is_base(path, record):
+        return None
+    try:
+        return open_checkpoint(path)
+    except CheckpointError:
+        return None
+
+
+def is_base(path: Path, record: AbliterationRecord) -> bool:
+    """Return whether the config.json in a directory is the one of the model that was edited."""
+    config = path / CONFIG_NAME
+    recorded = record.content["base"].get("config_sha256")
+    return config.is_file() and hashlib.sha256(config.read_bytes()).hexdigest() == recorded
+
+
+def _against_base(files: _Files, base: Checkpoint) -> tuple[list[str], int]:
+    names = {tensor.name for tensor in base.tensors()}
+    changed = {tensor.name for tensor in files.tensors}
+    added = changed - names
+    config_changes = files.record.content.get("config_changes") or {}
+    own = {RECORD_NAME, EVALUATION_NAME}
+    rewritten = ({CONFIG_NAME} if config_changes else set()) | ({INDEX_NAME} if added else set())
+    side_files = (set(base.side_files) | files.record.content["side_files"].keys()) - own - rewritten
+    copies = {tensor.name: files.tied_tensor for tensor in files.tensors if _is_copy(tensor)}
+    total = sum(tensor.end - tensor.start for tensor in base.tensors() if tensor.name not in changed)
+    problems = differences_from_plan(files.record, base)
+    problems += compare_layouts(base, files.edited, added=added, config_changes=config_changes)
+    if copies.keys() - added or set(copies.values()) - names:
+        problems.append(f"{files.record.directory / RECORD_NAME}: names no tied tensor of the base; {_AGAIN}")
+    if not problems:
+        with files.progress.task("Comparing with the base", total=total, unit="bytes") as advance:
+            problems = compare_bytes(
+                base, files.edited, changed=changed, copies=copies, other_files=sorted(side_files), advance=advance
+            )
+        problems += _addition_problems(files, base)
+    return [_located(files, problem) for problem in problems], total
+
+
+def _located(files: _Files, problem: str) -> str:
+    directory = str(files.record.directory)
+    return problem if problem.startswith(directory) else f"{directory}: {problem}"
+
+
+def _is_copy(tensor: RecordedTensor) -> bool:
+    return tensor.kind == "untied" and not tensor.is_projected
+
+
+def _addition_problems(files: _Files, base: Checkpoint) -> list[str]:
+    """An added bias differs from the base's, or from zero, along the directions only."""
+    old = {tensor.name: tensor for tensor in base.tensors()}
+    problems = []
+    for tensor in files.tensors:
+        if tensor.kind != "added":
+            continue
+        info = files.edited.tensor(tensor.name)
+        new = read_tensor(files.edited.path, info).double()
+        before = read_tensor(base.path, old[tensor.name]).double() if tensor.name in old else torch.zeros_like(new)
+        rounding = torch.finfo(TORCH_DTYPES[info.dtype]).eps * float(new.norm() + before.norm())
+        # A bias of another width, as those that config.json switches on beside it, can have nothing added to it.
+        basis = files.subspace if new.shape[-1] == files.subspace.shape[1] else files.subspace[:0, :1]
+        change = new - before
+        across = change - (change @ basis.T) @ basis if len(basis) else change
+        if not float(across.norm()) <= rounding:
+            problems.append(
+                f"{info.shard}: tensor {tensor.name} differs from the base's by more than a multiple of the direction"
+            )
+    return problems
+
+
+def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
+    infos = {tensor.name: tensor for tensor in files.edited.tensors()}
+    in_base = set() if files.base is None else {tensor.name for tensor in files.base.tensors()}
+    projected = [tensor for tensor in files.tensors if tensor.is_projected]
+    writers = [
+        EditedWriter(
+            name=tensor.name,
+            residual_axis=tensor.residual_axis,
+            norm_chain=tensor.norm_chain,
+            base_name=None if tensor.name in in_base else files.tied_tensor,
+        )
+        for tensor in projected
+    ]
+    total = sum(infos[tensor.name].end - infos[tensor.name].start for tensor in projected if tensor.name in infos)
+    with files.progress.task("Measuring the edited tensors", total=total, unit="bytes") as advance:
+        found = measure_survivors(
+            files.edited, base=files.base, writers=writers, subspace=files.subspace, advance=advance
+        )
+        return tuple(
+            _tensor_check(files, tensor, survivor, infos[tensor.name])
+            for tensor, survivor in zip(projected, found, strict=True)
+        )
+
+
+def _tensor_check(files: _Files, tensor: RecordedTensor, found: Survivor, info: TensorInfo) -> TensorCheck:
+    options = files.options
+    if found.along_before is not None and found.norm_before is not None:
+        along, norm = found.along_before, found.norm_before
+    else:
+        # What is left is orthogonal to what was taken: |W|^2 = |W'|^2 + |U W|^2 (1 - (1 - strength)^2).
+        share = min(tensor.component_before or 0.0, 1.0)
+        rest = 1.0 - share**2 * (1.0 - (1.0 - options.strength) ** 2)
+        norm = found.norm_after if options.preserve_norms or rest <= 0 else found.norm_after / math.sqrt(rest)
+        along = share * norm
+    bound = residue_bound(
+        TORCH_DTYPES.get(info.dtype, torch.float32),
+        d_model=info.shape[tensor.residual_axis],
+        elements=math.prod(info.shape),
+        before=max(1.0, options.strength) * norm,
+        after=found.norm_after,
+    )
+    # Restored lengths scale what another strength leaves, by a factor of its own for each vector.
+    is_known = options.strength == 1.0 or not options.preserve_norms
+    return TensorCheck(
+        name=tensor.name,
+        role=tensor.role,
+        layer=tensor.layer,
+        kind=tensor.kind,
+        dtype=info.dtype,
+        component_before=ratio(along, norm),
+        component_after=ratio(found.along_after, found.norm_after),
+        survivor=ratio(found.along_after, along),
+        expected=ratio(abs(1.0 - options.strength) * along, found.norm_after),
+        bound=ratio(bound, found.norm_after) if is_known else None,
+    )
+
+
+def _tensor_problems(files: _Files, check: TensorCheck) -> Sequence[str]:
+    where = f"{files.record.directory}: tensor {check.name}"
+    found = f"{where} has a component of {check.component_after:.9g} along what was removed"
+    if not math.isfinite(check.component_after):
+        return [f"{where} holds NaN or infinite values; {_AGAIN}"]
+    if check.bound is not None and abs(check.component_after - check.expected) > check.bound:
+        meant = f"{check.expected:.3g} was to be left, and " if check.expected else ""
+        return [
+            f"{found}; {meant}rounding to {check.dtype} explains {check.bound:.3g}: "
+            f"it was not edited, or changed since; {_AGAIN}"
+        ]
+    recorded = next(tensor.component_after or 0.0 for tensor in files.tensors if tensor.name == check.name)
+    if abs(check.component_after - recorded) > _SAME * recorded + 1e-15:
+        return [f"{found}, and {recorded:.9g} according to {RECORD_NAME}: changed since then; {_AGAIN}"]
+    return []
+
+
+def _check_record(record: AbliterationRecord, *, progress: ProgressReporter) -> list[str]:
+    try:
+        check_sizes(record)
+        check_hashes(record, progress=progress)
+    except VerificationError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,137 @@
+"""What a record says was edited, read as the objects that plans and checks use, and held against the plan.
+
+A record is a file that anyone can change. What it names must be what its options select in the base: a writer that
+is neither edited nor named would pass every other check of the files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, decode_subspace
+from abliterate.checkpoint import Checkpoint
+from abliterate.edit_plan import EditOptions, select_writers
+from abliterate.errors import InputError, UnsupportedArchitectureError
+from abliterate.residual_writers import PostNorm, map_stream
+from abliterate.tied_embeddings import edits_of_writers
+
+_AGAIN = "run `abliterate orthogonalize` again"
+_KINDS = {"projected", "added", "untied"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedTensor:
+    """An edited tensor as its record describes it; see `abliteration_record.EditedTensor`."""
+
+    name: str
+    role: str
+    layer: int | None
+    kind: str
+    residual_axis: int
+    norm_chain: tuple[PostNorm, ...]
+    component_before: float | None
+    component_after: float | None
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether directions were taken out of it."""
+        return self.component_after is not None
+
+
+def recorded_subspace(record: AbliterationRecord) -> Tensor:
+    """Return the orthonormal rows [k, d_model], float64, that the record says were removed.
+
+    Raises:
+        InputError: They are missing or malformed.
+    """
+    encoded = record.content.get("subspace")
+    if not isinstance(encoded, dict):
+        raise InputError(f"{record.directory / RECORD_NAME}: has no subspace; {_AGAIN}")
+    return decode_subspace(encoded)
+
+
+def recorded_tensors(record: AbliterationRecord) -> tuple[RecordedTensor, ...]:
+    """Return what the record says of each edited tensor.
+
+    Raises:
+        InputError: There are none, or one is malformed.
+    """
+    try:
+        tensors = tuple(_read_tensor(entry) for entry in record.content["tensors"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _malformed(record, "list of edited tensors", error) from error
+    if not tensors:
+        raise InputError(f"{record.directory / RECORD_NAME}: names no edited tensor; {_AGAIN}")
+    return tensors
+
+
+def recorded_options(record: AbliterationRecord) -> EditOptions:
+    """Return the options that the checkpoint was made with.
+
+    Raises:
+        InputError: They are malformed.
+    """
+    try:
+        given = dict(record.content["options"])
+        for key in ("components", "layers"):
+            given[key] = None if given[key] is None else tuple(given[key])
+        return EditOptions(**given)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _malformed(record, "options", error) from error
+
+
+def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[str]:
+    """Return a line for each tensor that the options select in the base and the record does not name, or the reverse.
+
+    Raises:
+        InputError: The record is malformed.
+        CheckpointError: The base is not one that can be planned for.
+    """
+    options = recorded_options(record)
+    named = {tensor.name: tensor.kind for tensor in recorded_tensors(record)}
+    if options.add is not None:
+        return [f"{record.directory}: tensor {name} is no addition" for name, kind in named.items() if kind != "added"]
+    tensors = tuple(base.tensors())
+    try:
+        stream = map_stream(config=base.config, tensors=tensors, path=base.path)
+    except UnsupportedArchitectureError:
+        if options.unverified:
+            return []
+        raise
+    planned = edits_of_writers(
+        select_writers(stream, options=options, model=str(base.path)),
+        stream=stream,
+        tensors={tensor.name: tensor for tensor in tensors},
+        policy=options.tied,
+    )
+    wanted = {edit.name: edit.kind for edit in planned.edits}
+    problems = []
+    for name in [*wanted, *(name for name in named if name not in wanted)]:
+        if wanted.get(name) != named.get(name):
+            problems.append(
+                f"{record.directory}: tensor {name} is {named.get(name, 'not edited')} according to {RECORD_NAME}, "
+                f"and must be {wanted.get(name, 'left alone')}; {_AGAIN}"
+            )
+    return problems
+
+
+def _read_tensor(entry: Mapping[str, Any]) -> RecordedTensor:
+    if entry["kind"] not in _KINDS:
+        raise ValueError(f"unknown kind {entry['kind']!r}")
+    before, after = entry.get("component_before"), entry.get("component_after")
+    return RecordedTensor(
+        name=str(entry["name"]),
+        role=str(entry["role"]),
+        layer=entry["layer"],
+        kind=entry["kind"],
+        residual_axis=int(entry["residual_axis"]),
+        norm_chain=tuple(PostNorm(**norm) for norm in entry["norm_chain"]),
+        component_before=None if before is None else float(before),
+        component_after=None if after is None else float(after),
+    )
+
+
+def _malformed(record: AbliterationRecord, what: str, error: Exception) -> InputError:
+    return InputError(f"{record.directory / RECORD_NAME}: its {what} cannot be read ({error}); {_AGAIN}")

@@ -1,0 +1,158 @@
+"""What a config.json says about the text model of a checkpoint: its architecture, sizes, experts and ties."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abliterate.architectures import (
+    ARCHITECTURES,
+    DEPTH_KEYS,
+    DEPTH_LISTS,
+    EXPERT_KEYS,
+    SIZE,
+    SIZE_KEYS,
+    TEXT_SECTIONS,
+    WRAPPERS,
+    Architecture,
+)
+from abliterate.checkpoint import CONFIG_NAME
+from abliterate.errors import CheckpointError, UnsupportedArchitectureError
+from abliterate.refused_architectures import REFUSED, refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextModel:
+    """The text model of a checkpoint, as its config describes it.
+
+    Attributes:
+        model_type: As at the top of config.json.
+        row: The text model's architecture.
+        section: Keys that lead from config.json's top to the text model's part of it.
+        d_model: Width of the residual stream; None if the config leaves it to its class.
+        n_layers: Number of decoder blocks; None likewise.
+        n_experts: Number of routed experts of a layer; None if the config names none.
+        tied_embeddings: Whether the output head shares the token embedding's rows.
+        has_towers: Parts for images or sound may lie beside the text model.
+        verified: The model type is in the table.
+    """
+
+    model_type: str
+    row: Architecture
+    section: tuple[str, ...]
+    d_model: int | None
+    n_layers: int | None
+    n_experts: int | None
+    tied_embeddings: bool
+    has_towers: bool
+    verified: bool = True
+
+
+def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool = False) -> TextModel:
+    """Read what config.json says about the text model.
+
+    Args:
+        config: The content of config.json.
+        path: Where the checkpoint lies, for messages.
+        unverified: Accept a model type that is neither in the table nor refused by name, by the rules common to all.
+
+    Raises:
+        UnsupportedArchitectureError: The model type is refused, or one of its settings is.
+        CheckpointError: A size is missing or no positive integer.
+    """
+    row, section = _row_and_section(config, path, unverified=unverified)
+    text = _at(config, section)
+    size_keys = [key for key in SIZE_KEYS if key in text]
+    if not section and not size_keys:
+        size_keys = [SIZE_KEYS[0]]
+    model_type = str(config.get("model_type"))
+    tied = config.get("tie_word_embeddings")
+    default = WRAPPERS[model_type].tied_by_default if model_type in WRAPPERS else row.tied_by_default
+    model = TextModel(
+        model_type=model_type,
+        row=row,
+        section=section,
+        d_model=_size(text, size_keys[0], path) if size_keys else None,
+        n_layers=_depth(text, row, path, required=not section),
+        n_experts=_expert_count(text),
+        tied_embeddings=default if tied is None else bool(tied),
+        has_towers=row.towers or bool(section) or model_type in WRAPPERS,
+        verified=row.model_type in ARCHITECTURES,
+    )
+    _check_conditions(text, model, path)
+    return model
+
+
+def _row_and_section(
+    config: Mapping[str, Any], path: Path, *, unverified: bool
+) -> tuple[Architecture, tuple[str, ...]]:
+    top = config.get("model_type")
+    sections = [key for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)]
+    wrapper = WRAPPERS.get(top) if isinstance(top, str) else None
+    if wrapper is not None:
+        section = tuple(sections[:1])
+        text_type = _at(config, section).get("model_type", wrapper.text_type) if section else wrapper.text_type
+    else:
+        section = tuple(sections[:1]) if unverified and top not in ARCHITECTURES else ()
+        text_type = _at(config, section).get("model_type", top)
+    row = ARCHITECTURES.get(text_type) if isinstance(text_type, str) else None
+    refused = [name for name in (top, text_type) if str(name) in REFUSED]
+    if row is not None and not refused:
+        return row, section
+    if unverified and isinstance(top, str) and not refused:
+        # Every rule is open to it: what they find is proved, or not, on a tiny twin.
+        return Architecture(model_type=str(text_type), post_norm=True, single=True, latent_experts=True), section
+    name = refused[0] if refused else (top if wrapper is None else text_type)
+    hint = "" if refused else ", or try --unverified, which first proves the edit on a tiny model of the same config"
+    raise UnsupportedArchitectureError(
+        f"{path / CONFIG_NAME}: model type {name!r} cannot be orthogonalized: {refusal(name)}; "
+        f"docs/architectures.md lists the types that can{hint}"
+    )
+
+
+def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any]:
+    for key in section:
+        config = config[key]
+    return config
+
+
+def _size(text: Mapping[str, Any], key: str, path: Path) -> int:
+    value = text.get(key)
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: {key} is {value!r}, expected a positive integer; "
+            "take config.json from the model's original release"
+        )
+    return value
+
+
+def _depth(text: Mapping[str, Any], row: Architecture, path: Path, *, required: bool) -> int | None:
+    keys = (row.depth_key,) if row.depth_key else DEPTH_KEYS
+    for key in keys:
+        if key in text:
+            return _size(text, key, path)
+    for key in DEPTH_LISTS:
+        if isinstance(text.get(key), list):
+            return len(text[key])
+    return _size(text, keys[0], path) if required else None
+
+
+def _expert_count(text: Mapping[str, Any]) -> int | None:
+    for name in EXPERT_KEYS:
+        value: Any = text
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def _check_conditions(text: Mapping[str, Any], model: TextModel, path: Path) -> None:
+    for condition in model.row.conditions:
+        value = text.get(condition.key)
+        exact = [model.d_model if allowed is SIZE else allowed for allowed in condition.exact]
+        if value not in exact:
+            raise UnsupportedArchitectureError(
+                f"{path / CONFIG_NAME}: model type {model.row.model_type!r} with {condition.key} = {value!r} cannot be "
+                f"orthogonalized: {condition.reason}; use another model"
+            )

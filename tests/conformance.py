@@ -1,0 +1,260 @@
+"""The conformance check of one architecture: a tiny random model, edited on disk and loaded, keeps a clean stream.
+
+Clean means that r . h is zero at the input of every block and after the last one. `Conformance.run` also restores
+each group of edited parameters in memory, one at a time: if the stream stays clean, that group was edited needlessly.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from abliterate.abliteration_record import EditedTensor
+from abliterate.architectures import ARCHITECTURES, TOWER, WRAPPERS
+from abliterate.directions import make_direction
+from abliterate.orthogonalization import orthogonalize_checkpoint
+from abliterate.tiny_config import shrink_config
+from conformance_models import BIASES, EXTRAS, INPUTS, WRAPPER_EXTRAS
+from tiny_models import random_direction
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+ALL_TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+WRAPPER_TYPES = sorted(WRAPPERS)
+TEXT_TYPES = sorted(set(ARCHITECTURES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+REFUSED_TYPES = sorted({*ALL_TYPES} - {*WRAPPER_TYPES, *TEXT_TYPES})
+CLEAN, DIRTY = 1e-6, 1e-3
+_LISTS = ("layers", "h", "blocks")
+_FINAL_NORMS = (
+    "norm",
+    "norm_f",
+    "ln_f",
+    "out_norm",
+    "final_norm",
+    "final_layernorm",
+    "final_layer_norm",
+    "layer_norm",
+    "embedding_norm",
+)
+
+
+def merge(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with nested `changes` applied."""
+    merged = dict(config)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if nested else copy.deepcopy(value)
+    return merged
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """Return the shrunken default config of a model type, with the extras of its recipe."""
+    default = AutoConfig.for_model(model_type)
+    extras = WRAPPER_EXTRAS.get(model_type, {}) if model_type in WRAPPERS else EXTRAS.get(model_type, {})
+    shrunk = merge(merge(_with_biases(shrink_config(default.to_dict())), extras), changes)
+    return type(default).from_dict(
+        {k: v for k, v in shrunk.items() if k not in {"architectures", "transformers_version"}}
+    )
+
+
+def _with_biases(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Switch every bias on that the text model's config can switch on, so that all of its writers are there."""
+    return {
+        key: _with_biases(value) if key == "text_config" else True if key in BIASES and value is False else value
+        for key, value in config.items()
+    }
+
+
+def _auto_class(model_type: str) -> Any:
+    return AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
+
+
+def build_model(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Build the tiny random model of a model type in float64, its norms and biases random too."""
+    config = tiny_config(model_type, **changes)
+    model = _auto_class(model_type).from_config(config, attn_implementation="eager", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    starts = [(n, b) for n, b in model.named_buffers() if n.endswith("z_L_init")]
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *starts]:
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            is_scale = tensor.dim() <= 1 and name.endswith(("weight", "layer_scalar"))
+            scale = 0.3 if tensor.dim() <= 1 else tensor.shape[-1] ** -0.5
+            tensor.copy_(float(is_scale) + scale * noise)
+    return model.eval()
+
+
+def load_model(path: Path, model_type: str) -> PreTrainedModel:
+    """Load a checkpoint in float64 with eager attention and experts."""
+    return (
+        _auto_class(model_type)
+        .from_pretrained(path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
+        .eval()
+    )
+
+
+def text_inputs(model: PreTrainedModel, model_type: str) -> dict[str, Tensor]:
+    """Return token ids, enough of them that every expert is used, and what else a type needs."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(1)
+    inputs = {"input_ids": torch.randint(5, min(vocabulary, 100), (3, 20), generator=generator)}
+    return inputs | (INPUTS[model_type](model) if model_type in INPUTS else {})
+
+
+def layer_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """Return the lists of decoder blocks, outside vision and audio towers."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and name.rpartition(".")[2] in _LISTS
+        and not any(TOWER.fullmatch(part) for part in name.split("."))
+    ]
+
+
+def stream_component(model: PreTrainedModel, inputs: Mapping[str, Tensor], direction: Tensor) -> float:
+    """Return max |r . h| / |h| over all block inputs, what the final norm gets, and all tokens."""
+    streams: list[Tensor] = []
+    handles = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        streams.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        streams.append(output[0] if isinstance(output, tuple) else output)
+
+    stacks = layer_lists(model)
+    assert stacks
+    try:
+        for name, blocks in stacks:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            handles += [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+            handles.append(blocks[-1].register_forward_hook(after))
+            norms = [
+                getattr(parent, norm) for norm in _FINAL_NORMS if isinstance(getattr(parent, norm, None), nn.Module)
+            ]
+            handles += [norm.register_forward_pre_hook(before, with_kwargs=True) for norm in norms[:1]]
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(streams) >= sum(len(blocks) + 1 for _, blocks in stacks)
+    return max(_component(stream, direction) for stream in streams)
+
+
+def _component(stream: Tensor, direction: Tensor) -> float:
+    h = stream.double()
+    along, norm = (h @ direction).abs(), h.norm(dim=-1)
+    assert bool(torch.isfinite(norm).all())
+    return float((along / norm.clamp_min(1e-300)).max())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What the check of one architecture found.
+
+    Attributes:
+        before: The stream's component in the base model.
+        after: In the edited one.
+        without: For each group of edited parameters (numbers as `*`), the component when that group is restored.
+        edited_on_disk: Entries of the tensors that were edited.
+        edited_in_memory: Entries of the parameters that changed.
+        writers: The edited tensors on disk in words, numbers as `*`.
+    """
+
+    before: float
+    after: float
+    without: dict[str, float]
+    edited_on_disk: int
+    edited_in_memory: int
+    writers: str
+
+
+def check(model_type: str, work: Path, *, model: PreTrainedModel | None = None, shard: str = "60KB") -> Result:
+    """Save a tiny model, edit it with the real `orthogonalize_checkpoint`, load it and look at its stream."""
+    model = model or build_model(model_type)
+    model.save_pretrained(work / "base", max_shard_size=shard)
+    del model
+    return check_saved(model_type, work)
+
+
+def check_saved(model_type: str, work: Path) -> Result:
+    """Edit the checkpoint in `work`/base and look at its stream."""
+    base = load_model(work / "base", model_type)
+    d_model = base.config.get_text_config().hidden_size
+    given = make_direction(mean_difference=random_direction(d_model))
+    report = orthogonalize_checkpoint(source=work / "base", direction=given, output=work / "edited")
+    direction = given.vector.double() / given.vector.double().norm()
+    edited = load_model(work / "edited", model_type)
+    inputs = text_inputs(base, model_type)
+    before = stream_component(base, inputs, direction)
+    after = stream_component(edited, inputs, direction)
+    groups = changed_parameters(base, edited)
+    return Result(
+        before=before,
+        after=after,
+        without={name: _without(edited, group, inputs, direction) for name, group in groups.items()},
+        edited_on_disk=sum(_entries(tensor.shape) for tensor in report.tensors),
+        edited_in_memory=sum(changed.numel() for group in groups.values() for changed, _ in group),
+        writers=describe_writers(report.tensors),
+    )
+
+
+def describe_writers(tensors: Sequence[EditedTensor]) -> str:
+    """Return the names of edited tensors within their layers, each once, with the norms that they are seen through."""
+    described = {}
+    for tensor in tensors:
+        name = _generic(tensor.name)
+        norms = [norm.weight.removesuffix(".weight") for norm in tensor.norm_chain]
+        through = [_generic(norm).rpartition(".*.")[2].rpartition(".")[2] for norm in norms]
+        within = re.sub(r"^.*?(layers|h|blocks|block)\.\*\.", "", name) if tensor.layer is not None else name
+        within = within.removesuffix(".weight")
+        axis = f" [axis {tensor.residual_axis}]" if tensor.layer is not None and tensor.residual_axis else ""
+        described[f"`{within}`{axis}{' through ' + ', '.join(through) if through else ''}"] = None
+    return ", ".join(sorted(described))
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
+
+
+def _entries(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def changed_parameters(base: PreTrainedModel, edited: PreTrainedModel) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Return the tensors of `edited` that differ from `base`, each with its original, by name with numbers as `*`."""
+    originals = dict([*base.named_parameters(), *base.named_buffers()])
+    groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, tensor in [*edited.named_parameters(), *edited.named_buffers()]:
+        if name in originals and not torch.equal(tensor, originals[name]):
+            groups.setdefault(_generic(name), []).append((tensor, originals[name]))
+    return groups
+
+
+def _without(
+    edited: PreTrainedModel, group: list[tuple[Tensor, Tensor]], inputs: Mapping[str, Tensor], direction: Tensor
+) -> float:
+    kept = [changed.detach().clone() for changed, _ in group]
+    with torch.no_grad():
+        for changed, original in group:
+            changed.copy_(original)
+        component = stream_component(edited, inputs, direction)
+        for (changed, _), value in zip(group, kept, strict=True):
+            changed.copy_(value)
+    return component

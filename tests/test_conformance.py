@@ -1,0 +1,85 @@
+"""Every model type with a text model that the installed transformers knows is either exact or refused by name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from abliterate.architectures import ARCHITECTURES, WRAPPERS
+from abliterate.directions import make_direction
+from abliterate.errors import UnsupportedArchitectureError
+from abliterate.orthogonalization import orthogonalize_checkpoint
+from abliterate.refused_architectures import REFUSED, refusal
+from conformance import (
+    ALL_TYPES,
+    CLEAN,
+    DIRTY,
+    REFUSED_TYPES,
+    TEXT_TYPES,
+    WRAPPER_TYPES,
+    build_model,
+    check,
+)
+from conformance_models import VARIANTS
+from matrix import exact_row, refused_row, written_rows
+from tiny_models import random_direction
+
+CHECKED = [*TEXT_TYPES, *WRAPPER_TYPES, *VARIANTS]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_the_stream_is_clean_and_each_group_of_edits_is_needed(tmp_path, name):
+    model_type, changes = VARIANTS.get(name, (name, {}))
+    result = check(model_type, tmp_path, model=build_model(model_type, **changes))
+    assert result.before > DIRTY
+    assert result.after < CLEAN
+    assert min(result.without.values()) > max(CLEAN, 100 * result.after), result.without
+    # Every entry that was edited on disk is one that the model has, and no other changed.
+    assert result.edited_on_disk == result.edited_in_memory
+    assert exact_row(name, result.writers) in written_rows(), "run `python scripts/architecture_matrix.py`"
+
+
+@pytest.mark.parametrize("model_type", REFUSED_TYPES)
+def test_every_other_type_is_refused_by_name_and_nothing_is_written(tmp_path, model_type):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 1}))
+    save_file({"model.layers.0.mlp.down_proj.weight": torch.ones(32, 2)}, base / "model.safetensors")
+    direction = make_direction(mean_difference=random_direction())
+    with pytest.raises(UnsupportedArchitectureError) as error:
+        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
+    assert f"model type {model_type!r} cannot be orthogonalized: {refusal(model_type)}; " in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    assert refused_row(model_type, refusal(model_type)) in written_rows(), "run `python scripts/architecture_matrix.py`"
+
+
+def test_the_matrix_has_a_row_for_each_type_and_no_other():
+    names = [row.split(" | ")[0].removeprefix("| ") for row in written_rows()]
+    assert sorted(names) == sorted([*CHECKED, *REFUSED_TYPES])
+
+
+def test_how_many_types_are_exact():
+    assert len(TEXT_TYPES) >= 120
+    assert len(WRAPPER_TYPES) >= 25
+    assert set(WRAPPER_TYPES) <= set(ALL_TYPES)
+    assert not set(REFUSED) & (set(ARCHITECTURES) | set(WRAPPERS))
+
+
+@pytest.mark.parametrize("model_type", TEXT_TYPES)
+def test_the_default_tie_of_a_text_type_is_that_of_the_config_class(model_type):
+    assert ARCHITECTURES[model_type].tied_by_default == bool(AutoConfig.for_model(model_type).tie_word_embeddings)
+
+
+@pytest.mark.parametrize("model_type", WRAPPER_TYPES)
+def test_the_defaults_of_a_wrapper_are_those_of_its_config_class(model_type):
+    config = AutoConfig.for_model(model_type)
+    wrapper = WRAPPERS[model_type]
+    assert wrapper.tied_by_default == bool(getattr(config, "tie_word_embeddings", False))
+    assert wrapper.text_type == config.get_text_config().model_type
+
+
+def test_a_type_that_is_not_refused_by_name_in_the_table_says_that_it_is_unknown():
+    assert refusal("brand_new") == "its residual writers are not known to be complete"
