@@ -4,16 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from abliterate.checkpoint import open_checkpoint
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
-from abliterate.residual_writers import (
-    ARCHITECTURES,
-    ResidualWriter,
-    StreamMap,
-    map_stream,
-)
+from abliterate.residual_writers import PostNorm, ResidualWriter, StreamMap, map_stream
 from tiny_models import D_MODEL, N_LAYERS, save_tiny_gpt2, save_tiny_llama, save_tiny_model
 
 
@@ -90,11 +84,6 @@ def test_layers_beyond_the_configs_count_are_left_alone(tmp_path):
     assert {w.layer for w in writers_of(tmp_path).values()} == {None, *range(N_LAYERS - 1)}
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_the_default_tie_is_that_of_the_config_class(model_type):
-    assert ARCHITECTURES[model_type].tied_by_default == AutoConfig.for_model(model_type).tie_word_embeddings
-
-
 @pytest.mark.parametrize(("tied", "stored"), [(True, True), (False, False)])
 def test_a_stored_head_is_a_writer_only_when_tied(tmp_path, tied, stored):
     save_tiny_llama(tmp_path)
@@ -128,10 +117,8 @@ def test_a_tied_head_of_another_shape_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("gemma2", "a norm stands between"),
-        ("olmo2", "a norm stands between"),
-        ("mixtral", "experts"),
-        ("gemma3n", "no edit of its weights"),
+        ("gemma3n", "LAuReL"),
+        ("openai-gpt", "norms act on the residual stream itself"),
         ("brand_new", "not known to be complete"),
         (None, "not known to be complete"),
         (["llama"], "not known to be complete"),
@@ -143,8 +130,26 @@ def test_other_model_types_are_refused_by_name(tmp_path, model_type, reason):
     with pytest.raises(UnsupportedArchitectureError, match=reason) as error:
         writers_of(tmp_path)
     assert repr(model_type) in str(error.value)
-    assert "gpt2, " in str(error.value)
+    assert "docs/architectures.md" in str(error.value)
+    assert ("--unverified" in str(error.value)) == (reason == "not known to be complete")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "reason"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False .* act on the residual stream itself"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16 .* a projection stands between"),
+        ("longcat_flash", {"zero_expert_num": 2}, "zero_expert_num = 2 .* identity experts"),
+        ("longcat_flash", {}, "zero_expert_num = None .* identity experts"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "normalised input"),
+    ],
+)
+def test_settings_that_no_edit_makes_exact_are_refused_by_name(tmp_path, model_type, config, reason):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, model_type=model_type, **config)
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        writers_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,24 +185,24 @@ def test_a_companion_of_a_writer_is_refused(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "message"),
     [
-        "model.embed_tokens.weight",
-        "model.layers.0.self_attn.o_proj.weight",
-        "model.layers.2.mlp.down_proj.weight",
+        ("model.embed_tokens.weight", "no token embedding was found"),
+        ("model.layers.0.self_attn.o_proj.weight", r"model.layers.0 .*has no residual writer of attention"),
+        ("model.layers.2.mlp.down_proj.weight", r"model.layers.2 .*has no residual writer of an MLP"),
     ],
 )
-def test_a_missing_writer_is_refused_by_its_name(tmp_path, name):
+def test_a_missing_writer_is_refused_by_its_place(tmp_path, name, message):
     save_tiny_llama(tmp_path)
     change_tensors(tmp_path, remove=(name,))
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(CheckpointError, match=message):
         writers_of(tmp_path)
 
 
 def test_fewer_layers_than_the_config_says(tmp_path):
     save_tiny_llama(tmp_path)
     change_config(tmp_path, num_hidden_layers=40)
-    with pytest.raises(CheckpointError, match=r"model.layers.3.self_attn.o_proj.weight .*40 layers"):
+    with pytest.raises(CheckpointError, match=r"model.layers.3 .*40 layers.* of attention .* and of an MLP"):
         writers_of(tmp_path)
 
 
@@ -221,10 +226,9 @@ def test_a_config_of_another_width(tmp_path):
     [
         ("model.layers.1.mlp.extra_proj.weight", (D_MODEL, 5)),
         ("model.layers.1.mlp.extra_proj.weight", (5, D_MODEL)),
-        ("model.layers.1.mlp.experts.down_proj", (4, D_MODEL, 5)),
         ("model.layers.1.post_feedforward_layernorm.weight", (D_MODEL,)),
         ("model.embed_positions.weight", (9, D_MODEL)),
-        ("embed_tokens.weight", (9, D_MODEL)),
+        ("base.embed_tokens.weight", (9, D_MODEL)),
         ("vision_tower.layers.0.mlp.down_proj.weight", (D_MODEL, 5)),
     ],
 )
@@ -258,5 +262,92 @@ def test_another_layout_of_the_same_type_is_refused(tmp_path):
     save_tiny_llama(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({f"base.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(UnsupportedArchitectureError, match=r"no tensor is named model\.layers\.0"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"no tensor is named as a layer .*model\.layers\.0"):
+        writers_of(tmp_path)
+
+
+def test_two_token_embeddings_are_one_too_many(tmp_path):
+    save_tiny_llama(tmp_path)
+    change_tensors(tmp_path, add={"embed_tokens.weight": torch.ones(9, D_MODEL)})
+    with pytest.raises(UnsupportedArchitectureError, match="2 token embeddings"):
+        writers_of(tmp_path)
+
+
+def test_experts_that_the_config_does_not_name(tmp_path):
+    save_tiny_llama(tmp_path)
+    change_tensors(tmp_path, add={"model.layers.1.mlp.experts.down_proj": torch.ones(4, D_MODEL, 5)})
+    with pytest.raises(CheckpointError, match="has 4 experts, but config.json names no number"):
+        writers_of(tmp_path)
+
+
+def test_experts_fewer_than_the_config_says(tmp_path):
+    save_tiny_model(tmp_path, "mixtral", num_local_experts=4)
+    change_tensors(tmp_path, remove=("model.layers.1.block_sparse_moe.experts.3.w2.weight",))
+    with pytest.raises(CheckpointError, match=r"layers.1.block_sparse_moe.experts.\*.w2 has 3 experts, .* says 4"):
+        writers_of(tmp_path)
+
+
+def test_layers_of_a_second_stack_are_refused(tmp_path):
+    save_tiny_llama(tmp_path)
+    change_tensors(tmp_path, add={"model.encoder.layers.0.mlp.down_proj.weight": torch.ones(D_MODEL, 5)})
+    with pytest.raises(UnsupportedArchitectureError, match=r"in 2 ways \(model.encoder.layers, model.layers\)"):
+        writers_of(tmp_path)
+
+
+def test_what_is_left_alone_is_listed_with_the_reason(tmp_path):
+    save_tiny_llama(tmp_path)
+    extra = {
+        f"model.layers.{N_LAYERS}.mlp.down_proj.weight": torch.ones(D_MODEL, 5),
+        "mtp.fc.weight": torch.ones(D_MODEL, 2 * D_MODEL),
+        "model.layers.0.self_attn.q_proj.weight_scale": torch.ones(D_MODEL, 1),
+    }
+    change_tensors(tmp_path, add=extra)
+    reasons = {alone.tensor_name: alone.reason for alone in stream_of(tmp_path).left_alone}
+    assert reasons.keys() == {*extra, "lm_head.weight"}
+    assert "layer 3 is beyond the model's 3" in reasons[f"model.layers.{N_LAYERS}.mlp.down_proj.weight"]
+    assert "predicts tokens further ahead" in reasons["mtp.fc.weight"]
+    assert "quantised" in reasons["model.layers.0.self_attn.q_proj.weight_scale"]
+    assert reasons["lm_head.weight"] == "the output head reads the residual stream"
+
+
+def test_norms_after_a_sublayer_are_read_off_its_own_layer(tmp_path):
+    found = writers_of(save_tiny_model(tmp_path, "gemma2", tied=True))
+    for layer in range(N_LAYERS):
+        attention = PostNorm(weight=f"model.layers.{layer}.post_attention_layernorm.weight", plus_one=True)
+        mlp = PostNorm(weight=f"model.layers.{layer}.post_feedforward_layernorm.weight", plus_one=True)
+        assert found[f"model.layers.{layer}.self_attn.o_proj.weight"].norm_chain == (attention,)
+        assert found[f"model.layers.{layer}.mlp.down_proj.weight"].norm_chain == (mlp,)
+
+
+def test_a_layer_without_a_post_norm_has_no_chain(tmp_path):
+    save_tiny_model(tmp_path, "olmo2")
+    change_tensors(tmp_path, remove=("model.layers.1.post_feedforward_layernorm.weight",))
+    found = writers_of(tmp_path)
+    assert found["model.layers.0.mlp.down_proj.weight"].norm_chain != ()
+    assert found["model.layers.1.mlp.down_proj.weight"].norm_chain == ()
+
+
+def test_an_unknown_type_is_mapped_by_the_common_rules_only_if_asked(tmp_path):
+    expected = writers_of(save_tiny_llama(tmp_path))
+    change_config(tmp_path, model_type="brand_new")
+    checkpoint = open_checkpoint(tmp_path)
+    tensors = tuple(checkpoint.tensors())
+    stream = map_stream(config=checkpoint.config, tensors=tensors, path=tmp_path, unverified=True)
+    assert {writer.tensor_name: writer for writer in stream.writers} == expected
+    with pytest.raises(UnsupportedArchitectureError, match="brand_new"):
+        map_stream(config=checkpoint.config, tensors=tensors, path=tmp_path)
+
+
+def test_unverified_does_not_open_a_type_that_is_known_not_to_be_exact(tmp_path):
+    save_tiny_llama(tmp_path)
+    change_config(tmp_path, model_type="doge")
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(UnsupportedArchitectureError, match="learned number"):
+        map_stream(config=checkpoint.config, tensors=tuple(checkpoint.tensors()), path=tmp_path, unverified=True)
+
+
+def test_missing_position_embeddings_are_noticed(tmp_path):
+    save_tiny_gpt2(tmp_path)
+    change_tensors(tmp_path, remove=("transformer.wpe.weight",))
+    with pytest.raises(CheckpointError, match="no position embedding"):
         writers_of(tmp_path)

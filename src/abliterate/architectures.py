@@ -183,6 +183,7 @@ class Architecture:
         tied_by_default: `tie_word_embeddings` where the config does not say; the config class's own default.
         post_norm: Norms may stand between a sub-layer and the stream.
         plus_one: Those norms multiply by 1 + weight.
+        positions: It has position embeddings of its own, added to those of the tokens.
         conv1d: Matrices are stored [in, out], so the stream is on axis 1.
         single: A layer may be one sub-layer (a mixer alone), so that one writer is enough.
         fused_axis: The stream's axis in a stack of experts whose shape does not tell it.
@@ -197,6 +198,7 @@ class Architecture:
     tied_by_default: bool = False
     post_norm: bool = False
     plus_one: bool = False
+    positions: bool = False
     conv1d: bool = False
     single: bool = False
     fused_axis: int = 1
@@ -216,9 +218,8 @@ ministral3 mistral mixtral nanochat nemotron olmo olmoe persimmon phi phi3 phimo
 qwen3_5_moe_text qwen3_5_text qwen3_next seed_oss solar_open stablelm xlstm
 """
 _COMMON_TIED = """
-biogpt cohere cohere2 cohere2_moe cohere_compass_text ernie4_5 ernie4_5_moe falcon gemma gpt_bigcode gpt_neo
-gpt_neox_japanese granite_swa jetmoe lfm2 lfm2_moe minicpm3 mpt recurrent_gemma smollm3 starcoder2 vaultgemma youtu
-modernbert-decoder
+cohere cohere2 cohere2_moe cohere_compass_text ernie4_5 ernie4_5_moe falcon gemma gpt_neox_japanese granite_swa
+jetmoe lfm2 lfm2_moe minicpm3 mpt recurrent_gemma smollm3 starcoder2 vaultgemma youtu modernbert-decoder
 """
 # Text models that occur inside a wrapper only.
 _WRAPPED = """
@@ -226,6 +227,7 @@ qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen2_5_omni_text qwen3_omni_moe_tex
 mistral_large4_text step3p5 hunyuan_vl_text paddleocr_vl_text granite_docling_text
 """
 _POST_NORM = "glm4v_text glm_ocr_text afmoe axk1 beam exaone4 flex_olmo glm4 hyperclovax kolibri1 olmo2 olmo3"
+_POSITIONS_TIED = "biogpt gpt_bigcode gpt_neo"
 _POST_NORM_TIED = "gemma4_text gemma4_unified_text lfm3"
 
 _ROWS = (
@@ -237,8 +239,9 @@ _ROWS = (
     Architecture(model_type="qwen3_vl_moe_text", fused_axis=2),
     Architecture(model_type="gemma2", post_norm=True, plus_one=True, tied_by_default=True),
     Architecture(model_type="gemma3_text", post_norm=True, plus_one=True, tied_by_default=True),
-    Architecture(model_type="gpt2", conv1d=True, tied_by_default=True),
-    Architecture(model_type="gpt-sw3", conv1d=True, tied_by_default=True),
+    *(Architecture(model_type=name, positions=True, tied_by_default=True) for name in _POSITIONS_TIED.split()),
+    Architecture(model_type="gpt2", positions=True, conv1d=True, tied_by_default=True),
+    Architecture(model_type="gpt-sw3", positions=True, conv1d=True, tied_by_default=True),
     Architecture(model_type="gpt_oss", fused_axis=2),
     Architecture(model_type="llama4_text", fused_axis=2),
     Architecture(model_type="aria_text", fused_axis=2),
@@ -264,6 +267,7 @@ _ROWS = (
     Architecture(
         model_type="opt",
         tied_by_default=True,
+        positions=True,
         conditions=(
             Condition(
                 key="do_layer_norm_before", exact=(True, None), reason="its norms act on the residual stream itself"

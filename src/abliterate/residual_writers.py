@@ -163,6 +163,11 @@ class _Mapper:
                 f"{self.path}: holds {len(embeddings)} token embeddings ({', '.join(embeddings)}), and which of "
                 "them starts the residual stream is not known; use the checkpoint as it was released"
             )
+        if self.row.positions and self.model.verified and not self._has(Part.POSITION_EMBEDDING):
+            raise CheckpointError(
+                f"{self.path}: no position embedding was found, and a {self.row.model_type} model has one; download the "
+                "checkpoint again"
+            )
         if not embeddings and not (heads and self.model.tied_embeddings):
             raise CheckpointError(
                 f"{self.path}: no token embedding was found (such as model.embed_tokens.weight), so the checkpoint "
@@ -189,6 +194,9 @@ class _Mapper:
     def _stored_embedding(self) -> str:
         return self.embedding if self.embedding in self.shapes else str(self.head)
 
+    def _has(self, part: Part) -> bool:
+        return any(name.part is part for name in self.names.values())
+
     def _is(self, tensor_name: str, part: Part) -> bool:
         return self.names[tensor_name].part is part
 
@@ -208,6 +216,8 @@ class _Mapper:
         elif name.part in {Part.POST_NORM, Part.EMBEDDING_NORM} and name.is_bias:
             role = "embed" if name.layer is None else "mlp"
         elif role is None or name.part not in _WRITING:
+            return None
+        elif name.part is Part.POSITION_EMBEDDING and not self.row.positions:
             return None
         axis = self._axis(tensor, name)
         if self.row.latent_experts and name.expert is not None and tensor.shape[axis] != self.d_model:
@@ -241,9 +251,8 @@ class _Mapper:
         name = self.names[tensor.name]
         if name.layer is not None and name.layer >= self.n_layers:
             return f"layer {name.layer} is beyond the model's {self.n_layers}: it predicts tokens further ahead"
-        if name.part is Part.POST_NORM and not self.row.post_norm:
-            raise self._unknown(tensor)
-        if name.part is Part.UNKNOWN:
+        is_unexpected = (name.part is Part.POST_NORM and not self.row.post_norm) or name.part is Part.POSITION_EMBEDDING
+        if is_unexpected or name.part is Part.UNKNOWN:
             raise self._unknown(tensor)
         return _REASONS.get(name.part)
 

@@ -101,7 +101,9 @@ def _row_and_section(
         return row, section
     if unverified and isinstance(top, str) and not refused:
         # Every rule is open to it: what they find is proved, or not, on a tiny twin.
-        return Architecture(model_type=str(text_type), post_norm=True, single=True, latent_experts=True), section
+        return Architecture(
+            model_type=str(text_type), post_norm=True, single=True, latent_experts=True, positions=True
+        ), section
     name = refused[0] if refused else (top if wrapper is None else text_type)
     hint = "" if refused else ", or try --unverified, which first proves the edit on a tiny model of the same config"
     raise UnsupportedArchitectureError(
