@@ -60,7 +60,9 @@ def answer_prompts(
     for kind, texts in prompts.items():
         rows[kind] = chat.encode(texts)
         with progress.task(f"Answering {kind} prompts ({label})", total=len(texts)) as advance:
-            tokens[kind] = _generate(chat, rows[kind], max_new_tokens=max_new_tokens, cache=cache, advance=advance)
+            tokens[kind] = generate_replies(
+                chat, rows[kind], max_new_tokens=max_new_tokens, cache=cache, advance=advance
+            )
     return Answers(rows=rows, tokens=tokens, max_new_tokens=max_new_tokens)
 
 
@@ -100,9 +102,15 @@ def read_replies(
     }
 
 
-def _generate(
-    chat: ChatModel, rows: list[list[int]], *, max_new_tokens: int, cache: ReplyCache | None, advance: Advance
+def generate_replies(
+    chat: ChatModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    cache: ReplyCache | None = None,
+    advance: Advance = lambda _n: None,
 ) -> list[list[int]]:
+    """Generate greedy replies to rendered prompts (token ids), except those that a cache holds."""
     if cache is None:
         return chat.generate(rows, max_new_tokens=max_new_tokens, advance=advance)
     kept = [cache.get(row) for row in rows]

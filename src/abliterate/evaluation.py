@@ -39,6 +39,7 @@ from abliterate.evaluation_report import (
 )
 from abliterate.held_out import HeldOut, hold_out, used_for_checkpoint, used_prompts
 from abliterate.hub import ModelSource, resolve_model
+from abliterate.judges import JudgeOptions, JudgeReport, judge_replies, load_judge
 from abliterate.model import ChatModel, ModelOptions, load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
@@ -83,6 +84,7 @@ def evaluate_model(
     texts = {spec: load_plain_texts(spec) for spec in dict.fromkeys(options.texts)}
     source = _resolve(model)
     base_source = _resolve(base) if base is not None else (source if options.intervention != "none" else None)
+    judges = tuple(_resolve(judge) for judge in options.judges)
     used = used_for_checkpoint(source.path) | (used_prompts(loaded.metadata) if loaded else frozenset())
     held_out = {kind: hold_out(chosen, used) for kind, chosen in sets.items()}
     for kind, held in held_out.items():
@@ -91,6 +93,7 @@ def evaluate_model(
     return _Run(
         source=source,
         base_source=base_source,
+        judges=judges,
         direction=loaded,
         held_out=held_out,
         texts={spec: chosen.texts for spec, chosen in texts.items()},
@@ -116,6 +119,7 @@ class _Run:
 
     source: ModelSource
     base_source: ModelSource | None
+    judges: tuple[ModelSource, ...]
     direction: Direction | None
     held_out: dict[Kind, HeldOut]
     texts: dict[str, tuple[str, ...]]
@@ -136,14 +140,14 @@ class _Run:
                 divergence = self._divergence(chat, distributions)
                 own = self._own_answers(chat, base.answers if base else answers, "model")
                 texts = self._text_surprise(chat, "model")
-                replies = read_replies(chat, answers)
+                replies, device = read_replies(chat, answers), chat.device.type
             if base is not None:
                 with open_base() as chat:
                     replies = read_replies(chat, answers, surprise=self._surprise(chat, answers))
             model = _Side(answers=answers, replies=replies, own_answers=own, texts=texts)
         if self.options.save_completions is not None:
             _write_completions(self.options.save_completions, self._prompts, {"base": base, "model": model})
-        return self._report(base, model, divergence)
+        return self._report(base, model, divergence, self._judge(base, model, device))
 
     @property
     def _prompts(self) -> dict[Kind, PromptSet]:
@@ -253,7 +257,28 @@ class _Run:
     def _surprise(self, chat: ChatModel, answers: Answers) -> dict[str, Surprise]:
         return measure_surprise(chat, answers, progress=self.progress)
 
-    def _report(self, base: _Side | None, model: _Side, divergence: Divergence | None) -> EvaluationReport:
+    def _judge(self, base: _Side | None, model: _Side, device: str) -> tuple[JudgeReport, ...]:
+        options = JudgeOptions(
+            label=self.options.judge_label,
+            prompt=self.options.judge_prompt,
+            device=device,
+            cache=self.options.cache,
+        )
+        return tuple(
+            judge_replies(
+                load_judge(source, options=options, progress=self.progress),
+                name=source.name,
+                prompts={kind: chosen.texts for kind, chosen in self._prompts.items()},
+                replies=model.replies,
+                base_replies=base.replies if base else None,
+                progress=self.progress,
+            )
+            for source in self.judges
+        )
+
+    def _report(
+        self, base: _Side | None, model: _Side, divergence: Divergence | None, judges: tuple[JudgeReport, ...]
+    ) -> EvaluationReport:
         prompts = self._prompts
         compared = {
             spec: compare_surprise(base.texts[spec] if base else None, found) for spec, found in model.texts.items()
@@ -281,6 +306,7 @@ class _Run:
             divergence=divergence,
             cross_entropy=compare_surprise(base.own_answers, model.own_answers) if base else None,
             text_cross_entropy={spec: entropy for spec, entropy in compared.items() if entropy is not None},
+            judges=judges,
             excluded={kind: held.excluded for kind, held in self.held_out.items()},
             prompt_sets={
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}

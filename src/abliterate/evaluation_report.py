@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from abliterate.distribution_shift import CrossEntropy, Divergence
+from abliterate.judges import JudgeReport
 from abliterate.proportions import PairedChange, paired_change, wilson_interval
 from abliterate.reply_classes import DEGENERATE, Reply
 
@@ -35,6 +36,9 @@ class EvaluationOptions:
         coefficient: for `add` the dose: -1 bypasses refusal, +1 induces it; for `affine` how far to go from the
             harmless mean (0) towards the harmful one (1). None is 1 for `add` and 0 for `affine`.
         thinking: let a thinking model think; by default its template's non-thinking form is used.
+        judges: models that judge the replies too, directories or Hub ids.
+        judge_label: the label of a sequence classifier that means refusal; None to find it by its name.
+        judge_prompt: auto, guard, yes-no, or a file with {prompt} and {reply}; see `judges`.
         save_completions: a JSON Lines file for all completions; None writes none.
         cache: a folder that keeps replies (token ids, those to harmful prompts too) for resuming; None keeps none.
     """
@@ -47,6 +51,9 @@ class EvaluationOptions:
     intervention: Intervention = "none"
     coefficient: float | None = None
     thinking: bool = False
+    judges: tuple[str, ...] = ()
+    judge_label: str | None = None
+    judge_prompt: str = "auto"
     save_completions: Path | None = None
     cache: Path | None = None
 
@@ -125,6 +132,7 @@ class EvaluationReport:
         divergence: the same over the base's own answers; see `Divergence`.
         cross_entropy: of the base's own harmless answers.
         text_cross_entropy: SPEC -> cross-entropy of plain text.
+        judges: what each judge says, and its agreement with the substrings.
         excluded: kind -> prompts left out because the direction was found with them.
         prompt_sets: name, size and hash of each set as used.
         versions: of what computed this.
@@ -147,6 +155,7 @@ class EvaluationReport:
     divergence: Divergence | None = None
     cross_entropy: CrossEntropy | None
     text_cross_entropy: dict[str, CrossEntropy] = field(default_factory=dict)
+    judges: tuple[JudgeReport, ...] = ()
     excluded: dict[str, int] = field(default_factory=dict)
     prompt_sets: dict[str, dict[str, Any]]
     versions: dict[str, str]

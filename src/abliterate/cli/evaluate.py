@@ -25,6 +25,7 @@ from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
     from abliterate.evaluation_report import CategoryRate, EvaluationReport, RefusalRate
+    from abliterate.judges import JudgedRate
 
 
 class InterventionChoice(StrEnum):
@@ -77,6 +78,25 @@ def evaluate(
     thinking: Annotated[
         bool, typer.Option("--thinking", help="Let a thinking model think; only answers count.")
     ] = False,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--judge",
+            metavar="MODEL",
+            help="A local classifier or guard model that judges the replies too; several times for several.",
+        ),
+    ] = None,
+    judge_label: Annotated[
+        str | None, typer.Option("--judge-label", metavar="LABEL", help="The classifier's label that means refusal.")
+    ] = None,
+    judge_prompt: Annotated[
+        str,
+        typer.Option(
+            "--judge-prompt",
+            metavar="HOW",
+            help="guard (the judge's own chat template), yes-no, or a file with {prompt} and {reply}; auto chooses.",
+        ),
+    ] = "auto",
     output_file: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON report here.")] = None,
     save_completions: Annotated[
         Path | None, typer.Option("--save-completions", help="Write all completions here (JSON Lines).")
@@ -121,6 +141,9 @@ def evaluate(
             thinking=thinking,
             intervention=intervention.value,
             coefficient=coefficient,
+            judges=tuple(judge or ()),
+            judge_label=judge_label,
+            judge_prompt=judge_prompt,
             save_completions=save_completions,
             cache=cache,
         ),
@@ -135,7 +158,26 @@ def evaluate(
     )
     if output_file is not None:
         report.save(output_file)
-    output.report(report, tables=lambda: [rates_table(report), damage_table(report), categories_table(report)])
+    output.report(report, tables=lambda: report_tables(report))
+
+
+def report_tables(report: "EvaluationReport") -> list[Table | str]:
+    """Return all tables of a report, the headline first."""
+    judged: list[Table | str] = [judges_table(report)] if report.judges else []
+    return [rates_table(report), damage_table(report), *judged, categories_table(report)]
+
+
+def judges_table(report: "EvaluationReport") -> Table:
+    """Return what each judge says beside the substrings, with their agreement."""
+    table = Table("judge", "prompts", "base declines", "model declines", "undecided", "kappa", title="Judges")
+    for judge in report.judges:
+        for kind, rate in judge.rates.items():
+            base = _cell(judge.base_rates[kind]) if judge.base_rates else ""
+            kappa = judge.agreement[kind].kappa
+            agreement = "-" if kappa is None else f"{kappa:.2f}"
+            table.add_row(judge.judge, kind, base, _cell(rate), str(rate.undecided), agreement)
+    table.caption = "kappa: agreement with the substrings beyond chance; - where all replies are rated alike"
+    return table
 
 
 def rates_table(report: "EvaluationReport") -> Table:
@@ -179,5 +221,5 @@ def categories_table(report: "EvaluationReport") -> Table:
     return table
 
 
-def _cell(rate: "RefusalRate | CategoryRate") -> str:
+def _cell(rate: "RefusalRate | CategoryRate | JudgedRate") -> str:
     return f"{rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}]"
