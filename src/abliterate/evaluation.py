@@ -17,6 +17,7 @@ import torch
 
 from abliterate._version import __version__
 from abliterate.behaviour import Answers, answer_prompts, let_think, measure_surprise, read_replies
+from abliterate.capability import TaskSamples, compare_tasks, require_harness, run_tasks
 from abliterate.directions import Direction, load_direction
 from abliterate.distribution_shift import (
     BaseDistributions,
@@ -80,6 +81,8 @@ def evaluate_model(
     options = options or EvaluationOptions()
     loaded = load_direction(direction) if isinstance(direction, Path) else direction
     _check_options(options, loaded)
+    if options.tasks.tasks:
+        require_harness()
     sets = {kind: load_prompt_set(getattr(options, kind), kind=kind, part="test") for kind in KINDS}
     texts = {spec: load_plain_texts(spec) for spec in dict.fromkeys(options.texts)}
     source = _resolve(model)
@@ -111,6 +114,7 @@ class _Side:
     replies: dict[str, list[Reply]]
     own_answers: Surprise
     texts: dict[str, Surprise]
+    tasks: TaskSamples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +144,12 @@ class _Run:
                 divergence = self._divergence(chat, distributions)
                 own = self._own_answers(chat, base.answers if base else answers, "model")
                 texts = self._text_surprise(chat, "model")
+                tasks = self._tasks(chat, "model")
                 replies, device = read_replies(chat, answers), chat.device.type
             if base is not None:
                 with open_base() as chat:
                     replies = read_replies(chat, answers, surprise=self._surprise(chat, answers))
-            model = _Side(answers=answers, replies=replies, own_answers=own, texts=texts)
+            model = _Side(answers=answers, replies=replies, own_answers=own, texts=texts, tasks=tasks)
         if self.options.save_completions is not None:
             _write_completions(self.options.save_completions, self._prompts, {"base": base, "model": model})
         return self._report(base, model, divergence, self._judge(base, model, device))
@@ -186,6 +191,7 @@ class _Run:
             replies=read_replies(chat, answers, surprise=surprise),
             own_answers=surprise["harmless"],
             texts=self._text_surprise(chat, "base"),
+            tasks=self._tasks(chat, "base"),
         )
         return side, distributions
 
@@ -254,6 +260,10 @@ class _Run:
                 found[spec] = text_surprise(chat, texts, advance=advance)
         return found
 
+    def _tasks(self, chat: ChatModel, label: str) -> TaskSamples:
+        options = self.options.tasks
+        return run_tasks(chat, options=options, label=label, progress=self.progress) if options.tasks else {}
+
     def _surprise(self, chat: ChatModel, answers: Answers) -> dict[str, Surprise]:
         return measure_surprise(chat, answers, progress=self.progress)
 
@@ -307,6 +317,11 @@ class _Run:
             cross_entropy=compare_surprise(base.own_answers, model.own_answers) if base else None,
             text_cross_entropy={spec: entropy for spec, entropy in compared.items() if entropy is not None},
             judges=judges,
+            capability=(
+                compare_tasks(base.tasks if base else None, model.tasks, options=self.options.tasks)
+                if self.options.tasks.tasks
+                else None
+            ),
             excluded={kind: held.excluded for kind, held in self.held_out.items()},
             prompt_sets={
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}

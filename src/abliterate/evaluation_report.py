@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from abliterate.capability import CapabilityReport, TaskOptions
 from abliterate.distribution_shift import CrossEntropy, Divergence
 from abliterate.judges import JudgeReport
 from abliterate.proportions import PairedChange, paired_change, wilson_interval
@@ -39,6 +40,7 @@ class EvaluationOptions:
         judges: models that judge the replies too, directories or Hub ids.
         judge_label: the label of a sequence classifier that means refusal; None to find it by its name.
         judge_prompt: auto, guard, yes-no, or a file with {prompt} and {reply}; see `judges`.
+        tasks: what lm-evaluation-harness runs.
         save_completions: a JSON Lines file for all completions; None writes none.
         cache: a folder that keeps replies (token ids, those to harmful prompts too) for resuming; None keeps none.
     """
@@ -54,6 +56,7 @@ class EvaluationOptions:
     judges: tuple[str, ...] = ()
     judge_label: str | None = None
     judge_prompt: str = "auto"
+    tasks: TaskOptions = field(default_factory=TaskOptions)
     save_completions: Path | None = None
     cache: Path | None = None
 
@@ -133,6 +136,7 @@ class EvaluationReport:
         cross_entropy: of the base's own harmless answers.
         text_cross_entropy: SPEC -> cross-entropy of plain text.
         judges: what each judge says, and its agreement with the substrings.
+        capability: scores of lm-evaluation-harness, or None.
         excluded: kind -> prompts left out because the direction was found with them.
         prompt_sets: name, size and hash of each set as used.
         versions: of what computed this.
@@ -156,6 +160,7 @@ class EvaluationReport:
     cross_entropy: CrossEntropy | None
     text_cross_entropy: dict[str, CrossEntropy] = field(default_factory=dict)
     judges: tuple[JudgeReport, ...] = ()
+    capability: CapabilityReport | None = None
     excluded: dict[str, int] = field(default_factory=dict)
     prompt_sets: dict[str, dict[str, Any]]
     versions: dict[str, str]

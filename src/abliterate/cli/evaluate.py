@@ -24,6 +24,7 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
+    from abliterate.capability import CapabilityReport
     from abliterate.evaluation_report import CategoryRate, EvaluationReport, RefusalRate
     from abliterate.judges import JudgedRate
 
@@ -97,6 +98,16 @@ def evaluate(
             help="guard (the judge's own chat template), yes-no, or a file with {prompt} and {reply}; auto chooses.",
         ),
     ] = "auto",
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, separated by commas."),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option("--lm-eval-path", metavar="DIR", help="A folder with task definitions of your own.")
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None, typer.Option("--lm-eval-limit", min=1, help="Documents of each task; default: all.")
+    ] = None,
     output_file: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON report here.")] = None,
     save_completions: Annotated[
         Path | None, typer.Option("--save-completions", help="Write all completions here (JSON Lines).")
@@ -122,6 +133,7 @@ def evaluate(
     Replies are greedy and are not written anywhere unless --save-completions or --cache asks for it. Prompts that the
     direction was found with are left out.
     """
+    from abliterate.capability import TaskOptions
     from abliterate.evaluation import evaluate_model
     from abliterate.evaluation_report import EvaluationOptions
     from abliterate.hub import resolve_model
@@ -144,6 +156,11 @@ def evaluate(
             judges=tuple(judge or ()),
             judge_label=judge_label,
             judge_prompt=judge_prompt,
+            tasks=TaskOptions(
+                tasks=tuple(task.strip() for task in (lm_eval or "").split(",") if task.strip()),
+                path=lm_eval_path,
+                limit=lm_eval_limit,
+            ),
             save_completions=save_completions,
             cache=cache,
         ),
@@ -163,8 +180,22 @@ def evaluate(
 
 def report_tables(report: "EvaluationReport") -> list[Table | str]:
     """Return all tables of a report, the headline first."""
-    judged: list[Table | str] = [judges_table(report)] if report.judges else []
-    return [rates_table(report), damage_table(report), *judged, categories_table(report)]
+    more: list[Table | str] = [judges_table(report)] if report.judges else []
+    more += [tasks_table(report.capability)] if report.capability else []
+    return [rates_table(report), damage_table(report), *more, categories_table(report)]
+
+
+def tasks_table(report: "CapabilityReport") -> Table:
+    """Return the scores of lm-evaluation-harness, with paired differences."""
+    table = Table("task", "metric", "n", "base", "model", "difference (95 %)", "p (McNemar)", title=report.harness)
+    for score in report.scores:
+        difference = (
+            "" if score.difference is None else f"{score.difference:+.4f} [{score.low:+.4f}, {score.high:+.4f}]"
+        )
+        base = "" if score.base is None else f"{score.base:.4f}"
+        p_value = "" if score.p_value is None else f"{score.p_value:.2g}"
+        table.add_row(score.task, score.metric, str(score.n), base, f"{score.model:.4f}", difference, p_value)
+    return table
 
 
 def judges_table(report: "EvaluationReport") -> Table:
