@@ -11,9 +11,10 @@ from abliterate.errors import InputError, ModelError
 from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions
 from abliterate.hub import ModelSource, resolve_model
-from abliterate.judges import JudgeOptions, judge_replies, load_judge, parse_verdict
+from abliterate.judges import JudgeOptions, load_judge, parse_verdict
 from abliterate.model import ChatModel
 from abliterate.reply_classes import read_reply
+from abliterate.verdicts import judge_replies
 from chat_models import VOCABULARY, make_tokenizer
 
 GUARD_TEMPLATE = (

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from abliterate.capability import CapabilityReport, TaskOptions
 from abliterate.distribution_shift import CrossEntropy, Divergence
-from abliterate.judges import JudgeReport
 from abliterate.proportions import PairedChange, paired_change, wilson_interval
 from abliterate.reply_classes import DEGENERATE, Reply
+from abliterate.verdicts import JudgeReport
 
 Intervention = Literal["none", "ablate", "add", "affine"]
 Kind = Literal["harmful", "harmless", "borderline"]

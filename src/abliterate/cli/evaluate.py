@@ -21,12 +21,12 @@ from abliterate.cli.options import (
     TrustRemoteCodeOption,
     parse_batch_size,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, command_line
 
 if TYPE_CHECKING:
     from abliterate.capability import CapabilityReport
     from abliterate.evaluation_report import CategoryRate, EvaluationReport, RefusalRate
-    from abliterate.judges import JudgedRate
+    from abliterate.verdicts import JudgedRate
 
 
 class InterventionChoice(StrEnum):
@@ -112,6 +112,14 @@ def evaluate(
     save_completions: Annotated[
         Path | None, typer.Option("--save-completions", help="Write all completions here (JSON Lines).")
     ] = None,
+    report_directory: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write one self-contained HTML page (and the JSON) here."),
+    ] = None,
+    report_completions: Annotated[
+        bool,
+        typer.Option("--report-completions", help="Put the replies that --save-completions writes into the page too."),
+    ] = False,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -135,11 +143,14 @@ def evaluate(
     """
     from abliterate.capability import TaskOptions
     from abliterate.evaluation import evaluate_model
+    from abliterate.evaluation_page import write_evaluation_page
     from abliterate.evaluation_report import EvaluationOptions
     from abliterate.hub import resolve_model
     from abliterate.model import ModelOptions
 
     output = Output.of(context, json_output=json_output)
+    if report_completions and (report_directory is None or save_completions is None):
+        raise typer.BadParameter("--report-completions needs --report DIR and --save-completions FILE")
     report = evaluate_model(
         model=resolve_model(model, revision=revision),
         base=base,
@@ -175,6 +186,9 @@ def evaluate(
     )
     if output_file is not None:
         report.save(output_file)
+    if report_directory is not None:
+        completions = save_completions if report_completions else None
+        write_evaluation_page(report, report_directory, command=command_line(), completions=completions)
     output.report(report, tables=lambda: report_tables(report))
 
 
