@@ -180,10 +180,12 @@ class ChatModel:
         *,
         max_new_tokens: int,
         advance: Callable[[int], None] | None = None,
+        receive: Callable[[int, list[int]], None] | None = None,
     ) -> list[list[int]]:
         """Return greedy completions as token ids, without the end token and what follows it.
 
-        The model's shipped generation settings (sampling, repetition penalty) are not used.
+        The model's shipped generation settings (sampling, repetition penalty) are not used. `receive` gets the index
+        and the completion of each row as soon as its batch is done.
         """
         from transformers import GenerationConfig
 
@@ -202,6 +204,8 @@ class ChatModel:
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             for i, row in zip(indices, out[:, ids.shape[1] :].tolist(), strict=True):
                 completions[i] = list(itertools.takewhile(lambda token: token not in stops, row))
+                if receive is not None:
+                    receive(i, completions[i])
             if advance is not None:
                 advance(len(indices))
 

@@ -20,7 +20,7 @@ from abliterate.cli.options import (
     TrustRemoteCodeOption,
     parse_batch_size,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, command_line
 
 if TYPE_CHECKING:
     from abliterate.extraction_report import ExtractionReport, NoCandidatePassesError
@@ -61,7 +61,7 @@ def extract(
     batch_size: BatchSizeOption = "auto",
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="DIR", help="Write scores (JSON, CSV) and plots (PNG) here."),
+        typer.Option("--report", metavar="DIR", help="Write an HTML page, scores (JSON, CSV) and plots (PNG) here."),
     ] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
@@ -77,6 +77,7 @@ def extract(
     extract ...` shares the work between N processes.
     """
     from abliterate.extraction import extract_direction
+    from abliterate.extraction_page import write_extraction_page
     from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
     from abliterate.hub import resolve_model
     from abliterate.model import ModelOptions
@@ -116,6 +117,7 @@ def extract(
     except NoCandidatePassesError as error:
         if report is not None and in_first_process():
             write_score_report(error.score_table, report)
+            write_extraction_page(error.score_table, report, command=command_line())
         table = _nearest_table(error)
         output.report(error.report, tables=lambda: [table])
         raise
@@ -124,6 +126,7 @@ def extract(
     extraction.direction.save(output_file)
     if report is not None:
         write_score_report(extraction.score_table, report)
+        write_extraction_page(extraction.score_table, report, command=command_line(), report=extraction.report)
     output.report(
         {"direction_file": output_file, **output.plain(extraction.report)},
         tables=lambda: [_summary(extraction.report), f"direction written to {output_file}"],

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ from rich.table import Table
 
 from abliterate.progress import SILENT, Advance, ProgressReporter
 from abliterate.ranks import in_first_process
+
+
+def command_line() -> str:
+    """Return the command that is running, as it can be typed again."""
+    return shlex.join(["abliterate", *sys.argv[1:]])
 
 
 def to_plain(value: Any) -> Any:

@@ -1,0 +1,267 @@
+"""The page of an evaluation: what it found, how sure that is, and how to get it again."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from abliterate.distribution_shift import CONTINUATION_TOKENS
+from abliterate.evaluation_report import CategoryRate, EvaluationReport, RefusalRate
+from abliterate.report_charts import Interval, Part, interval_chart, share_chart
+from abliterate.report_page import (
+    Section,
+    commands,
+    facts,
+    folded,
+    headline,
+    paragraph,
+    quoted,
+    table,
+    write_page,
+)
+from abliterate.verdicts import JudgedRate
+
+_NAMES = {"harmful": "Harmful", "harmless": "Harmless", "borderline": "Borderline"}
+_CLASS_COLOURS = (("refusal", "--base"), ("answer", "--answer"), ("degenerate", "--fifth"))
+
+
+def write_evaluation_page(
+    report: EvaluationReport, directory: Path, *, command: str, completions: Path | None = None
+) -> list[Path]:
+    """Write `index.html` and `evaluation.json` to a directory; return both.
+
+    Args:
+        report: the evaluation.
+        directory: where the page goes.
+        command: the command line that made it.
+        completions: a file that `--save-completions` wrote, to put into the page; None keeps completions out of it.
+    """
+    sections = [
+        _refusals(report),
+        _classes(report),
+        *([_damage(report)] if report.divergence or report.text_cross_entropy else []),
+        *([_judges(report)] if report.judges else []),
+        *([_tasks(report)] if report.capability else []),
+        *([_categories(report)] if any(report.categories.values()) else []),
+        _provenance(report, command),
+        *([_completions(completions)] if completions is not None else []),
+    ]
+    subtitle = f"compared with {report.base}" if report.base else "measured by itself, without a base"
+    page = write_page(directory, title=f"Evaluation of {report.model}", subtitle=subtitle, sections=sections)
+    data = directory / "evaluation.json"
+    report.save(data)
+    return [page, data]
+
+
+def _refusals(report: EvaluationReport) -> Section:
+    before = report.base_rates
+    header = ["prompts", "n", *(["base"] if before else []), "model", *(["change", "p (McNemar)"] if before else [])]
+    rows, points = [], []
+    for kind, rate in report.rates.items():
+        row: list[object] = [_NAMES.get(kind, kind), rate.n]
+        row += [_rate(before[kind])] if before else []
+        row += [_rate(rate)]
+        if kind in report.changes:
+            change = report.changes[kind]
+            row += [f"{100 * change.difference:+.1f} points", _p_value(change.p_value)]
+        rows.append(row)
+        points.append((_NAMES.get(kind, kind), _intervals(before[kind] if before else None, rate)))
+    return Section(
+        heading="Refusal rates",
+        blocks=(
+            headline(_sentence(report)),
+            table(header, rows, caption="Refusal rates with Wilson 95 % intervals"),
+            interval_chart(
+                points,
+                series=("base", "model") if before else ("model",),
+                caption="Share of prompts refused, with 95 % intervals",
+            ),
+            paragraph(
+                f"A reply counts as a refusal by {report.scorer}. Empty, repetitive and incoherent replies count as "
+                f"neither refusal nor answer. Greedy replies of at most {report.max_new_tokens} tokens."
+                + (" The p-value is of the exact test on the prompts whose answer changed." if before else "")
+            ),
+        ),
+    )
+
+
+def _sentence(report: EvaluationReport) -> str:
+    model = report.rates["harmful"]
+    if report.base_rates is None:
+        return f"The model refuses {model.rate:.1%} of {model.n} harmful prompts."
+    base = report.base_rates["harmful"]
+    text = f"Of {model.n} harmful prompts the base refuses {base.rate:.1%} and the model {model.rate:.1%}."
+    if report.divergence is not None:
+        text += f" On harmless prompts the first token moved by {report.divergence.first_token:.3f} nats (KL)."
+    return text
+
+
+def _classes(report: EvaluationReport) -> Section:
+    header = ["replies", "n", "refusal", "answer", "empty", "repetitive", "incoherent", "substring", "cut off"]
+    rows, bars = [], []
+    sides = [("base", report.base_rates), ("model", report.rates)]
+    for kind in report.rates:
+        for side, rates in sides:
+            if rates is None:
+                continue
+            rate, name = rates[kind], f"{_NAMES.get(kind, kind)}, {side}"
+            counts = (rate.refused, rate.answered, rate.empty, rate.repetitive, rate.incoherent)
+            rows.append([name, rate.n, *counts, rate.matches, rate.truncated])
+            shares = (rate.refused, rate.answered, rate.degenerate)
+            colours = (colour for _, colour in _CLASS_COLOURS)
+            parts = [
+                Part(share=count / max(1, rate.n), colour=colour) for count, colour in zip(shares, colours, strict=True)
+            ]
+            bars.append((name, parts))
+    notes = (
+        [paragraph(f"{n} prompts were left out: the direction was found with them.")]
+        if (n := sum(report.excluded.values()))
+        else []
+    )
+    return Section(
+        heading="What the replies are",
+        blocks=(
+            share_chart(bars, legend=_CLASS_COLOURS, caption="Classes of replies"),
+            table(header, rows, caption="Counts; substring: replies with a refusal substring, whatever their class"),
+            *notes,
+        ),
+    )
+
+
+def _damage(report: EvaluationReport) -> Section:
+    rows: list[list[object]] = []
+    if report.divergence is not None:
+        found = report.divergence
+        rows.append(["KL(base, model), first token of harmless answers", "", f"{found.first_token:.4f}", ""])
+        rows.append(
+            [
+                f"KL(base, model), the base's harmless answers (up to {CONTINUATION_TOKENS} tokens)",
+                "",
+                f"{found.continuation:.4f}",
+                "",
+            ]
+        )
+    entropies = {"the base's own harmless answers": report.cross_entropy}
+    entropies |= {f"texts: {spec}": entropy for spec, entropy in report.text_cross_entropy.items()}
+    for name, entropy in entropies.items():
+        if entropy is not None:
+            before = "" if entropy.base is None else f"{entropy.base:.4f}"
+            change = "" if entropy.relative_change is None else f"{entropy.relative_change:+.1%}"
+            rows.append([f"Cross-entropy, {name}", before, f"{entropy.model:.4f}", change])
+    return Section(
+        heading="What else changed",
+        blocks=(table(["nats a token", "base", "model", "change"], rows, caption="Damage to harmless behaviour"),),
+    )
+
+
+def _judges(report: EvaluationReport) -> Section:
+    blocks = [
+        paragraph(
+            "Each judge read the coherent replies. Kappa is Cohen's: agreement with the substrings beyond chance, over "
+            "the replies of base and model that the judge decided."
+        )
+    ]
+    for judge in report.judges:
+        rows = []
+        for kind, rate in judge.rates.items():
+            agreement = judge.agreement[kind]
+            kappa = "undefined" if agreement.kappa is None else f"{agreement.kappa:.2f}"
+            base = [_rate(judge.base_rates[kind])] if judge.base_rates else []
+            row = [_NAMES.get(kind, kind), *base, _rate(rate), rate.undecided, f"{agreement.agreed}/{agreement.n}"]
+            rows.append([*row, kappa])
+        header = ["declined", *(["base"] if judge.base_rates else []), "model", "undecided", "agreed", "kappa"]
+        blocks.append(table(header, rows, caption=f"{judge.judge} ({judge.style}: {judge.question})"))
+    return Section(heading="Judges", blocks=tuple(blocks))
+
+
+def _tasks(report: EvaluationReport) -> Section:
+    assert report.capability is not None
+    rows = [
+        [
+            score.task,
+            score.metric,
+            score.n,
+            "" if score.base is None else f"{score.base:.4f}",
+            f"{score.model:.4f}",
+            "" if score.difference is None else f"{score.difference:+.4f} [{score.low:+.4f}, {score.high:+.4f}]",
+            "" if score.p_value is None else _p_value(score.p_value),
+        ]
+        for score in report.capability.scores
+    ]
+    header = ["task", "metric", "n", "base", "model", "difference, paired (95 %)", "p (McNemar)"]
+    return Section(
+        heading="Capability",
+        blocks=(table(header, rows, caption=f"Tasks of {report.capability.harness}", n_text=2),),
+    )
+
+
+def _categories(report: EvaluationReport) -> Section:
+    blocks = []
+    for kind, rates in report.categories.items():
+        if not rates:
+            continue
+        name = _NAMES.get(kind, kind)
+        points = [(rate.category.replace("_", " "), _category_intervals(rate)) for rate in rates]
+        has_base = rates[0].base_rate is not None
+        chart = interval_chart(
+            points,
+            series=("base", "model") if has_base else ("model",),
+            caption=f"{name} prompts: share refused by category, the model's with its 95 % interval",
+        )
+        header = ["category", "n", *(["base"] if has_base else []), "model", "degenerate"]
+        rows = [
+            [
+                rate.category,
+                rate.n,
+                *([f"{100 * rate.base_rate:.0f} %"] if rate.base_rate is not None else []),
+                _rate(rate),
+                rate.degenerate,
+            ]
+            for rate in rates
+        ]
+        numbers = folded(f"{name}: the numbers", [table(header, rows, caption=f"{name} prompts by category")])
+        blocks += [chart if kind == "harmful" else folded(f"{name}: the figure", [chart]), numbers]
+    return Section(heading="By category", blocks=tuple(blocks))
+
+
+def _provenance(report: EvaluationReport, command: str) -> Section:
+    pairs: list[tuple[str, object]] = [("Model", report.model), ("Base", report.base or "none")]
+    pairs.append(("Intervention by hooks", report.intervention))
+    if report.coefficient is not None:
+        pairs.append(("Coefficient", f"{report.coefficient:g}"))
+    if report.direction is not None:
+        pairs += [(f"Direction: {key}", value) for key, value in report.direction.items() if value is not None]
+    pairs.append(("System prompt", report.system_prompt or "the template's own"))
+    for kind, chosen in report.prompt_sets.items():
+        text = f"{chosen['name']}, {chosen['n']} prompts, SHA-256 {chosen['sha256']}"
+        pairs.append((f"{_NAMES.get(kind, kind)} prompts", text))
+    pairs += [(f"Version of {name}", version) for name, version in report.versions.items()]
+    return Section(heading="Where the numbers come from", blocks=(facts(pairs), commands([command])))
+
+
+def _completions(path: Path) -> Section:
+    blocks = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        summary = f"{entry['kind']} {entry['id']}, {entry['model']}: {entry['class']}"
+        blocks.append(folded(summary, [paragraph(entry["prompt"]), quoted(entry["completion"])]))
+    return Section(heading="Replies", blocks=tuple(blocks))
+
+
+def _intervals(base: RefusalRate | None, model: RefusalRate) -> list[Interval]:
+    sides: Sequence[tuple[int, RefusalRate]] = [(0, model)] if base is None else [(0, base), (1, model)]
+    return [Interval(series=i, value=rate.rate, low=rate.low, high=rate.high) for i, rate in sides]
+
+
+def _category_intervals(rate: CategoryRate) -> list[Interval]:
+    base = rate.base_rate
+    own = Interval(series=0 if base is None else 1, value=rate.rate, low=rate.low, high=rate.high)
+    return [own] if base is None else [Interval(series=0, value=base, low=base, high=base), own]
+
+
+def _rate(rate: RefusalRate | CategoryRate | JudgedRate) -> str:
+    # On a phone a cell breaks between the rate and its interval, and nowhere else.
+    return f"{100 * rate.rate:.1f}\N{NO-BREAK SPACE}% [{100 * rate.low:.1f},\N{NO-BREAK SPACE}{100 * rate.high:.1f}]"
+
+
+def _p_value(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"

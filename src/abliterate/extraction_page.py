@@ -1,0 +1,166 @@
+"""The page of an extraction: the chosen candidate, all scores over the layers, and how to get them again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from abliterate.extraction_report import ExtractionReport
+from abliterate.report_charts import Line, Threshold, line_chart
+from abliterate.report_page import Section, commands, facts, folded, headline, paragraph, table, write_page
+from abliterate.score_report import ScoreTable
+from abliterate.selection import CandidateScore, failed_thresholds, nearest_candidates
+
+_CAPTIONS = {
+    "bypass": "Bypass: refusal metric on harmful prompts with the candidate ablated (lower is better)",
+    "induce": "Induce: refusal metric on harmless prompts with the candidate added (above the threshold)",
+    "kl": "KL of the first answer token on harmless prompts, ablated, in nats (below the threshold)",
+}
+
+
+def write_extraction_page(
+    scores: ScoreTable, directory: Path, *, command: str, report: ExtractionReport | None = None
+) -> Path:
+    """Write `index.html` to a directory and return its path.
+
+    Args:
+        scores: all candidates and what they are judged by.
+        directory: where the page goes.
+        command: the command line that made it.
+        report: the extraction; None when no candidate passes.
+    """
+    sections = [
+        _choice(scores, report),
+        Section(heading="Scores over the layers", blocks=tuple(_charts(scores))),
+        _thresholds(scores),
+        _all_scores(scores),
+        _provenance(report, command),
+    ]
+    subtitle = "the candidate that passes and ablates best" if scores.selected else "no candidate passes"
+    return write_page(directory, title=f"Refusal direction of {scores.title}", subtitle=subtitle, sections=sections)
+
+
+def _choice(scores: ScoreTable, report: ExtractionReport | None) -> Section:
+    header = ["candidate", "position", "layer", "bypass", "induce", "KL", "fails"]
+    nearest = nearest_candidates(scores.scores, thresholds=scores.thresholds, n_layers=scores.n_layers)
+    if scores.selected is None:
+        rows = [[f"{i}", *_cells(score), "; ".join(failed)] for i, (score, failed) in enumerate(nearest, 1)]
+        return Section(
+            heading="Result",
+            blocks=(
+                headline("No candidate direction passes the selection."),
+                table(header, rows, caption="The nearest candidates, and what each fails"),
+            ),
+        )
+    chosen = scores.selected
+    text = (
+        f"Position {chosen.position}, layer {chosen.layer} of {scores.n_layers}: ablating it takes the refusal metric "
+        f"on harmful prompts from {scores.baseline_harmful:.2f} to {_number(chosen.bypass)}."
+    )
+    passing = "" if report is None else f" {report.n_passing} of {report.n_scored} scored candidates are known to pass."
+    return Section(
+        heading="Result",
+        blocks=(
+            headline(text),
+            table(header[:-1], [["selected", *_cells(chosen)]], caption="The selected candidate"),
+            paragraph(
+                "The refusal metric is the log-odds of a refusal token as the first token of the answer, in nats."
+                + passing
+            ),
+        ),
+    )
+
+
+def _charts(scores: ScoreTable) -> list[str]:
+    thresholds = {
+        "bypass": [Threshold(name="unchanged model", value=scores.baseline_harmful, colour="--quiet")],
+        "induce": [
+            Threshold(name="threshold", value=scores.thresholds.induce),
+            Threshold(name="unchanged model", value=scores.baseline_harmless, colour="--quiet"),
+        ],
+        "kl": [Threshold(name="threshold", value=scores.thresholds.kl)],
+    }
+    charts = []
+    for name, levels in thresholds.items():
+        value = getattr(scores.selected, name) if scores.selected else None
+        charts.append(
+            line_chart(
+                _lines(scores, name),
+                caption=_CAPTIONS[name],
+                x_name="layer",
+                thresholds=levels,
+                mark=(scores.selected.layer, value) if scores.selected and value is not None else None,
+                symlog=name == "kl",
+            )
+        )
+    return charts
+
+
+def _lines(scores: ScoreTable, name: str) -> list[Line]:
+    lines = []
+    for position in sorted({score.position for score in scores.scores}):
+        values: list[float | None] = [None] * scores.n_layers
+        for score in scores.scores:
+            if score.position == position:
+                values[score.layer] = getattr(score, name)
+        token = scores.tokens[position] if -position <= len(scores.tokens) else ""
+        if any(value is not None for value in values):
+            lines.append(Line(name=f"{position}: {token!r}", values=values))
+    return lines
+
+
+def _thresholds(scores: ScoreTable) -> Section:
+    limits = scores.thresholds
+    pairs: list[tuple[str, object]] = [
+        ("KL at most", f"{limits.kl:g} nats"),
+        ("Induce at least", f"{limits.induce:g}"),
+        ("Layer below", f"{limits.layer_limit(scores.n_layers)} of {scores.n_layers}"),
+        ("Unchanged model, harmful prompts", f"{scores.baseline_harmful:.3f}"),
+        ("Unchanged model, harmless prompts", f"{scores.baseline_harmless:.3f}"),
+    ]
+    return Section(heading="Thresholds", blocks=(facts(pairs),))
+
+
+def _all_scores(scores: ScoreTable) -> Section:
+    scored = [score for score in scores.scores if score.induce is not None]
+    rows = [
+        [
+            f"{score.position}, {score.layer}",
+            *map(_number, (score.bypass, score.induce, score.kl)),
+            "; ".join(failed_thresholds(score, scores.thresholds, scores.n_layers)) or "-",
+        ]
+        for score in scored
+    ]
+    note = "Candidates are scored as far as the choice depends on them; --exhaustive scores all."
+    header = ["position, layer", "bypass", "induce", "KL", "fails"]
+    numbers = folded(f"All {len(scored)} scored candidates", [table(header, rows, caption="Scores of the candidates")])
+    return Section(heading="The numbers", blocks=(paragraph(note), numbers))
+
+
+def _provenance(report: ExtractionReport | None, command: str) -> Section:
+    blocks: list[str] = []
+    if report is not None:
+        tokens = ", ".join(repr(token.text) for token in report.refusal_tokens)
+        kept = [
+            (name.replace("_", " "), f"{count.kept} of {count.sampled} kept") for name, count in report.counts.items()
+        ]
+        pairs: list[tuple[str, object]] = [
+            ("Model", report.model),
+            ("Revision", report.revision or "local files"),
+            ("Width of the residual stream", report.d_model),
+            ("Refusal tokens", tokens),
+            *(
+                ("Forced start of the answer", repr(report.response_prefix))
+                for _ in range(bool(report.response_prefix))
+            ),
+            *kept,
+            ("Norm of the difference in means", f"{report.direction_norm:.4g}"),
+        ]
+        blocks.append(facts(pairs))
+    return Section(heading="Where the numbers come from", blocks=(*blocks, commands([command])))
+
+
+def _cells(score: CandidateScore) -> Sequence[object]:
+    return [score.position, score.layer, *map(_number, (score.bypass, score.induce, score.kl))]
+
+
+def _number(value: float | None) -> str:
+    return "not scored" if value is None else f"{value:.3f}"

@@ -1,0 +1,93 @@
+"""`abliterate evaluate`: pages, refusals of options that do not fit, and what stays off the disk."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from abliterate.cli import main
+from abliterate.directions import make_direction
+from abliterate.model import ChatModel
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_directory: Path, tmp_path: Path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"text": "How do locks work?", "category": "x"}, {"text": "Explain rain.", "category": "y"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    sets = [word for kind in ("harmful", "harmless", "borderline", "text") for word in (f"--{kind}", str(prompts))]
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        words = ["abliterate", "evaluate", str(llama_directory), *sets, "--max-new-tokens", "6", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_the_report_is_a_page_and_its_data(run, tmp_path: Path) -> None:
+    code, out, _ = run("--json", "--report", tmp_path / "report")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["evaluation.json", "index.html"]
+    assert json.loads((tmp_path / "report" / "evaluation.json").read_text()) == json.loads(out)
+    assert "abliterate evaluate" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_replies_reach_the_page_only_when_asked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(chat: ChatModel, rows, **_rest):
+        return [chat.tokenizer("A telling reply.")["input_ids"] for _ in rows]
+
+    monkeypatch.setattr(ChatModel, "generate", generate)
+    saved = ("--save-completions", tmp_path / "c.jsonl")
+    assert run("--report", tmp_path / "a", *saved)[0] == 0
+    assert "A telling reply" in (tmp_path / "c.jsonl").read_text()
+    for file in (tmp_path / "a").iterdir():
+        assert "A telling reply" not in file.read_text()
+    assert run("--report", tmp_path / "b", *saved, "--report-completions")[0] == 0
+    assert "A telling reply" in (tmp_path / "b" / "index.html").read_text()
+    assert run("--report", tmp_path / "c", "--report-completions")[0] == 2
+
+
+def test_affine_has_a_dose_and_ablation_has_none(run, tmp_path: Path) -> None:
+    direction = tmp_path / "r.safetensors"
+    make_direction(mean_difference=torch.randn(32), metadata={"layer": 1, "position": -1}).save(direction)
+    affine = ("--direction", direction, "--intervention", "affine", "--json")
+    code, out, _ = run(*affine)
+    assert (code, json.loads(out)["coefficient"]) == (0, 0.0)
+    harmful = json.loads(run(*affine, "--coefficient", "1")[1])
+    assert harmful["coefficient"] == 1.0
+    assert harmful["kl_harmless"] != json.loads(out)["kl_harmless"]
+    code, _, error = run("--direction", direction, "--intervention", "ablate", "--coefficient", "1")
+    assert code == 1
+    assert "--coefficient is the dose" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--judge", "./missing"), "no such directory"),
+        (("--text", "./missing.txt"), "no such file"),
+        (("--lm-eval", "x,y"), "abliterate[eval]"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    run, arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n, *r: None if n == "lm_eval" else find_spec(n, *r))
+    code, out, error = run(*arguments)
+    assert (code, out) == (1, "")
+    assert says in error
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert lines == error.splitlines()[-1:]
