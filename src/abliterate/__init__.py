@@ -1,7 +1,7 @@
 """Find the refusal direction of a language model, remove it from the weights exactly, and measure what that did.
 
 The library mirrors the command line: `extract_direction`, `orthogonalize_checkpoint`, `evaluate_model`,
-`push_checkpoint`, and `Direction`. Importing this package is light; torch is loaded on first use.
+`trace_direction`, `push_checkpoint`, and `Direction`. Importing this package is light; torch is loaded on first use.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from abliterate.extraction import extract_direction
     from abliterate.orthogonalization import orthogonalize_checkpoint
     from abliterate.publishing import push_checkpoint
+    from abliterate.tracing import trace_direction
 
 __all__ = [
     "Direction",
@@ -24,6 +25,7 @@ __all__ = [
     "load_direction",
     "orthogonalize_checkpoint",
     "push_checkpoint",
+    "trace_direction",
 ]
 
 _HOMES = {
@@ -33,6 +35,7 @@ _HOMES = {
     "extract_direction": "abliterate.extraction",
     "orthogonalize_checkpoint": "abliterate.orthogonalization",
     "push_checkpoint": "abliterate.publishing",
+    "trace_direction": "abliterate.tracing",
 }
 
 

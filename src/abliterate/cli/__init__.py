@@ -14,6 +14,7 @@ from abliterate.cli.extract import extract
 from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
+from abliterate.cli.trace import trace
 from abliterate.errors import AbliterateError
 
 EXIT_CODES = (
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _command in (extract, orthogonalize, evaluate, push, prompts, demo):
+for _command in (extract, orthogonalize, evaluate, trace, push, prompts, demo):
     app.command(epilog=EXIT_CODES)(_command)
 
 
