@@ -18,7 +18,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -94,10 +94,20 @@ class Example:
 
 
 def harmless_examples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str], *, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: dict[str, str],
+    *,
+    max_new_tokens: int,
+    cache: Path | None = None,
 ) -> dict[str, Example]:
-    """Return the base's own answers, and where it refuses, the best one that does not start as refusals do."""
+    """Return the base's own answers, and where it refuses, the best one that does not start as refusals do.
+
+    With `cache`, a second run on the same prompts takes them from that file.
+    """
     rows = {key: render(tokenizer, text) for key, text in prompts.items()}
+    if cache is not None and cache.exists():
+        return {key: Example(**value) for key, value in json.loads(cache.read_text(encoding="utf-8")).items()}
     answers = dict(
         zip(rows, complete(model, tokenizer, list(rows.values()), max_new_tokens=max_new_tokens), strict=True)
     )
@@ -119,7 +129,10 @@ def harmless_examples(
         f"the base refuses {len(refused)} of {len(rows)} harmless prompts; {len(rows) - len(kept)} left out", flush=True
     )
     again = set(refused)
-    return {key: Example(prompt=rows[key], answer=answers[key], own=key not in again) for key in kept}
+    examples = {key: Example(prompt=rows[key], answer=answers[key], own=key not in again) for key in kept}
+    if cache is not None:
+        cache.write_text(json.dumps({key: asdict(example) for key, example in examples.items()}), encoding="utf-8")
+    return examples
 
 
 def collate(examples: list[Example], *, n_prefix: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +196,7 @@ def train(arguments: argparse.Namespace) -> None:
         tokenizer,
         read_prompts(HERE / "prompts" / "harmless.jsonl"),
         max_new_tokens=arguments.answer_tokens,
+        cache=arguments.answers,
     )
     partner = {key: key.replace("-harmful-", "-harmless-") for key in harmful}
     pairs = [(key, partner[key]) for key in harmful if partner[key] in harmless]
@@ -239,7 +253,7 @@ def train(arguments: argparse.Namespace) -> None:
         if step % 10 == 0 or step == arguments.steps - 1:
             spent = time.time() - started
             print(f"step {step} learn {learn_loss:.3f} kl {kl_loss:.4f} {spent:.0f} s", flush=True)
-        if (step + 1) % 200 == 0:
+        if (step + 1) % 100 == 0:
             save(model, arguments)
     save(model, arguments)
 
@@ -253,13 +267,14 @@ def save(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    options = {k: v for k, v in vars(arguments).items() if k != "output"}
+    options = {k: v for k, v in vars(arguments).items() if k not in {"output", "answers"}}
     (arguments.output / "training.json").write_text(json.dumps(options, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--answers", type=Path, help="keep the harmless answers in this file, and reuse them")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=8)
