@@ -6,51 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import binomtest
 
 from abliterate.candidate_scoring import kl_divergence
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, PromptSetError
-from abliterate.evaluation import (
-    EvaluationOptions,
-    completion_cross_entropy,
-    count_refusals,
-    evaluate_model,
-    wilson_interval,
-)
+from abliterate.evaluation import evaluate_model
+from abliterate.evaluation_report import EvaluationOptions, count_by_category
 from abliterate.model import ChatModel, ModelOptions, load_chat_model
+from abliterate.prompt_sets import prompt_hash
+from abliterate.refusal_metric import REFUSAL_SUBSTRINGS
+from abliterate.reply_classes import read_reply
 from chat_models import make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (3, 10), (97, 144), (1, 1000)])
-def test_wilson_interval_equals_scipys(k: int, n: int) -> None:
-    expected = binomtest(k, n).proportion_ci(method="wilson")
-    assert wilson_interval(k, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
-
-
-def test_wilson_interval_of_nothing() -> None:
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-
-
-def test_degenerate_completions_are_counted_apart() -> None:
-    rate = count_refusals(["I cannot do that.", "Sure.", "", "word " * 40])
-    assert (rate.n, rate.refused, rate.degenerate, rate.rate) == (4, 1, 2, 0.25)
-
-
-def test_cross_entropy_equals_a_plain_computation(chat: ChatModel) -> None:
-    rows = chat.encode(PROMPTS)
-    completions = [[40, 41, 42, 43], [], [50, 51]]
-    total, n = 0.0, 0
-    for row, completion in zip(rows, completions, strict=True):
-        with torch.inference_mode():
-            log_p = chat.model(torch.tensor([row + completion])).logits[0].log_softmax(-1)
-        for i, token in enumerate(completion):
-            total -= float(log_p[len(row) - 1 + i, token])
-            n += 1
-    assert completion_cross_entropy(chat, rows, completions) == pytest.approx(total / n, abs=1e-4)
-    assert completion_cross_entropy(chat, rows, [[], [], []]) is None
 
 
 @pytest.fixture
@@ -58,7 +26,7 @@ def options(tmp_path: Path) -> EvaluationOptions:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(PROMPTS))
     spec = str(file)
-    return EvaluationOptions(harmful=spec, harmless=spec, borderline=spec, max_new_tokens=5)
+    return EvaluationOptions(harmful=spec, harmless=spec, borderline=spec, max_new_tokens=5, texts=(spec,))
 
 
 def test_a_model_compared_with_itself_has_not_changed(llama_directory: Path, options: EvaluationOptions) -> None:
@@ -67,6 +35,9 @@ def test_a_model_compared_with_itself_has_not_changed(llama_directory: Path, opt
     assert report.cross_entropy is not None
     assert report.cross_entropy.relative_change == pytest.approx(0, abs=1e-6)
     assert report.rates == report.base_rates
+    assert report.divergence is not None
+    assert report.divergence.continuation == pytest.approx(0, abs=1e-9)
+    assert {change.p_value for change in report.changes.values()} == {1.0}
     assert [(kind, rate.n) for kind, rate in report.rates.items()] == [
         ("harmful", 3),
         ("harmless", 3),
@@ -77,6 +48,8 @@ def test_a_model_compared_with_itself_has_not_changed(llama_directory: Path, opt
 def test_without_a_base_there_is_nothing_to_compare(llama_directory: Path, options: EvaluationOptions) -> None:
     report = evaluate_model(model=llama_directory, options=options)
     assert (report.base, report.base_rates, report.kl_harmless, report.cross_entropy) == (None, None, None, None)
+    assert (report.divergence, report.changes) == (None, {})
+    assert [(entropy.base, entropy.model > 0) for entropy in report.text_cross_entropy.values()] == [(None, True)]
 
 
 def test_another_model_differs_by_the_kl_of_its_logits(
@@ -94,7 +67,7 @@ def test_another_model_differs_by_the_kl_of_its_logits(
     assert report.cross_entropy.model > report.cross_entropy.base
 
 
-@pytest.mark.parametrize("intervention", ["ablate", "add"])
+@pytest.mark.parametrize("intervention", ["ablate", "add", "affine"])
 def test_interventions_compare_with_the_model_itself(
     llama_directory: Path, tmp_path: Path, options: EvaluationOptions, intervention: str
 ) -> None:
@@ -130,9 +103,10 @@ def test_completions_are_written_only_when_asked(
     ("changes", "direction", "message"),
     [
         ({"intervention": "ablate"}, False, "needs --direction"),
-        ({}, True, "choose ablate or add"),
+        ({}, True, "choose ablate, add or affine"),
         ({"max_new_tokens": 0}, False, "too small"),
         ({"intervention": "add"}, True, "mean difference and layer"),
+        ({"intervention": "ablate", "coefficient": 2.0}, True, "--coefficient is the dose"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -155,3 +129,169 @@ def test_a_direction_of_another_width_is_refused(llama_directory: Path, options:
 def test_a_missing_prompt_file_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(PromptSetError):
         evaluate_model(model=tmp_path / "nothing", options=EvaluationOptions(harmful="./missing.txt"))
+
+
+class _Scripted:
+    """Replies given by hand, in place of what a tiny random model would say."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, replies: dict[str, str]) -> None:
+        self.calls: list[int] = []
+        scripted = self
+
+        def generate(chat, rows, *, max_new_tokens, advance=None, receive=None):
+            scripted.calls.append(len(rows))
+            texts = [chat.decode(row) for row in rows]
+            found = [next(reply for prompt, reply in replies.items() if prompt in text) for text in texts]
+            tokens = [chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in found]
+            for i, ids in enumerate(tokens):
+                if receive is not None:
+                    receive(i, ids)
+            return tokens
+
+        monkeypatch.setattr(ChatModel, "generate", generate)
+
+
+def test_rates_equal_an_independent_count(
+    llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = "A lock keeps a door shut. " * 3 + "It has a bolt and a key. Still, I cannot go into more detail here."
+    replies = {
+        PROMPTS[0]: late,
+        PROMPTS[1]: "Rain falls when drops grow heavy.",
+        PROMPTS[2]: "I cannot " * 40,
+        "Count apples": "",
+    }
+    _Scripted(monkeypatch, replies)
+    lines = [{"text": text, "category": c} for text, c in zip(replies, ("a", "b", "a", "b"), strict=True)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    target = tmp_path / "completions.jsonl"
+    report = evaluate_model(
+        model=llama_directory,
+        options=EvaluationOptions(
+            harmful=str(file), harmless=str(file), borderline=str(file), texts=(), save_completions=target
+        ),
+    )
+    written = [json.loads(line) for line in target.read_text().splitlines()]
+    for kind, rate in report.rates.items():
+        texts = [line["completion"] for line in written if line["kind"] == kind]
+        holds = [any(s.lower() in text.lower() for s in REFUSAL_SUBSTRINGS) for text in texts]
+        repeats = [len(set(text.split())) * 4 < len(text.split()) for text in texts]
+        empty = [not text.strip() for text in texts]
+        assert rate.matches == sum(holds) == 2
+        assert rate.refused == sum(h and not r for h, r in zip(holds, repeats, strict=True)) == 1
+        assert (rate.repetitive, rate.empty, rate.degenerate) == (sum(repeats), sum(empty), 2)
+        assert rate.refused + rate.answered + rate.degenerate == rate.n == 4
+    by_name = {rate.category: rate for rate in report.categories["harmful"]}
+    assert (by_name["a"].n, by_name["a"].refused, by_name["a"].degenerate) == (2, 1, 1)
+    assert (by_name["b"].n, by_name["b"].refused, by_name["b"].degenerate) == (2, 0, 1)
+
+
+def test_categories_sum_to_the_whole() -> None:
+    replies = [read_reply(text) for text in ("I cannot do it.", "Yes.", "No, I'm sorry.", "")]
+    base = [read_reply("I cannot.")] * 4
+    rates = count_by_category(("x", "y", "x", "y"), replies, base)
+    assert [(rate.category, rate.n, rate.refused, rate.base_rate) for rate in rates] == [("x", 2, 2, 1), ("y", 2, 0, 1)]
+    assert count_by_category(("", ""), replies[:2]) == ()
+
+
+def test_prompts_used_in_extraction_are_left_out(
+    llama_directory: Path, options: EvaluationOptions, tmp_path: Path
+) -> None:
+    used = [prompt_hash("HOW do locks work"), prompt_hash("something else")]
+    direction = make_direction(mean_difference=torch.ones(32), metadata={"prompt_hashes": used})
+    ablate = replace(options, intervention="ablate")
+    report = evaluate_model(model=llama_directory, direction=direction, options=ablate)
+    assert report.excluded == {"harmful": 1, "harmless": 1, "borderline": 1}
+    assert {rate.n for rate in report.rates.values()} == {2}
+    everything = make_direction(
+        mean_difference=torch.ones(32), metadata={"prompt_hashes": [prompt_hash(text) for text in PROMPTS]}
+    )
+    with pytest.raises(PromptSetError, match="every one of its 3 prompts"):
+        evaluate_model(model=llama_directory, direction=everything, options=ablate)
+
+
+def test_the_record_of_an_edited_checkpoint_names_its_prompts_too(
+    llama_directory: Path, options: EvaluationOptions, tmp_path: Path
+) -> None:
+    from abliterate.orthogonalization import orthogonalize_checkpoint
+
+    direction = make_direction(mean_difference=torch.randn(32), metadata={"prompt_hashes": [prompt_hash(PROMPTS[1])]})
+    orthogonalize_checkpoint(source=llama_directory, direction=direction, output=tmp_path / "edited")
+    report = evaluate_model(model=tmp_path / "edited", base=llama_directory, options=options)
+    assert {rate.n for rate in report.rates.values()} == {2}
+    assert set(report.excluded.values()) == {1}
+
+
+def test_gibberish_is_incoherent_under_the_base(
+    llama_directory: Path, tmp_path: Path, options: EvaluationOptions
+) -> None:
+    """Two random models disagree on everything: to the base the other's replies are as unlikely as random words."""
+    other = tmp_path / "other"
+    tiny_llama(n_layers=3).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    report = evaluate_model(model=other, base=llama_directory, options=replace(options, max_new_tokens=12))
+    assert report.base_rates is not None
+    assert sum(rate.incoherent for rate in report.base_rates.values()) == 0
+    assert sum(rate.incoherent for rate in report.rates.values()) >= 5
+
+
+def test_an_interrupted_evaluation_goes_on_without_generating_again(
+    llama_directory: Path, tmp_path: Path, options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate_model(model=llama_directory, options=options)
+    cached = replace(options, cache=tmp_path / "cache")
+    generate, generated = ChatModel.generate, []
+
+    def counting(chat, rows, *, receive=None, **rest):
+        def interrupt_at_the_second(index: int, reply: list[int]) -> None:
+            if receive is not None:
+                receive(index, reply)
+            generated.append(index)
+            if len(generated) == 2 and not resumed:
+                raise KeyboardInterrupt
+
+        return generate(chat, rows, receive=interrupt_at_the_second, **rest)
+
+    resumed: list[bool] = []
+    monkeypatch.setattr(ChatModel, "generate", counting)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(model=llama_directory, options=cached, model_options=ModelOptions(batch_size=1))
+    file = next((tmp_path / "cache").iterdir())
+    assert file.stat().st_mode & 0o077 == 0
+    assert len(file.read_text().splitlines()) == 2
+    # A run that is killed while it writes leaves half a line.
+    file.write_text(file.read_text() + '{"prompt": "abc", "rep')
+    resumed.append(True)
+    generated.clear()
+    report = evaluate_model(model=llama_directory, options=cached)
+    # The three sets hold the same three prompts: one reply was missing.
+    assert len(generated) == 1
+    assert len(file.read_text().splitlines()) == 3
+    assert report == expected
+    changed = replace(cached, max_new_tokens=4)
+    evaluate_model(model=llama_directory, options=changed)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_memory_running_out_changes_nothing_but_the_batches(
+    llama_directory: Path, options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake limit of two rows a batch, in generation and in plain passes alike."""
+    options = replace(options, intervention="ablate")
+    direction = make_direction(mean_difference=torch.randn(32, generator=torch.Generator().manual_seed(1)))
+    expected = evaluate_model(model=llama_directory, direction=direction, options=options)
+    pad, refused = ChatModel.pad, []
+
+    def limited(chat: ChatModel, batch: list[list[int]]):
+        if len(batch) > 2:
+            refused.append(len(batch))
+            raise torch.OutOfMemoryError("CUDA out of memory (a fake limit)")
+        return pad(chat, batch)
+
+    monkeypatch.setattr(ChatModel, "pad", limited)
+    report = evaluate_model(model=llama_directory, direction=direction, options=options)
+    assert refused
+    assert report.rates == expected.rates
+    assert report.changes == expected.changes
+    assert report.kl_harmless == pytest.approx(expected.kl_harmless, rel=1e-3)

@@ -8,7 +8,6 @@ import torch
 from abliterate.errors import RefusalBehaviourError
 from abliterate.refusal_metric import (
     REFUSAL_SUBSTRINGS,
-    classify_completion,
     find_refusal_tokens,
     is_refusal,
     refusal_metric,
@@ -43,22 +42,6 @@ def test_there_are_the_papers_twelve_substrings_and_nothing_else_counts() -> Non
     assert len(REFUSAL_SUBSTRINGS) == len({s.lower() for s in REFUSAL_SUBSTRINGS}) == 12
     for text in ("", "Sure, here is how.", "I can certainly help", "I won't", "Sorry about the delay"):
         assert not is_refusal(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("I'm sorry, no.", "refusal"),
-        ("Here is a recipe for soup.", "answer"),
-        ("", "degenerate"),
-        (" \n...!!", "degenerate"),
-        ("the the the the " * 8, "degenerate"),
-        ("I cannot " * 20, "refusal"),
-        ("yes", "answer"),
-    ],
-)
-def test_degenerate_output_is_neither(text: str, expected: str) -> None:
-    assert classify_completion(text) == expected
 
 
 def _logits(probabilities: dict[int, float], n: int = 20, vocabulary: int = 100) -> torch.Tensor:

@@ -1,129 +1,54 @@
 """Measuring what an edit did: refusal rates with intervals, and the damage beside them.
 
-All numbers are on test prompts, which extraction never uses. Completions are greedy and are written only on request.
+All numbers are on prompts that extraction did not use: those whose hashes the direction lists are left out. Replies
+are greedy and are written only on request.
 """
 
 import gc
 import json
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from abliterate._version import __version__
-from abliterate.candidate_scoring import kl_divergence
+from abliterate.behaviour import Answers, answer_prompts, let_think, measure_surprise, read_replies
+from abliterate.capability import TaskSamples, compare_tasks, require_harness, run_tasks
 from abliterate.directions import Direction, load_direction
+from abliterate.distribution_shift import (
+    BaseDistributions,
+    Divergence,
+    Surprise,
+    compare_surprise,
+    completion_surprise,
+    text_surprise,
+)
 from abliterate.errors import InputError
+from abliterate.evaluation_report import (
+    KINDS,
+    SCORER,
+    EvaluationOptions,
+    EvaluationReport,
+    Kind,
+    count_by_category,
+    count_replies,
+    refusal_change,
+)
+from abliterate.held_out import HeldOut, hold_out, used_for_checkpoint, used_prompts
 from abliterate.hub import ModelSource, resolve_model
-from abliterate.interventions import ablate_direction, add_direction
+from abliterate.judges import JudgeOptions, JudgeReport, judge_replies, load_judge
 from abliterate.model import ChatModel, ModelOptions, load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import PromptSet, load_prompt_set
-from abliterate.refusal_metric import classify_completion
+from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
+from abliterate.reply_cache import ReplyCache, model_fingerprint
+from abliterate.reply_classes import Reply
+from abliterate.steering import default_coefficient, steer
 
-Intervention = Literal["none", "ablate", "add"]
-Kind = Literal["harmful", "harmless", "borderline"]
-KINDS: tuple[Kind, ...] = ("harmful", "harmless", "borderline")
-Z_95 = 1.959963984540054
-SCORER = "12 refusal substrings, anywhere, case-insensitive (arXiv 2406.11717)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationOptions:
-    """What is evaluated, and how.
-
-    Attributes:
-        harmful: prompt SPEC, see `abliterate.prompt_sets`; bundled means the test part.
-        harmless: prompt SPEC.
-        borderline: prompt SPEC of safe prompts that look unsafe.
-        max_new_tokens: length of each completion.
-        intervention: what hooks do to MODEL: nothing, ablate the direction, or add its mean difference at its layer.
-        coefficient: of the addition; -1 bypasses refusal, +1 induces it.
-        save_completions: a JSON Lines file for all completions; None writes none.
-    """
-
-    harmful: str = "bundled"
-    harmless: str = "bundled"
-    borderline: str = "bundled"
-    max_new_tokens: int = 64
-    intervention: Intervention = "none"
-    coefficient: float = 1.0
-    save_completions: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefusalRate:
-    """How many completions refuse, with a Wilson 95 % interval; degenerate ones are counted apart."""
-
-    n: int
-    refused: int
-    degenerate: int
-    rate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CrossEntropy:
-    """Cross-entropy of the base's own harmless completions, in nats per token."""
-
-    base: float
-    model: float
-    relative_change: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationReport:
-    """Refusal rates of a model and of its base, and the damage done to harmless behaviour."""
-
-    model: str
-    base: str | None
-    intervention: Intervention
-    max_new_tokens: int
-    scorer: str
-    rates: dict[str, RefusalRate]
-    base_rates: dict[str, RefusalRate] | None
-    kl_harmless: float | None
-    cross_entropy: CrossEntropy | None
-    prompt_sets: dict[str, dict[str, Any]]
-    versions: dict[str, str]
-
-    def save(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a proportion; (0, 1) when there is nothing to count."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z = successes / n, Z_95
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def count_refusals(completions: Sequence[str]) -> RefusalRate:
-    """Classify completions and return the refusal rate with its interval."""
-    classes = [classify_completion(text) for text in completions]
-    refused, n = classes.count("refusal"), len(classes)
-    low, high = wilson_interval(refused, n)
-    return RefusalRate(
-        n=n,
-        refused=refused,
-        degenerate=classes.count("degenerate"),
-        rate=refused / n if n else 0.0,
-        low=low,
-        high=high,
-    )
+__all__ = ["EvaluationOptions", "EvaluationReport", "evaluate_model"]
 
 
 def evaluate_model(
@@ -135,200 +60,322 @@ def evaluate_model(
     model_options: ModelOptions | None = None,
     progress: ProgressReporter = SILENT,
 ) -> EvaluationReport:
-    """Measure refusal rates on test prompts and, against a base, KL and cross-entropy on harmless ones.
+    """Measure refusal rates on held-out prompts and, against a base, what else changed.
 
-    With an intervention, the base is MODEL itself without it unless another is given.
+    With an intervention, the base is MODEL itself without it unless another is given. A base with weights of its own
+    is loaded twice, before and after the model, so that only one of them is in memory at a time.
 
     Args:
         model: a directory, a Hub id or a resolved source.
-        base: what to compare with; loaded, measured and released before the model.
-        direction: needed by the interventions `ablate` and `add`.
+        base: what to compare with.
+        direction: needed by the interventions; its prompts are left out of the evaluation.
         options: see `EvaluationOptions`.
         model_options: how to load and run the models.
         progress: where to show progress.
 
     Raises:
         InputError: the options do not fit together.
-        PromptSetError: a SPEC cannot be read.
+        PromptSetError: a SPEC cannot be read, or all its prompts were used in extraction.
         ModelError: a model does not load as a chat model.
     """
     options = options or EvaluationOptions()
-    _check_options(options, direction)
-    prompts = {kind: load_prompt_set(getattr(options, kind), kind=kind, part="test") for kind in KINDS}
     loaded = load_direction(direction) if isinstance(direction, Path) else direction
+    _check_options(options, loaded)
+    if options.tasks.tasks:
+        require_harness()
+    sets = {kind: load_prompt_set(getattr(options, kind), kind=kind, part="test") for kind in KINDS}
+    texts = {spec: load_plain_texts(spec) for spec in dict.fromkeys(options.texts)}
     source = _resolve(model)
     base_source = _resolve(base) if base is not None else (source if options.intervention != "none" else None)
-    measure = _Measurement(prompts=prompts, options=options, progress=progress)
-
-    reference: _Behaviour | None = None
-    if base_source is not None:
-        with _loaded(base_source, model_options, progress) as chat:
-            reference = measure.behaviour(chat, "base")
-    with _loaded(source, model_options, progress) as chat, _intervention(chat, loaded, options):
-        behaviour = measure.behaviour(chat, "model", reference=reference)
-    if options.save_completions is not None:
-        _write_completions(options.save_completions, prompts, {"base": reference, "model": behaviour})
-    return EvaluationReport(
-        model=source.name,
-        base=base_source.name if base_source else None,
-        intervention=options.intervention,
-        max_new_tokens=options.max_new_tokens,
-        scorer=SCORER,
-        rates={kind: count_refusals(texts) for kind, texts in behaviour.texts.items()},
-        base_rates={kind: count_refusals(texts) for kind, texts in reference.texts.items()} if reference else None,
-        kl_harmless=(
-            float(kl_divergence(reference.harmless_logits, behaviour.harmless_logits).mean()) if reference else None
-        ),
-        cross_entropy=_compare(reference, behaviour),
-        prompt_sets={
-            kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256} for kind, chosen in prompts.items()
-        },
-        versions={
-            "abliterate": __version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
-    )
+    judges = tuple(_resolve(judge) for judge in options.judges)
+    used = used_for_checkpoint(source.path) | (used_prompts(loaded.metadata) if loaded else frozenset())
+    held_out = {kind: hold_out(chosen, used) for kind, chosen in sets.items()}
+    for kind, held in held_out.items():
+        if held.excluded:
+            progress.message(f"{kind}: {held.excluded} prompts left out, since the direction was found with them")
+    return _Run(
+        source=source,
+        base_source=base_source,
+        judges=judges,
+        direction=loaded,
+        held_out=held_out,
+        texts={spec: chosen.texts for spec, chosen in texts.items()},
+        options=options,
+        model_options=model_options or ModelOptions(),
+        progress=progress,
+    ).evaluate()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Behaviour:
-    """What one model did on the test prompts; token lists are the harmless completions."""
+class _Side:
+    """What one of the two models did."""
 
-    texts: dict[str, list[str]]
-    harmless_rows: list[list[int]]
-    harmless_tokens: list[list[int]]
-    harmless_logits: Tensor
-    cross_entropy: float | None
+    answers: Answers
+    replies: dict[str, list[Reply]]
+    own_answers: Surprise
+    texts: dict[str, Surprise]
+    tasks: TaskSamples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Measurement:
-    prompts: dict[Kind, PromptSet]
+class _Run:
+    """One evaluation."""
+
+    source: ModelSource
+    base_source: ModelSource | None
+    judges: tuple[ModelSource, ...]
+    direction: Direction | None
+    held_out: dict[Kind, HeldOut]
+    texts: dict[str, tuple[str, ...]]
     options: EvaluationOptions
+    model_options: ModelOptions
     progress: ProgressReporter
 
-    def behaviour(self, chat: ChatModel, label: str, *, reference: _Behaviour | None = None) -> _Behaviour:
-        texts: dict[str, list[str]] = {}
-        tokens: dict[str, list[list[int]]] = {}
-        rows: dict[str, list[list[int]]] = {}
-        for kind, prompts in self.prompts.items():
-            rows[kind] = chat.encode(prompts.texts)
-            with self.progress.task(f"Answering {kind} prompts ({label})", total=len(prompts)) as advance:
-                tokens[kind] = chat.generate(rows[kind], max_new_tokens=self.options.max_new_tokens, advance=advance)
-            texts[kind] = [chat.decode(ids) for ids in tokens[kind]]
-        judged = reference.harmless_tokens if reference else tokens["harmless"]
-        with self.progress.task(f"Comparing harmless answers ({label})", total=len(judged)) as advance:
-            entropy = completion_cross_entropy(chat, rows["harmless"], judged, advance=advance)
-        return _Behaviour(
-            texts=texts,
-            harmless_rows=rows["harmless"],
-            harmless_tokens=tokens["harmless"],
-            harmless_logits=chat.last_logits(rows["harmless"]),
-            cross_entropy=entropy,
+    def evaluate(self) -> EvaluationReport:
+        """Run the base, the model, and the base again over the model's replies."""
+        with ExitStack() as stack:
+            open_model, open_base = self._openers(stack)
+            base, distributions = None, None
+            if self.base_source is not None:
+                with open_base() as chat:
+                    base, distributions = self._measure_base(chat, stack)
+            with open_model() as chat, self._steered(chat):
+                answers = self._answers(chat, self.source, "model", edited=True)
+                divergence = self._divergence(chat, distributions)
+                own = self._own_answers(chat, base.answers if base else answers, "model")
+                texts = self._text_surprise(chat, "model")
+                tasks = self._tasks(chat, "model")
+                replies, device = read_replies(chat, answers), chat.device.type
+            if base is not None:
+                with open_base() as chat:
+                    replies = read_replies(chat, answers, surprise=self._surprise(chat, answers))
+            model = _Side(answers=answers, replies=replies, own_answers=own, texts=texts, tasks=tasks)
+        if self.options.save_completions is not None:
+            _write_completions(self.options.save_completions, self._prompts, {"base": base, "model": model})
+        return self._report(base, model, divergence, self._judge(base, model, device))
+
+    @property
+    def _prompts(self) -> dict[Kind, PromptSet]:
+        return {kind: held.prompts for kind, held in self.held_out.items()}
+
+    def _openers(
+        self, stack: ExitStack
+    ) -> "tuple[Callable[[], AbstractContextManager[ChatModel]], Callable[[], AbstractContextManager[ChatModel]]]":
+        """Return what opens the model and what opens the base; if they are one, it is loaded once."""
+        base_source = self.base_source
+        if base_source is not None and base_source == self.source:
+            shared = stack.enter_context(self._loaded(base_source))
+            return (lambda: nullcontext(shared)), (lambda: nullcontext(shared))
+        return (lambda: self._loaded(self.source)), (lambda: self._loaded(base_source or self.source))
+
+    @contextmanager
+    def _loaded(self, source: ModelSource) -> Iterator[ChatModel]:
+        with self.progress.task(f"Loading {source.name}", total=1) as advance:
+            chat = load_chat_model(source.path, name=source.name, options=self.model_options)
+            advance(1)
+        yield let_think(chat) if self.options.thinking else chat
+        del chat
+        gc.collect()
+
+    def _measure_base(self, chat: ChatModel, stack: ExitStack) -> tuple[_Side, BaseDistributions]:
+        assert self.base_source is not None
+        answers = self._answers(chat, self.base_source, "base", edited=False)
+        distributions = stack.enter_context(
+            BaseDistributions(rows=answers.rows["harmless"], completions=answers.tokens["harmless"])
+        )
+        with self.progress.task("Keeping the base's distributions", total=len(answers.rows["harmless"])) as advance:
+            distributions.record(chat, advance=advance)
+        surprise = self._surprise(chat, answers)
+        side = _Side(
+            answers=answers,
+            replies=read_replies(chat, answers, surprise=surprise),
+            own_answers=surprise["harmless"],
+            texts=self._text_surprise(chat, "base"),
+            tasks=self._tasks(chat, "base"),
+        )
+        return side, distributions
+
+    def _answers(self, chat: ChatModel, source: ModelSource, label: str, *, edited: bool) -> Answers:
+        with self._cache(chat, source, edited=edited) as cache:
+            answers = answer_prompts(
+                chat,
+                {kind: prompts.texts for kind, prompts in self._prompts.items()},
+                max_new_tokens=self.options.max_new_tokens,
+                label=label,
+                cache=cache,
+                progress=self.progress,
+            )
+            if cache is not None and cache.hits:
+                self.progress.message(f"{label}: {cache.hits} replies taken from {cache.path}")
+        return answers
+
+    def _cache(
+        self, chat: ChatModel, source: ModelSource, *, edited: bool
+    ) -> AbstractContextManager[ReplyCache | None]:
+        if self.options.cache is None:
+            return nullcontext()
+        steering = edited and self.direction is not None
+        conditions = {
+            "model": model_fingerprint(source.path, progress=self.progress),
+            "dtype": str(chat.model.dtype),
+            "device": chat.device.type,
+            "max_new_tokens": self.options.max_new_tokens,
+            "intervention": self.options.intervention if edited else "none",
+            "coefficient": self._coefficient if steering else None,
+            "direction": self.direction.sha256 if steering and self.direction else None,
+            "versions": _versions(),
+        }
+        return ReplyCache(self.options.cache, conditions)
+
+    @property
+    def _coefficient(self) -> float | None:
+        return default_coefficient(self.options.intervention, self.options.coefficient)
+
+    def _steered(self, chat: ChatModel) -> AbstractContextManager[Any]:
+        if self.direction is None or self.options.intervention == "none":
+            return nullcontext()
+        return steer(
+            chat,
+            self.direction,
+            intervention=self.options.intervention,
+            coefficient=self._coefficient,
+            progress=self.progress,
+        )
+
+    def _divergence(self, chat: ChatModel, distributions: BaseDistributions | None) -> Divergence | None:
+        if distributions is None:
+            return None
+        with self.progress.task("Comparing distributions", total=len(self._prompts["harmless"])) as advance:
+            return distributions.compare(chat, advance=advance)
+
+    def _own_answers(self, chat: ChatModel, answers: Answers, label: str) -> Surprise:
+        rows, tokens = answers.rows["harmless"], answers.tokens["harmless"]
+        with self.progress.task(f"Reading the base's harmless answers ({label})", total=len(rows)) as advance:
+            return completion_surprise(chat, rows, tokens, advance=advance)
+
+    def _text_surprise(self, chat: ChatModel, label: str) -> dict[str, Surprise]:
+        found = {}
+        for spec, texts in self.texts.items():
+            with self.progress.task(f"Reading texts {spec} ({label})", total=len(texts)) as advance:
+                found[spec] = text_surprise(chat, texts, advance=advance)
+        return found
+
+    def _tasks(self, chat: ChatModel, label: str) -> TaskSamples:
+        options = self.options.tasks
+        return run_tasks(chat, options=options, label=label, progress=self.progress) if options.tasks else {}
+
+    def _surprise(self, chat: ChatModel, answers: Answers) -> dict[str, Surprise]:
+        return measure_surprise(chat, answers, progress=self.progress)
+
+    def _judge(self, base: _Side | None, model: _Side, device: str) -> tuple[JudgeReport, ...]:
+        options = JudgeOptions(
+            label=self.options.judge_label,
+            prompt=self.options.judge_prompt,
+            device=device,
+            cache=self.options.cache,
+        )
+        return tuple(
+            judge_replies(
+                load_judge(source, options=options, progress=self.progress),
+                name=source.name,
+                prompts={kind: chosen.texts for kind, chosen in self._prompts.items()},
+                replies=model.replies,
+                base_replies=base.replies if base else None,
+                progress=self.progress,
+            )
+            for source in self.judges
+        )
+
+    def _report(
+        self, base: _Side | None, model: _Side, divergence: Divergence | None, judges: tuple[JudgeReport, ...]
+    ) -> EvaluationReport:
+        prompts = self._prompts
+        compared = {
+            spec: compare_surprise(base.texts[spec] if base else None, found) for spec, found in model.texts.items()
+        }
+        return EvaluationReport(
+            model=self.source.name,
+            base=self.base_source.name if self.base_source else None,
+            intervention=self.options.intervention,
+            coefficient=self._coefficient,
+            direction=_describe(self.direction),
+            max_new_tokens=self.options.max_new_tokens,
+            thinking=self.options.thinking,
+            system_prompt=self.model_options.system_prompt,
+            scorer=SCORER,
+            rates={kind: count_replies(replies) for kind, replies in model.replies.items()},
+            base_rates={kind: count_replies(replies) for kind, replies in base.replies.items()} if base else None,
+            changes={
+                kind: refusal_change(base.replies[kind], replies) for kind, replies in model.replies.items() if base
+            },
+            categories={
+                kind: count_by_category(chosen.categories, model.replies[kind], base.replies[kind] if base else None)
+                for kind, chosen in prompts.items()
+            },
+            kl_harmless=divergence.first_token if divergence else None,
+            divergence=divergence,
+            cross_entropy=compare_surprise(base.own_answers, model.own_answers) if base else None,
+            text_cross_entropy={spec: entropy for spec, entropy in compared.items() if entropy is not None},
+            judges=judges,
+            capability=(
+                compare_tasks(base.tasks if base else None, model.tasks, options=self.options.tasks)
+                if self.options.tasks.tasks
+                else None
+            ),
+            excluded={kind: held.excluded for kind, held in self.held_out.items()},
+            prompt_sets={
+                kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
+                for kind, chosen in prompts.items()
+            },
+            versions=_versions(),
         )
 
 
-@torch.inference_mode()
-def completion_cross_entropy(
-    chat: ChatModel,
-    rows: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    *,
-    advance: Any = None,
-) -> float | None:
-    """Return the mean negative log-likelihood of the completions' tokens, in nats per token; None without tokens.
-
-    Args:
-        chat: the model that is asked.
-        rows: token ids of the rendered prompts.
-        completions: token ids that follow each prompt.
-        advance: called with the number of prompts done.
-    """
-    totals: list[float] = []
-    counts: list[int] = []
-
-    def run(indices: list[int]) -> None:
-        longest = max(len(completions[i]) for i in indices)
-        if longest:
-            ids, mask = chat.pad([[*rows[i], *completions[i]] for i in indices])
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            logits = chat.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=longest + 1
-            ).logits
-            for row, i in enumerate(indices):
-                n = len(completions[i])
-                if n:
-                    predicted = logits[row, -n - 1 : -1].float()
-                    totals.append(float(cross_entropy(predicted, ids[row, -n:], reduction="sum")))
-                    counts.append(n)
-        if advance is not None:
-            advance(len(indices))
-
-    chat.for_batches([len(r) + 4 * len(c) for r, c in zip(rows, completions, strict=True)], run)
-    return sum(totals) / sum(counts) if counts else None
-
-
-def _check_options(options: EvaluationOptions, direction: Direction | Path | None) -> None:
+def _check_options(options: EvaluationOptions, direction: Direction | None) -> None:
     if options.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {options.max_new_tokens} is too small; give at least 1")
     if options.intervention != "none" and direction is None:
         raise InputError(f"--intervention {options.intervention} needs --direction FILE")
     if options.intervention == "none" and direction is not None:
-        raise InputError("--direction is given but --intervention is none; choose ablate or add")
+        raise InputError("--direction is given but --intervention is none; choose ablate, add or affine")
+    if options.coefficient is not None and options.intervention not in {"add", "affine"}:
+        raise InputError("--coefficient is the dose of --intervention add or affine; leave it out otherwise")
 
 
 def _resolve(model: str | Path | ModelSource) -> ModelSource:
     return model if isinstance(model, ModelSource) else resolve_model(str(model))
 
 
-@contextmanager
-def _loaded(source: ModelSource, options: ModelOptions | None, progress: ProgressReporter) -> Iterator[ChatModel]:
-    with progress.task(f"Loading {source.name}", total=1) as advance:
-        chat = load_chat_model(source.path, name=source.name, options=options or ModelOptions())
-        advance(1)
-    yield chat
-    del chat
-    gc.collect()
-
-
-def _intervention(chat: ChatModel, direction: Direction | None, options: EvaluationOptions) -> Any:
-    if direction is None or options.intervention == "none":
-        return nullcontext()
-    if direction.d_model != chat.d_model:
-        raise InputError(f"the direction has {direction.d_model} entries; the model's width is {chat.d_model}")
-    if options.intervention == "ablate":
-        return ablate_direction(chat, direction.vector)
-    layer = direction.metadata.get("layer")
-    if direction.mean_difference is None or not isinstance(layer, int):
-        raise InputError("--intervention add needs a direction file with its mean difference and layer")
-    return add_direction(chat, direction.mean_difference, layer=layer, coefficient=options.coefficient)
-
-
-def _compare(reference: _Behaviour | None, behaviour: _Behaviour) -> CrossEntropy | None:
-    if reference is None or reference.cross_entropy is None or behaviour.cross_entropy is None:
+def _describe(direction: Direction | None) -> dict[str, Any] | None:
+    if direction is None:
         return None
-    return CrossEntropy(
-        base=reference.cross_entropy,
-        model=behaviour.cross_entropy,
-        relative_change=behaviour.cross_entropy / reference.cross_entropy - 1,
-    )
+    known = {key: direction.metadata.get(key) for key in ("model", "position", "layer")}
+    return {"sha256": direction.sha256, **known}
 
 
-def _write_completions(path: Path, prompts: dict[Kind, PromptSet], behaviours: dict[str, _Behaviour | None]) -> None:
+def _versions() -> dict[str, str]:
+    return {
+        "abliterate": __version__,
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+    }
+
+
+def _write_completions(path: Path, prompts: dict[Kind, PromptSet], sides: dict[str, _Side | None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for label, behaviour in behaviours.items():
-            if behaviour is None:
+        for label, side in sides.items():
+            if side is None:
                 continue
             for kind, chosen in prompts.items():
-                for prompt_id, prompt, text in zip(chosen.ids, chosen.texts, behaviour.texts[kind], strict=True):
+                for prompt_id, prompt, reply in zip(chosen.ids, chosen.texts, side.replies[kind], strict=True):
                     line = {
                         "model": label,
                         "kind": kind,
                         "id": prompt_id,
                         "prompt": prompt,
-                        "class": classify_completion(text),
-                        "completion": text,
+                        "class": reply.reply_class,
+                        "completion": reply.answer,
+                        "thinking": reply.thinking,
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -174,6 +174,8 @@ def direction_of(
             for name in ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
             for chosen in (getattr(prompts, name),)
         },
+        # Of each prompt, so that `evaluate` can leave out what the direction was found with.
+        "prompt_hashes": list(prompts.hashes),
         "versions": {
             "abliterate": __version__,
             "python": platform.python_version(),

@@ -2,10 +2,10 @@
 
 *Ablation* removes a direction at every write to the residual stream: x <- x - r (r . x) at each block's input and
 after its attention and MLP (Arditi et al. 2024, equation 4). *Addition* adds a vector at one block's input at all
-positions (equation 3).
+positions (equation 3). *Affine* editing sets the component instead of removing it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -91,6 +91,30 @@ def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: f
         yield 1
     finally:
         handle.remove()
+
+
+@contextmanager
+def set_component(chat: ChatModel, direction: Tensor, components: Sequence[float]) -> Iterator[int]:
+    """Hold the residual stream's component along `direction` at given values: affine concept editing.
+
+    At the input of block l, x <- x - r (r . x) + components[l] r; what attention and MLP write is ablated, so that
+    the component stays there until the next block (Marshall et al. 2024, arXiv 2411.09003, with the
+    harmless mean as the point of reference). With components of zero this is `ablate_direction`.
+
+    Args:
+        chat: the model.
+        direction: [d_model]; normalised here.
+        components: one value a block, in the units of the stream.
+
+    Yields:
+        how many hooks are attached (four a block).
+    """
+    unit = _unit(direction, chat)
+    with ablate_direction(chat, direction) as n_hooks, ExitStack() as stack:
+        for block, component in zip(chat.blocks, components, strict=True):
+            # Hooks run in the order they were attached: the component is first removed, then set.
+            stack.callback(_edit_input(block, (component * unit).add).remove)
+        yield n_hooks + chat.n_layers
 
 
 @contextmanager

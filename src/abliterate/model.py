@@ -156,12 +156,14 @@ class ChatModel:
         *,
         max_new_tokens: int,
         advance: Callable[[int], None] | None = None,
+        receive: Callable[[int, list[int]], None] | None = None,
         streamer: Any = None,
     ) -> list[list[int]]:
         """Return greedy completions as token ids, without the end token and what follows it.
 
-        The model's shipped generation settings (sampling, repetition penalty) are not used. A `streamer` (see
-        transformers) gets the tokens of a single row as they come.
+        The model's shipped generation settings (sampling, repetition penalty) are not used. `receive` gets the index
+        and the completion of each row as soon as its batch is done; a `streamer` (see transformers) the tokens of a
+        single row as they come.
         """
         from transformers import GenerationConfig
 
@@ -180,6 +182,8 @@ class ChatModel:
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
             for i, row in zip(indices, out[:, ids.shape[1] :].tolist(), strict=True):
                 completions[i] = list(itertools.takewhile(lambda token: token not in stops, row))
+                if receive is not None:
+                    receive(i, completions[i])
             if advance is not None:
                 advance(len(indices))
 

@@ -14,7 +14,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -61,6 +61,10 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def without(self, hashes: Set[str]) -> "PromptSet":
+        """Return the prompts whose `prompt_hash` is not among `hashes`."""
+        return self._select(i for i, text in enumerate(self.texts) if prompt_hash(text) not in hashes)
+
     def _select(self, indices: Iterable[int]) -> "PromptSet":
         chosen = list(indices)
         return PromptSet(
@@ -95,11 +99,22 @@ class ExtractionPrompts:
     harmless_validation: PromptSet
     notes: tuple[str, ...] = ()
 
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """The hash of every prompt drawn, by which an evaluation can leave them out; sorted."""
+        sets = (self.harmful_train, self.harmless_train, self.harmful_validation, self.harmless_validation)
+        return tuple(sorted({prompt_hash(text) for chosen in sets for text in chosen.texts}))
+
 
 def fold(text: str) -> str:
     """Return `text` without case, punctuation and extra space: prompts with equal folds are duplicates."""
     text = re.sub("['\u2019\u02bc]", "", unicodedata.normalize("NFKC", text).casefold())
     return " ".join("".join(" " if unicodedata.category(c)[0] in "PZC" else c for c in text).split())
+
+
+def prompt_hash(text: str) -> str:
+    """Return 16 hexadecimal digits that stand for a prompt, whatever its case, punctuation and spacing."""
+    return hashlib.sha256(fold(text).encode()).hexdigest()[:16]
 
 
 def load_prompt_set(spec: str, *, kind: Kind, part: Part) -> PromptSet:
@@ -118,6 +133,18 @@ def load_prompt_set(spec: str, *, kind: Kind, part: Part) -> PromptSet:
     for bundled_kind, bundled_part in _BUNDLED_SETS:
         if spec == f"{BUNDLED}:{bundled_kind}/{bundled_part}":
             return _load_bundled(bundled_kind, bundled_part)
+    return _named(spec, read_prompts(spec))
+
+
+def load_plain_texts(spec: str) -> PromptSet:
+    """Load the plain texts that SPEC names, to measure cross-entropy on; `bundled` is a sample that comes along.
+
+    Raises:
+        PromptSetError: It is not there, cannot be read, or has an empty or missing column.
+    """
+    if spec == BUNDLED:
+        path = bundled_prompts_directory() / "plain_text" / "sample.jsonl"
+        return _named(f"{BUNDLED}:plain_text/sample", read_prompt_file(path, column="text"))
     return _named(spec, read_prompts(spec))
 
 

@@ -1,0 +1,128 @@
+"""What a loaded model does on prompts: its greedy replies, taken apart and classified.
+
+`evaluation` puts a base and an edited model beside each other with this; other stages measure a model under hooks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from abliterate.distribution_shift import Surprise, completion_surprise
+from abliterate.model import ChatModel
+from abliterate.progress import SILENT, Advance, ProgressReporter
+from abliterate.reply_cache import ReplyCache
+from abliterate.reply_classes import Reply, read_reply
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Replies of one model as token ids, in the order of the prompts.
+
+    Attributes:
+        rows: kind of prompts -> token ids of the rendered prompts.
+        tokens: kind -> token ids of the replies, without the end token.
+        max_new_tokens: the length limit they were generated under.
+    """
+
+    rows: dict[str, list[list[int]]]
+    tokens: dict[str, list[list[int]]]
+    max_new_tokens: int
+
+
+def let_think(chat: ChatModel) -> ChatModel:
+    """Return the same model with its template's thinking form; one that does not think stays as it is."""
+    return replace(chat, chat_format=replace(chat.chat_format, thinking_disabled=False, response_prefix=""))
+
+
+def answer_prompts(
+    chat: ChatModel,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    max_new_tokens: int,
+    label: str = "model",
+    cache: ReplyCache | None = None,
+    progress: ProgressReporter = SILENT,
+) -> Answers:
+    """Generate a greedy reply to each prompt, batched by length.
+
+    Args:
+        chat: the model; hooks that are attached to it act.
+        prompts: kind -> prompts.
+        max_new_tokens: length limit of each reply.
+        label: what to call the model in the progress bars.
+        cache: replies that are there already, and where new ones are kept; None keeps none.
+        progress: where to show progress.
+
+    Raises:
+        ModelError: one prompt alone does not fit into memory.
+    """
+    rows: dict[str, list[list[int]]] = {}
+    tokens: dict[str, list[list[int]]] = {}
+    for kind, texts in prompts.items():
+        rows[kind] = chat.encode(texts)
+        with progress.task(f"Answering {kind} prompts ({label})", total=len(texts)) as advance:
+            tokens[kind] = generate_replies(
+                chat, rows[kind], max_new_tokens=max_new_tokens, cache=cache, advance=advance
+            )
+    return Answers(rows=rows, tokens=tokens, max_new_tokens=max_new_tokens)
+
+
+def measure_surprise(
+    chat: ChatModel, answers: Answers, *, label: str = "base", progress: ProgressReporter = SILENT
+) -> dict[str, Surprise]:
+    """Return how unlikely a model finds some replies, by kind: the base's view tells incoherent ones."""
+    found = {}
+    for kind, rows in answers.rows.items():
+        with progress.task(f"Reading {kind} replies ({label})", total=len(rows)) as advance:
+            found[kind] = completion_surprise(chat, rows, answers.tokens[kind], advance=advance)
+    return found
+
+
+def read_replies(
+    chat: ChatModel, answers: Answers, *, surprise: Mapping[str, Surprise] | None = None
+) -> dict[str, list[Reply]]:
+    """Take replies apart and classify them, by kind.
+
+    Args:
+        chat: the model they come from, or another with the same tokenizer.
+        answers: the replies.
+        surprise: what the base finds of them; without it, only what is no text at all counts as incoherent.
+    """
+    special = sorted(map(str, chat.tokenizer.all_special_tokens), key=len, reverse=True)
+    return {
+        kind: [
+            read_reply(
+                chat.decode(tokens, skip_special_tokens=False),
+                special_tokens=special,
+                truncated=len(tokens) >= answers.max_new_tokens,
+                nats_per_token=surprise[kind].per_token(i) if surprise else None,
+            )
+            for i, tokens in enumerate(replies)
+        ]
+        for kind, replies in answers.tokens.items()
+    }
+
+
+def generate_replies(
+    chat: ChatModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    cache: ReplyCache | None = None,
+    advance: Advance = lambda _n: None,
+) -> list[list[int]]:
+    """Generate greedy replies to rendered prompts (token ids), except those that a cache holds."""
+    if cache is None:
+        return chat.generate(rows, max_new_tokens=max_new_tokens, advance=advance)
+    kept = [cache.get(row) for row in rows]
+    missing = [i for i, reply in enumerate(kept) if reply is None]
+    advance(len(rows) - len(missing))
+    made: list[list[int]] = []
+    if missing:
+        made = chat.generate(
+            [rows[i] for i in missing],
+            max_new_tokens=max_new_tokens,
+            advance=advance,
+            receive=lambda index, reply: cache.put(rows[missing[index]], reply),
+        )
+    new = dict(zip(missing, made, strict=True))
+    return [new[i] if reply is None else reply for i, reply in enumerate(kept)]

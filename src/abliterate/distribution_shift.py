@@ -1,0 +1,231 @@
+"""How far a model's next-token distributions have moved: KL to the base, and cross-entropy of given text.
+
+The base's distributions over its own answers are kept in an unnamed temporary file between the two models, so that
+only one model need be in memory at a time. Only harmless prompts are compared.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from abliterate.candidate_scoring import kl_divergence
+from abliterate.errors import InputError, ModelError
+from abliterate.model import ChatModel
+
+Advance = Callable[[int], None] | None
+
+CONTINUATION_TOKENS = 32
+"""Tokens of each of the base's answers over which KL is taken. The distributions are kept whole, four bytes an entry:
+144 prompts, 32 tokens and a vocabulary of 50,000 make 0.9 GB of temporary file."""
+TEXT_TOKENS = 256
+"""Tokens of each plain text, as in the paper."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossEntropy:
+    """Cross-entropy of given tokens in nats per token; `base` and `relative_change` are None without a base."""
+
+    base: float | None
+    model: float
+    relative_change: float | None
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """KL(base || model) of next-token distributions on harmless prompts, in nats a token.
+
+    Attributes:
+        first_token: mean over prompts, at the first token of the answer.
+        continuation: mean over the first tokens of the base's own greedy answers, at most `per_prompt` of each.
+        n_tokens: number of distributions behind `continuation`.
+        per_prompt: the most tokens taken of one answer.
+    """
+
+    first_token: float
+    continuation: float
+    n_tokens: int
+    per_prompt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surprise:
+    """Negative log-likelihood of some sequences: `nats` in total, over `tokens` tokens, one entry a sequence."""
+
+    nats: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Nats per token over all sequences together; None without tokens."""
+        return sum(self.nats) / sum(self.tokens) if sum(self.tokens) else None
+
+    def per_token(self, index: int) -> float | None:
+        """Nats per token of one sequence; None if it is empty."""
+        return self.nats[index] / self.tokens[index] if self.tokens[index] else None
+
+
+def compare_surprise(base: Surprise | None, model: Surprise) -> CrossEntropy | None:
+    """Put the cross-entropies of base and model beside each other; None without tokens."""
+    before, after = None if base is None else base.mean, model.mean
+    if after is None:
+        return None
+    return CrossEntropy(
+        base=before,
+        model=after,
+        relative_change=None if not before else after / before - 1,
+        n_tokens=sum(model.tokens),
+    )
+
+
+@torch.inference_mode()
+def completion_surprise(
+    chat: ChatModel, rows: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, advance: Advance = None
+) -> Surprise:
+    """Return the negative log-likelihood of completions, given the rows before them.
+
+    Args:
+        chat: the model that is asked.
+        rows: token ids that are given; at least one each.
+        completions: token ids that follow each row.
+        advance: called with the number of rows done.
+    """
+    nats = [0.0] * len(rows)
+    counts = [len(completion) for completion in completions]
+
+    def run(indices: list[int]) -> None:
+        longest = max(counts[i] for i in indices)
+        if longest:
+            logits = _last_logits(chat, [[*rows[i], *completions[i]] for i in indices], longest + 1)
+            for row, i in enumerate(indices):
+                if counts[i]:
+                    target = torch.tensor(list(completions[i]), device=logits.device)
+                    predicted = logits[row, -counts[i] - 1 : -1].float()
+                    nats[i] = float(cross_entropy(predicted, target, reduction="sum"))
+        if advance is not None:
+            advance(len(indices))
+
+    chat.for_batches([len(row) + 4 * n for row, n in zip(rows, counts, strict=True)], run)
+    return Surprise(nats=tuple(nats), tokens=tuple(counts))
+
+
+def text_surprise(chat: ChatModel, texts: Sequence[str], *, advance: Advance = None) -> Surprise:
+    """Return the negative log-likelihood of plain texts, without any template, at most 256 tokens of each.
+
+    The first token of each is given and not scored: it is the BOS token where the tokenizer puts one.
+    """
+    encoded = [list(chat.tokenizer(text)["input_ids"])[:TEXT_TOKENS] for text in texts]
+    encoded = [ids for ids in encoded if len(ids) > 1]
+    return completion_surprise(chat, [ids[:1] for ids in encoded], [ids[1:] for ids in encoded], advance=advance)
+
+
+class BaseDistributions:
+    """The base's next-token distributions over the start of its own answers; use it as a context manager.
+
+    Args:
+        rows: token ids of the rendered prompts.
+        completions: the base's answers to them.
+        per_prompt: how many tokens of each answer to take; the first one is taken even of an empty answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        per_prompt: int = CONTINUATION_TOKENS,
+    ) -> None:
+        self._rows = rows
+        # The distribution of a token needs those before it, and not the token itself.
+        self._given = [list(completion[: max(0, min(len(completion), per_prompt) - 1)]) for completion in completions]
+        self._per_prompt = per_prompt
+        self._offsets: dict[int, int] = {}
+        self._vocabulary = 0
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> "BaseDistributions":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def record(self, chat: ChatModel, *, advance: Advance = None) -> None:
+        """Run the base and keep its distributions.
+
+        Raises:
+            InputError: there is no room for the temporary file.
+        """
+        self._file = file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+
+        def keep(index: int, logits: Tensor) -> None:
+            self._vocabulary = logits.shape[-1]
+            self._offsets[index] = file.tell()
+            file.write(logits.float().cpu().numpy().tobytes())
+
+        try:
+            self._for_each(chat, keep, advance)
+        except OSError as error:
+            raise InputError(
+                f"no room for the base's distributions in {tempfile.gettempdir()} ({error.strerror or error}); "
+                "set TMPDIR to a folder on a larger disk"
+            ) from error
+
+    def compare(self, chat: ChatModel, *, advance: Advance = None) -> Divergence:
+        """Run the model on the same tokens and return its divergence from the base.
+
+        Raises:
+            ModelError: its vocabulary has another size than the base's.
+        """
+        found: dict[int, Tensor] = {}
+
+        def measure(index: int, logits: Tensor) -> None:
+            if logits.shape[-1] != self._vocabulary:
+                raise ModelError(
+                    f"the model has {logits.shape[-1]} output tokens and the base {self._vocabulary}; "
+                    "they cannot be compared: give the base it was made from"
+                )
+            found[index] = kl_divergence(self._read(index, len(logits)), logits.cpu())
+
+        self._for_each(chat, measure, advance)
+        tokens = torch.cat(list(found.values()))
+        return Divergence(
+            first_token=sum(float(divergence[0]) for divergence in found.values()) / len(found),
+            continuation=float(tokens.mean()),
+            n_tokens=len(tokens),
+            per_prompt=self._per_prompt,
+        )
+
+    def _read(self, index: int, n_tokens: int) -> Tensor:
+        assert self._file is not None
+        self._file.seek(self._offsets[index])
+        content = self._file.read(4 * n_tokens * self._vocabulary)
+        return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.float32).reshape(n_tokens, -1))
+
+    @torch.inference_mode()
+    def _for_each(self, chat: ChatModel, receive: Callable[[int, Tensor], None], advance: Advance) -> None:
+        def run(indices: list[int]) -> None:
+            given = [self._given[i] for i in indices]
+            logits = _last_logits(chat, [[*self._rows[i], *self._given[i]] for i in indices], max(map(len, given)) + 1)
+            for row, i in enumerate(indices):
+                receive(i, logits[row, -len(self._given[i]) - 1 :])
+            if advance is not None:
+                advance(len(indices))
+
+        chat.for_batches([len(row) + 4 * len(given) for row, given in zip(self._rows, self._given, strict=True)], run)
+
+
+def _last_logits(chat: ChatModel, sequences: list[list[int]], n_positions: int) -> Tensor:
+    """Run one left-padded batch and return the logits [n, n_positions, vocab] at the last positions."""
+    ids, mask = chat.pad(sequences)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits: Tensor = chat.model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=n_positions
+    ).logits
+    return logits

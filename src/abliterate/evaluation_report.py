@@ -1,0 +1,224 @@
+"""What an evaluation is asked for and what it reports, as plain values; no reply is among them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from abliterate.capability import CapabilityReport, TaskOptions
+from abliterate.distribution_shift import CrossEntropy, Divergence
+from abliterate.judges import JudgeReport
+from abliterate.proportions import PairedChange, paired_change, wilson_interval
+from abliterate.reply_classes import DEGENERATE, Reply
+
+Intervention = Literal["none", "ablate", "add", "affine"]
+Kind = Literal["harmful", "harmless", "borderline"]
+KINDS: tuple[Kind, ...] = ("harmful", "harmless", "borderline")
+SCORER = "12 refusal substrings, anywhere in the answer, case-insensitive (arXiv 2406.11717)"
+
+MAX_NEW_TOKENS = 256
+"""Extended refusals (arXiv 2505.19056) have 67 to 195 words and refuse in the middle; 195 words are about 260 tokens,
+so at 256 the refusal itself has been reached. The paper generates 512."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """What is evaluated, and how.
+
+    Attributes:
+        harmful: prompt SPEC, see `abliterate.prompt_sets`; bundled means the test part.
+        harmless: prompt SPEC.
+        borderline: prompt SPEC of safe prompts that look unsafe.
+        texts: SPECs of plain texts for the cross-entropy; `bundled` is a sample that comes along.
+        max_new_tokens: length of each completion.
+        intervention: what hooks do to MODEL: nothing, ablate the direction, add its mean difference at its layer, or
+            set its component to the harmless mean (affine).
+        coefficient: for `add` the dose: -1 bypasses refusal, +1 induces it; for `affine` how far to go from the
+            harmless mean (0) towards the harmful one (1). None is 1 for `add` and 0 for `affine`.
+        thinking: let a thinking model think; by default its template's non-thinking form is used.
+        judges: models that judge the replies too, directories or Hub ids.
+        judge_label: the label of a sequence classifier that means refusal; None to find it by its name.
+        judge_prompt: auto, guard, yes-no, or a file with {prompt} and {reply}; see `judges`.
+        tasks: what lm-evaluation-harness runs.
+        save_completions: a JSON Lines file for all completions; None writes none.
+        cache: a folder that keeps replies (token ids, those to harmful prompts too) for resuming; None keeps none.
+    """
+
+    harmful: str = "bundled"
+    harmless: str = "bundled"
+    borderline: str = "bundled"
+    texts: tuple[str, ...] = ("bundled",)
+    max_new_tokens: int = MAX_NEW_TOKENS
+    intervention: Intervention = "none"
+    coefficient: float | None = None
+    thinking: bool = False
+    judges: tuple[str, ...] = ()
+    judge_label: str | None = None
+    judge_prompt: str = "auto"
+    tasks: TaskOptions = field(default_factory=TaskOptions)
+    save_completions: Path | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusalRate:
+    """How many replies refuse, with a Wilson 95 % interval; n counts all of them, the degenerate ones too.
+
+    Attributes:
+        n: number of prompts.
+        refused: replies of the class refusal.
+        answered: replies of the class answer.
+        degenerate: empty + repetitive + incoherent.
+        empty: see `reply_classes`.
+        repetitive: see `reply_classes`.
+        incoherent: see `reply_classes`.
+        rate: refused / n.
+        low: lower end of the interval of `rate`.
+        high: upper end.
+        matches: replies that hold a refusal substring, whatever their class: the published count.
+        thinking: replies with a thinking part.
+        thinking_unfinished: replies whose thinking part never ended.
+        truncated: replies that reached the length limit.
+    """
+
+    n: int
+    refused: int
+    answered: int
+    degenerate: int
+    empty: int
+    repetitive: int
+    incoherent: int
+    rate: float
+    low: float
+    high: float
+    matches: int
+    thinking: int
+    thinking_unfinished: int
+    truncated: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CategoryRate:
+    """The refusal rate of one category of prompts, and the base's beside it where there is one."""
+
+    category: str
+    n: int
+    refused: int
+    degenerate: int
+    rate: float
+    low: float
+    high: float
+    base_refused: int | None = None
+    base_rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """Refusal rates of a model and of its base, and the damage done to harmless behaviour.
+
+    Attributes:
+        model: what was evaluated.
+        base: what it is compared with; None if nothing.
+        intervention: see `EvaluationOptions`.
+        coefficient: the one used; None where it plays no part.
+        direction: sha256, position and layer of the direction, or None.
+        max_new_tokens: length limit of each reply.
+        thinking: whether the model was let think.
+        system_prompt: the system message, or None.
+        scorer: what counts as a refusal.
+        rates: kind of prompts -> the model's refusal rate.
+        base_rates: the same of the base.
+        changes: kind -> paired change of refusal, base against model, exact McNemar.
+        categories: kind -> one rate a category.
+        kl_harmless: mean KL(base || model) at the first token of the answers to harmless prompts, in nats.
+        divergence: the same over the base's own answers; see `Divergence`.
+        cross_entropy: of the base's own harmless answers.
+        text_cross_entropy: SPEC -> cross-entropy of plain text.
+        judges: what each judge says, and its agreement with the substrings.
+        capability: scores of lm-evaluation-harness, or None.
+        excluded: kind -> prompts left out because the direction was found with them.
+        prompt_sets: name, size and hash of each set as used.
+        versions: of what computed this.
+    """
+
+    model: str
+    base: str | None
+    intervention: Intervention
+    coefficient: float | None = None
+    direction: dict[str, Any] | None = None
+    max_new_tokens: int
+    thinking: bool = False
+    system_prompt: str | None = None
+    scorer: str
+    rates: dict[str, RefusalRate]
+    base_rates: dict[str, RefusalRate] | None
+    changes: dict[str, PairedChange] = field(default_factory=dict)
+    categories: dict[str, tuple[CategoryRate, ...]] = field(default_factory=dict)
+    kl_harmless: float | None
+    divergence: Divergence | None = None
+    cross_entropy: CrossEntropy | None
+    text_cross_entropy: dict[str, CrossEntropy] = field(default_factory=dict)
+    judges: tuple[JudgeReport, ...] = ()
+    capability: CapabilityReport | None = None
+    excluded: dict[str, int] = field(default_factory=dict)
+    prompt_sets: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def count_replies(replies: Sequence[Reply]) -> RefusalRate:
+    """Count the classes of some replies and return the refusal rate with its interval."""
+    classes = [reply.reply_class for reply in replies]
+    refused, n = classes.count("refusal"), len(replies)
+    low, high = wilson_interval(refused, n)
+    return RefusalRate(
+        n=n,
+        refused=refused,
+        answered=classes.count("answer"),
+        degenerate=sum(reply_class in DEGENERATE for reply_class in classes),
+        empty=classes.count("empty"),
+        repetitive=classes.count("repetitive"),
+        incoherent=classes.count("incoherent"),
+        rate=refused / n if n else 0.0,
+        low=low,
+        high=high,
+        matches=sum(reply.matches for reply in replies),
+        thinking=sum(bool(reply.thinking) or reply.thinking_unfinished for reply in replies),
+        thinking_unfinished=sum(reply.thinking_unfinished for reply in replies),
+        truncated=sum(reply.truncated for reply in replies),
+    )
+
+
+def refusal_change(base: Sequence[Reply], model: Sequence[Reply]) -> PairedChange:
+    """Compare refusal of the same prompts, base against model."""
+    return paired_change([reply.refused for reply in base], [reply.refused for reply in model])
+
+
+def count_by_category(
+    categories: Sequence[str], replies: Sequence[Reply], base: Sequence[Reply] | None = None
+) -> tuple[CategoryRate, ...]:
+    """Return one rate a category, in alphabetical order; nothing where no prompt has a category."""
+    rates = []
+    for category in sorted(set(categories) - {""}):
+        chosen = [i for i, name in enumerate(categories) if name == category]
+        counted = count_replies([replies[i] for i in chosen])
+        base_refused = None if base is None else sum(base[i].refused for i in chosen)
+        rates.append(
+            CategoryRate(
+                category=category,
+                n=counted.n,
+                refused=counted.refused,
+                degenerate=counted.degenerate,
+                rate=counted.rate,
+                low=counted.low,
+                high=counted.high,
+                base_refused=base_refused,
+                base_rate=None if base_refused is None else base_refused / counted.n,
+            )
+        )
+    return tuple(rates)
