@@ -1,7 +1,8 @@
 """Find the refusal direction of a language model, remove it from the weights exactly, and measure what that did.
 
 The library mirrors the command line: `extract_direction`, `orthogonalize_checkpoint`, `evaluate_model`,
-`trace_direction`, `push_checkpoint`, and `Direction`. Importing this package is light; torch is loaded on first use.
+`audit_model`, `trace_direction`, `push_checkpoint`, and `Direction`. Importing this package is light; torch is loaded
+on first use.
 """
 
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate._version import __version__
 
 if TYPE_CHECKING:
+    from abliterate.auditing import audit_model
     from abliterate.directions import Direction, load_direction
     from abliterate.evaluation import evaluate_model
     from abliterate.extraction import extract_direction
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Direction",
     "__version__",
+    "audit_model",
     "evaluate_model",
     "extract_direction",
     "load_direction",
@@ -31,6 +34,7 @@ __all__ = [
 _HOMES = {
     "Direction": "abliterate.directions",
     "load_direction": "abliterate.directions",
+    "audit_model": "abliterate.auditing",
     "evaluate_model": "abliterate.evaluation",
     "extract_direction": "abliterate.extraction",
     "orthogonalize_checkpoint": "abliterate.orthogonalization",

@@ -50,6 +50,7 @@ def test_help_is_light_and_documents_the_exit_codes() -> None:
         "extract",
         "orthogonalize",
         "evaluate",
+        "audit",
         "trace",
         "chat",
         "push",
@@ -62,7 +63,7 @@ def test_help_is_light_and_documents_the_exit_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["extract", "orthogonalize", "evaluate", "trace", "chat", "push", "prompts", "demo"]
+    "command", ["extract", "orthogonalize", "evaluate", "audit", "trace", "chat", "push", "prompts", "demo"]
 )
 def test_each_command_has_help_and_json(run, command: str) -> None:
     code, out, _ = run(command, "--help")

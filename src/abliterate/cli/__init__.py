@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from abliterate._version import __version__
+from abliterate.cli.audit import audit
 from abliterate.cli.chat import chat
 from abliterate.cli.demo import demo
 from abliterate.cli.evaluate import evaluate
@@ -33,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _command in (extract, orthogonalize, evaluate, trace, chat, push, prompts, demo):
+for _command in (extract, orthogonalize, evaluate, audit, trace, chat, push, prompts, demo):
     app.command(epilog=EXIT_CODES)(_command)
 
 
