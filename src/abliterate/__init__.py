@@ -1,7 +1,8 @@
 """Find the refusal direction of a language model, remove it from the weights exactly, and measure what that did.
 
 The library mirrors the command line: `extract_direction`, `orthogonalize_checkpoint`, `evaluate_model`,
-`push_checkpoint`, and `Direction`. Importing this package is light; torch is loaded on first use.
+`audit_model`, `trace_direction`, `push_checkpoint`, and `Direction`. Importing this package is light; torch is loaded
+on first use.
 """
 
 from importlib import import_module
@@ -10,29 +11,35 @@ from typing import TYPE_CHECKING, Any
 from abliterate._version import __version__
 
 if TYPE_CHECKING:
+    from abliterate.auditing import audit_model
     from abliterate.directions import Direction, load_direction
     from abliterate.evaluation import evaluate_model
     from abliterate.extraction import extract_direction
     from abliterate.orthogonalization import orthogonalize_checkpoint
     from abliterate.publishing import push_checkpoint
+    from abliterate.tracing import trace_direction
 
 __all__ = [
     "Direction",
     "__version__",
+    "audit_model",
     "evaluate_model",
     "extract_direction",
     "load_direction",
     "orthogonalize_checkpoint",
     "push_checkpoint",
+    "trace_direction",
 ]
 
 _HOMES = {
     "Direction": "abliterate.directions",
     "load_direction": "abliterate.directions",
+    "audit_model": "abliterate.auditing",
     "evaluate_model": "abliterate.evaluation",
     "extract_direction": "abliterate.extraction",
     "orthogonalize_checkpoint": "abliterate.orthogonalization",
     "push_checkpoint": "abliterate.publishing",
+    "trace_direction": "abliterate.tracing",
 }
 
 

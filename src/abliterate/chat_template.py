@@ -4,6 +4,7 @@ Prompts are rendered with the model's own chat template. Everything the template
 *post-instruction token*; these are counted from the end (-1 is the last token before the answer).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,38 @@ def render(
     Raises:
         ModelError: the template fails.
     """
-    messages = [{"role": "user", "content": prompt}]
+    return render_conversation(
+        tokenizer,
+        [{"role": "user", "content": prompt}],
+        system_prompt=system_prompt,
+        thinking_disabled=thinking_disabled,
+    )
+
+
+def render_conversation(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, str]],
+    *,
+    system_prompt: str | None,
+    thinking_disabled: bool,
+) -> str:
+    """Return a conversation as the chat template writes it, up to where the next answer starts.
+
+    Args:
+        tokenizer: the one with the template.
+        messages: `role` (user or assistant) and `content` of each, the last one the user's.
+        system_prompt: the system message, or None for what the template does by default.
+        thinking_disabled: ask the template for its non-thinking form.
+
+    Raises:
+        ModelError: the template fails.
+    """
+    conversation = [dict(message) for message in messages]
     if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
+        conversation.insert(0, {"role": "system", "content": system_prompt})
     options: dict[str, Any] = {"enable_thinking": False} if thinking_disabled else {}
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False, **options)
     except Exception as error:  # a template is a program of its own and may raise anything
         hint = "; it may not accept a system message" if system_prompt is not None else ""
         raise ModelError(f"the chat template fails: {' '.join(str(error).split())}{hint}") from error

@@ -181,11 +181,13 @@ class ChatModel:
         max_new_tokens: int,
         advance: Callable[[int], None] | None = None,
         receive: Callable[[int, list[int]], None] | None = None,
+        streamer: Any = None,
     ) -> list[list[int]]:
         """Return greedy completions as token ids, without the end token and what follows it.
 
         The model's shipped generation settings (sampling, repetition penalty) are not used. `receive` gets the index
-        and the completion of each row as soon as its batch is done.
+        and the completion of each row as soon as its batch is done; a `streamer` (see transformers) the tokens of a
+        single row as they come.
         """
         from transformers import GenerationConfig
 
@@ -201,7 +203,7 @@ class ChatModel:
 
         def run(indices: list[int]) -> None:
             ids, mask = self.pad([list(rows[i]) for i in indices])
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
             for i, row in zip(indices, out[:, ids.shape[1] :].tolist(), strict=True):
                 completions[i] = list(itertools.takewhile(lambda token: token not in stops, row))
                 if receive is not None:

@@ -215,9 +215,7 @@ class _Mapper:
             role = "embed"
         elif name.part in {Part.POST_NORM, Part.EMBEDDING_NORM} and name.is_bias:
             role = "embed" if name.layer is None else "mlp"
-        elif role is None or name.part not in _WRITING:
-            return None
-        elif name.part is Part.POSITION_EMBEDDING and not self.row.positions:
+        elif role is None or name.part not in _WRITING or (name.part is Part.POSITION_EMBEDDING and not self.row.positions):
             return None
         axis = self._axis(tensor, name)
         if self.row.latent_experts and name.expert is not None and tensor.shape[axis] != self.d_model:

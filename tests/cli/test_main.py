@@ -50,6 +50,9 @@ def test_help_is_light_and_documents_the_exit_codes() -> None:
         "extract",
         "orthogonalize",
         "evaluate",
+        "audit",
+        "trace",
+        "chat",
         "push",
         "prompts",
         "demo",
@@ -59,7 +62,9 @@ def test_help_is_light_and_documents_the_exit_codes() -> None:
         assert text in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("command", ["extract", "orthogonalize", "evaluate", "push", "prompts", "demo"])
+@pytest.mark.parametrize(
+    "command", ["extract", "orthogonalize", "evaluate", "audit", "trace", "chat", "push", "prompts", "demo"]
+)
 def test_each_command_has_help_and_json(run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from abliterate._version import __version__
+from abliterate.cli.audit import audit
+from abliterate.cli.chat import chat
 from abliterate.cli.demo import demo
 from abliterate.cli.evaluate import evaluate
 from abliterate.cli.extract import extract
@@ -15,6 +17,7 @@ from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.cli.plan import plan
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
+from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError
 from abliterate.ranks import in_first_process
@@ -34,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _command in (extract, plan, orthogonalize, verify, evaluate, push, prompts, demo):
+for _command in (extract, plan, orthogonalize, verify, evaluate, audit, trace, chat, push, prompts, demo):
     app.command(epilog=EXIT_CODES)(_command)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from abliterate.progress import SILENT, Advance, ProgressReporter
 from abliterate.ranks import in_first_process
@@ -65,7 +66,7 @@ class Output:
         """Return the output of one command under the global options held by `context`."""
         return cls(json_output=json_output, **(context.obj or {}))
 
-    def report(self, report: Any, *, tables: Callable[[], list[Table | str]]) -> None:
+    def report(self, report: Any, *, tables: Callable[[], Sequence[Table | Text | str]]) -> None:
         """Write `report` as one JSON document, or as what `tables` returns, to stdout; of several processes, once."""
         if not in_first_process():
             return
@@ -75,7 +76,7 @@ class Output:
         console = Console(highlight=False)
         for part in tables():
             # Text is for scripts too: nothing in it is markup, and no line of it is broken.
-            is_text = isinstance(part, str)
+            is_text = isinstance(part, str | Text)
             console.print(part, markup=not is_text, soft_wrap=is_text)
 
     def plain(self, report: Any) -> Any:

@@ -1,0 +1,280 @@
+"""Auditing a model: how much of its refusal rests on one direction, and what it costs to take it away.
+
+Directions are found on training and validation prompts; everything that is reported is measured on test prompts. All
+interventions are hooks, nothing is written. The worst case over the interventions counts, as it would for someone
+who wants the refusals gone; nothing beyond these interventions is searched for.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abliterate._version import __version__
+from abliterate.audit_report import (
+    AuditedIntervention,
+    AuditOptions,
+    AuditReport,
+    Method,
+    decide,
+    is_bearable,
+    legible_refusal,
+)
+from abliterate.behaviour import Answers, answer_prompts, measure_surprise, read_replies
+from abliterate.candidate_ranking import CandidateFinder, CandidateSummary, Stability
+from abliterate.distribution_shift import BaseDistributions, Surprise, compare_surprise, completion_surprise
+from abliterate.errors import InputError
+from abliterate.evaluation_report import RefusalRate, count_replies, refusal_change
+from abliterate.hub import ModelSource, resolve_model
+from abliterate.interventions import ablate_direction, ablate_subspace, add_direction
+from abliterate.model import ChatModel, ModelOptions, find_response_prefix, load_chat_model, with_response_prefix
+from abliterate.progress import SILENT, ProgressReporter
+from abliterate.prompt_sets import ExtractionPrompts, Kind, PromptSet, load_prompt_set, split_for_extraction
+from abliterate.reply_classes import Reply
+
+N_PREFIX_PROMPTS = 8
+
+
+def audit_model(
+    *,
+    model: "str | Path | ModelSource | ChatModel",
+    options: AuditOptions | None = None,
+    model_options: ModelOptions | None = None,
+    progress: ProgressReporter = SILENT,
+) -> AuditReport:
+    """Measure how far refusal can be removed by ablating or subtracting directions, and at what cost.
+
+    Args:
+        model: a directory, a Hub id, a resolved source or a loaded model.
+        options: see `AuditOptions`.
+        model_options: how to load and run the model.
+        progress: where to show progress.
+
+    Raises:
+        InputError: an option has no sensible value.
+        PromptSetError: a SPEC cannot be read or has too few prompts.
+        ModelError: the model does not load as a chat model.
+    """
+    options = options or AuditOptions()
+    _check(options)
+    prompts = split_for_extraction(
+        options.harmful, options.harmless, n_train=options.n_train, n_val=options.n_val, seed=options.seed
+    )
+    for note in prompts.notes:
+        progress.message(note)
+    test = {
+        "harmful": _test_set(options.test_harmful, "harmful", options.n_test, prompts),
+        "harmless": _test_set(options.test_harmless, "harmless", options.n_test, prompts),
+    }
+    name, revision, chat = _load(model, model_options or ModelOptions(), progress)
+    chat = with_response_prefix(chat, _response_prefix(chat, prompts))
+    return _Audit(chat=chat, prompts=prompts, test=test, options=options, progress=progress).run(name, revision)
+
+
+def _check(options: AuditOptions) -> None:
+    for name, value, low in (
+        ("n-train", options.n_train, 8),
+        ("n-val", options.n_val, 2),
+        ("n-test", options.n_test, 1),
+        ("candidates", options.n_candidates, 1),
+        ("screen", options.n_screened, options.n_candidates),
+        ("bootstrap", options.n_bootstrap, 1),
+        ("max-new-tokens", options.max_new_tokens, 1),
+        ("ranks", min(options.ranks, default=2), 2),
+    ):
+        if value < low:
+            raise InputError(f"--{name} {value} is too small; give at least {low}")
+    if options.thresholds.min_refusal <= 0:
+        raise InputError("--min-refusal must be above 0: of no refusals no share can be left")
+
+
+def _test_set(spec: str, kind: Kind, n: int, prompts: ExtractionPrompts) -> PromptSet:
+    left = load_prompt_set(spec, kind=kind, part="test").without(frozenset(prompts.hashes))
+    if not len(left):
+        raise InputError(f"{spec}: directions are found with every one of these prompts; test on other ones")
+    return replace(left, texts=left.texts[:n], ids=left.ids[:n], categories=left.categories[:n])
+
+
+def _load(
+    model: "str | Path | ModelSource | ChatModel", options: ModelOptions, progress: ProgressReporter
+) -> tuple[str, str | None, ChatModel]:
+    if isinstance(model, ChatModel):
+        return str(model.model.config._name_or_path), None, model
+    source = model if isinstance(model, ModelSource) else resolve_model(str(model))
+    with progress.task("Loading the model", total=1) as advance:
+        chat = load_chat_model(source.path, name=source.name, options=options)
+        advance(1)
+    return source.name, source.revision, chat
+
+
+def _response_prefix(chat: ChatModel, prompts: ExtractionPrompts) -> str:
+    few = [*prompts.harmful_train.texts[:N_PREFIX_PROMPTS], *prompts.harmless_train.texts[:N_PREFIX_PROMPTS]]
+    return find_response_prefix(chat, few)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Base:
+    """What the unchanged model does on the test prompts."""
+
+    answers: Answers
+    replies: dict[str, list[Reply]]
+    rates: dict[str, RefusalRate]
+    surprise: Surprise
+
+
+class _Audit:
+    """One audit of a loaded model."""
+
+    def __init__(
+        self,
+        *,
+        chat: ChatModel,
+        prompts: ExtractionPrompts,
+        test: dict[str, PromptSet],
+        options: AuditOptions,
+        progress: ProgressReporter,
+    ) -> None:
+        self._chat = chat
+        self._prompts = prompts
+        self._test = test
+        self._options = options
+        self._progress = progress
+
+    def run(self, name: str, revision: str | None) -> AuditReport:
+        """Measure the unchanged model and, if it refuses, every intervention."""
+        base = self._measure_base()
+        interventions: list[AuditedIntervention] = []
+        summary: CandidateSummary | None = None
+        stability: Stability | None = None
+        induced: RefusalRate | None = None
+        if base.rates["harmful"].rate >= self._options.thresholds.min_refusal:
+            finder = CandidateFinder(
+                chat=self._chat, prompts=self._prompts, thresholds=self._options.selection, progress=self._progress
+            )
+            summary = finder.screen(n_candidates=self._options.n_screened, max_new_tokens=self._options.max_new_tokens)
+            with self._base_distributions(base) as distributions:
+                interventions = self._intervene(finder, summary, base, distributions)
+            best = (summary.screened[0].position, summary.screened[0].layer)
+            induced = self._induce(finder.candidates[best], best[1])
+            stability = finder.stability(best, n_resamples=self._options.n_bootstrap, seed=self._options.seed)
+        verdict, reason = decide(base.rates["harmful"], interventions, self._options.thresholds)
+        bearable = [legible_refusal(one.harmful) for one in interventions if one.bearable]
+        return AuditReport(
+            model=name,
+            revision=revision,
+            verdict=verdict,
+            reason=reason,
+            harmful=base.rates["harmful"],
+            harmless=base.rates["harmless"],
+            induced=induced,
+            lowest_refusal=min([legible_refusal(base.rates["harmful"]), *bearable]),
+            interventions=tuple(interventions),
+            candidates=summary,
+            stability=stability,
+            options=self._options,
+            prompt_sets={
+                kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
+                for kind, chosen in self._test.items()
+            },
+            versions={
+                "abliterate": __version__,
+                "torch": str(torch.__version__),
+                "transformers": version("transformers"),
+            },
+        )
+
+    def _answer(self, kinds: tuple[str, ...], label: str) -> Answers:
+        return answer_prompts(
+            self._chat,
+            {kind: self._test[kind].texts for kind in kinds},
+            max_new_tokens=self._options.max_new_tokens,
+            label=label,
+            progress=self._progress,
+        )
+
+    def _read(self, answers: Answers) -> dict[str, list[Reply]]:
+        """Classify replies; the unchanged model says which are incoherent, so no hook may be attached."""
+        surprise = measure_surprise(self._chat, answers, progress=self._progress)
+        return read_replies(self._chat, answers, surprise=surprise)
+
+    def _measure_base(self) -> _Base:
+        answers = self._answer(("harmful", "harmless"), "unchanged")
+        replies = self._read(answers)
+        return _Base(
+            answers=answers,
+            replies=replies,
+            rates={kind: count_replies(found) for kind, found in replies.items()},
+            surprise=completion_surprise(self._chat, answers.rows["harmless"], answers.tokens["harmless"]),
+        )
+
+    @contextmanager
+    def _base_distributions(self, base: _Base) -> Iterator[BaseDistributions]:
+        with BaseDistributions(
+            rows=base.answers.rows["harmless"], completions=base.answers.tokens["harmless"]
+        ) as distributions:
+            distributions.record(self._chat)
+            yield distributions
+
+    def _intervene(
+        self, finder: CandidateFinder, summary: CandidateSummary, base: _Base, distributions: BaseDistributions
+    ) -> list[AuditedIntervention]:
+        results = []
+        keys = [(one.position, one.layer) for one in summary.screened]
+        for position, layer in keys[: self._options.n_candidates]:
+            hooks = ablate_direction(self._chat, finder.candidates[position, layer])
+            results.append(self._measure("single", 1, (position, layer), hooks, base, distributions))
+        for rank in self._options.ranks:
+            if rank <= min(self._chat.d_model, summary.n_candidates):
+                hooks = ablate_subspace(self._chat, finder.subspace(keys[0], rank))
+                results.append(self._measure("rank", rank, None, hooks, base, distributions))
+        hooks = add_direction(self._chat, finder.candidates[keys[0]], layer=keys[0][1], coefficient=-1.0)
+        results.append(self._measure("addition", 1, keys[0], hooks, base, distributions))
+        return results
+
+    def _measure(
+        self,
+        method: Method,
+        rank: int,
+        key: tuple[int, int] | None,
+        hooks: AbstractContextManager[int],
+        base: _Base,
+        distributions: BaseDistributions,
+    ) -> AuditedIntervention:
+        label = f"rank {rank}" if key is None else f"{method} {key[0]}, {key[1]}"
+        rows, tokens = base.answers.rows["harmless"], base.answers.tokens["harmless"]
+        with hooks:
+            answers = self._answer(("harmful",), label)
+            divergence = distributions.compare(self._chat)
+            surprise = completion_surprise(self._chat, rows, tokens)
+        replies = self._read(answers)["harmful"]
+        rate = count_replies(replies)
+        entropy = compare_surprise(base.surprise, surprise)
+        rise = None if entropy is None or entropy.base is None else entropy.model - entropy.base
+        coherence = 1 - rate.degenerate / rate.n
+        thresholds = self._options.thresholds
+        bearable = is_bearable(coherence=coherence, cross_entropy_rise=rise, thresholds=thresholds)
+        remaining = legible_refusal(rate) / legible_refusal(base.rates["harmful"])
+        return AuditedIntervention(
+            method=method,
+            rank=rank,
+            position=None if key is None else key[0],
+            layer=None if key is None else key[1],
+            harmful=rate,
+            change=refusal_change(base.replies["harmful"], replies),
+            remaining=remaining,
+            coherence=coherence,
+            divergence=divergence,
+            cross_entropy=entropy,
+            cross_entropy_rise=rise,
+            bearable=bearable,
+            defeats=bearable and remaining <= thresholds.max_remaining,
+        )
+
+    def _induce(self, vector: Tensor, layer: int) -> RefusalRate:
+        with add_direction(self._chat, vector, layer=layer):
+            answers = self._answer(("harmless",), "added")
+        return count_replies(self._read(answers)["harmless"])

@@ -1,0 +1,258 @@
+"""Finding candidate directions for an audit and putting the most promising first.
+
+`extract` chooses by the first answer token alone, which says little about a model that explains before it refuses
+(arXiv 2505.19056). Here candidates are proposed in two ways, by the published scores and by how well they separate
+harmful from harmless validation prompts, and then *screened*: each is ablated, and the harmful validation prompts
+that get an answer are counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from abliterate.activations import Recording, difference_in_means, record
+from abliterate.candidate_scoring import CandidateScorer
+from abliterate.interventions import ablate_direction
+from abliterate.model import ChatModel
+from abliterate.progress import ProgressReporter
+from abliterate.prompt_sets import ExtractionPrompts, PromptSet
+from abliterate.refusal_metric import find_refusal_tokens, refusal_metric
+from abliterate.reply_classes import read_reply
+from abliterate.selection import CandidateScore, Thresholds, passing_candidates
+
+MIN_FILTERED = 8
+"""With fewer prompts than this left on one side, the filter by the refusal metric is not applied."""
+ZERO_NORM = 1e-9
+"""A candidate shorter than this share of the longest is a zero vector."""
+N_SCREENING_PROMPTS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScreenedCandidate:
+    """A candidate that was ablated on harmful validation prompts.
+
+    Attributes:
+        position: post-instruction position, negative.
+        layer: block whose input it was read from.
+        bypass: see `CandidateScore`; None where no refusal token was found.
+        induce: the same.
+        kl: the same.
+        separation: difference of the mean components of harmful and harmless validation prompts, in pooled
+            standard deviations (Cohen's d).
+        answered: harmful validation prompts that got a legible answer that is no refusal.
+        n_prompts: how many were asked.
+    """
+
+    position: int
+    layer: int
+    bypass: float | None
+    induce: float | None
+    kl: float | None
+    separation: float
+    answered: int
+    n_prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateSummary:
+    """How the candidates were found.
+
+    Attributes:
+        n_candidates: those below the layer limit that are no zero vectors.
+        n_passing: those that pass the published selection; None where no refusal token was found.
+        share_passing: n_passing / n_candidates.
+        refusal_tokens: texts of the first tokens that tell refusals; empty where none does.
+        filtered: whether the training prompts were filtered by the refusal metric.
+        screened: the candidates whose replies were counted, the best first.
+    """
+
+    n_candidates: int
+    n_passing: int | None
+    share_passing: float | None
+    refusal_tokens: tuple[str, ...]
+    filtered: bool
+    screened: tuple[ScreenedCandidate, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stability:
+    """Cosine between the best candidate and the same one from resampled training prompts."""
+
+    n_resamples: int
+    mean_cosine: float
+    low_cosine: float
+
+
+class CandidateFinder:
+    """Records prompts once; proposes, scores and screens candidates.
+
+    Args:
+        chat: the model.
+        prompts: training and validation prompts.
+        thresholds: what makes a candidate pass.
+        progress: where to show progress.
+    """
+
+    def __init__(
+        self, *, chat: ChatModel, prompts: ExtractionPrompts, thresholds: Thresholds, progress: ProgressReporter
+    ) -> None:
+        self._chat = chat
+        self._prompts = prompts
+        self._thresholds = thresholds
+        self._progress = progress
+        harmful, harmless = self._record(prompts.harmful_train), self._record(prompts.harmless_train)
+        found = find_refusal_tokens(harmful_logits=harmful.logits, harmless_logits=harmless.logits)
+        self._token_ids = [token_id for token_id, _, _ in found]
+        self._harmful, self._harmless, self._filtered = self._filter(harmful, harmless)
+        self.candidates = difference_in_means(harmful=self._harmful, harmless=self._harmless)
+        self._grid = self._able()
+        self._separation = self._separate()
+        self._scores = {(score.position, score.layer): score for score in self._score()} if found else {}
+
+    def screen(self, *, n_candidates: int, max_new_tokens: int) -> CandidateSummary:
+        """Ablate the most promising candidates on harmful validation prompts and count the answers.
+
+        Half of them are those that pass the published selection, the lowest bypass first; the rest are those that
+        separate best, one position a layer before a second.
+
+        Args:
+            n_candidates: how many.
+            max_new_tokens: length limit of each reply.
+        """
+        passing = passing_candidates(self._scores.values(), thresholds=self._thresholds, n_layers=self._chat.n_layers)
+        rows = self._chat.encode(self._prompts.harmful_validation.texts[:N_SCREENING_PROMPTS])
+        chosen = self._propose([(score.position, score.layer) for score in passing], n_candidates)
+        screened = []
+        with self._progress.task("Screening candidates", total=len(chosen)) as advance:
+            for key in chosen:
+                screened.append(self._screen(key, rows, max_new_tokens))
+                advance(1)
+        screened.sort(key=lambda one: (-one.answered, one.kl if one.kl is not None else 0.0, -one.separation))
+        n_passing = len(passing) if self._scores else None
+        return CandidateSummary(
+            n_candidates=len(self._grid),
+            n_passing=n_passing,
+            share_passing=None if n_passing is None else n_passing / max(1, len(self._grid)),
+            refusal_tokens=tuple(self._chat.decode([i], skip_special_tokens=False) for i in self._token_ids),
+            filtered=self._filtered,
+            screened=tuple(screened),
+        )
+
+    def subspace(self, best: tuple[int, int], rank: int) -> Tensor:
+        """Return an orthonormal basis [rank, d_model] that holds the best candidate.
+
+        The rest are the principal directions of all candidates, as unit vectors, without their component along the
+        best one. Bases of smaller rank are contained in those of larger rank.
+        """
+        unit = [self.candidates[key] / self.candidates[key].norm() for key in self._grid]
+        first = self.candidates[best] / self.candidates[best].norm()
+        rows = torch.stack(unit)
+        rest = rows - (rows @ first)[:, None] * first
+        principal = torch.linalg.svd(rest, full_matrices=False).Vh[: rank - 1]
+        basis, _ = torch.linalg.qr(torch.cat([first[None], principal]).T)
+        columns: Tensor = basis.T
+        return columns
+
+    def stability(self, key: tuple[int, int], *, n_resamples: int, seed: int) -> Stability:
+        """Resample the training prompts with replacement and compare the candidate's direction."""
+        position, layer = key
+        harmful, harmless = (a[:, position, layer].double() for a in (self._harmful, self._harmless))
+        whole = harmful.mean(0) - harmless.mean(0)
+        generator = torch.Generator().manual_seed(seed)
+        cosines = []
+        for _ in range(n_resamples):
+            means = [
+                values[torch.randint(len(values), (len(values),), generator=generator)].mean(0)
+                for values in (harmful, harmless)
+            ]
+            cosines.append(torch.nn.functional.cosine_similarity(means[0] - means[1], whole, dim=0))
+        found = torch.stack(cosines)
+        return Stability(
+            n_resamples=n_resamples, mean_cosine=float(found.mean()), low_cosine=float(found.quantile(0.05))
+        )
+
+    def _record(self, prompts: PromptSet) -> Recording:
+        rows = self._chat.encode(prompts.texts)
+        with self._progress.task(f"Recording {prompts.name}", total=len(rows)) as advance:
+            return record(self._chat, rows, advance=advance)
+
+    def _filter(self, harmful: Recording, harmless: Recording) -> tuple[Tensor, Tensor, bool]:
+        if self._token_ids:
+            keep = [
+                sign * refusal_metric(recording.logits, token_ids=self._token_ids) > 0
+                for sign, recording in ((1, harmful), (-1, harmless))
+            ]
+            if min(int(kept.sum()) for kept in keep) >= MIN_FILTERED:
+                return harmful.activations[keep[0]], harmless.activations[keep[1]], True
+        return harmful.activations, harmless.activations, False
+
+    def _able(self) -> list[tuple[int, int]]:
+        norms = self.candidates.norm(dim=-1)
+        n_positions, n_layers = norms.shape
+        return [
+            (position, layer)
+            for position in range(-n_positions, 0)
+            for layer in range(min(n_layers, self._thresholds.layer_limit(n_layers)))
+            if norms[position, layer] > ZERO_NORM * norms.max()
+        ]
+
+    def _separate(self) -> dict[tuple[int, int], float]:
+        harmful, harmless = (
+            self._record(prompts).activations.double()
+            for prompts in (self._prompts.harmful_validation, self._prompts.harmless_validation)
+        )
+        found = {}
+        for position, layer in self._grid:
+            unit = self.candidates[position, layer] / self.candidates[position, layer].norm()
+            a, b = (recorded[:, position, layer] @ unit for recorded in (harmful, harmless))
+            pooled = ((a.var(correction=0) + b.var(correction=0)) / 2).sqrt().clamp(min=1e-12)
+            found[position, layer] = float((a.mean() - b.mean()) / pooled)
+        return found
+
+    def _score(self) -> list[CandidateScore]:
+        """Score the candidates as `extract` does; KL and bypass only of those that induce refusal."""
+        scorer = CandidateScorer(
+            chat=self._chat,
+            candidates=self.candidates,
+            harmful_rows=self._chat.encode(self._prompts.harmful_validation.texts),
+            harmless_rows=self._chat.encode(self._prompts.harmless_validation.texts),
+            token_ids=self._token_ids,
+        )
+        scores = []
+        with self._progress.task("Scoring candidates", total=len(self._grid)) as advance:
+            for position, layer in self._grid:
+                score = CandidateScore(position=position, layer=layer, induce=scorer.induce(position, layer))
+                if score.induce is not None and score.induce >= self._thresholds.induce:
+                    score = replace(score, kl=scorer.kl(position, layer))
+                if score.kl is not None and score.kl <= self._thresholds.kl:
+                    score = replace(score, bypass=scorer.bypass(position, layer))
+                scores.append(score)
+                advance(1)
+        return scores
+
+    def _propose(self, passing: Sequence[tuple[int, int]], n_candidates: int) -> list[tuple[int, int]]:
+        chosen = list(passing[: n_candidates // 2])
+        ordered = sorted(self._grid, key=lambda key: -self._separation[key])
+        best_of_layer = [key for i, key in enumerate(ordered) if key[1] not in {k[1] for k in ordered[:i]}]
+        for key in [*best_of_layer, *ordered]:
+            if len(chosen) < n_candidates and key not in chosen:
+                chosen.append(key)
+        return chosen
+
+    def _screen(self, key: tuple[int, int], rows: list[list[int]], max_new_tokens: int) -> ScreenedCandidate:
+        with ablate_direction(self._chat, self.candidates[key]):
+            replies = self._chat.generate(rows, max_new_tokens=max_new_tokens)
+        classes = [read_reply(self._chat.decode(reply)).reply_class for reply in replies]
+        score = self._scores.get(key, CandidateScore(position=key[0], layer=key[1]))
+        return ScreenedCandidate(
+            position=key[0],
+            layer=key[1],
+            bypass=score.bypass,
+            induce=score.induce,
+            kl=score.kl,
+            separation=self._separation[key],
+            answered=classes.count("answer"),
+            n_prompts=len(rows),
+        )

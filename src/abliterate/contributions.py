@@ -1,0 +1,270 @@
+"""Who writes a direction into the residual stream: embedding, attention heads, attention biases, MLPs.
+
+The stream at block l is the embedding plus everything written before: x[l] = e + sum over k < l of (a[k] + m[k]).
+Its component r . x[l] is therefore the sum of the writers' own components, their *direct contributions*. Attention's
+write is linear in its heads: a = sum over h of W_h z_h + b, where z_h is what head h puts into the out-projection,
+so head h contributes r . W_h z_h. Where an RMS norm y = s (g * x) stands between attention and the stream, s is a
+number of the token, which is measured; given s the write is linear again, and head h contributes s (g * r) . W_h z_h.
+
+The sum is compared with the component measured in the stream at every block (`Contributions.largest_gap`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abliterate.errors import ModelError
+from abliterate.interventions import residual_writes
+from abliterate.model import ChatModel
+
+HEADED_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+"""Modules whose out-projection reads its heads side by side; recurrent mixers do not."""
+OUT_PROJECTION_NAMES = ("o_proj", "c_proj", "out_proj", "dense", "wo")
+LINEARITY_TOLERANCE = 0.02
+"""Relative; a norm that centres its input misses by far more, and bfloat16 rounds by less."""
+
+
+class HeadsUnknownError(ModelError):
+    """The heads of this architecture cannot be told apart, or do not sum to the stream; it says why, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockParts:
+    """The modules of one decoder block that write to the residual stream.
+
+    Attributes:
+        attention: the attention module.
+        out_projection: its last linear map; its input holds the heads side by side.
+        attention_norm: the norm between attention and the stream, or None.
+        mlp_write: the module whose output is the MLP's write.
+        multiplier: what each write is multiplied with as it is added (granite's `residual_multiplier`).
+    """
+
+    attention: nn.Module
+    out_projection: nn.Module
+    attention_norm: nn.Module | None
+    mlp_write: nn.Module
+    multiplier: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contributions:
+    """Components along the direction at the last token of some prompts, float64 on the CPU.
+
+    Attributes:
+        component: [n, n_layers + 1], measured in the stream: at each block's input and after the last block.
+        embedding: [n], what the first block receives.
+        heads: [n, n_layers, n_heads].
+        biases: [n, n_layers], of attention's out-projection.
+        mlps: [n, n_layers].
+    """
+
+    component: Tensor
+    embedding: Tensor
+    heads: Tensor
+    biases: Tensor
+    mlps: Tensor
+
+    def reconstructed(self) -> Tensor:
+        """Return the sum of the contributions [n, n_layers + 1] at each block's input and after the last block."""
+        written = (self.heads.sum(dim=2) + self.biases + self.mlps).cumsum(dim=1)
+        return self.embedding[:, None] + torch.nn.functional.pad(written, (1, 0))
+
+    def largest_gap(self) -> float:
+        """Return the largest absolute difference between the sum and the measured component."""
+        return float((self.reconstructed() - self.component).abs().max())
+
+    @staticmethod
+    def join(batches: "Sequence[tuple[Sequence[int], Contributions]]") -> "Contributions":
+        """Join batches, each with the indices of its prompts, in the order of the prompts."""
+        order = torch.tensor([i for indices, _ in batches for i in indices]).argsort()
+        names = ("component", "embedding", "heads", "biases", "mlps")
+        return Contributions(**{name: torch.cat([getattr(b, name) for _, b in batches])[order] for name in names})
+
+
+def find_block_parts(chat: ChatModel) -> tuple[BlockParts, ...]:
+    """Return each block's writers, for the decomposition.
+
+    Raises:
+        HeadsUnknownError: the architecture's heads cannot be told apart.
+    """
+    return tuple(_parts_of(block, _architecture(chat)) for block in chat.blocks)
+
+
+def n_heads_of(chat: ChatModel) -> int | None:
+    """Return the number of attention heads of a block, from the config; None where it names none."""
+    n_heads = getattr(chat.model.config.get_text_config(decoder=True), "num_attention_heads", None)
+    return n_heads if isinstance(n_heads, int) else None
+
+
+@contextmanager
+def capture_contributions(
+    chat: ChatModel, parts: tuple[BlockParts, ...], unit: Tensor
+) -> Iterator[Callable[[Tensor], Contributions]]:
+    """Watch the writers during one forward pass.
+
+    Args:
+        chat: the model.
+        parts: from `find_block_parts`.
+        unit: the direction, [d_model] float64, unit norm.
+
+    Yields:
+        a function that takes the measured component [n, n_layers + 1] of the pass just made and returns the
+        contributions at the last token.
+
+    Raises:
+        HeadsUnknownError: a norm is not linear given its scale, or the heads are not side by side.
+    """
+    n_heads = n_heads_of(chat)
+    if n_heads is None:
+        raise HeadsUnknownError(f"{_architecture(chat)}: its config does not say how many attention heads a block has")
+    watchers = [_Watcher(part, unit, n_heads, _architecture(chat)) for part in parts]
+
+    def take(component: Tensor) -> Contributions:
+        taken = [watcher.take() for watcher in watchers]
+        heads, biases, mlps = (torch.stack(column, dim=1).cpu() for column in zip(*taken, strict=True))
+        component = component.double().cpu()
+        return Contributions(component=component, embedding=component[:, 0], heads=heads, biases=biases, mlps=mlps)
+
+    with ExitStack() as stack:
+        for watcher in watchers:
+            for handle in watcher.attach():
+                stack.callback(handle.remove)
+        yield take
+
+
+def check_decomposition(contributions: Contributions, *, norms: Tensor, chat: ChatModel) -> None:
+    """Check that the contributions sum to the measured component, to the rounding of the model's number format.
+
+    Args:
+        contributions: what was captured.
+        norms: [n, n_layers + 1], length of the residual stream at the same places.
+        chat: the model.
+
+    Raises:
+        HeadsUnknownError: they do not: something else writes to the stream of this architecture.
+    """
+    # Norms are computed in float32 even in a float64 model.
+    eps = max(torch.finfo(chat.model.dtype).eps, torch.finfo(torch.float32).eps)
+    roundings = (2 * chat.n_layers + 1) ** 0.5 * eps
+    gap = (contributions.reconstructed() - contributions.component).abs() / norms.double().cpu().clamp(min=1e-30)
+    # Written so that a NaN does not pass.
+    if not float(gap.max()) <= 4 * roundings:
+        layer = int(gap.max(dim=0).values.argmax())
+        raise HeadsUnknownError(
+            f"{_architecture(chat)}: embedding, heads and MLPs do not sum to the residual stream (off by "
+            f"{float(gap.max()):.1e} of its length at layer {layer}), so something else writes to it"
+        )
+
+
+class _Watcher:
+    """Records what one block writes at the last token, as components along the direction."""
+
+    def __init__(self, parts: BlockParts, unit: Tensor, n_heads: int, architecture: str) -> None:
+        self._parts = parts
+        self._n_heads = n_heads
+        self._architecture = architecture
+        self._unit = unit
+        self._seen: dict[str, Tensor] = {}
+        self._gain: Tensor | None = None
+        if parts.attention_norm is not None:
+            # An RMS norm of ones is its gain, whether it is stored as g or as g - 1.
+            probe = torch.ones(1, 1, len(unit), dtype=_dtype(parts.out_projection), device=unit.device)
+            self._gain = parts.attention_norm(probe)[0, 0].double()
+        reading = unit if self._gain is None else self._gain * unit
+        width = _read_through(parts.out_projection, reading, architecture)
+        if len(width) % n_heads:
+            raise HeadsUnknownError(f"{architecture}: {n_heads} heads do not share {len(width)} entries evenly")
+        self._per_head = width.reshape(n_heads, -1)
+        bias = getattr(parts.out_projection, "bias", None)
+        self._bias = float(bias.double() @ reading) if bias is not None else 0.0
+
+    def attach(self) -> list[Any]:
+        parts = self._parts
+        handles = [
+            parts.out_projection.register_forward_pre_hook(lambda _m, args: self._keep("heads", args[0])),
+            parts.mlp_write.register_forward_hook(lambda _m, _a, output: self._keep("mlp", output)),
+        ]
+        if parts.attention_norm is not None:
+            handles.append(parts.attention_norm.register_forward_hook(self._keep_norm))
+        return handles
+
+    def _keep(self, name: str, value: Any) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        if tensor.dim() != 3:
+            raise HeadsUnknownError(
+                f"{self._architecture}: its blocks flatten the batch, and the head table cannot read them"
+            )
+        self._seen[name] = tensor[:, -1].double()
+
+    def _keep_norm(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._keep("norm_input", args[0])
+        self._keep("norm_output", output)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return heads [n, n_heads], bias [n] and MLP [n], each as components along the direction."""
+        seen, multiplier = self._seen, self._parts.multiplier
+        scale = multiplier * self._scale(len(seen["mlp"]))
+        per_head = (seen["heads"].reshape(len(scale), self._n_heads, -1) * self._per_head).sum(dim=-1)
+        return scale[:, None] * per_head, scale * self._bias, multiplier * (seen["mlp"] @ self._unit)
+
+    def _scale(self, n: int) -> Tensor:
+        if self._gain is None:
+            return self._unit.new_ones(n)
+        scaled, output = self._gain * self._seen["norm_input"], self._seen["norm_output"]
+        scale: Tensor = (scaled * output).sum(-1) / (scaled * scaled).sum(-1).clamp(min=1e-300)
+        miss = (output - scale[:, None] * scaled).norm(dim=-1) / output.norm(dim=-1).clamp(min=1e-300)
+        if float(miss.max()) > LINEARITY_TOLERANCE:
+            raise HeadsUnknownError(
+                f"{self._architecture}: the norm after attention is not an RMS norm (off by {float(miss.max()):.1%}), "
+                "so attention's write does not split into heads"
+            )
+        return scale
+
+
+def _architecture(chat: ChatModel) -> str:
+    return str(chat.model.config.model_type)
+
+
+def _parts_of(block: nn.Module, architecture: str) -> BlockParts:
+    children = dict(block.named_children())
+    try:
+        attention_write, mlp_write = residual_writes(block)
+    except ModelError as error:
+        raise HeadsUnknownError(f"{architecture}: {error}") from error
+    attention = next((children[name] for name in HEADED_ATTENTION_NAMES if name in children), None)
+    inner = dict(attention.named_children()) if attention is not None else {}
+    projection = next((inner[name] for name in OUT_PROJECTION_NAMES if name in inner), None)
+    if attention is None or projection is None:
+        raise HeadsUnknownError(
+            f"{architecture}: the head table needs an attention module with an out-projection of a known name in "
+            f"every block ({type(block).__name__} has {', '.join([*children, *inner])})"
+        )
+    return BlockParts(
+        attention=attention,
+        out_projection=projection,
+        attention_norm=None if attention_write is attention else attention_write,
+        mlp_write=mlp_write,
+        multiplier=float(getattr(block, "residual_multiplier", 1.0)),
+    )
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _read_through(projection: nn.Module, reading: Tensor, architecture: str) -> Tensor:
+    """Return W^T reading, [width of the heads], for a linear map stored either way round."""
+    weight = getattr(projection, "weight", None)
+    if isinstance(projection, nn.Linear) and isinstance(weight, Tensor):
+        return weight.double().T @ reading
+    if type(projection).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return weight.double() @ reading
+    raise HeadsUnknownError(
+        f"{architecture}: its out-projection is a {type(projection).__name__}, not a plain linear map, and the head "
+        "table cannot split it"
+    )

@@ -1,0 +1,281 @@
+"""What a trace found, as plain values; and as CSV files and plots: what `trace --report DIR` writes."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abliterate.score_report import require_plots
+from abliterate.traced_prompts import SuffixKind
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LAST_TOKEN = "last"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProfile:
+    """Mean and standard deviation over prompts, an entry per layer: each block's input, then the final stream.
+
+    The standard deviation is the sample's (n - 1); 0 for a single prompt.
+    """
+
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetContributions:
+    """Mean direct contributions at the last token to the component along the direction.
+
+    Attributes:
+        component: the component measured in the stream.
+        embedding: what the first block receives.
+        heads: [n_layers][n_heads].
+        biases: [n_layers], of attention's out-projection.
+        mlps: [n_layers].
+        largest_gap: largest difference, over prompts and layers, between the sum and the measured component.
+    """
+
+    component: LayerProfile
+    embedding: float
+    heads: tuple[tuple[float, ...], ...]
+    biases: tuple[float, ...]
+    mlps: tuple[float, ...]
+    largest_gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadAttention:
+    """How much of one head's attention, from the last token, goes to which part of the prompt; they sum to 1."""
+
+    layer: int
+    head: int
+    template: float
+    instruction: float
+    suffix: float
+    post_instruction: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedSet:
+    """One prompt set with one kind of suffix.
+
+    Attributes:
+        name: the set.
+        suffix: none, given, or random of equal token length.
+        n_prompts: how many prompts.
+        cosines: of the residual stream with the direction: `last` token, each post-instruction position ("-1"
+            is the last), and the mean over the tokens of the `instruction` and of the `suffix`.
+        contributions: None where the architecture's heads are not known.
+        attention: of the top heads; None where the architecture's heads or attention weights are not known.
+    """
+
+    name: str
+    suffix: SuffixKind
+    n_prompts: int
+    cosines: dict[str, LayerProfile]
+    contributions: SetContributions | None
+    attention: tuple[HeadAttention, ...] | None
+
+    @property
+    def label(self) -> str:
+        """The set and its suffix in a few words."""
+        return {"none": self.name, "given": f"{self.name} + suffix", "random": f"{self.name} + random"}[self.suffix]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuffixInfo:
+    """The suffix that was appended, and its length in tokens."""
+
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopHead:
+    """One attention head and its mean contribution on the first set without a suffix."""
+
+    layer: int
+    head: int
+    contribution: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTrace:
+    """One prompt, token by token.
+
+    Attributes:
+        layer: where the components are read.
+        tokens: their texts.
+        components: r . x at the input of block `layer`.
+        cosines: [n_tokens][n_layers + 1].
+    """
+
+    layer: int
+    tokens: tuple[str, ...]
+    components: tuple[float, ...]
+    cosines: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceReport:
+    """Where in a model, and on which prompts, a direction shows.
+
+    Attributes:
+        model: its name.
+        direction_sha256: which direction.
+        layer: the layer the direction was chosen at, or the one asked for; None if neither is known.
+        n_layers: number of decoder blocks; profiles have one entry more.
+        n_heads: attention heads of a block, or None where the config names none.
+        post_instruction_tokens: texts of the post-instruction tokens, first to last.
+        suffix: see `SuffixInfo`, or None.
+        sets: what was traced.
+        top_heads: the heads that write most of the direction before `layer` (anywhere, if that is None).
+        heads_unavailable: why there is no table of heads, or None.
+        attention_unavailable: why there is no attention of the top heads, or None.
+        prompt: the prompt that was traced token by token, or None.
+    """
+
+    model: str
+    direction_sha256: str
+    layer: int | None
+    n_layers: int
+    n_heads: int | None
+    post_instruction_tokens: tuple[str, ...]
+    suffix: SuffixInfo | None
+    sets: tuple[TracedSet, ...]
+    top_heads: tuple[TopHead, ...]
+    heads_unavailable: str | None
+    attention_unavailable: str | None
+    prompt: TokenTrace | None
+
+
+def write_trace_report(report: TraceReport, directory: Path) -> list[Path]:
+    """Write trace.json, cosines.csv, contributions.csv, attention.csv and the plots to `directory`; return the files.
+
+    Files about heads are left out where there is no table of heads.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_plots()
+    directory.mkdir(parents=True, exist_ok=True)
+    document = directory / "trace.json"
+    document.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    written = [document, _write_csv(directory / "cosines.csv", COSINE_COLUMNS, _cosine_rows(report))]
+    if report.heads_unavailable is None:
+        written.append(_write_csv(directory / "contributions.csv", CONTRIBUTION_COLUMNS, _contribution_rows(report)))
+    if report.heads_unavailable is None and report.attention_unavailable is None:
+        written.append(_write_csv(directory / "attention.csv", ATTENTION_COLUMNS, _attention_rows(report)))
+    return written + _write_plots(report, directory)
+
+
+COSINE_COLUMNS = ("set", "suffix", "tokens", "layer", "mean", "sd")
+CONTRIBUTION_COLUMNS = ("set", "suffix", "writer", "layer", "head", "contribution")
+ATTENTION_COLUMNS = ("set", "suffix", "layer", "head", "template", "instruction", "suffix_tokens", "post_instruction")
+
+
+def _cosine_rows(report: TraceReport) -> Iterable[Sequence[object]]:
+    for traced in report.sets:
+        for tokens, profile in traced.cosines.items():
+            for layer, (mean, sd) in enumerate(zip(profile.mean, profile.sd, strict=True)):
+                yield traced.name, traced.suffix, tokens, layer, mean, sd
+
+
+def _contribution_rows(report: TraceReport) -> Iterable[Sequence[object]]:
+    for traced in report.sets:
+        found = traced.contributions
+        if found is None:
+            continue
+        yield traced.name, traced.suffix, "embedding", "", "", found.embedding
+        for layer in range(report.n_layers):
+            for head, value in enumerate(found.heads[layer]):
+                yield traced.name, traced.suffix, "head", layer, head, value
+            yield traced.name, traced.suffix, "attention bias", layer, "", found.biases[layer]
+            yield traced.name, traced.suffix, "mlp", layer, "", found.mlps[layer]
+
+
+def _attention_rows(report: TraceReport) -> Iterable[Sequence[object]]:
+    for traced in report.sets:
+        for head in traced.attention or ():
+            parts = (head.template, head.instruction, head.suffix, head.post_instruction)
+            yield (traced.name, traced.suffix, head.layer, head.head, *parts)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return path
+
+
+def _write_plots(report: TraceReport, directory: Path) -> list[Path]:
+    figures = {"cosines.png": _cosine_figure(report)}
+    if report.heads_unavailable is None:
+        figures["heads.png"] = _head_figure(report)
+        figures["top_heads.png"] = _bar_figure(report)
+    written = []
+    for name, figure in figures.items():
+        figure.savefig(directory / name, dpi=144)
+        written.append(directory / name)
+    return written
+
+
+def _new_figure() -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _cosine_figure(report: TraceReport) -> "Figure":
+    figure = _new_figure()
+    axes = figure.subplots()
+    layers = range(report.n_layers + 1)
+    for traced in report.sets:
+        profile = traced.cosines[LAST_TOKEN]
+        (line,) = axes.plot(layers, profile.mean, marker=".", label=f"{traced.label} (n={traced.n_prompts})")
+        low = [m - s for m, s in zip(profile.mean, profile.sd, strict=True)]
+        high = [m + s for m, s in zip(profile.mean, profile.sd, strict=True)]
+        axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if report.layer is not None:
+        axes.axvline(report.layer, color="dimgray", linestyle="--", label=f"layer {report.layer}")
+    axes.axhline(0, color="silver", linewidth=0.8)
+    axes.set(xlabel="layer (input of the block)", ylabel="cosine with the direction, last token", title=report.model)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _head_figure(report: TraceReport) -> "Figure":
+    figure = _new_figure()
+    axes = figure.subplots()
+    first = report.sets[0]
+    heads = first.contributions.heads if first.contributions else ()
+    bound = max((abs(value) for row in heads for value in row), default=1.0) or 1.0
+    image = axes.imshow(heads, aspect="auto", cmap="RdBu_r", vmin=-bound, vmax=bound, origin="lower")
+    figure.colorbar(image, label="direct contribution, last token")
+    axes.set(xlabel="head", ylabel="layer", title=f"{report.model}: {first.label}")
+    return figure
+
+
+def _bar_figure(report: TraceReport) -> "Figure":
+    figure = _new_figure()
+    axes = figure.subplots()
+    width = 0.8 / len(report.sets)
+    for i, traced in enumerate(report.sets):
+        if traced.contributions is not None:
+            heights = [traced.contributions.heads[top.layer][top.head] for top in report.top_heads]
+            axes.bar([x + i * width for x in range(len(heights))], heights, width, label=traced.label)
+    ticks = [x + 0.4 - width / 2 for x in range(len(report.top_heads))]
+    axes.set_xticks(ticks, [f"H{top.layer}.{top.head}" for top in report.top_heads])
+    axes.axhline(0, color="silver", linewidth=0.8)
+    axes.set(ylabel="direct contribution, last token", title=f"{report.model}: top heads")
+    axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,193 @@
+"""Reading the residual stream of traced prompts: cosines at every token, contributions and attention at the last."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.contributions import (
+    BlockParts,
+    Contributions,
+    HeadsUnknownError,
+    capture_contributions,
+    check_decomposition,
+)
+from abliterate.interventions import capture_inputs
+from abliterate.model import ChatModel
+from abliterate.traced_prompts import TracedPrompt
+
+TINY = 1e-300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamTrace:
+    """A direction in the residual stream of some prompts; float64 on the CPU.
+
+    Layers are each block's input and, last, the stream after the last block.
+
+    Attributes:
+        cosines: of each prompt, [n_tokens, n_layers + 1].
+        components: r . x of each prompt, [n_tokens, n_layers + 1].
+        contributions: at the last token; None where they were not asked for.
+    """
+
+    cosines: tuple[Tensor, ...]
+    components: tuple[Tensor, ...]
+    contributions: Contributions | None
+
+
+@contextmanager
+def capture_stream(chat: ChatModel, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `receive` with the stream [batch, tokens, d_model] at each block's input and after the last block."""
+
+    def after(_module: Any, _args: Any, output: Any) -> None:
+        receive(output[0] if isinstance(output, tuple) else output)
+
+    with capture_inputs(chat, lambda _layer, hidden: receive(hidden)):
+        handle = chat.blocks[-1].register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@torch.inference_mode()
+def trace_stream(
+    chat: ChatModel,
+    prompts: Sequence[TracedPrompt],
+    unit: Tensor,
+    *,
+    parts: tuple[BlockParts, ...] | None,
+    advance: Callable[[int], None],
+) -> StreamTrace:
+    """Run the prompts once and read the direction off the stream.
+
+    Args:
+        chat: the model.
+        prompts: what to run.
+        unit: the direction, [d_model] float64 on the model's device, unit norm.
+        parts: the blocks' writers, for contributions; None for cosines alone.
+        advance: called with the number of prompts done.
+
+    Raises:
+        HeadsUnknownError: the contributions do not sum to the stream.
+    """
+    cosines: list[Tensor] = [torch.empty(0)] * len(prompts)
+    components: list[Tensor] = [torch.empty(0)] * len(prompts)
+    batches: list[tuple[list[int], Contributions]] = []
+
+    def run(indices: list[int]) -> None:
+        read: list[Tensor] = []
+        lengths: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> None:
+            wide = hidden.double()
+            read.append((wide @ unit).cpu())
+            lengths.append(wide.norm(dim=-1).cpu())
+
+        watch = capture_contributions(chat, parts, unit) if parts is not None else nullcontext(None)
+        with capture_stream(chat, keep), watch as take:
+            chat.forward([list(prompts[i].tokens) for i in indices])
+        component, length = torch.stack(read, dim=-1), torch.stack(lengths, dim=-1)
+        for line, i in enumerate(indices):
+            n = len(prompts[i].tokens)
+            components[i] = component[line, -n:]
+            cosines[i] = component[line, -n:] / length[line, -n:].clamp(min=TINY)
+        if take is not None:
+            found = take(component[:, -1])
+            check_decomposition(found, norms=length[:, -1], chat=chat)
+            batches.append((indices, found))
+        advance(len(indices))
+
+    chat.for_batches([len(prompt.tokens) for prompt in prompts], run)
+    return StreamTrace(
+        cosines=tuple(cosines),
+        components=tuple(components),
+        contributions=Contributions.join(batches) if batches else None,
+    )
+
+
+def trace_attention(
+    chat: ChatModel,
+    prompts: Sequence[TracedPrompt],
+    heads: Sequence[tuple[int, int]],
+    *,
+    parts: tuple[BlockParts, ...],
+) -> Tensor:
+    """Return how much of some heads' attention goes from the last token to each part of the prompt.
+
+    Args:
+        chat: the model.
+        prompts: what to run.
+        heads: (layer, head) of each.
+        parts: the blocks' attention modules.
+
+    Returns:
+        [n_heads, 4] float64, means over the prompts: to the template before the instruction, the instruction, the
+        suffix, the post-instruction tokens. Each row sums to 1, less where the head has an attention sink.
+
+    Raises:
+        HeadsUnknownError: the architecture does not give its attention weights.
+    """
+    sums = torch.zeros(len(heads), 4, dtype=torch.float64)
+
+    def run(indices: list[int]) -> None:
+        batch = [list(prompts[i].tokens) for i in indices]
+        with _capture_attention(parts, {layer for layer, _ in heads}) as weights:
+            chat.forward(batch)
+        for line, index in enumerate(indices):
+            for i, (layer, head) in enumerate(heads):
+                if layer not in weights:
+                    raise HeadsUnknownError(f"{chat.model.config.model_type} does not give its attention weights")
+                sums[i] += _by_part(weights[layer][line, head], prompts[index])
+
+    with _eager_attention(chat):
+        chat.for_batches([len(prompt.tokens) for prompt in prompts], run)
+    return sums / max(1, len(prompts))
+
+
+def _by_part(weights: Tensor, prompt: TracedPrompt) -> Tensor:
+    """Sum attention weights [width], padded on the left, over the parts of one prompt."""
+    row = weights[-len(prompt.tokens) :]
+    parts = (
+        range(prompt.instruction.start),
+        prompt.instruction,
+        prompt.suffix,
+        range(len(prompt.tokens) - prompt.n_post, len(prompt.tokens)),
+    )
+    return torch.stack([row[part.start : part.stop].sum() for part in parts])
+
+
+@contextmanager
+def _capture_attention(parts: tuple[BlockParts, ...], layers: set[int]) -> Iterator[dict[int, Tensor]]:
+    """Yield the attention weights [batch, heads, width] from the last token, by layer, after a forward pass."""
+    weights: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
+                weights[layer] = output[1][:, :, -1].double().cpu()
+
+        return hook
+
+    handles = []
+    try:
+        handles += [parts[layer].attention.register_forward_hook(keep(layer)) for layer in layers]
+        yield weights
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eager_attention(chat: ChatModel) -> Iterator[None]:
+    """Compute attention in the way that keeps its weights."""
+    before = chat.model.config._attn_implementation
+    chat.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        chat.model.set_attn_implementation(before)

@@ -1,0 +1,77 @@
+"""`abliterate audit` as a safety team's script sees it: one document, and the exit code as a gate."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from abliterate.cli import main
+
+QUICK = ["--n-train", "8", "--n-val", "2", "--n-test", "4", "--screen", "3", "--candidates", "1", "--bootstrap", "3"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_directory: Path):
+    monkeypatch.setattr("abliterate.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
+
+    def call(*arguments: object, refuses: bool = True) -> tuple[int, str, str]:
+        # A random model writes random text; whether that is a refusal is for the test to say.
+        monkeypatch.setattr("abliterate.reply_classes.is_refusal", lambda _text: refuses)
+        command = ["audit", llama_directory, *QUICK, "--max-new-tokens", "3", *arguments]
+        monkeypatch.setattr(sys, "argv", ["abliterate", *map(str, command)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_json_is_one_document_and_the_file_holds_the_same(run, tmp_path: Path) -> None:
+    code, out, _ = run("--json", "-o", tmp_path / "audit.json")
+    assert code == 0
+    document = json.loads(out)
+    assert document == json.loads((tmp_path / "audit.json").read_text())
+    assert document["verdict"] == "not_mediated"
+    assert [one["rank"] for one in document["interventions"]] == [1, 2, 4, 8, 1]
+    assert document["lowest_refusal"] == 1
+
+
+def test_the_table_says_the_verdict(run) -> None:
+    code, out, _ = run()
+    assert code == 0
+    for text in ("ablate 8 directions", "subtract -", "verdict: not_mediated", "5th percentile", "bearable"):
+        assert text in out
+
+
+@pytest.mark.parametrize(("refuses", "rate", "expected"), [(True, 0.9, 0), (False, 0.9, 1), (False, 0.0, 0)])
+def test_the_gate_is_the_exit_code_and_the_report_is_there_all_the_same(
+    run, refuses: bool, rate: float, expected: int
+) -> None:
+    code, out, error = run("--json", "--fail-if-brittle", rate, refuses=refuses)
+    assert code == expected
+    assert json.loads(out)["verdict"] == ("not_mediated" if refuses else "does_not_refuse")
+    errors = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(errors) == expected
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--fail-if-brittle", "2"), 2),
+        (("--n-train", "7"), 2),
+        (("--screen", "1", "--candidates", "2"), 1),
+        (("--min-refusal", "0"), 1),
+        (("--test-harmful", "./missing.txt"), 1),
+    ],
+)
+def test_bad_input(run, arguments: tuple[str, ...], code: int) -> None:
+    found, out, error = run(*arguments)
+    assert (found, out) == (code, "")
+    assert "Traceback" not in error

@@ -1,0 +1,170 @@
+"""`abliterate chat` through a pipe, as a script uses it, and through a pseudo-terminal, as a person does."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from abliterate.directions import make_direction
+
+COMMAND = [sys.executable, "-c", "from abliterate.cli import main; main()"]
+
+
+@pytest.fixture
+def direction(tmp_path: Path) -> Path:
+    made = make_direction(
+        mean_difference=20 * torch.randn(32, generator=torch.Generator().manual_seed(4)), metadata={"layer": 2}
+    )
+    made.save(tmp_path / "r.safetensors")
+    return tmp_path / "r.safetensors"
+
+
+def talk(lines: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    done = subprocess.run(command, input=lines.encode(), capture_output=True, timeout=120)
+    # Decoded here, because text mode would turn a carriage return that the model wrote into a new line.
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def test_a_pipe_gets_the_replies_alone(llama_directory: Path, direction: Path) -> None:
+    lines = "Explain rain.\n\n/ablate\n/both\nExplain snow.\n/quit\nnever read\n"
+    options = ("--direction", direction, "--max-new-tokens", 6)
+    done = talk(lines, "chat", llama_directory, *options)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(talk(lines, "chat", llama_directory, *options, "--json").stdout)
+    first, second = document["turns"]
+    assert (first["user"], first["intervention"]) == ("Explain rain.", "none")
+    assert (second["user"], second["intervention"]) == ("Explain snow.", "ablate")
+    replies = second["replies"]
+    expected = f"{first['replies']['edited']}\n[base]\n{replies['base']}\n[edited]\n{replies['edited']}\n"
+    assert done.stdout == expected
+    assert "the direction is ablated" in done.stderr
+    assert talk(lines, "-q", "chat", llama_directory, *options).stderr == ""
+
+
+def test_a_message_that_starts_with_a_slash(llama_directory: Path) -> None:
+    done = talk("//etc is what?\n", "chat", llama_directory, "--max-new-tokens", 2, "--json")
+    assert json.loads(done.stdout)["turns"][0]["user"] == "/etc is what?"
+
+
+def test_no_lines_no_turns(llama_directory: Path) -> None:
+    done = talk("", "chat", llama_directory, "--json")
+    assert (done.returncode, json.loads(done.stdout)["turns"]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "message"),
+    [
+        ("/dance\nExplain rain.\n", (), "no command /dance"),
+        ("/ablate\n", (), "--direction"),
+        ("Explain rain.\n", ("--max-new-tokens", 600), "context of 512"),
+        ("", ("--direction", "missing.safetensors"), "missing.safetensors"),
+        ("", ("--base", "./missing"), "missing"),
+    ],
+)
+def test_a_script_ends_at_the_first_error(
+    llama_directory: Path, lines: str, arguments: tuple[object, ...], message: str
+) -> None:
+    done = talk(lines, "chat", llama_directory, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_in_a_pipe_stops_the_reply_and_ends_with_130(llama_directory: Path) -> None:
+    command = [*COMMAND, "chat", str(llama_directory), "--max-new-tokens", "400"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write("Explain rain at length.\nExplain snow.\n")
+        process.stdin.flush()
+        first = os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert first
+    assert "Traceback" not in error
+    assert rest.endswith("\n")
+
+
+class Terminal:
+    """A command on a pseudo-terminal."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(TERM="dumb", COLUMNS="100")
+            os.execv(COMMAND[0], [*COMMAND, *map(str, arguments)])
+        self.seen = ""
+        self.deadline = time.monotonic() + 60
+
+    def read(self) -> bool:
+        """Read what is there; return whether the other end is still open."""
+        if time.monotonic() > self.deadline:
+            os.kill(self.pid, signal.SIGKILL)
+            pytest.fail(f"nothing more came after: {self.seen!r}")
+        if select.select([self.fd], [], [], 0.2)[0]:
+            try:
+                self.seen += os.read(self.fd, 4096).decode(errors="replace")
+            except OSError:
+                return False
+        return True
+
+    def wait_for(self, text: str, *, after: int = 0) -> int:
+        """Read until `text` stands behind the first `after` characters; return where it ends."""
+        while text not in self.seen[after:]:
+            assert self.read(), self.seen
+        return self.seen.index(text, after) + len(text)
+
+    def send(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def exit_code(self) -> int:
+        while self.read():
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_in_a_terminal_an_error_or_an_interrupted_reply_does_not_end_it(llama_directory: Path, direction: Path) -> None:
+    terminal = Terminal("chat", llama_directory, "--direction", direction, "--max-new-tokens", 400)
+    terminal.wait_for("> ")
+    terminal.send("/dance\n")
+    end = terminal.wait_for("error: there is no command /dance")
+    end = terminal.wait_for("> ", after=end)
+    terminal.send("Explain rain.\n")
+    end = terminal.wait_for("Explain rain.\r\n", after=end)
+    while len(terminal.seen) < end + 10:
+        assert terminal.read()
+    terminal.send("\x03")
+    end = terminal.wait_for("\r\n> ", after=end)
+    terminal.send("/ablate\n")
+    end = terminal.wait_for("the direction is ablated", after=end)
+    terminal.wait_for("> ", after=end)
+    terminal.send("\x03")
+    assert terminal.exit_code() == 130
+
+
+def test_in_a_terminal_both_stand_side_by_side(llama_directory: Path, direction: Path) -> None:
+    terminal = Terminal("chat", llama_directory, "--direction", direction, "--max-new-tokens", 4)
+    terminal.wait_for("> ")
+    terminal.send("/ablate\n/both\n")
+    end = terminal.wait_for("base and edited answer")
+    terminal.send("Explain rain.\n")
+    end = terminal.wait_for("edited", after=end)
+    terminal.wait_for("> ", after=end)
+    assert any("base" in line and "edited" in line for line in terminal.seen.splitlines()[-12:])
+    terminal.send("/quit\n")
+    assert terminal.exit_code() == 0
