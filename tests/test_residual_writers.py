@@ -276,7 +276,7 @@ def test_two_token_embeddings_are_one_too_many(tmp_path):
 def test_experts_that_the_config_does_not_name(tmp_path):
     save_tiny_llama(tmp_path)
     change_tensors(tmp_path, add={"model.layers.1.mlp.experts.down_proj": torch.ones(4, D_MODEL, 5)})
-    with pytest.raises(CheckpointError, match="has 4 experts, but config.json names no number"):
+    with pytest.raises(CheckpointError, match=r"has 4 experts, but config\.json names no number"):
         writers_of(tmp_path)
 
 

@@ -165,8 +165,8 @@ class _Mapper:
             )
         if self.row.positions and self.model.verified and not self._has(Part.POSITION_EMBEDDING):
             raise CheckpointError(
-                f"{self.path}: no position embedding was found, and a {self.row.model_type} model has one; download the "
-                "checkpoint again"
+                f"{self.path}: no position embedding was found, and a {self.row.model_type} model has one; "
+                "download the checkpoint again"
             )
         if not embeddings and not (heads and self.model.tied_embeddings):
             raise CheckpointError(
@@ -215,9 +215,7 @@ class _Mapper:
             role = "embed"
         elif name.part in {Part.POST_NORM, Part.EMBEDDING_NORM} and name.is_bias:
             role = "embed" if name.layer is None else "mlp"
-        elif role is None or name.part not in _WRITING:
-            return None
-        elif name.part is Part.POSITION_EMBEDDING and not self.row.positions:
+        elif role is None or name.part not in self._writing:
             return None
         axis = self._axis(tensor, name)
         if self.row.latent_experts and name.expert is not None and tensor.shape[axis] != self.d_model:
