@@ -108,7 +108,7 @@ def test_options_select(wide):
         ({"model_type": "minimax"}, UnsupportedArchitectureError, "minimax"),
         ({"model_type": "new_one"}, UnsupportedArchitectureError, "'new_one'"),
         ({"quantization_config": {"quant_method": "gptq"}}, QuantizedCheckpointError, "gptq"),
-        ({"num_hidden_layers": 9}, CheckpointError, "missing"),
+        ({"num_hidden_layers": 9}, CheckpointError, "incomplete"),
     ],
 )
 @pytest.mark.parametrize("where", ["directory", "hub"])
