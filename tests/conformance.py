@@ -55,7 +55,9 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     default = AutoConfig.for_model(model_type)
     extras = WRAPPER_EXTRAS.get(model_type, {}) if model_type in WRAPPERS else EXTRAS.get(model_type, {})
     shrunk = merge(merge(shrink_config(default.to_dict()), extras), changes)
-    return type(default).from_dict({k: v for k, v in shrunk.items() if k not in {"architectures", "transformers_version"}})
+    return type(default).from_dict(
+        {k: v for k, v in shrunk.items() if k not in {"architectures", "transformers_version"}}
+    )
 
 
 def _auto_class(model_type: str) -> Any:
@@ -125,7 +127,9 @@ def stream_component(model: PreTrainedModel, inputs: Mapping[str, Tensor], direc
             parent = model.get_submodule(name.rpartition(".")[0])
             handles += [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
             handles.append(blocks[-1].register_forward_hook(after))
-            norms = [getattr(parent, norm) for norm in _FINAL_NORMS if isinstance(getattr(parent, norm, None), nn.Module)]
+            norms = [
+                getattr(parent, norm) for norm in _FINAL_NORMS if isinstance(getattr(parent, norm, None), nn.Module)
+            ]
             handles += [norm.register_forward_pre_hook(before, with_kwargs=True) for norm in norms[:1]]
         with torch.no_grad():
             model(**inputs, use_cache=False)

@@ -13,7 +13,10 @@ _HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
 EXTRAS: dict[str, dict[str, Any]] = {
     "bamba": {**_HYBRID, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64},
+    },
     "deepseek_v2": _MOE,
     "dots1": {**_MOE, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
@@ -31,7 +34,9 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "xlstm": {"chunk_size": 16, "qk_dim_factor": 1.0},
     "zamba": {
         "attention_hidden_size": 128,
-        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
     "zamba2": {
         "attention_hidden_size": 128,
         "mamba_headdim": 16,
