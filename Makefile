@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := build/demo
 ABLITERATE := $(BIN)/abliterate
+# At the paper's 0.1 a candidate passes too, but it leaves more of the refusals; README gives both.
+DEMO_KL := 0.3
 SOURCES := src tests training scripts benchmarks
 
 .PHONY: demo test check format adapter clean
@@ -50,7 +52,7 @@ $(DEMO)/model/config.json: | $(READY)
 	$(ABLITERATE) demo $(DEMO)/model --overwrite
 
 $(DEMO)/refusal.safetensors: $(DEMO)/model/config.json
-	$(ABLITERATE) extract $(DEMO)/model --output $@ --report $(DEMO)/plots
+	$(ABLITERATE) extract $(DEMO)/model --output $@ --report $(DEMO)/plots --kl-threshold $(DEMO_KL)
 
 $(DEMO)/abliterated/abliteration.json: $(DEMO)/refusal.safetensors
 	$(ABLITERATE) orthogonalize $(DEMO)/model --direction $< --output $(DEMO)/abliterated --overwrite

@@ -25,7 +25,7 @@ def test_extract_orthogonalize_evaluate_push(demo_directory: Path, tmp_path: Pat
     extracted = json.loads(
         shell(
             f"abliterate extract {demo_directory} -o refusal.safetensors --n-train 48 --n-val 12 --json"
-            " --kl-threshold 0.5 | python -m json.tool",
+            " --kl-threshold 0.3 | python -m json.tool",
             tmp_path,
         )
     )
@@ -54,7 +54,7 @@ def test_extract_orthogonalize_evaluate_push(demo_directory: Path, tmp_path: Pat
     assert evaluation["base_rates"]["harmful"]["rate"] >= 0.8
     assert evaluation["rates"]["harmful"]["rate"] <= 0.3
     assert evaluation["base_rates"]["harmless"]["rate"] <= 0.1
-    assert evaluation["cross_entropy"]["relative_change"] < 0.2
+    assert 0 < evaluation["cross_entropy"]["relative_change"] < 0.6
     pushed = json.loads(
         shell("abliterate push out someone/demo-abliterated --dry-run --json | python -m json.tool", tmp_path)
     )
