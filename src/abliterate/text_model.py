@@ -107,7 +107,7 @@ def _row_and_section(
     name = refused[0] if refused else (top if wrapper is None else text_type)
     raise UnsupportedArchitectureError(
         f"{path / CONFIG_NAME}: model type {name!r} cannot be orthogonalized: {refusal(name)}; "
-        f"docs/architectures.md lists the types that can"
+        "docs/architectures.md lists the types that can"
     )
 
 
