@@ -47,7 +47,7 @@ def fused(tensors: Tensors) -> Tensors:
     kept = {}
     for name in sorted(tensors, key=lambda n: [int(p) if p.isdigit() else p for p in n.split(".")]):
         before, found, after = name.partition(".experts.")
-        if not found:
+        if not found or tensors[name].dim() == 3:
             kept[name.replace("block_sparse_moe", "mlp")] = tensors[name]
             continue
         part = after.split(".")[1]
@@ -83,11 +83,10 @@ def is_exact(work: Path, model_type: str) -> bool:
         ("mixtral", fused),
         ("qwen3_moe", fused),
         ("qwen3_5_moe", fused),
-        ("qwen3_vl_moe", fused),
         ("qwen3_vl_moe", transposed_experts),
         ("gemma3", renamed("language_model.model.", "model.language_model.")),
         ("llava", renamed("language_model.model.", "model.language_model.")),
-        ("qwen2_vl", renamed("model.language_model.", "model.")),
+        ("qwen2_vl", renamed("model.", "model.language_model.")),
         ("gpt2", renamed("transformer.", "")),
         ("bloom", renamed("transformer.", "")),
         ("llama", renamed("model.", "")),

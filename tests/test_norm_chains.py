@@ -1,4 +1,4 @@
-"""Norms between writers and the stream, end to end: models run by transformers, and maps by hand where none would do."""
+"""Norms between writers and the stream: models run by transformers, and maps by hand where none would do."""
 
 from pathlib import Path
 

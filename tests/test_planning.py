@@ -108,7 +108,7 @@ def test_options_select(wide):
         ({"model_type": "minimax"}, UnsupportedArchitectureError, "minimax"),
         ({"model_type": "new_one"}, UnsupportedArchitectureError, "'new_one'"),
         ({"quantization_config": {"quant_method": "gptq"}}, QuantizedCheckpointError, "gptq"),
-        ({"num_hidden_layers": 9}, CheckpointError, "missing"),
+        ({"num_hidden_layers": 9}, CheckpointError, "incomplete"),
     ],
 )
 @pytest.mark.parametrize("where", ["directory", "hub"])
@@ -238,3 +238,26 @@ def test_patterns(name, pattern):
 )
 def test_ranges(numbers, text):
     assert format_ranges(numbers) == text
+
+
+def test_norm_chains_are_shown_and_what_is_left_alone_says_why(tmp_path):
+    path = save_tiny_model(tmp_path / "base", "gemma2")
+    plan = plan_edit(model=str(path))
+    groups = {group.pattern: group for group in plan.groups}
+    attention = groups["model.layers.*.self_attn.o_proj.weight"]
+    assert attention.norms == ("model.layers.*.post_attention_layernorm.weight",)
+    assert attention.count == N_LAYERS
+    tensor = next(each for each in plan.tensors if each.name == "model.layers.1.mlp.down_proj.weight")
+    assert [norm.weight for norm in tensor.norm_chain] == ["model.layers.1.post_feedforward_layernorm.weight"]
+    assert tensor.norm_chain[0].plus_one
+
+
+def test_a_layer_beyond_the_configs_count_is_left_alone_and_named(tmp_path):
+    path = save_tiny_model(tmp_path / "base")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": N_LAYERS - 1}))
+    plan = plan_edit(model=str(path))
+    assert plan.counts == {"embed": 1, "attn": N_LAYERS - 1, "mlp": N_LAYERS - 1}
+    reasons = {kept.tensor_name: kept.reason for kept in plan.left_alone}
+    assert "model.layers.2.mlp.down_proj.weight" in reasons
+    assert all(reasons.values())

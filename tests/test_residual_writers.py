@@ -131,7 +131,6 @@ def test_other_model_types_are_refused_by_name(tmp_path, model_type, reason):
         writers_of(tmp_path)
     assert repr(model_type) in str(error.value)
     assert "docs/architectures.md" in str(error.value)
-    assert ("--unverified" in str(error.value)) == (reason == "not known to be complete")
     assert "\n" not in str(error.value)
 
 
@@ -276,7 +275,7 @@ def test_two_token_embeddings_are_one_too_many(tmp_path):
 def test_experts_that_the_config_does_not_name(tmp_path):
     save_tiny_llama(tmp_path)
     change_tensors(tmp_path, add={"model.layers.1.mlp.experts.down_proj": torch.ones(4, D_MODEL, 5)})
-    with pytest.raises(CheckpointError, match="has 4 experts, but config.json names no number"):
+    with pytest.raises(CheckpointError, match=r"has 4 experts, but config\.json names no number"):
         writers_of(tmp_path)
 
 

@@ -110,6 +110,7 @@ class _Mapper:
     def __init__(self, model: TextModel, tensors: Sequence[TensorInfo], path: Path) -> None:
         self.model, self.row, self.path = model, model.row, path
         self.tensors = tensors
+        self.writing_parts = _WRITING if self.row.positions else _WRITING - {Part.POSITION_EMBEDDING}
         self.names = {tensor.name: parse_name(tensor.name, has_towers=model.has_towers) for tensor in tensors}
         self.shapes = {tensor.name: tensor.shape for tensor in tensors}
         self.stacks = sorted({name.stack for name in self.names.values() if name.stack})
@@ -165,8 +166,8 @@ class _Mapper:
             )
         if self.row.positions and self.model.verified and not self._has(Part.POSITION_EMBEDDING):
             raise CheckpointError(
-                f"{self.path}: no position embedding was found, and a {self.row.model_type} model has one; download the "
-                "checkpoint again"
+                f"{self.path}: no position embedding was found, and a {self.row.model_type} model has one; "
+                "download the checkpoint again"
             )
         if not embeddings and not (heads and self.model.tied_embeddings):
             raise CheckpointError(
@@ -215,7 +216,7 @@ class _Mapper:
             role = "embed"
         elif name.part in {Part.POST_NORM, Part.EMBEDDING_NORM} and name.is_bias:
             role = "embed" if name.layer is None else "mlp"
-        elif role is None or name.part not in _WRITING or (name.part is Part.POSITION_EMBEDDING and not self.row.positions):
+        elif role is None or name.part not in self.writing_parts:
             return None
         axis = self._axis(tensor, name)
         if self.row.latent_experts and name.expert is not None and tensor.shape[axis] != self.d_model:

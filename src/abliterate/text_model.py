@@ -105,10 +105,9 @@ def _row_and_section(
             model_type=str(text_type), post_norm=True, single=True, latent_experts=True, positions=True
         ), section
     name = refused[0] if refused else (top if wrapper is None else text_type)
-    hint = "" if refused else ", or try --unverified, which first proves the edit on a tiny model of the same config"
     raise UnsupportedArchitectureError(
         f"{path / CONFIG_NAME}: model type {name!r} cannot be orthogonalized: {refusal(name)}; "
-        f"docs/architectures.md lists the types that can{hint}"
+        "docs/architectures.md lists the types that can"
     )
 
 
