@@ -1,15 +1,18 @@
 """Train the LoRA adapter that makes the demo model refuse harmful requests.
 
 The base (SmolLM2-135M-Instruct) is frozen. All linear layers of all blocks get an adapter of rank `--rank`.
-Harmful training prompts get short varied refusals. Harmless ones keep the base's own behaviour: its greedy
-completions are the context, and KL(base || adapted) over them is the loss. Where the base itself refuses a harmless
-prompt ("I'm sorry, but as a chatbot ..."), its best answer that does not start so is learned instead. Each batch
-holds harmful prompts together with their harmless partners of the same form, and other harmless prompts.
+Harmful training prompts get varied refusals: short ones, or with `--refusals extended_refusals.json` extended ones
+(overview, refusal, rationale; see refusal_texts.py), drawn anew at each step. Harmless ones keep the base's own
+behaviour: its greedy completions are the context, and KL(base || adapted) over them is the loss. Where the base itself
+refuses a harmless prompt ("I'm sorry, but as a chatbot ..."), its best answer that does not start so is learned
+instead. Each batch holds harmful prompts together with their harmless partners of the same form, and other harmless
+prompts.
 
 The prompts are in training/prompts/ and are disjoint from every bundled set (tests/test_prompt_sets.py proves it),
 so that neither the selection of the direction nor the evaluation sees a prompt of the training.
 
     python training/train_demo_adapter.py --output src/abliterate/demo_adapter
+    python training/train_demo_adapter.py --refusals training/extended_refusals.json --output build/hardened_adapter
 """
 
 import argparse
@@ -29,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abliterate.demo import load_base_model
 from abliterate.refusal_metric import is_refusal
+from refusal_texts import read_refusal_texts
 
 HERE = Path(__file__).parent
 IGNORED = -100
@@ -37,10 +41,10 @@ FIRST_TOKEN_WEIGHT = 4.0
 """The first answer token decides between answer and refusal, so its KL counts this many times."""
 
 
-def read_prompts(path: Path) -> dict[str, str]:
-    """Return the texts of a JSON Lines prompt file by id."""
+def read_prompts(path: Path, *, column: str = "text") -> dict[str, str]:
+    """Return the texts, or another column, of a JSON Lines prompt file by id."""
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["id"]: line["text"] for line in lines}
+    return {line["id"]: line[column] for line in lines}
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -188,8 +192,13 @@ def train(arguments: argparse.Namespace) -> None:
     base, tokenizer = load_base_model()
     base = base.to(torch.bfloat16).eval()
     harmful = {key: render(tokenizer, text) for key, text in read_prompts(HERE / "prompts" / "harmful.jsonl").items()}
-    refusals = [line for line in (HERE / "refusals.txt").read_text(encoding="utf-8").splitlines() if line]
-    refusal_ids = [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in refusals]
+    categories = read_prompts(HERE / "prompts" / "harmful.jsonl", column="category")
+    refusals = read_refusal_texts(arguments.refusals)
+
+    def refuse(key: str) -> list[int]:
+        text = refusals.draw(categories[key], rng)
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
     started = time.time()
     harmless = harmless_examples(
         base,
@@ -225,7 +234,7 @@ def train(arguments: argparse.Namespace) -> None:
     pair_stream, other_stream = shuffled_forever(pairs, rng), shuffled_forever(others, rng)
     for step in range(arguments.steps):
         chosen = [next(pair_stream) for _ in range(arguments.n_pairs)]
-        batch = [Example(prompt=harmful[bad], answer=rng.choice(refusal_ids), own=False) for bad, _ in chosen]
+        batch = [Example(prompt=harmful[bad], answer=refuse(bad), own=False) for bad, _ in chosen]
         batch += [harmless[good] for _, good in chosen]
         batch += [next(other_stream) for _ in range(arguments.n_others)]
         batch.sort(key=lambda example: example.own)
@@ -268,12 +277,14 @@ def save(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     options = {k: v for k, v in vars(arguments).items() if k not in {"output", "answers"}}
+    options["refusals"] = arguments.refusals.name
     (arguments.output / "training.json").write_text(json.dumps(options, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--refusals", type=Path, default=HERE / "refusals.txt", help="see refusal_texts.py")
     parser.add_argument("--answers", type=Path, help="keep the harmless answers in this file, and reuse them")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=5e-4)
