@@ -277,14 +277,14 @@ def test_an_interrupted_evaluation_goes_on_without_generating_again(
 def test_memory_running_out_changes_nothing_but_the_batches(
     llama_directory: Path, options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fake limit of two rows a batch, in generation and in plain passes alike."""
+    """A fake limit of one row a batch, in generation and in plain passes alike."""
     options = replace(options, intervention="ablate")
     direction = make_direction(mean_difference=torch.randn(32, generator=torch.Generator().manual_seed(1)))
     expected = evaluate_model(model=llama_directory, direction=direction, options=options)
     pad, refused = ChatModel.pad, []
 
     def limited(chat: ChatModel, batch: list[list[int]]):
-        if len(batch) > 2:
+        if len(batch) > 1:
             refused.append(len(batch))
             raise torch.OutOfMemoryError("CUDA out of memory (a fake limit)")
         return pad(chat, batch)

@@ -1,0 +1,79 @@
+"""The shell example of examples/ci/, run as a nightly job runs it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPT = REPOSITORY / "examples" / "ci" / "nightly.sh"
+EXTRACT = "--n-train 8 --n-val 2 --no-filter --refusal-token I --kl-threshold 1e9 --induce-threshold -1e9"
+AUDIT = "--n-train 8 --n-val 2 --n-test 4 --screen 2 --candidates 1 --bootstrap 3 --max-new-tokens 3"
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the example is a bash script")
+
+
+@pytest.fixture
+def job(tmp_path: Path, llama_directory: Path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run(**changes: str) -> subprocess.CompletedProcess[str]:
+        settings = {"MODEL": str(llama_directory), "EXTRACT_OPTIONS": EXTRACT, "AUDIT_OPTIONS": AUDIT, **changes}
+        scratch = tmp_path / "scratch"
+        scratch.mkdir(exist_ok=True)
+        environment = {**os.environ, "PATH": path, "TMPDIR": str(scratch), **settings}
+        environment["PYTHONPATH"] = str(REPOSITORY / "src")
+        done = subprocess.run([SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert list(scratch.iterdir()) == [], "nothing may be left of the edited weights"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def test_a_first_run_a_cached_one_and_a_changed_model(job, tmp_path: Path, llama_directory: Path) -> None:
+    first = job()
+    assert first.returncode == 0, first.stderr
+    assert "direction: extracted" in first.stdout
+    assert "weights: orthogonalized" in first.stdout
+    artefacts = tmp_path / "artefacts"
+    reports = {path.stem: json.loads(path.read_text()) for path in artefacts.glob("*.json")}
+    assert set(reports) >= {"extract", "orthogonalize", "audit"}
+    assert reports["audit"]["verdict"] == "does_not_refuse"
+    assert reports["orthogonalize"]["counts"] == {"embed": 1, "attn": 5, "mlp": 5}
+    assert (artefacts / "summary.txt").read_text().startswith("audit: does_not_refuse - it refuses 0 of 4")
+    second = job(RATE="0.5")
+    assert second.returncode == 1
+    assert "direction: cached" in second.stdout
+    assert "is brittle" in second.stderr
+    assert json.loads((artefacts / "extract.json").read_text()) == reports["extract"]
+    os.utime(llama_directory / "config.json", (1, 1))
+    assert "direction: extracted" in job().stdout
+    assert len(list((tmp_path / ".cache" / "abliterate-ci").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (EXTRACT.replace("--kl-threshold 1e9", "--kl-threshold 1e-12"), "none passes the selection"),
+        ("--n-train 8 --n-val 2", "none could be extracted (exit 1)"),
+    ],
+)
+def test_without_a_direction_the_model_is_audited_all_the_same(job, tmp_path: Path, options: str, message: str) -> None:
+    done = job(EXTRACT_OPTIONS=options)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stdout
+    assert "audit: does_not_refuse" in done.stdout
+    assert not (tmp_path / "artefacts" / "orthogonalize.json").exists()
+
+
+def test_what_is_wrong_fails_the_job(job, tmp_path: Path) -> None:
+    assert job(MODEL="").returncode == 2
+    missing = job(MODEL="./missing")
+    assert missing.returncode == 1
+    assert "missing" in missing.stderr
+    assert not (tmp_path / "artefacts" / "audit.json").exists()
