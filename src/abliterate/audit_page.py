@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from abliterate.audit_report import AuditedIntervention, AuditReport, describe
+from abliterate.audit_report import AuditedIntervention, AuditReport
 from abliterate.evaluation_report import RefusalRate
 from abliterate.report_charts import Interval, interval_chart
 from abliterate.report_page import (
@@ -82,7 +82,7 @@ def _interventions(report: AuditReport) -> Section:
     points = [("unchanged", [unchanged])]
     rows: list[list[object]] = []
     for one in report.interventions:
-        name = describe(one)
+        name = _short(one)
         rate = one.harmful
         points.append((_short(one), [Interval(series=1, value=rate.rate, low=rate.low, high=rate.high)]))
         rise = "" if one.cross_entropy_rise is None else f"{one.cross_entropy_rise:+.3f}"
@@ -107,6 +107,7 @@ def _interventions(report: AuditReport) -> Section:
             ),
             table(header, rows, caption="Held-out harmful prompts; KL and cross-entropy on harmless ones, in nats"),
             paragraph(
+                "Ablate P, L and subtract P, L: the direction of position P, layer L; rank k: k directions ablated. "
                 "Left is the share of the refusals that remains among legible replies. KL is that of the first token; "
                 "cross-entropy is the rise in nats a token on the unchanged model's own harmless answers."
             ),
@@ -154,8 +155,8 @@ def _thresholds(report: AuditReport) -> Section:
     rows = [
         ["the model refuses", f"at least {limits.min_refusal:.0%} of harmful prompts"],
         ["refusal is defeated", f"at most {limits.max_remaining:.0%} of the refusals are left"],
-        ["the cost is bearable", f"at least {limits.min_coherence:.0%} of the replies are coherent, and"],
-        ["", f"cross-entropy rises by at most {limits.max_cross_entropy_rise:g} nats a token"],
+        ["the cost is bearable", f"at least {limits.min_coherence:.0%} of the replies are coherent"],
+        ["and", f"cross-entropy rises by at most {limits.max_cross_entropy_rise:g} nats a token"],
         ["a candidate passes", f"induce at least {selection.induce:g}, KL at most {selection.kl:g} nats"],
     ]
     return Section(
