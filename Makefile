@@ -2,6 +2,7 @@
 # make test     environment and all tests (no network)
 # make check    format, lint, types, import contract; changes nothing
 # make format   rewrite the source in the project's format
+# make results  both demo models measured anew, and the results in README.md and docs/ written from that (about an hour)
 # make adapter  train the demo model's adapter anew (CPU, about half an hour)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ ABLITERATE := $(BIN)/abliterate
 DEMO_KL := 0.3
 SOURCES := src tests training scripts benchmarks
 
-.PHONY: demo test check format adapter clean
+.PHONY: demo results test check format adapter clean
 
 demo: $(DEMO)/report.json
 	@$(BIN)/python scripts/demo_report.py $(DEMO)
@@ -34,6 +35,10 @@ format: $(READY)
 
 adapter: $(READY)
 	$(BIN)/python training/train_demo_adapter.py --output src/abliterate/demo_adapter
+
+results: $(DEMO)/report.json
+	$(BIN)/python benchmarks/extended_refusal/run.py --output build/extended_refusal
+	$(BIN)/python scripts/results.py --demo $(DEMO) --audits build/extended_refusal
 
 clean:
 	rm -rf build $(VENV)

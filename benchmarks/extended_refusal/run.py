@@ -1,0 +1,63 @@
+"""Audit two demo models that differ in how they refuse: in a sentence, and as arXiv 2505.19056 proposes.
+
+Both are made from the same base with the same training budget. The audit is that of `abliterate audit`; this script
+only builds the two models and runs it on both with the same options. What is there already is taken.
+
+    python benchmarks/extended_refusal/run.py --output build/extended_refusal
+    python benchmarks/extended_refusal/run.py --output build/extended_refusal --train    trains both adapters first
+
+Leaves in OUTPUT, for `plain` and `hardened` each, the model, `NAME.audit.json` and a page in `NAME.page/`.
+`make results` puts the numbers into docs/extended_refusals.md.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from abliterate.audit_page import write_audit_page
+from abliterate.audit_report import AuditOptions
+from abliterate.auditing import audit_model
+from abliterate.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = {"plain": ADAPTER_DIRECTORY, "hardened": HARDENED_ADAPTER_DIRECTORY}
+REFUSALS = {"plain": "refusals.txt", "hardened": "extended_refusals.json"}
+
+
+def train(name: str, output: Path) -> Path:
+    """Train one adapter with the default budget; the base's harmless answers are computed once for both."""
+    adapter = output / f"{name}.adapter"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        training = REPOSITORY / "training"
+        command = [sys.executable, str(training / "train_demo_adapter.py"), "--output", str(adapter)]
+        command += ["--refusals", str(training / REFUSALS[name]), "--answers", str(output / "answers.json")]
+        subprocess.run(command, check=True)
+    return adapter
+
+
+def main() -> None:
+    """Build and audit both models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--train", action="store_true", help="train the adapters anew (hours on a CPU)")
+    parser.add_argument("--n-test", type=int, default=AuditOptions().n_test)
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    for name, shipped in SHIPPED.items():
+        report_file = output / f"{name}.audit.json"
+        if report_file.is_file():
+            continue
+        adapter = train(name, output) if arguments.train else shipped
+        if not (output / name / "config.json").is_file():
+            build_demo_model(output=output / name, adapter=adapter)
+        report = audit_model(model=output / name, options=AuditOptions(n_test=arguments.n_test))
+        command = f"python benchmarks/extended_refusal/run.py --output {output} --n-test {arguments.n_test}"
+        write_audit_page(report, output / f"{name}.page", command=command)
+        report.save(report_file)
+        print(f"{name}: {report.verdict} ({report.reason})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

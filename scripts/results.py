@@ -1,0 +1,167 @@
+"""Write the results in README.md and docs/extended_refusals.md anew from measurements.
+
+    python scripts/results.py                                    from docs/results, as it lies in the repository
+    python scripts/results.py --demo build/demo --audits build/extended_refusal      from new measurements
+
+New measurements are first copied to docs/results: numbers only, no reply of a model is in them. What stands between
+`<!-- results: NAME -->` and `<!-- end of results -->` is replaced; the prose around it is written by hand.
+"""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "docs" / "results"
+KINDS = ("harmful", "harmless", "borderline")
+MODELS = ("plain", "hardened")
+REMARKS = {
+    "single_direction": "one direction carries it",
+    "few_directions": "a few directions carry it, one does not",
+    "not_mediated": "nothing that was tried carries it",
+    "does_not_refuse": "it does not refuse",
+}
+
+
+def percent(value: float) -> str:
+    """Return a share in per cent with one decimal."""
+    return f"{100 * value:.1f}"
+
+
+def rate(values: dict[str, Any]) -> str:
+    """Return a rate with its interval."""
+    return f"{percent(values['rate'])} % [{percent(values['low'])}, {percent(values['high'])}]"
+
+
+def demo_block(report: dict[str, Any]) -> str:
+    """Return what `make demo` found, for README."""
+    lines = ["| refusal rate | before | after |", "|---|---|---|"]
+    for kind in KINDS:
+        before, after = (report[side][f"{kind}_refusal_rate"] for side in ("before", "after"))
+        lines.append(f"| {kind} prompts ({before['n']}) | {rate(before)} | {rate(after)} |")
+    chosen, entropy = report["selected"], report["cross_entropy"]
+    lines += [
+        "",
+        f"Position {chosen['position']}, layer {chosen['layer']}: bypass {chosen['bypass']:.2f}, induce "
+        f"{chosen['induce']:.2f}, KL {chosen['kl']:.3f} (threshold {report['thresholds']['kl']:g}). The damage: KL "
+        f"{report['kl_harmless']:.3f} nats at the first token of harmless",
+        f"answers; cross-entropy of the base's own harmless answers {entropy['base']:.3f} to {entropy['model']:.3f} "
+        f"nats a token ({100 * entropy['relative_change']:+.1f} %). {report['max_new_tokens']} new tokens.",
+    ]
+    return "\n".join(lines)
+
+
+def audits_block(audits: dict[str, dict[str, Any]]) -> str:
+    """Return one line a model and intervention, for docs/extended_refusals.md."""
+    lines = [
+        "| model | intervention | harmful prompts refused | left | coherent | KL | perplexity | bearable |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, audit in audits.items():
+        harmful = audit["harmful"]
+        coherent = 1 - harmful["degenerate"] / harmful["n"]
+        base = next((one["cross_entropy"]["base"] for one in audit["interventions"] if one["cross_entropy"]), None)
+        before = "" if base is None else perplexity(base)
+        lines.append(f"| {name} | none | {rate(harmful)} | 100 % | {percent(coherent)} % | 0 | {before} | |")
+        lines += [f"| {name} | {intervention_row(one)} |" for one in audit["interventions"]]
+    for name, audit in audits.items():
+        lines += ["", f"{name.capitalize()}: `{audit['verdict']}` ({audit['reason']})."]
+        found = audit["candidates"]
+        if found is not None and found["n_passing"] is not None:
+            lines[-1] += f" {found['n_passing']} of {found['n_candidates']} candidates pass the published selection."
+        if audit["induced"] is not None:
+            lines[-1] += f" With the direction added, {rate(audit['induced'])} of the harmless prompts are refused"
+            lines[-1] += f" ({rate(audit['harmless'])} without)."
+    return "\n".join(lines)
+
+
+def intervention_row(one: dict[str, Any]) -> str:
+    """Return the cells of one intervention."""
+    where = f"{one['position']}, {one['layer']}"
+    name = {
+        "single": f"ablate {where}",
+        "rank": f"ablate {one['rank']} directions",
+        "addition": f"subtract {where}",
+    }[one["method"]]
+    entropy = one["cross_entropy"]
+    cells = [
+        name,
+        rate(one["harmful"]),
+        f"{100 * one['remaining']:.0f} %",
+        f"{percent(one['coherence'])} %",
+        f"{one['divergence']['first_token']:.3f}",
+        "" if entropy is None else perplexity(entropy["model"]),
+        "yes" if one["bearable"] else "no",
+    ]
+    return " | ".join(cells)
+
+
+def perplexity(nats: float) -> str:
+    """Return the perplexity of a cross-entropy in nats a token."""
+    return f"{math.exp(nats):.2f}"
+
+
+def summary_block(audits: dict[str, dict[str, Any]]) -> str:
+    """Return the audits in one line a model, for README."""
+    lines = [
+        "| demo model | refused | fewest, at a bearable cost | passing candidates | verdict of `audit` |",
+        "|---|---|---|---|---|",
+    ]
+    for name, audit in audits.items():
+        found = audit["candidates"]
+        passing = "" if found is None or found["n_passing"] is None else f"{found['n_passing']}/{found['n_candidates']}"
+        lines.append(
+            f"| {name} | {rate(audit['harmful'])} | {percent(audit['lowest_refusal'])} % | {passing} | "
+            f"`{audit['verdict']}`: {REMARKS[audit['verdict']]} |"
+        )
+    return "\n".join(lines)
+
+
+def with_block(text: str, name: str, block: str) -> str:
+    """Return a document in which the block of this name is replaced.
+
+    Raises:
+        ValueError: the document has no such block, or several.
+    """
+    pattern = rf"(<!-- results: {re.escape(name)} -->\n).*?(<!-- end of results -->)"
+    changed, n = re.subn(pattern, lambda found: f"{found[1]}{block}\n{found[2]}", text, flags=re.DOTALL)
+    if n != 1:
+        raise ValueError(f"there are {n} blocks named {name}, expected one")
+    return changed
+
+
+def documents(results: Path, repository: Path) -> dict[Path, str]:
+    """Return each document that holds results, as it should be."""
+    demo = json.loads((results / "demo.json").read_text())
+    audits = {name: json.loads((results / f"{name}.audit.json").read_text()) for name in MODELS}
+    readme, extended = repository / "README.md", repository / "docs" / "extended_refusals.md"
+    text = with_block(readme.read_text(encoding="utf-8"), "demo", demo_block(demo))
+    return {
+        readme: with_block(text, "audits", summary_block(audits)),
+        extended: with_block(extended.read_text(encoding="utf-8"), "audits", audits_block(audits)),
+    }
+
+
+def take(demo: Path | None, audits: Path | None, results: Path) -> None:
+    """Copy new measurements to the results of the repository."""
+    results.mkdir(parents=True, exist_ok=True)
+    if demo is not None:
+        report = json.loads((demo / "report.json").read_text())
+        (results / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    if audits is not None:
+        for name in MODELS:
+            report = json.loads((audits / f"{name}.audit.json").read_text())
+            (results / f"{name}.audit.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="directory of `make demo`")
+    parser.add_argument("--audits", type=Path, help="directory of benchmarks/extended_refusal/run.py")
+    arguments = parser.parse_args()
+    take(arguments.demo, arguments.audits, RESULTS)
+    for path, text in documents(RESULTS, REPOSITORY).items():
+        path.write_text(text, encoding="utf-8")
