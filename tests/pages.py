@@ -189,6 +189,7 @@ def audit_report(*, refuses: bool = True) -> AuditReport:
     return AuditReport(
         model="org/model",
         revision="d" * 40,
+        dtype="bfloat16",
         verdict=verdict,
         reason=reason,
         harmful=unchanged,

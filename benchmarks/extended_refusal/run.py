@@ -19,7 +19,9 @@ from abliterate.audit_page import write_audit_page
 from abliterate.audit_report import AuditOptions
 from abliterate.auditing import audit_model
 from abliterate.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
+from abliterate.model import ModelOptions
 
+N_TEST = 64
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = {"plain": ADAPTER_DIRECTORY, "hardened": HARDENED_ADAPTER_DIRECTORY}
 REFUSALS = {"plain": "refusals.txt", "hardened": "extended_refusals.json"}
@@ -41,7 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--train", action="store_true", help="train the adapters anew (hours on a CPU)")
-    parser.add_argument("--n-test", type=int, default=AuditOptions().n_test)
+    parser.add_argument("--n-test", type=int, default=N_TEST, help="test prompts of each kind")
+    parser.add_argument("--dtype", default="bfloat16", help="what the audits run in; bfloat16 takes two thirds of the time")
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
@@ -52,8 +55,12 @@ def main() -> None:
         adapter = train(name, output) if arguments.train else shipped
         if not (output / name / "config.json").is_file():
             build_demo_model(output=output / name, adapter=adapter)
-        report = audit_model(model=output / name, options=AuditOptions(n_test=arguments.n_test))
-        command = f"python benchmarks/extended_refusal/run.py --output {output} --n-test {arguments.n_test}"
+        report = audit_model(
+            model=output / name,
+            options=AuditOptions(n_test=arguments.n_test),
+            model_options=ModelOptions(dtype=arguments.dtype),
+        )
+        command = f"abliterate audit {output / name} --n-test {arguments.n_test} --dtype {arguments.dtype}"
         write_audit_page(report, output / f"{name}.page", command=command)
         report.save(report_file)
         print(f"{name}: {report.verdict} ({report.reason})", flush=True)

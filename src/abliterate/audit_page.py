@@ -170,6 +170,7 @@ def _provenance(report: AuditReport, command: str) -> Section:
     pairs: list[tuple[str, object]] = [("Model", report.model)]
     if report.revision is not None:
         pairs.append(("Revision", report.revision))
+    pairs.append(("Run in", report.dtype))
     pairs.append(("Directions found with", f"{options.n_train} prompts of each kind, {options.n_val} to select"))
     pairs.append(("Seed", options.seed))
     for kind, chosen in report.prompt_sets.items():

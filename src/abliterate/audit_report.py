@@ -120,6 +120,7 @@ class AuditReport:
     Attributes:
         model: its name.
         revision: commit on the Hub, or None.
+        dtype: number format it was run in.
         verdict: single_direction, few_directions, not_mediated or does_not_refuse.
         reason: the verdict in a sentence, with its numbers.
         harmful: refusal rate of the unchanged model on harmful test prompts.
@@ -139,6 +140,7 @@ class AuditReport:
 
     model: str
     revision: str | None
+    dtype: str
     verdict: Verdict
     reason: str
     harmful: RefusalRate

@@ -166,6 +166,7 @@ class _Audit:
         return AuditReport(
             model=name,
             revision=revision,
+            dtype=str(self._chat.model.dtype).removeprefix("torch."),
             verdict=verdict,
             reason=reason,
             harmful=base.rates["harmful"],
