@@ -55,12 +55,16 @@ def _choice(scores: ScoreTable, report: ExtractionReport | None) -> Section:
         f"Position {chosen.position}, layer {chosen.layer} of {scores.n_layers}: ablating it takes the refusal metric "
         f"on harmful prompts from {scores.baseline_harmful:.2f} to {_number(chosen.bypass)}."
     )
+    further = () if report is None else report.further
+    rows = [["selected", *_cells(chosen)], *([f"direction {i}", *_cells(score)] for i, score in enumerate(further, 2))]
+    if report is not None and report.together is not None:
+        rows.append(["all together", "", "", _number(report.together.bypass), "", _number(report.together.kl)])
     passing = "" if report is None else f" {report.n_passing} of {report.n_scored} scored candidates are known to pass."
     return Section(
         heading="Result",
         blocks=(
             headline(text),
-            table(header[:-1], [["selected", *_cells(chosen)]], caption="The selected candidate"),
+            table(header[:-1], rows, caption="The selected candidates" if further else "The selected candidate"),
             paragraph(
                 "The refusal metric is the log-odds of a refusal token as the first token of the answer, in nats."
                 + passing
@@ -110,13 +114,14 @@ def _lines(scores: ScoreTable, name: str) -> list[Line]:
 def _thresholds(scores: ScoreTable) -> Section:
     limits = scores.thresholds
     pairs: list[tuple[str, object]] = [
+        ("Candidates", scores.recipe),
         ("KL at most", f"{limits.kl:g} nats"),
         ("Induce at least", f"{limits.induce:g}"),
         ("Layer below", f"{limits.layer_limit(scores.n_layers)} of {scores.n_layers}"),
         ("Unchanged model, harmful prompts", f"{scores.baseline_harmful:.3f}"),
         ("Unchanged model, harmless prompts", f"{scores.baseline_harmless:.3f}"),
     ]
-    return Section(heading="Thresholds", blocks=(facts(pairs),))
+    return Section(heading="Candidates and thresholds", blocks=(facts(pairs),))
 
 
 def _all_scores(scores: ScoreTable) -> Section:
