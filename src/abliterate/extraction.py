@@ -37,6 +37,7 @@ from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extra
 from abliterate.ranks import Ranks, find_ranks
 from abliterate.refusal_behaviour import refusal_tokens_of
 from abliterate.refusal_metric import refusal_metric, require_both_behaviours
+from abliterate.resampling import Robustness, measure_robustness
 from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.score_report import ScoreTable
 from abliterate.scoring_run import ScoringRun
@@ -125,8 +126,9 @@ def _check_options(options: ExtractionOptions) -> None:
         raise InputError(f"--prune-layers {options.thresholds.prune_layers:g} must be at least 0 and below 1")
     if options.recipe.winsorize is not None and not 0 <= options.recipe.winsorize < 0.5:
         raise InputError(f"--winsorize {options.recipe.winsorize:g} must be at least 0 and below 0.5")
-    if options.rank < 1:
-        raise InputError(f"--rank {options.rank} must be at least 1")
+    for name, value, low in (("rank", options.rank, 1), ("bootstrap", options.n_bootstrap, 0)):
+        if value < low:
+            raise InputError(f"--{name} {value} must be at least {low}")
 
 
 def _load(
@@ -172,7 +174,8 @@ class _Run:
             named=self.options.refusal_tokens,
         )
         token_ids = [token.token_id for token in tokens]
-        candidates, counts = self._candidates(harmful, harmless, token_ids)
+        training, counts = self._training(harmful, harmless, token_ids)
+        candidates = candidate_directions(**training, recipe=self.options.recipe)
         rows, baseline = self._validation(recordings, token_ids, counts)
         scorer = CandidateScorer(
             chat=self.chat,
@@ -188,7 +191,7 @@ class _Run:
             ranks=self.ranks,
             thresholds=thresholds,
             n_layers=n_layers,
-            exhaustive=self.options.exhaustive,
+            exhaustive=self.options.scores_all,
             enough=lambda passing: len(self._choose(candidates, passing)) == self.options.rank,
             progress=self.progress,
         )
@@ -226,9 +229,10 @@ class _Run:
             together=self._together(scorer, candidates, chosen),
             n_passing=len(passing),
             n_scored=sum(score.induce is not None for score in scores),
-            exhaustive=self.options.exhaustive,
+            exhaustive=self.options.scores_all,
             direction_norm=float(candidates[chosen[0].position, chosen[0].layer].norm()),
             scores=tuple(scores),
+            robustness=self._robustness(training, scoring, chosen[0]),
         )
         directions = directions_of(
             candidates=candidates,
@@ -259,19 +263,30 @@ class _Run:
         scores = scorer.score_together(spanning_basis(vectors))
         return JointScores(bypass=fmean(scores["bypass"]), kl=fmean(scores["kl"]))
 
-    def _candidates(
+    def _robustness(
+        self, training: dict[str, Tensor], scoring: ScoringRun, chosen: CandidateScore
+    ) -> Robustness | None:
+        if not self.options.n_bootstrap:
+            return None
+        return measure_robustness(
+            **{kind: values[:, chosen.position, chosen.layer] for kind, values in training.items()},
+            recipe=self.options.recipe,
+            scores=scoring.scores_by_candidate(),
+            thresholds=self.options.thresholds,
+            n_layers=self.chat.n_layers,
+            n_resamples=self.options.n_bootstrap,
+            seed=self.options.seed,
+        )
+
+    def _training(
         self, harmful: Recording, harmless: Recording, token_ids: Sequence[int]
-    ) -> tuple[Tensor, dict[str, PromptCounts]]:
-        """Filter the training prompts and return the differences in means, and how many prompts they are of."""
+    ) -> tuple[dict[str, Tensor], dict[str, PromptCounts]]:
+        """Filter the training prompts; return the activations to take means of, and how many prompts they are of."""
         keep_harmful = self._keep(harmful.logits, token_ids, sign=1)
         keep_harmless = self._keep(harmless.logits, token_ids, sign=-1)
         self._require(keep_harmful, keep_harmless, minimum=MIN_PROMPTS, part="training")
-        candidates = candidate_directions(
-            harmful=harmful.activations[keep_harmful],
-            harmless=harmless.activations[keep_harmless],
-            recipe=self.options.recipe,
-        )
-        return candidates, {
+        kept = {"harmful": harmful.activations[keep_harmful], "harmless": harmless.activations[keep_harmless]}
+        return kept, {
             "harmful_train": PromptCounts(sampled=len(keep_harmful), kept=int(keep_harmful.sum())),
             "harmless_train": PromptCounts(sampled=len(keep_harmless), kept=int(keep_harmless.sum())),
         }

@@ -30,6 +30,7 @@ def write_extraction_page(
     sections = [
         _choice(scores, report),
         Section(heading="Scores over the layers", blocks=tuple(_charts(scores))),
+        *_robustness(report),
         _thresholds(scores),
         _all_scores(scores),
         _provenance(report, command),
@@ -109,6 +110,31 @@ def _lines(scores: ScoreTable, name: str) -> list[Line]:
         if any(value is not None for value in values):
             lines.append(Line(name=f"{position}: {token!r}", values=values))
     return lines
+
+
+def _robustness(report: ExtractionReport | None) -> list[Section]:
+    if report is None or report.robustness is None:
+        return []
+    found = report.robustness
+    rows: list[list[object]] = [[w.position, w.layer, f"{w.share:.1%}"] for w in found.winners]
+    rows.append(["nothing passes", "", f"{found.share_none:.1%}"])
+    pairs: list[tuple[str, object]] = [
+        ("Resamplings", found.n_resamples),
+        ("Cosine with the chosen direction, mean", f"{found.mean_cosine:.4f}"),
+        ("5th percentile", f"{found.low_cosine:.4f}"),
+        ("95th percentile", f"{found.high_cosine:.4f}"),
+    ]
+    text = (
+        "Training prompts drawn again with replacement give another direction at the same position and layer; "
+        "validation prompts drawn again give other scores of the same candidates, and perhaps another choice."
+    )
+    caption = "What would be chosen, by share of resamplings"
+    return [
+        Section(
+            heading="How much hangs on the prompts",
+            blocks=(paragraph(text), facts(pairs), table(["position", "layer", "share"], rows, caption=caption)),
+        )
+    ]
 
 
 def _thresholds(scores: ScoreTable) -> Section:

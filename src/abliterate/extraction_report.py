@@ -18,6 +18,7 @@ from abliterate.hub import ModelSource
 from abliterate.model import ChatModel
 from abliterate.prompt_sets import ExtractionPrompts
 from abliterate.refusal_metric import RefusalToken
+from abliterate.resampling import Robustness
 from abliterate.score_report import ScoreTable
 from abliterate.selection import CandidateScore, Thresholds, nearest_candidates
 
@@ -35,6 +36,7 @@ class ExtractionOptions:
         filter_prompts: drop harmful prompts that are answered and harmless ones that are refused.
         exhaustive: score every candidate below the layer limit, not only those the choice depends on.
         recipe: how candidates are made; see `DirectionRecipe`.
+        n_bootstrap: how often to resample the prompts, see `resampling`; above 0 all candidates are scored.
         rank: how many directions to choose: the best candidates that pass and are independent of each other.
     """
 
@@ -47,6 +49,12 @@ class ExtractionOptions:
     exhaustive: bool = False
     recipe: DirectionRecipe = field(default_factory=DirectionRecipe)
     rank: int = 1
+    n_bootstrap: int = 0
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether every candidate below the layer limit is scored."""
+        return self.exhaustive or self.n_bootstrap > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +94,7 @@ class ExtractionReport:
         n_scored: how many candidates have any score.
         direction_norm: of the selected candidate, un-normalised.
         scores: one entry per position and layer.
+        robustness: how direction and choice vary with the prompts; None unless asked for.
     """
 
     model: str
@@ -107,6 +116,7 @@ class ExtractionReport:
     exhaustive: bool
     direction_norm: float
     scores: tuple[CandidateScore, ...]
+    robustness: Robustness | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +209,8 @@ def directions_of(
         "dtype": str(chat.model.dtype).removeprefix("torch."),
         "seed": options.seed,
         "filtered": options.filter_prompts,
-        "exhaustive": options.exhaustive,
+        "exhaustive": options.scores_all,
+        "robustness": asdict(report.robustness) if report.robustness else None,
         "counts": {name: asdict(counts) for name, counts in report.counts.items()},
         "prompt_sets": {
             name: {"name": chosen.name, "sha256": chosen.sha256}

@@ -107,6 +107,16 @@ class ScoringRun:
         scored = {(score.position, score.layer): score for score in scores}
         return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]
 
+    def scores_by_candidate(self) -> dict[Candidate, PromptScores]:
+        """Return bypass, induce and KL, prompt by prompt, of every candidate that has all three, in their order."""
+        names: tuple[ScoreName, ...] = ("bypass", "induce", "kl")
+        keys = sorted({key for _, key in self.prompt_scores})
+        return {
+            key: {name: self.prompt_scores[name, key] for name in names}
+            for key in keys
+            if all((name, key) in self.prompt_scores for name in names)
+        }
+
     def _compute(
         self, name: ScoreName, keys: Sequence[Candidate], advance: Callable[[int], None]
     ) -> list[Mapping[ScoreName, float]]:

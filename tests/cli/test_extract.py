@@ -169,3 +169,28 @@ def test_quantiles_that_leave_nothing_are_refused(run, options, message: str) ->
     code, out, error = run("-o", "r.safetensors", *TINY, *options)
     assert (code, out) == (1, "")
     assert message in error
+
+
+def test_bootstrap_is_in_the_report_the_file_the_page_and_the_table(run, tmp_path: Path) -> None:
+    thresholds = ("--kl-threshold", "1e9", "--induce-threshold", "-12")
+    options = ("-o", "r.safetensors", *TINY, *thresholds, "--bootstrap", 50)
+    code, out, error = run(*options, "--json", "--report", tmp_path / "report")
+    assert code == 0, error
+    document = json.loads(out)
+    found = document["robustness"]
+    assert found["n_resamples"] == 50
+    assert -1 <= found["low_cosine"] <= found["mean_cosine"] <= found["high_cosine"] <= 1
+    assert sum(winner["share"] for winner in found["winners"]) + found["share_none"] == pytest.approx(1)
+    assert document["exhaustive"] is True
+    assert sum(score["kl"] is not None for score in document["scores"]) == document["n_scored"] > 1
+    assert load_direction(tmp_path / "r.safetensors").metadata["robustness"] == found
+    assert "How much hangs on the prompts" in (tmp_path / "report" / "index.html").read_text()
+    code, out, _ = run(*options)
+    assert code == 0
+    assert "50 resamplings of the prompts" in out
+    assert f"mean {found['mean_cosine']:.4f}" in out
+
+
+def test_without_bootstrap_nothing_is_resampled(run, tmp_path: Path) -> None:
+    code, out, _ = run("-o", "r.safetensors", *TINY, *ANY, "--json")
+    assert (code, json.loads(out)["robustness"]) == (0, None)

@@ -86,6 +86,15 @@ def extract(
             help="Choose K independent candidates that pass; writes NAME.1.safetensors ...",
         ),
     ] = 1,
+    bootstrap: Annotated[
+        int,
+        typer.Option(
+            "--bootstrap",
+            metavar="N",
+            min=0,
+            help="Resample the prompts N times: how the direction turns, what else would be chosen. Scores everything.",
+        ),
+    ] = 0,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = "auto",
@@ -131,6 +140,7 @@ def extract(
         exhaustive=exhaustive,
         recipe=DirectionRecipe(variant=variant.value, winsorize=winsorize),
         rank=rank,
+        n_bootstrap=bootstrap,
     )
     model_options = ModelOptions(
         dtype=dtype.value,
@@ -168,7 +178,7 @@ def extract(
         write_extraction_page(extraction.score_table, report, command=command_line(), report=extraction.report)
     output.report(
         {"direction_file": files[0], "direction_files": files, **output.plain(extraction.report)},
-        tables=lambda: [_summary(extraction.report), f"direction written to {', '.join(map(str, files))}"],
+        tables=lambda: [*_tables(extraction.report), f"direction written to {', '.join(map(str, files))}"],
     )
 
 
@@ -176,6 +186,21 @@ def _file_names(output_file: Path, rank: int) -> list[Path]:
     if rank == 1:
         return [output_file]
     return [output_file.with_name(f"{output_file.stem}.{i}{output_file.suffix}") for i in range(1, rank + 1)]
+
+
+def _tables(report: "ExtractionReport") -> list[Table]:
+    tables = [_summary(report)]
+    if (found := report.robustness) is not None:
+        table = Table("position", "layer", "chosen in", title=f"{found.n_resamples} resamplings of the prompts")
+        for winner in found.winners[:5]:
+            table.add_row(str(winner.position), str(winner.layer), f"{winner.share:.1%}")
+        table.add_row("nothing passes", "", f"{found.share_none:.1%}")
+        table.caption = (
+            f"cosine with the direction of resampled training prompts: mean {found.mean_cosine:.4f}, "
+            f"5 % {found.low_cosine:.4f}, 95 % {found.high_cosine:.4f}"
+        )
+        tables.append(table)
+    return tables
 
 
 def _number(value: float | None) -> str:
