@@ -119,7 +119,7 @@ def _tiny_config(config: Mapping[str, Any]) -> "PreTrainedConfig":
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _plain(value) for key, value in config.items() if not _NOT_ARCHITECTURE.fullmatch(key)}
+    return {key: _plain(value) for key, value in config.items() if not _NOT_ARCHITECTURE.fullmatch(str(key))}
 
 
 def _plain(value: Any) -> Any:
