@@ -17,6 +17,7 @@ from abliterate.cli.options import (
     LayersOption,
     ModelArg,
     RevisionOption,
+    UnverifiedOption,
     parse_components,
     parse_layers,
 )
@@ -70,6 +71,7 @@ def orthogonalize(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint or empty.")] = False,
+    unverified: UnverifiedOption = False,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -100,8 +102,14 @@ def orthogonalize(
     from abliterate.orthogonalization import orthogonalize_checkpoint
 
     output = Output.of(context, json_output=json_output)
+    source = resolve_model(model, revision=revision)
+    if unverified:
+        from abliterate.planning import read_layout
+        from abliterate.tiny_twin import prove_on_tiny_twin
+
+        prove_on_tiny_twin(layout=read_layout(model=str(source.path)), progress=output.progress)
     report = orthogonalize_checkpoint(
-        source=resolve_model(model, revision=revision),
+        source=source,
         direction=directions,
         output=output_directory,
         options=EditOptions(
@@ -111,6 +119,7 @@ def orthogonalize(
             tied=tied.value,
             preserve_norms=preserve_norms,
             add=add,
+            unverified=unverified,
         ),
         dry_run=dry_run,
         overwrite=overwrite,
