@@ -17,6 +17,7 @@ from abliterate.cli.options import (
     LayersOption,
     ModelArg,
     RevisionOption,
+    UnverifiedOption,
     parse_components,
     parse_layers,
 )
@@ -77,6 +78,7 @@ def orthogonalize(
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where the arithmetic is done: cpu, cuda, cuda:N.")] = "cpu",
+    unverified: UnverifiedOption = False,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -108,8 +110,14 @@ def orthogonalize(
     from abliterate.orthogonalization import orthogonalize_checkpoint
 
     output = Output.of(context, json_output=json_output)
+    source = resolve_model(model, revision=revision)
+    if unverified:
+        from abliterate.planning import read_layout
+        from abliterate.tiny_twin import prove_on_tiny_twin
+
+        prove_on_tiny_twin(layout=read_layout(model=str(source.path)), progress=output.progress)
     report = orthogonalize_checkpoint(
-        source=resolve_model(model, revision=revision),
+        source=source,
         direction=directions,
         output=output_directory,
         options=EditOptions(
@@ -119,6 +127,7 @@ def orthogonalize(
             tied=tied.value,
             preserve_norms=preserve_norms,
             add=add,
+            unverified=unverified,
         ),
         dry_run=dry_run,
         overwrite=overwrite,
