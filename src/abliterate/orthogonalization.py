@@ -29,19 +29,22 @@ from abliterate.abliteration_record import (
     encode_subspace,
     write_record,
 )
-from abliterate.atomic_directory import check_output_directory, published_directory
+from abliterate.atomic_directory import check_output_directory
 from abliterate.checkpoint import CONFIG_NAME, open_checkpoint, read_json_object
 from abliterate.checkpoint_checks import compare_layouts, ratio
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
-from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit, WriteOptions
+from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit
 from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
+from abliterate.partial_directory import PartialDirectory, PartialRun, check_space
+from abliterate.plan_key import plan_key
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import residue_bound
 from abliterate.residual_writers import ROLES
 from abliterate.safetensors_file import TORCH_DTYPES
 from abliterate.tensor_edits import TensorEdit
+from abliterate.write_options import WriteOptions
 
 
 def orthogonalize_checkpoint(
@@ -68,7 +71,7 @@ def orthogonalize_checkpoint(
         options: What to edit, and how; all residual writers at strength 1 by default.
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
-        writing: How to write: threads, device.
+        writing: How to write: threads, device, whether to go on with what an interrupted run left.
         progress: Shown the bytes written and checked.
 
     Returns:
@@ -79,6 +82,7 @@ def orthogonalize_checkpoint(
         DirectionError: A direction is malformed, has another width than the model, or adds nothing to the others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or writing failed.
         VerificationError: What was written, reread, still has the direction in it.
+        InterruptedRunError: SIGINT or SIGTERM came; the message says what is kept.
     """
     plan = make_edit_plan(source=source, direction=direction, options=options or EditOptions())
     if output is None and not dry_run:
@@ -91,8 +95,7 @@ def orthogonalize_checkpoint(
         return report
     for note in report.notes:
         progress.message(note)
-    with published_directory(target) as partial:
-        return _write(plan, report, partial, writing or WriteOptions(), progress)
+    return _write(plan, report, target, writing or WriteOptions(), progress)
 
 
 def _check_output(output: Path, source: Path, *, overwrite: bool) -> None:
@@ -170,18 +173,53 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
 
 
 def _write(
-    plan: EditPlan, report: OrthogonalizationReport, partial: Path, writing: WriteOptions, progress: ProgressReporter
+    plan: EditPlan, report: OrthogonalizationReport, target: Path, writing: WriteOptions, progress: ProgressReporter
+) -> OrthogonalizationReport:
+    run = PartialRun(
+        target,
+        key=plan_key(plan, device=writing.device),
+        resume=writing.resume,
+        workers=writing.n_workers,
+        progress=progress,
+    )
+    try:
+        report = _write_files(plan, report, run.directory, writing, progress)
+        run.publish()
+    except BaseException as error:
+        final = run.give_up(error)
+        if final is error:
+            raise
+        raise final from error
+    return report
+
+
+def _write_files(
+    plan: EditPlan,
+    report: OrthogonalizationReport,
+    partial: PartialDirectory,
+    writing: WriteOptions,
+    progress: ProgressReporter,
 ) -> OrthogonalizationReport:
     started, cpu = time.perf_counter(), time.process_time()
     files = EditedFiles(plan, device=writing.device)
-    sizes = files.sizes()
-    finished: dict[str, FinishedFile] = {}
+    finished = {name: FinishedFile.from_entry(entry) for name, entry in partial.kept.items()}
+    sizes = {name: size for name, size in files.sizes().items() if name not in finished}
+    largest = max(plan.checkpoint.shards, key=lambda shard: shard.size)
+    check_space(
+        partial.path,
+        needed=sum(sizes.values()),
+        source=plan.checkpoint.path / largest.file_name,
+        edited=sum(edit.nbytes for edit in plan.edits),
+    )
+
+    def done(name: str, file: FinishedFile) -> None:
+        partial.journal.add(name, file.entry())
+        finished[name] = file
+
     with progress.task(f"Writing {report.output}", total=sum(sizes.values()), unit="bytes") as advance:
-        traffic = files.write(
-            sizes, target=partial, workers=writing.n_workers, done=finished.__setitem__, advance=advance
-        )
+        traffic = files.write(sizes, target=partial.path, workers=writing.n_workers, done=done, advance=advance)
     made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
-    _check_written(plan, partial, made)
+    _check_written(plan, partial.path, made)
     report = dataclasses.replace(
         report,
         shards={name: finished[name].written for name in files.shard_names},
@@ -196,7 +234,7 @@ def _write(
             workers=writing.n_workers,
         ),
     )
-    write_record(report, partial)
+    write_record(report, partial.path)
     return report
 
 

@@ -71,6 +71,9 @@ def orthogonalize(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint or empty.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted run left beside OUT, after checking it.")
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -87,6 +90,9 @@ def orthogonalize(
     Every tensor that writes to the residual stream is projected, W <- W - r (r^T W); all else is copied byte
     for byte. Give --direction several times to project out what several directions span. What was written is
     reread and checked before OUT appears, whole or not at all, with a complete record in abliteration.json.
+
+    A run that is interrupted, or finds the disk full, keeps its finished shards in .OUT.partial beside OUT, and
+    --resume goes on from there.
     """
     roles, layer_range = parse_components(components), parse_layers(layers)
     if output_directory is None and not dry_run:
@@ -105,9 +111,9 @@ def orthogonalize(
             )
 
     from abliterate.edit_plan import EditOptions
-    from abliterate.edited_checkpoint import WriteOptions
     from abliterate.hub import resolve_model
     from abliterate.orthogonalization import orthogonalize_checkpoint
+    from abliterate.write_options import WriteOptions
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)
@@ -131,7 +137,7 @@ def orthogonalize(
         ),
         dry_run=dry_run,
         overwrite=overwrite,
-        writing=WriteOptions(workers=workers, device=device),
+        writing=WriteOptions(workers=workers, device=device, resume=resume),
         progress=output.progress,
     )
     output.report(report, tables=lambda: _tables(report))
