@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import abliterate.byte_ranges
+import abliterate.progress
 from abliterate.directions import make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import AbliterateError, CheckpointError
@@ -70,7 +71,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 def start(base: Path, direction: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     arguments = ["orthogonalize", str(base), "--direction", str(direction), "-o", str(out), *options]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", SLOWLY, *arguments],
         env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
         cwd=REPOSITORY,
@@ -78,7 +79,6 @@ def start(base: Path, direction: Path, out: Path, *options: str) -> subprocess.P
         stderr=subprocess.PIPE,
         text=True,
     )
-    return process
 
 
 def wait_for_files(out: Path, count: int) -> None:
@@ -129,8 +129,10 @@ def test_a_signal_is_one_line_and_its_exit_code(base, direction, tmp_path, numbe
 def test_two_runs_to_the_same_target(base, direction, undisturbed, tmp_path):
     first = start(base, direction, tmp_path / "out")
     wait_for_files(tmp_path / "out", 1)
+    first.send_signal(signal.SIGSTOP)
     second = start(base, direction, tmp_path / "out", "--resume")
     _, message = second.communicate()
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 1
     assert "another run is writing it" in message
     assert first.communicate()[1] is not None
@@ -163,7 +165,7 @@ def test_a_full_disk_and_then_room(base, direction, undisturbed, tmp_path, monke
     monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(calls, errno.ENOSPC))
     with pytest.raises(CheckpointError, match=r"No space left on device; .* was left as it was, and") as raised:
         orthogonalize_checkpoint(source=base, direction=direction, output=out, overwrite=overwrite)
-    assert (".out.partial" in str(raised.value)) == (tmp_path / ".out.partial").exists()
+    assert ("--resume" in str(raised.value)) == (tmp_path / ".out.partial").exists()
     assert (tree(out) == old) if overwrite else not out.exists()
     monkeypatch.undo()
     writing = WriteOptions(resume=True)
@@ -199,7 +201,7 @@ def test_a_source_that_cannot_be_read_or_is_cut_while_it_is_read(base, direction
 
 
 @pytest.mark.parametrize("changed", ["model", "direction", "set of options"])
-def test_what_another_input_has_left_is_not_gone_on_with(base, direction, tmp_path, monkeypatch, changed, capsys):
+def test_what_another_input_has_left_is_not_gone_on_with(base, direction, tmp_path, monkeypatch, changed):
     source = save_tiny_model(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="8KB")
     monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(9, errno.ENOSPC))
     with pytest.raises(AbliterateError, match="--resume"):
