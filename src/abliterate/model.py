@@ -347,6 +347,23 @@ def _auto_class(path: Path, trust_remote_code: bool) -> Any:
     return AutoModelForImageTextToText if is_wrapper and not is_causal else AutoModelForCausalLM
 
 
+def empty_model(path: Path, *, name: str) -> "PreTrainedModel":
+    """Build the model that a directory's config.json describes, without weights and without code of its own.
+
+    Raises:
+        ModelError: transformers does not build it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with torch.device("meta"):
+            model = _auto_class(path, False).from_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name} is not built by transformers: {reason}") from error
+    return cast("PreTrainedModel", model)
+
+
 def make_chat_model(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
