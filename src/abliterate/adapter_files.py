@@ -139,7 +139,7 @@ def _directions(plan: EditPlan) -> Directions:
 
 
 def _factor_names(weight: AdaptedWeight) -> tuple[str, str]:
-    module = _PREFIX + weight.module
+    module = _PREFIX + weight.key
     if weight.form == "embedding":
         return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"

@@ -25,6 +25,10 @@ Form = Literal["linear", "conv1d", "embedding", "parameter"]
 # What PEFT refuses to adapt, because these models' fast path reads the weight past its module.
 _BYPASSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
+# Where transformers stacks experts as it loads them, PEFT takes layers of these names for experts stored apart, and
+# would leave the dense ones out; named as parameters they are what they are.
+_TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
 _CHECKPOINT = "leave out --format adapter to write a whole checkpoint"
 
 
@@ -35,6 +39,7 @@ class AdaptedWeight:
     Attributes:
         module: Path of the module that owns it.
         parameter: Its name there.
+        key: The path under which PEFT looks for its factors.
         form: What PEFT does with it: a layer, an embedding, or a parameter of any other module.
         edits: The edits of the tensors it is made of, experts in their order; one where it is stored as it is loaded.
         experts: Matrices stacked in it; 1 for a single one.
@@ -43,6 +48,7 @@ class AdaptedWeight:
 
     module: str
     parameter: str
+    key: str
     form: Form
     edits: tuple[TensorEdit, ...]
     experts: int
@@ -173,6 +179,8 @@ class _LoadedNames:
             raise _inexpressible(self.plan, first, f"PEFT does not adapt {module_name} of this model type")
         shape = self.loaded[name].shape
         form = _form_of(module, parameter)
+        if self.converters and module_name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS:
+            form = "parameter"
         is_stack = len(shape) == 3
         if len(shape) not in {2, 3} or (is_stack and (form != "parameter" or shape[0] < 2)):
             raise _inexpressible(self.plan, first, f"as loaded it has the shape {list(shape)}")
@@ -184,11 +192,21 @@ class _LoadedNames:
         return AdaptedWeight(
             module=module_name,
             parameter=parameter,
+            key=self._key(name, first, is_stack=is_stack),
             form=form,
             edits=tuple(edits),
             experts=shape[0] if is_stack else 1,
             residual_on_b=residual_on_b,
         )
+
+    def _key(self, name: str, edit: TensorEdit, *, is_stack: bool) -> str:
+        module = name.rpartition(".")[0]
+        # PEFT renames an adapter's keys as transformers renames a checkpoint's, so they must come out as they are.
+        if edit.name in self.tied or self._rename(name)[0] == name:
+            return module
+        if is_stack:
+            raise _inexpressible(self.plan, edit, f"PEFT renames {module}")
+        return edit.name.rpartition(".")[0]
 
     def _in_order(self, name: str, edits: list[TensorEdit]) -> list[TensorEdit]:
         shape = self.loaded[name].shape

@@ -81,7 +81,8 @@ def pack_factors(found: Tensor, directions: Tensor, *, rank: int, residual_on_b:
     missing = (0, 0, 0, rank - k)
     wide_a, wide_b = (found, spanned) if residual_on_b else (spanned, found)
     first, second = (torch.nn.functional.pad(each, missing) for each in (wide_a, wide_b))
-    return first.reshape(experts * rank, -1).contiguous(), second.permute(2, 1, 0).reshape(-1, rank * experts).clone()
+    second = second.permute(2, 1, 0).reshape(-1, rank * experts)
+    return first.reshape(experts * rank, -1).contiguous(), second.contiguous()
 
 
 def unpack_factors(first: Tensor, second: Tensor, *, experts: int, residual_on_b: bool) -> tuple[Tensor, Tensor]:

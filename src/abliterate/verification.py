@@ -82,7 +82,7 @@ def verify_checkpoint(
         progress: Where to show progress.
 
     Raises:
-        InputError: There is no record, or the base is not there or not the one that was edited.
+        InputError: There is no record, it is of an adapter, or the base is not there or not the one that was edited.
         CheckpointError: A checkpoint cannot be read.
         ModelError: A model does not load or run.
         HubError: The base cannot be fetched.
@@ -90,6 +90,11 @@ def verify_checkpoint(
     """
     options = options or VerificationOptions()
     record = read_record(checkpoint)
+    if record.is_adapter:
+        raise InputError(
+            f"{checkpoint}: is an adapter, which was merged and measured when it was written and holds no weights to "
+            "verify; orthogonalize its base without --format adapter and verify that"
+        )
     subspace = recorded_subspace(record)
     failures = _compare_directions(record, subspace, directions)
     source = find_base(record, base)

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport
 
 
+class Format(StrEnum):
+    """What is written."""
+
+    checkpoint = "checkpoint"
+    adapter = "adapter"
+
+
 class Tied(StrEnum):
     """What is done about tied embeddings."""
 
@@ -68,8 +75,18 @@ def orthogonalize(
             "bias: 1 induces refusal, -1 takes it away.",
         ),
     ] = None,
+    output_format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="A whole checkpoint, or the same edit as a LoRA adapter for PEFT to merge: megabytes. Without "
+            "--preserve-norms, --add and --tied untie.",
+        ),
+    ] = Format.checkpoint,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint or empty.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint, an adapter or empty.")
+    ] = False,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -97,10 +114,14 @@ def orthogonalize(
 
     from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
-    from abliterate.orthogonalization import orthogonalize_checkpoint
+
+    if output_format is Format.adapter:
+        from abliterate.adapting import write_adapter as write
+    else:
+        from abliterate.orthogonalization import orthogonalize_checkpoint as write
 
     output = Output.of(context, json_output=json_output)
-    report = orthogonalize_checkpoint(
+    report = write(
         source=resolve_model(model, revision=revision),
         direction=directions,
         output=output_directory,
@@ -136,6 +157,12 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
     megabytes = f"{report.bytes_edited / 1e6:.1f} of {report.bytes_total / 1e6:.1f} MB"
     if report.dry_run:
         return [table, *report.notes, f"Dry run: {megabytes} would be edited; nothing was written."]
+    if report.format == "adapter":
+        size = sum(file.bytes for file in report.shards.values()) / 1e6
+        return [
+            table,
+            f"{megabytes} would be edited by merging; an adapter of {size:.2f} MB written to {report.output}",
+        ]
     return [table, f"{megabytes} edited; written to {report.output}"]
 
 
