@@ -85,8 +85,8 @@ class OrthogonalizationReport:
         tool: Name and version of the tool and of the libraries that did the arithmetic.
         created: Time of writing, ISO 8601, UTC.
         base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings; where they
-            are tied, `tied_tensor`, the stored one of the pair; and `abliteration`, the earlier edit, if it had
-            been orthogonalized before.
+            are tied, `tied_tensor`, the stored one of the pair; for an adapter `auto_class`, the class of transformers
+            that loads it; and `abliteration`, the earlier edit, if it had been orthogonalized before.
         directions: sha256, d_model and metadata of each direction.
         subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
         options: What was asked for.

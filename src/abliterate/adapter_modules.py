@@ -12,7 +12,7 @@ import torch
 
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import ModelError
-from abliterate.model import empty_model
+from abliterate.model import auto_class, empty_model
 from abliterate.tensor_edits import TensorEdit
 from abliterate.tensor_names import parse_name
 
@@ -65,10 +65,18 @@ class StoredVector:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLayout:
-    """What an adapter holds: changed weights, whole vectors, and notes on what that means for its user."""
+    """What an adapter holds.
+
+    Attributes:
+        weights: The weights that it changes.
+        vectors: What it holds whole.
+        auto_class: The class of transformers that loads the base as the adapter needs it.
+        notes: What that means for its user.
+    """
 
     weights: tuple[AdaptedWeight, ...]
     vectors: tuple[StoredVector, ...]
+    auto_class: str
     notes: tuple[str, ...]
 
 
@@ -96,6 +104,7 @@ def lay_out_adapter(plan: EditPlan) -> AdapterLayout:
     return AdapterLayout(
         weights=tuple(weights),
         vectors=tuple(StoredVector(key=_vector_key(name, wrapped), edit=edit) for name, edit in vectors),
+        auto_class=auto_class(plan.checkpoint.path).__name__,
         notes=_notes(plan, weights, vectors),
     )
 
@@ -200,9 +209,11 @@ class _LoadedNames:
         )
 
     def _key(self, name: str, edit: TensorEdit, *, is_stack: bool) -> str:
+        from transformers.core_model_loading import rename_source_key
+
         module = name.rpartition(".")[0]
         # PEFT renames an adapter's keys as transformers renames a checkpoint's, so they must come out as they are.
-        if edit.name in self.tied or self._rename(name)[0] == name:
+        if rename_source_key(name, self.renamings, self.converters)[0] == name:
             return module
         if is_stack:
             raise _inexpressible(self.plan, edit, f"PEFT renames {module}")

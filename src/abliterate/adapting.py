@@ -71,7 +71,11 @@ def write_adapter(
         check_output(target, plan.checkpoint.path, overwrite=overwrite)
     layout = lay_out_adapter(plan)
     report = planned_report(plan, target, dry_run=dry_run, format="adapter")
-    report = dataclasses.replace(report, notes=(*report.notes, *layout.notes))
+    report = dataclasses.replace(
+        report,
+        base={**report.base, "auto_class": layout.auto_class},
+        notes=(*report.notes, *layout.notes),
+    )
     if dry_run or target is None:
         return report
     for note in report.notes:

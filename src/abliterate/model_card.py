@@ -99,12 +99,13 @@ def build_model_card(
 def _how_to_merge(record: dict[str, Any], title: str) -> str:
     base = record["base"]
     name, revision = (base["model"], base["revision"]) if base.get("revision") else (local_name(record), None)
+    loader = "".join(filter(str.isalnum, str(base.get("auto_class", "AutoModelForCausalLM"))))
     arguments = ", ".join([json.dumps(name), *([f"revision={json.dumps(revision)}"] if revision else [])])
     return (
         "## How to use it\n\nMerge it before use: some layers are read past the adapter otherwise, and a tied output "
         "head is edited by merging only.\n\n```python\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained({arguments}, dtype="auto")\n'
+        f"from transformers import {loader}\n\n"
+        f'base = {loader}.from_pretrained({arguments}, dtype="auto")\n'
         f"model = PeftModel.from_pretrained(base, {json.dumps(title)}).merge_and_unload()\n```"
     )
 

@@ -19,7 +19,8 @@ from abliterate.hub import (
 from abliterate.model_card import base_model_id, build_model_card
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.push_package import CARD_NAME, PushPackage, find_base_card_facts, read_push_package, stage_package
-from abliterate.quick_verification import find_local_base, verify_files
+from abliterate.quick_verification import verify_files
+from abliterate.recorded_base import find_local_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
