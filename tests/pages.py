@@ -3,6 +3,8 @@
 import random
 from html.parser import HTMLParser
 
+from abliterate.audit_report import AuditedIntervention, AuditOptions, AuditReport, Method, decide, is_bearable
+from abliterate.candidate_ranking import CandidateSummary, ScreenedCandidate, Stability
 from abliterate.capability import CapabilityReport, TaskScore
 from abliterate.distribution_shift import CrossEntropy, Divergence
 from abliterate.evaluation_report import KINDS, EvaluationReport, count_by_category, count_replies, refusal_change
@@ -134,4 +136,78 @@ def score_table(*, passing: bool = True) -> ScoreTable:
         baseline_harmless=-7.9,
         tokens=("<|im_end|>", "\n", "<|im_start|>", "assistant"),
         title="build/demo/model",
+    )
+
+
+def audit_report(*, refuses: bool = True) -> AuditReport:
+    texts = ["I cannot help with that.", "Here is how it is done.", "", "the " * 40]
+    options = AuditOptions()
+
+    def replies(*counts):
+        return [read_reply(text) for text, count in zip(texts, counts, strict=True) for _ in range(count)]
+
+    base = replies(*((95, 4, 0, 1) if refuses else (10, 88, 1, 1)))
+    unchanged = count_replies(base)
+
+    def intervention(
+        method: Method, rank: int, key: tuple[int, int] | None, counts: tuple[int, ...], rise: float
+    ) -> AuditedIntervention:
+        found = replies(*counts)
+        rate = count_replies(found)
+        coherence = 1 - rate.degenerate / rate.n
+        bearable = is_bearable(coherence=coherence, cross_entropy_rise=rise, thresholds=options.thresholds)
+        remaining = rate.refused / (rate.n - rate.degenerate) / unchanged.rate
+        return AuditedIntervention(
+            method=method,
+            rank=rank,
+            position=None if key is None else key[0],
+            layer=None if key is None else key[1],
+            harmful=rate,
+            change=refusal_change(base, found),
+            remaining=remaining,
+            coherence=coherence,
+            divergence=Divergence(first_token=0.123, continuation=0.2, n_tokens=900, per_prompt=32),
+            cross_entropy=CrossEntropy(base=0.5, model=0.5 + rise, relative_change=rise / 0.5, n_tokens=900),
+            cross_entropy_rise=rise,
+            bearable=bearable,
+            defeats=bearable and remaining <= options.thresholds.max_remaining,
+        )
+
+    interventions = (
+        (
+            intervention("single", 1, (-1, 16), (31, 67, 1, 1), 0.071),
+            intervention("rank", 2, None, (4, 90, 3, 3), 0.212),
+            intervention("addition", 1, (-1, 16), (1, 30, 29, 40), 0.913),
+        )
+        if refuses
+        else ()
+    )
+    screened = ScreenedCandidate(
+        position=-1, layer=16, bypass=-2.5, induce=7.1, kl=0.06, separation=3.21, answered=12, n_prompts=16
+    )
+    verdict, reason = decide(unchanged, interventions, options.thresholds)
+    return AuditReport(
+        model="org/model",
+        revision="d" * 40,
+        verdict=verdict,
+        reason=reason,
+        harmful=unchanged,
+        harmless=count_replies(replies(2, 98, 0, 0)),
+        induced=count_replies(replies(88, 12, 0, 0)) if refuses else None,
+        lowest_refusal=0.0426 if refuses else 0.102,
+        interventions=interventions,
+        candidates=CandidateSummary(
+            n_candidates=115,
+            n_passing=7,
+            share_passing=7 / 115,
+            refusal_tokens=("I",),
+            filtered=True,
+            screened=(screened,),
+        )
+        if refuses
+        else None,
+        stability=Stability(n_resamples=200, mean_cosine=0.987, low_cosine=0.971) if refuses else None,
+        options=options,
+        prompt_sets={kind: {"name": f"bundled:{kind}/test", "n": 100, "sha256": "c" * 64} for kind in KINDS[:2]},
+        versions={"abliterate": "0.1.0"},
     )

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.audit_page import write_audit_page
 from abliterate.evaluation_page import write_evaluation_page
 from abliterate.extraction_page import write_extraction_page
-from pages import evaluation_report, score_table
+from pages import audit_report, evaluation_report, score_table
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 AXE = os.environ.get("AXE_CORE", "")
@@ -45,10 +46,12 @@ addEventListener('load', async () => {
 """
 
 
-@pytest.fixture(params=["evaluation", "extraction"])
+@pytest.fixture(params=["evaluation", "extraction", "audit"])
 def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "evaluation":
         return write_evaluation_page(evaluation_report(), tmp_path / "evaluation", command="abliterate evaluate x")[0]
+    if request.param == "audit":
+        return write_audit_page(audit_report(), tmp_path / "audit", command="abliterate audit x")[0]
     return write_extraction_page(score_table(), tmp_path / "extraction", command="abliterate extract x")
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.audit_page import write_audit_page
 from abliterate.evaluation_page import write_evaluation_page
 from abliterate.extraction_page import write_extraction_page
 from abliterate.report_charts import Interval, Line, Threshold, _ticks, interval_chart, line_chart
 from abliterate.report_page import Section, build_page, commands, facts, paragraph, quoted, table
-from pages import Page, evaluation_report, score_table
+from pages import Page, audit_report, evaluation_report, score_table
 
 NASTY = "<script>alert(1)</script>\"'&<img src=http://evil.example/x>"
 
@@ -27,7 +28,14 @@ def extraction(tmp_path: Path) -> str:
     return write_extraction_page(score_table(), tmp_path, command="abliterate extract x").read_text()
 
 
-@pytest.mark.parametrize("name", ["evaluation", "extraction"])
+@pytest.fixture
+def audit(tmp_path: Path) -> str:
+    page, data = write_audit_page(audit_report(), tmp_path, command="abliterate audit org/model")
+    assert json.loads(data.read_text())["verdict"] == "few_directions"
+    return page.read_text()
+
+
+@pytest.mark.parametrize("name", ["evaluation", "extraction", "audit"])
 def test_a_page_needs_nothing_but_itself(name: str, request: pytest.FixtureRequest) -> None:
     text = request.getfixturevalue(name)
     page = Page(text)
@@ -40,7 +48,7 @@ def test_a_page_needs_nothing_but_itself(name: str, request: pytest.FixtureReque
     assert policy.startswith("default-src 'none'")
 
 
-@pytest.mark.parametrize("name", ["evaluation", "extraction"])
+@pytest.mark.parametrize("name", ["evaluation", "extraction", "audit"])
 def test_a_page_is_made_for_every_reader(name: str, request: pytest.FixtureRequest) -> None:
     text = request.getfixturevalue(name)
     page = Page(text)
@@ -67,6 +75,24 @@ def test_the_evaluations_numbers_are_on_it(evaluation: str) -> None:
         assert text in words
     for heading in ("Refusal rates", "What else changed", "Judges", "Capability", "By category"):
         assert heading in words
+
+
+def test_the_audits_verdict_and_what_makes_it_are_on_it(audit: str) -> None:
+    report, words = audit_report(), Page(audit).words()
+    for rate in (report.harmful, report.harmless, *(one.harmful for one in report.interventions)):
+        assert f"{100 * rate.rate:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]" in words
+    for text in ("Verdict few_directions", report.reason, "7 of 115", "0.987", "0.971", "+0.212", "0.123", "4.3%"):
+        assert text in words
+    for text in ("at most 30% of the refusals are left", "at most 0.5 nats", "d" * 40, "abliterate audit org/model"):
+        assert text in words
+
+
+def test_an_audit_of_a_model_that_does_not_refuse_says_so_and_no_more(tmp_path: Path) -> None:
+    text = write_audit_page(audit_report(refuses=False), tmp_path, command="x")[0].read_text()
+    words = Page(text).words()
+    assert "does not refuse" in words
+    assert "Interventions" not in words
+    assert "Candidates" not in words
 
 
 def test_without_a_base_nothing_is_compared(tmp_path: Path) -> None:

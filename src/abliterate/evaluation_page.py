@@ -13,8 +13,10 @@ from abliterate.report_page import (
     facts,
     folded,
     headline,
+    p_value_in_words,
     paragraph,
     quoted,
+    share_in_words,
     table,
     write_page,
 )
@@ -62,7 +64,7 @@ def _refusals(report: EvaluationReport) -> Section:
         row += [_rate(rate)]
         if kind in report.changes:
             change = report.changes[kind]
-            row += [f"{100 * change.difference:+.1f} points", _p_value(change.p_value)]
+            row += [f"{100 * change.difference:+.1f} points", p_value_in_words(change.p_value)]
         rows.append(row)
         points.append((_NAMES.get(kind, kind), _intervals(before[kind] if before else None, rate)))
     return Section(
@@ -183,7 +185,7 @@ def _tasks(report: EvaluationReport) -> Section:
             "" if score.base is None else f"{score.base:.4f}",
             f"{score.model:.4f}",
             "" if score.difference is None else f"{score.difference:+.4f} [{score.low:+.4f}, {score.high:+.4f}]",
-            "" if score.p_value is None else _p_value(score.p_value),
+            "" if score.p_value is None else p_value_in_words(score.p_value),
         ]
         for score in report.capability.scores
     ]
@@ -259,9 +261,4 @@ def _category_intervals(rate: CategoryRate) -> list[Interval]:
 
 
 def _rate(rate: RefusalRate | CategoryRate | JudgedRate) -> str:
-    # On a phone a cell breaks between the rate and its interval, and nowhere else.
-    return f"{100 * rate.rate:.1f}\N{NO-BREAK SPACE}% [{100 * rate.low:.1f},\N{NO-BREAK SPACE}{100 * rate.high:.1f}]"
-
-
-def _p_value(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+    return share_in_words(rate.rate, low=rate.low, high=rate.high)

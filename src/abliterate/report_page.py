@@ -73,6 +73,16 @@ def folded(summary: str, blocks: Sequence[str]) -> str:
     return f"<details><summary>{escape(summary)}</summary>{''.join(blocks)}</details>"
 
 
+def share_in_words(rate: float, *, low: float, high: float) -> str:
+    """Return a share and its interval in per cent; on a phone a cell breaks between the two, and nowhere else."""
+    return f"{100 * rate:.1f}\N{NO-BREAK SPACE}% [{100 * low:.1f},\N{NO-BREAK SPACE}{100 * high:.1f}]"
+
+
+def p_value_in_words(value: float) -> str:
+    """Return a p-value with four decimals, or that it is smaller than they can show."""
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
 def quoted(text: str) -> str:
     """Return text as it is, line breaks and all."""
     return f'<blockquote class="reply">{escape(text)}</blockquote>'

@@ -42,6 +42,15 @@ def test_json_is_one_document_and_the_file_holds_the_same(run, tmp_path: Path) -
     assert document["lowest_refusal"] == 1
 
 
+def test_the_page_is_written_with_its_command_and_no_reply(run, tmp_path: Path) -> None:
+    code, _, _ = run("--report", tmp_path / "page")
+    assert code == 0
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "Verdict not_mediated" in text
+    assert f"--report {tmp_path / 'page'}" in text
+    assert json.loads((tmp_path / "page" / "audit.json").read_text())["verdict"] == "not_mediated"
+
+
 def test_the_table_says_the_verdict(run) -> None:
     code, out, _ = run()
     assert code == 0

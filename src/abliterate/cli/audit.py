@@ -20,7 +20,7 @@ from abliterate.cli.options import (
     TrustRemoteCodeOption,
     parse_batch_size,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, command_line
 
 if TYPE_CHECKING:
     from abliterate.audit_report import AuditedIntervention, AuditReport
@@ -41,6 +41,10 @@ def audit(
         ),
     ] = None,
     output_file: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON report here.")] = None,
+    report_directory: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write one self-contained HTML page (and the JSON) here."),
+    ] = None,
     harmful: HarmfulOption = "bundled",
     harmless: HarmlessOption = "bundled",
     test_harmful: Annotated[
@@ -84,6 +88,7 @@ def audit(
     The verdict is single_direction, few_directions, not_mediated or does_not_refuse; the exit code is 0 whatever it
     is, unless --fail-if-brittle asks for a gate. Replies are greedy, measured on held-out prompts and written nowhere.
     """
+    from abliterate.audit_page import write_audit_page
     from abliterate.audit_report import AuditOptions, AuditThresholds
     from abliterate.auditing import audit_model
     from abliterate.hub import resolve_model
@@ -123,6 +128,8 @@ def audit(
     )
     if output_file is not None:
         report.save(output_file)
+    if report_directory is not None:
+        write_audit_page(report, report_directory, command=command_line())
     output.report(report, tables=lambda: [_table(report), *_lines(report)])
     if fail_if_brittle is not None:
         report.require_robust(fail_if_brittle)
