@@ -123,9 +123,9 @@ def check_adapter_files(
                 directions=directions[edit.norm_chain],
                 residual_axis=edit.residual_axis,
                 strength=plan.options.strength,
-                rounds_change=weight.form == "parameter",
+                rounds_change=weight.rounds_change,
             )
-            _check_merged(plan, edit, result, rounds_change=weight.form == "parameter")
+            _check_merged(plan, edit, result, rounds_change=weight.rounds_change)
             merged[edit.name] = result
     for vector in layout.vectors:
         merged[vector.edit.name] = _check_vector(

@@ -54,6 +54,11 @@ class AdaptedWeight:
     experts: int
     residual_on_b: bool
 
+    @property
+    def rounds_change(self) -> bool:
+        """Whether PEFT rounds the change to the weight's dtype before adding it; of layers, the sum alone."""
+        return self.form in {"embedding", "parameter"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredVector:

@@ -113,7 +113,7 @@ def merge_factors(
         residual_axis: As for `coefficients`.
         strength: Share of the component that is to be removed.
         rounds_change: Whether the change is rounded to the weight's dtype before it is added, as PEFT does for
-            parameters that belong to no layer of a kind it knows.
+            embeddings and for parameters of modules that it does not know.
     """
     wide = _wide(weight.dtype)
     basis = orthonormalize(directions)[0]

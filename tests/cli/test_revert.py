@@ -32,9 +32,7 @@ def base(tmp_path) -> Path:
 @pytest.fixture(params=["checkpoint", "adapter"])
 def out(request, tmp_path, base) -> Path:
     direction = tmp_path / "refusal.safetensors"
-    result = run(
-        "orthogonalize", base, "--direction", direction, "-o", tmp_path / "out", "--format", request.param
-    )
+    result = run("orthogonalize", base, "--direction", direction, "-o", tmp_path / "out", "--format", request.param)
     assert result.exit_code == 0, result.output
     assert f"written to {tmp_path / 'out'}" in result.stdout
     return tmp_path / "out"
