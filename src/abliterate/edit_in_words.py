@@ -29,7 +29,7 @@ def what_was_done(record: dict[str, Any]) -> str:
     directions, tensors = record["directions"], record.get("tensors", [])
     rows = [
         ("Base revision", code(base["revision"]) if base.get("revision") else "local files, no revision"),
-        ("Model type", code(base.get("model_type", "unknown"))),
+        ("Model type", code(base.get("model_type", "unknown")) + (_UNVERIFIED if options.get("unverified") else "")),
         *(row for n, direction in enumerate(directions) for row in _direction_rows(direction, n, len(directions))),
     ]
     if options.get("add") is not None:
@@ -77,6 +77,7 @@ _ADDED = (
     "tensors are the base model's, byte for byte."
 )
 _RECORD = " The full record, with the hash of each file, is in `abliteration.json`."
+_UNVERIFIED = ", which is not among the types that abliterate proves exact: accepted with `--unverified`"
 _TIED = {
     "edit": "the shared matrix was edited, so the output head changed too",
     "untie": "untied: the output head keeps the base model's rows",
@@ -182,8 +183,9 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
 
 
 def _edit_options(options: dict[str, Any]) -> list[Any]:
+    unverified = ["--unverified"] if options.get("unverified") else []
     if options.get("add") is not None:
-        return ["--add", options["add"]]
+        return ["--add", options["add"], *unverified]
     layers, tied = options.get("layers"), options.get("tied", "edit")
     return [
         *("--components", ",".join(options.get("components", []))),
@@ -191,6 +193,7 @@ def _edit_options(options: dict[str, Any]) -> list[Any]:
         *("--strength", options.get("strength", 1.0)),
         *(["--tied", tied] if tied != "edit" else []),
         *(["--preserve-norms"] if options.get("preserve_norms") else []),
+        *unverified,
     ]
 
 

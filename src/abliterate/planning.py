@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint import check_tensor_names, open_checkpoint
-from abliterate.edit_plan import EditOptions, select_writers
+from abliterate.edit_plan import EditOptions, select_writers, unverified_note
 from abliterate.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.residual_writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
 from abliterate.safetensors_file import Shard, TensorInfo, describe_tensors
@@ -89,6 +89,7 @@ class PlanReport:
         largest_tensor: Name of the largest tensor to edit.
         memory_bytes: That tensor as it is read and as it is written, and room for the arithmetic. Python and torch
             come on top.
+        notes: What the user should know besides.
     """
 
     model: str
@@ -116,11 +117,24 @@ class PlanReport:
     disk_bytes: int
     largest_tensor: str
     memory_bytes: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
-    """A model's config and headers, wherever they came from."""
+class Layout:
+    """A model's config and headers, wherever they came from.
+
+    Attributes:
+        name: The directory or Hub id, as given.
+        path: The directory; of a Hub model its id, for messages.
+        revision: The commit on the Hub; None for a directory.
+        config: The content of config.json.
+        shards: What the headers of its weight files say.
+        card: What its card says.
+        gated: "auto" or "manual" where the Hub asks for agreement first.
+        download_bytes: What would be downloaded; 0 for a directory.
+        disk_bytes: What a copy of it takes.
+    """
 
     name: str
     path: Path
@@ -131,6 +145,10 @@ class _Layout:
     gated: str | None
     download_bytes: int
     disk_bytes: int
+
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Return all tensors, shard by shard in file order."""
+        return tuple(tensor for shard in self.shards for tensor in shard.tensors)
 
 
 def plan_edit(*, model: str, revision: str | None = None, options: EditOptions | None = None) -> PlanReport:
@@ -146,21 +164,44 @@ def plan_edit(*, model: str, revision: str | None = None, options: EditOptions |
         CheckpointError: The model is incomplete, quantised or of an unsupported type.
         HubError: The Hub does not have it, does not give it, or cannot be reached.
     """
+    return plan_layout(read_layout(model=model, revision=revision), options=options)
+
+
+def read_layout(*, model: str, revision: str | None = None) -> Layout:
+    """Read a model's config and headers, from a directory or the Hub.
+
+    Raises:
+        InputError: There is no such directory.
+        CheckpointError: The model is incomplete or its files contradict themselves.
+        HubError: The Hub does not have it, does not give it, or cannot be reached.
+    """
     local = find_local_model(model, revision=revision)
-    layout = (
-        _read_remote(inspect_model(model, revision=revision)) if local is None else _read_local(local.path, local.name)
+    if local is None:
+        return _read_remote(inspect_model(model, revision=revision))
+    return _read_local(local.path, local.name)
+
+
+def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanReport:
+    """Return what `plan_edit` does, for a model whose layout was read.
+
+    Raises:
+        InputError: The options select nothing or layers that are not there.
+        CheckpointError: The model is quantised or of an unsupported type.
+    """
+    options = options or EditOptions()
+    infos = {tensor.name: tensor for tensor in layout.tensors()}
+    stream = map_stream(
+        config=layout.config, tensors=tuple(infos.values()), path=layout.path, unverified=options.unverified
     )
-    infos = {tensor.name: tensor for shard in layout.shards for tensor in shard.tensors}
-    stream = map_stream(config=layout.config, tensors=tuple(infos.values()), path=layout.path)
-    selected = select_writers(stream, options=options or EditOptions(), model=layout.name)
+    selected = select_writers(stream, options=options, model=layout.name)
     return _report(layout, stream, selected, infos)
 
 
-def _read_local(path: Path, name: str) -> _Layout:
+def _read_local(path: Path, name: str) -> Layout:
     checkpoint = open_checkpoint(path)
     sizes = [shard.size for shard in checkpoint.shards]
     sizes += [(path / file).stat().st_size for file in checkpoint.side_files]
-    return _Layout(
+    return Layout(
         name=name,
         path=path,
         revision=None,
@@ -173,7 +214,7 @@ def _read_local(path: Path, name: str) -> _Layout:
     )
 
 
-def _read_remote(remote: RemoteModel) -> _Layout:
+def _read_remote(remote: RemoteModel) -> Layout:
     path = Path(remote.name)
     # Offsets count from the end of the header here, whose length the client does not tell; only sizes are used.
     shards = tuple(
@@ -187,7 +228,7 @@ def _read_remote(remote: RemoteModel) -> _Layout:
     )
     check_tensor_names(path, shards, None if remote.weight_map is None else {"weight_map": remote.weight_map})
     total = sum(remote.files.values())
-    return _Layout(
+    return Layout(
         name=remote.name,
         path=path,
         revision=remote.revision,
@@ -201,7 +242,7 @@ def _read_remote(remote: RemoteModel) -> _Layout:
 
 
 def _report(
-    layout: _Layout, stream: StreamMap, selected: tuple[ResidualWriter, ...], infos: dict[str, TensorInfo]
+    layout: Layout, stream: StreamMap, selected: tuple[ResidualWriter, ...], infos: dict[str, TensorInfo]
 ) -> PlanReport:
     tensors = tuple(_planned(writer, infos[writer.tensor_name]) for writer in selected)
     chosen = {tensor.name for tensor in tensors}
@@ -233,6 +274,7 @@ def _report(
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
         memory_bytes=2 * largest.bytes + _WORKSPACE_BYTES,
+        notes=() if stream.verified else (unverified_note(stream.model_type),),
     )
 
 

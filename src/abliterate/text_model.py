@@ -34,7 +34,7 @@ class TextModel:
         n_experts: Number of routed experts of a layer; None if the config names none.
         tied_embeddings: Whether the output head shares the token embedding's rows.
         has_towers: Parts for images or sound may lie beside the text model.
-        verified: The model type is in the table.
+        verified: The model type is in the table, and so is that of its text model.
     """
 
     model_type: str
@@ -77,7 +77,7 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
         n_experts=_expert_count(text),
         tied_embeddings=default if tied is None else bool(tied),
         has_towers=row.towers or bool(section) or model_type in WRAPPERS,
-        verified=row.model_type in ARCHITECTURES,
+        verified=row.model_type in ARCHITECTURES and (model_type in ARCHITECTURES or model_type in WRAPPERS),
     )
     _check_conditions(text, model, path)
     return model
@@ -100,15 +100,25 @@ def _row_and_section(
     if row is not None and not refused:
         return row, section
     if unverified and isinstance(top, str) and not refused:
+        _refuse_own_code(config, section, path)
         # Every rule is open to it: what they find is proved, or not, on a tiny twin.
         return Architecture(
             model_type=str(text_type), post_norm=True, single=True, latent_experts=True, positions=True
         ), section
     name = refused[0] if refused else (top if wrapper is None else text_type)
+    hint = "" if refused else ", and --unverified tries the edit on a tiny model of this one first"
     raise UnsupportedArchitectureError(
         f"{path / CONFIG_NAME}: model type {name!r} cannot be orthogonalized: {refusal(name)}; "
-        "docs/architectures.md lists the types that can"
+        f"docs/architectures.md lists the types that can{hint}"
     )
+
+
+def _refuse_own_code(config: Mapping[str, Any], section: tuple[str, ...], path: Path) -> None:
+    if config.get("auto_map") or _at(config, section).get("auto_map"):
+        raise UnsupportedArchitectureError(
+            f"{path / CONFIG_NAME}: its auto_map names Python code that comes with the checkpoint, which is never run, "
+            "so an unknown model type cannot be tried; use a release that transformers itself can load"
+        )
 
 
 def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any]:

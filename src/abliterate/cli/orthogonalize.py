@@ -17,6 +17,7 @@ from abliterate.cli.options import (
     LayersOption,
     ModelArg,
     RevisionOption,
+    UnverifiedOption,
     parse_components,
     parse_layers,
 )
@@ -87,6 +88,7 @@ def orthogonalize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint, an adapter or empty.")
     ] = False,
+    unverified: UnverifiedOption = False,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -121,8 +123,14 @@ def orthogonalize(
         from abliterate.orthogonalization import orthogonalize_checkpoint as write
 
     output = Output.of(context, json_output=json_output)
+    source = resolve_model(model, revision=revision)
+    if unverified:
+        from abliterate.planning import read_layout
+        from abliterate.tiny_twin import prove_on_tiny_twin
+
+        prove_on_tiny_twin(layout=read_layout(model=str(source.path)), progress=output.progress)
     report = write(
-        source=resolve_model(model, revision=revision),
+        source=source,
         direction=directions,
         output=output_directory,
         options=EditOptions(
@@ -132,6 +140,7 @@ def orthogonalize(
             tied=tied.value,
             preserve_norms=preserve_norms,
             add=add,
+            unverified=unverified,
         ),
         dry_run=dry_run,
         overwrite=overwrite,
