@@ -71,6 +71,27 @@ class EditedTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the writing of a checkpoint took.
+
+    Attributes:
+        seconds: Wall time from the plan to the record.
+        cpu_seconds: Of all threads.
+        bytes_read: Into the process, checks included.
+        bytes_written: Out of the process.
+        bytes_copied: By the kernel, from file to file.
+        workers: Threads.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    bytes_read: int
+    bytes_written: int
+    bytes_copied: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OrthogonalizationReport:
     """What was edited, or with `dry_run` what would be.
 
@@ -98,6 +119,7 @@ class OrthogonalizationReport:
         bytes_edited: Bytes of those tensors.
         bytes_total: Bytes of all shards.
         notes: What the user should know about this checkpoint.
+        work: What the writing took; None in a dry run.
     """
 
     output: str | None
@@ -118,11 +140,12 @@ class OrthogonalizationReport:
     bytes_edited: int
     bytes_total: int
     notes: tuple[str, ...]
+    work: Work | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the content of `abliteration.json`."""
         values = dataclasses.asdict(self)
-        outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes"}
+        outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes", "work"}
         return {name: value for name, value in values.items() if name not in outside}
 
 

@@ -73,6 +73,14 @@ def test_a_changed_file_is_named(tmp_path, base):
     assert result.exception.exit_code == 1
 
 
+def test_an_adapter_has_no_workers(tmp_path, base):
+    direction = tmp_path / "refusal.safetensors"
+    words = ("orthogonalize", base, "--direction", direction, "-o", tmp_path / "out", "--format", "adapter")
+    result = run(*words, "--workers", 2)
+    assert result.exit_code == 2
+    assert "leave them out" in result.output
+
+
 def test_verify_says_that_an_adapter_is_one(tmp_path, base):
     direction = tmp_path / "refusal.safetensors"
     run("orthogonalize", base, "--direction", direction, "-o", tmp_path / "out", "--format", "adapter")

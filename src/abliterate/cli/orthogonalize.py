@@ -1,7 +1,9 @@
 """`abliterate orthogonalize`: project a direction out of a checkpoint's weights."""
 
 import math
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,6 +90,13 @@ def orthogonalize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint, an adapter or empty.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Threads; each needs about 100 MB. Default: the cores this process may use."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where the arithmetic is done: cpu, cuda, cuda:N.")] = "cpu",
     unverified: UnverifiedOption = False,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
@@ -114,13 +123,22 @@ def orthogonalize(
                 param_hint="'--add'",
             )
 
+    if output_format is Format.adapter and (workers is not None or device != "cpu"):
+        raise typer.BadParameter("adapter takes no --workers and no --device; leave them out", param_hint="'--format'")
+
     from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
 
+    write: Callable[..., "OrthogonalizationReport"]
     if output_format is Format.adapter:
-        from abliterate.adapting import write_adapter as write
+        from abliterate.adapting import write_adapter
+
+        write = write_adapter
     else:
-        from abliterate.orthogonalization import orthogonalize_checkpoint as write
+        from abliterate.edited_checkpoint import WriteOptions
+        from abliterate.orthogonalization import orthogonalize_checkpoint
+
+        write = partial(orthogonalize_checkpoint, writing=WriteOptions(workers=workers, device=device))
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)
@@ -172,7 +190,15 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
             table,
             f"{megabytes} would be edited by merging; an adapter of {size:.2f} MB written to {report.output}",
         ]
-    return [table, f"{megabytes} edited; written to {report.output}"]
+    lines = [f"{megabytes} edited; written to {report.output}"]
+    if report.work is not None:
+        work = report.work
+        lines.append(
+            f"{work.seconds:.1f} s with {work.workers} workers, {work.cpu_seconds:.1f} s of CPU; "
+            f"{work.bytes_copied / 1e6:.1f} MB copied by the kernel, {work.bytes_read / 1e6:.1f} MB read, "
+            f"{work.bytes_written / 1e6:.1f} MB written"
+        )
+    return [table, *lines]
 
 
 def _largest(tensors: "list[EditedTensor]", field: str) -> str:
