@@ -222,14 +222,16 @@ def test_what_peft_does_not_adapt_is_refused_with_the_components_that_leave_it_o
 
 def test_a_factor_that_is_not_what_was_computed_leaves_nothing_behind(tmp_path, monkeypatch):
     base = save_tiny_model(tmp_path / "base")
-    write_file = abliterate.adapter_files.write_file
+    write_contents = abliterate.adapter_files.write_contents
 
-    def flip(path: Path, content: bytes):
-        if path.suffix == ".safetensors":
-            content = content[:-2] + bytes([content[-2] ^ 0x40]) + content[-1:]
-        return write_file(path, content)
+    def flip(contents: dict[str, bytes], directory: Path):
+        changed = {
+            name: data[:-2] + bytes([data[-2] ^ 0x40]) + data[-1:] if name.endswith(".safetensors") else data
+            for name, data in contents.items()
+        }
+        return write_contents(changed, directory)
 
-    monkeypatch.setattr("abliterate.adapter_files.write_file", flip)
+    monkeypatch.setattr("abliterate.adapter_files.write_contents", flip)
     with pytest.raises(VerificationError, match="merged into model"):
         write_adapter(source=base, direction=directions(1), output=tmp_path / "adapter")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import abliterate.hashed_files
-import abliterate.reverting
+import abliterate.byte_ranges
 from abliterate.adapting import write_adapter
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
@@ -129,18 +128,16 @@ def test_another_model_is_no_base(tmp_path, base, direction):
 
 def test_a_write_that_went_wrong_is_found_on_rereading(tmp_path, base, direction, monkeypatch):
     orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
-    copy_file = abliterate.hashed_files.copy_file
+    copy = abliterate.byte_ranges.TargetFile.copy
 
-    def flip(source: Path, target: Path):
-        written = copy_file(source, target)
-        if target.suffix == ".safetensors":
-            content = bytearray(target.read_bytes())
-            content[-1] ^= 1
-            target.write_bytes(content)
-        return written
+    def flip(self, source, **place):
+        copied = copy(self, source, **place)
+        if self.path.suffix == ".safetensors":
+            self.write(memoryview(b"\xff\xfe"), place["offset"] + place["count"] - 2)
+        return copied
 
-    monkeypatch.setattr("abliterate.reverting.copy_file", flip)
-    with pytest.raises(VerificationError, match="reread, it is not the base's"):
+    monkeypatch.setattr("abliterate.byte_ranges.TargetFile.copy", flip)
+    with pytest.raises(VerificationError, match=r"safetensors: byte \d+, reread, differs"):
         revert_checkpoint(checkpoint=tmp_path / "out", output=tmp_path / "restored")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 

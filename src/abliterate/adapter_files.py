@@ -17,12 +17,14 @@ from abliterate.adapter_modules import AdaptedWeight, AdapterLayout
 from abliterate.checkpoint_checks import directions_through
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import CheckpointError, VerificationError
-from abliterate.hashed_files import WrittenFile, write_file
+from abliterate.file_assembly import NewFile, assemble_files
+from abliterate.hashed_files import WrittenFile
 from abliterate.lora_factors import MergedWeight, coefficients, merge_factors, pack_factors, unpack_factors
 from abliterate.progress import Advance
 from abliterate.projection import component_and_norm, project_out, residue_bound
 from abliterate.residual_writers import PostNorm
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_shard, read_tensor
+from abliterate.stretches import GivenBytes
 from abliterate.tensor_edits import TensorEdit
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -63,10 +65,29 @@ def write_adapter_files(
     for vector in layout.vectors:
         tensors[_PREFIX + vector.key] = _edited_vector(plan, vector.edit, directions, advance)
     config = json.dumps(adapter_config(plan, layout), indent=2, sort_keys=True) + "\n"
-    return {
-        WEIGHTS_NAME: write_file(directory / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"})),
-        CONFIG_NAME: write_file(directory / CONFIG_NAME, config.encode()),
-    }
+    weights = save(tensors, metadata={"format": "pt"})
+    return write_contents({WEIGHTS_NAME: weights, CONFIG_NAME: config.encode()}, directory)
+
+
+def write_contents(contents: Mapping[str, bytes], directory: Path) -> dict[str, WrittenFile]:
+    """Write files of known content to a directory where they are not yet, each flushed to the disk and read back.
+
+    Raises:
+        VerificationError: What was read back is not what was written.
+        OSError: A file cannot be written.
+    """
+    written: dict[str, WrittenFile] = {}
+    assemble_files(
+        (
+            NewFile(name=name, sources=(), stretches=(GivenBytes(start=0, data=data, name=name),))
+            for name, data in contents.items()
+        ),
+        target=directory,
+        workers=1,
+        done=lambda file, found: written.update({file.name: found}),
+        advance=lambda _bytes: None,
+    )
+    return written
 
 
 def adapter_config(plan: EditPlan, layout: AdapterLayout) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, write_record
-from abliterate.adapter_files import WEIGHTS_NAME, check_adapter_files, write_adapter_files
+from abliterate.adapter_files import WEIGHTS_NAME, check_adapter_files, write_adapter_files, write_contents
 from abliterate.adapter_modules import AdapterLayout, lay_out_adapter
 from abliterate.atomic_directory import published_directory
 from abliterate.checkpoint_checks import ratio
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.errors import InputError
-from abliterate.hashed_files import WrittenFile, write_file
+from abliterate.hashed_files import WrittenFile
 from abliterate.hub import ModelSource, read_card_facts
 from abliterate.lora_factors import MergedWeight
 from abliterate.model_card import build_model_card
@@ -115,17 +115,17 @@ def _write(
     report = dataclasses.replace(
         report,
         shards={WEIGHTS_NAME: written.pop(WEIGHTS_NAME)},
-        side_files={CARD_NAME: card, **written},
+        side_files={**card, **written},
     )
     write_record(report, partial)
     return report
 
 
-def _write_card(plan: EditPlan, report: OrthogonalizationReport, partial: Path) -> WrittenFile:
+def _write_card(plan: EditPlan, report: OrthogonalizationReport, partial: Path) -> dict[str, WrittenFile]:
     facts = read_card_facts(plan.checkpoint.path / CARD_NAME)
     title = Path(report.output or "adapter").name
     card = build_model_card(record=report.record(), evaluation=None, facts=facts, title=title)
-    return write_file(partial / CARD_NAME, card.encode())
+    return write_contents({CARD_NAME: card.encode()}, partial)
 
 
 def _result_of(tensor: EditedTensor, merged: Mapping[str, MergedWeight], plan: EditPlan) -> MergedWeight:

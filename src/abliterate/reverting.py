@@ -10,14 +10,20 @@ from pathlib import Path
 
 from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, Format, read_record
 from abliterate.atomic_directory import published_directory
+from abliterate.byte_ranges import SourceFile
 from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.errors import InputError, VerificationError
-from abliterate.hashed_files import WrittenFile, copy_file, hash_file
+from abliterate.file_assembly import NewFile, assemble_files
+from abliterate.hashed_files import WrittenFile
 from abliterate.hub import ModelSource
 from abliterate.planned_report import check_output
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.quick_verification import compare_with_base
 from abliterate.recorded_base import find_base
+from abliterate.stretches import copied_ranges
+
+# One copies while the other reads back.
+_WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,15 +119,21 @@ def _compare(record: AbliterationRecord, original: Checkpoint, progress: Progres
 def _copy(
     source: Path, names: list[str], partial: Path, *, total: int, progress: ProgressReporter
 ) -> dict[str, WrittenFile]:
-    files = {}
-    with progress.task(f"Copying {source}", total=2 * total, unit="bytes") as advance:
-        for name in names:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            files[name] = copy_file(source / name, partial / name)
-            advance(files[name].bytes)
-        for name, file in files.items():
-            if hash_file(partial / name, advance=advance) != file.sha256:
-                raise VerificationError(
-                    f"{partial / name}: reread, it is not the base's; disk or memory may be faulty, run again"
-                )
-    return files
+    files: dict[str, WrittenFile] = {}
+    with progress.task(f"Copying {source}", total=total, unit="bytes") as advance:
+        assemble_files(
+            (_copy_of(source, name) for name in names),
+            target=partial,
+            workers=_WORKERS,
+            done=lambda file, written: files.update({file.name: written}),
+            advance=advance,
+        )
+    return {name: files[name] for name in names}
+
+
+def _copy_of(source: Path, name: str) -> NewFile:
+    original = SourceFile(source / name)
+    stretches = copied_ranges(
+        original, start=0, end=original.size, offset=0, describe=lambda at: f"{name}: byte {at}, reread,"
+    )
+    return NewFile(name=name, sources=(original,), stretches=tuple(stretches))

@@ -129,7 +129,7 @@ def orthogonalize(
     from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
 
-    write: Callable[..., "OrthogonalizationReport"]
+    write: Callable[..., OrthogonalizationReport]
     if output_format is Format.adapter:
         from abliterate.adapting import write_adapter
 
