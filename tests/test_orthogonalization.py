@@ -140,7 +140,7 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
         "format_version", "format", "tool", "created", "base", "directions", "subspace", "options", "config_changes",
-        "shards", "side_files",
+        "tensors", "shards", "side_files",
     ]  # fmt: skip
     assert record["format_version"] == 2
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}
