@@ -1,4 +1,4 @@
-"""Runs that are killed, find the disk full or the source gone: what `--resume` makes of them is what no accident makes."""
+"""Runs that are killed, find the disk full or the source gone, and what `--resume` makes of them."""
 
 import errno
 import json

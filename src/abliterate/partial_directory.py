@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from abliterate.atomic_directory import MARKER, publish
+from abliterate.atomic_directory import MARKERS, publish
 from abliterate.byte_ranges import can_share_blocks
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated
 from abliterate.hashed_files import hash_file
@@ -143,7 +143,12 @@ def check_space(directory: Path, *, needed: int, source: Path, edited: int) -> N
 
 def _lock(path: Path, output: Path) -> int:
     """Make the directory if it is not there, and lock it for as long as the returned file is open."""
-    is_foreign = path.is_dir() and not (path / _OWN).is_dir() and not (path / MARKER).exists() and any(path.iterdir())
+    is_foreign = (
+        path.is_dir()
+        and not (path / _OWN).is_dir()
+        and not any((path / each).exists() for each in MARKERS)
+        and any(path.iterdir())
+    )
     if path.is_symlink() or is_foreign:
         raise InputError(f"{path}: is where {output} would be written, and is something else; move it away")
     while True:
