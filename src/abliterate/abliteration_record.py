@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from abliterate.checkpoint_paths import open_regular
 from abliterate.errors import InputError, VerificationError
 from abliterate.hashed_files import WrittenFile, hash_file
 from abliterate.progress import SILENT, ProgressReporter
+from abliterate.strict_json import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +71,27 @@ class EditedTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the writing of a checkpoint took.
+
+    Attributes:
+        seconds: Wall time from the plan to the record.
+        cpu_seconds: Of all threads.
+        bytes_read: Into the process, checks included.
+        bytes_written: Out of the process.
+        bytes_copied: By the kernel, from file to file.
+        workers: Threads.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    bytes_read: int
+    bytes_written: int
+    bytes_copied: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OrthogonalizationReport:
     """What was edited, or with `dry_run` what would be.
 
@@ -94,6 +117,7 @@ class OrthogonalizationReport:
         bytes_edited: Bytes of those tensors.
         bytes_total: Bytes of all shards.
         notes: What the user should know about this checkpoint.
+        work: What the writing took; None in a dry run.
     """
 
     output: str | None
@@ -113,11 +137,12 @@ class OrthogonalizationReport:
     bytes_edited: int
     bytes_total: int
     notes: tuple[str, ...]
+    work: Work | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the content of `abliteration.json`."""
         values = dataclasses.asdict(self)
-        outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes"}
+        outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes", "work"}
         return {name: value for name, value in values.items() if name not in outside}
 
 
@@ -214,9 +239,11 @@ def read_json_report(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: It cannot be read, or holds something else.
+        CheckpointError: It is no regular file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = parse_json(file.read())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

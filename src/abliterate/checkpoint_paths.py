@@ -34,7 +34,8 @@ def has_file(directory: Path, name: str) -> bool:
         return False
     if not stays_inside(directory, path):
         raise CheckpointError(
-            f"{path}: is a link that leads out of the directory, and such links are not followed; copy the file there"
+            f"{path}: is a link that leads out of its directory, and such links are not followed; copy the file there, "
+            "or give the directory that it leads to"
         )
     try:
         mode = path.stat().st_mode

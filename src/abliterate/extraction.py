@@ -3,22 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from abliterate.activations import Recording, difference_in_means, record
+from abliterate.activations import Recording, record
 from abliterate.candidate_scoring import CandidateScorer
-from abliterate.errors import InputError, RefusalBehaviourError
+from abliterate.direction_recipes import candidate_directions, independent_candidates, spanning_basis
+from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction_report import (
     Baseline,
     Extraction,
     ExtractionOptions,
     ExtractionReport,
+    JointScores,
     NoCandidatePassesError,
     PromptCounts,
-    direction_of,
+    directions_of,
     versions,
 )
 from abliterate.hub import ModelSource, resolve_model
@@ -34,10 +37,11 @@ from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extra
 from abliterate.ranks import Ranks, find_ranks
 from abliterate.refusal_behaviour import refusal_tokens_of
 from abliterate.refusal_metric import refusal_metric, require_both_behaviours
+from abliterate.resampling import Robustness, measure_robustness
 from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.score_report import ScoreTable
 from abliterate.scoring_run import ScoringRun
-from abliterate.selection import passing_candidates
+from abliterate.selection import CandidateScore, passing_candidates
 
 MIN_PROMPTS = 8
 """Fewer prompts than this on one side after filtering are too few to take a mean of."""
@@ -108,6 +112,7 @@ def _work_key(
         "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
         "refusal tokens": options.refusal_tokens,
         "filter": options.filter_prompts,
+        "recipe": asdict(options.recipe),
         "model options": asdict(model_options),
         "versions": versions(),
     }
@@ -119,6 +124,11 @@ def _check_options(options: ExtractionOptions) -> None:
             raise InputError(f"--{name} {value} is too small; give at least {low}")
     if not 0 <= options.thresholds.prune_layers < 1:
         raise InputError(f"--prune-layers {options.thresholds.prune_layers:g} must be at least 0 and below 1")
+    if options.recipe.winsorize is not None and not 0 <= options.recipe.winsorize < 0.5:
+        raise InputError(f"--winsorize {options.recipe.winsorize:g} must be at least 0 and below 0.5")
+    for name, value, low in (("rank", options.rank, 1), ("bootstrap", options.n_bootstrap, 0)):
+        if value < low:
+            raise InputError(f"--{name} {value} must be at least {low}")
 
 
 def _load(
@@ -164,7 +174,8 @@ class _Run:
             named=self.options.refusal_tokens,
         )
         token_ids = [token.token_id for token in tokens]
-        candidates, counts = self._candidates(harmful, harmless, token_ids)
+        training, counts = self._training(harmful, harmless, token_ids)
+        candidates = candidate_directions(**training, recipe=self.options.recipe)
         rows, baseline = self._validation(recordings, token_ids, counts)
         scorer = CandidateScorer(
             chat=self.chat,
@@ -180,7 +191,8 @@ class _Run:
             ranks=self.ranks,
             thresholds=thresholds,
             n_layers=n_layers,
-            exhaustive=self.options.exhaustive,
+            exhaustive=self.options.scores_all,
+            enough=lambda passing: len(self._choose(candidates, passing)) == self.options.rank,
             progress=self.progress,
         )
         scores = scoring.score(candidates)
@@ -194,9 +206,12 @@ class _Run:
             baseline_harmless=baseline.harmless,
             tokens=self.chat.chat_format.post_instruction_tokens,
             title=source.name if source else str(self.chat.model.config._name_or_path),
+            recipe=self.options.recipe.in_words,
         )
         if not passing:
             raise NoCandidatePassesError(table)
+        chosen = self._choose(candidates, passing)
+        self._require_rank(chosen, len(passing))
         report = ExtractionReport(
             model=table.title,
             revision=source.revision if source else None,
@@ -208,14 +223,18 @@ class _Run:
             counts=counts,
             baseline=baseline,
             thresholds=thresholds,
-            selected=passing[0],
+            recipe=self.options.recipe,
+            selected=chosen[0],
+            further=tuple(chosen[1:]),
+            together=self._together(scorer, candidates, chosen),
             n_passing=len(passing),
             n_scored=sum(score.induce is not None for score in scores),
-            exhaustive=self.options.exhaustive,
-            direction_norm=float(candidates[passing[0].position, passing[0].layer].norm()),
+            exhaustive=self.options.scores_all,
+            direction_norm=float(candidates[chosen[0].position, chosen[0].layer].norm()),
             scores=tuple(scores),
+            robustness=self._robustness(training, scoring, chosen[0]),
         )
-        direction = direction_of(
+        directions = directions_of(
             candidates=candidates,
             report=report,
             chat=self.chat,
@@ -223,19 +242,51 @@ class _Run:
             options=self.options,
             source=source,
         )
-        return Extraction(direction=direction, report=report, score_table=table)
+        return Extraction(directions=directions, report=report, score_table=table)
 
-    def _candidates(
+    def _choose(self, candidates: Tensor, passing: Sequence[CandidateScore]) -> list[CandidateScore]:
+        by_key = {(score.position, score.layer): score for score in passing}
+        return [by_key[key] for key in independent_candidates(candidates, list(by_key), rank=self.options.rank)]
+
+    def _require_rank(self, chosen: Sequence[CandidateScore], n_passing: int) -> None:
+        if len(chosen) < self.options.rank:
+            raise NoDirectionError(
+                f"of {n_passing} candidates that pass, {len(chosen)} are independent of each other; "
+                f"ask for fewer with --rank {len(chosen)}, or accept more with --kl-threshold"
+            )
+
+    @staticmethod
+    def _together(scorer: CandidateScorer, candidates: Tensor, chosen: Sequence[CandidateScore]) -> JointScores | None:
+        if len(chosen) == 1:
+            return None
+        vectors = torch.stack([candidates[score.position, score.layer] for score in chosen])
+        scores = scorer.score_together(spanning_basis(vectors))
+        return JointScores(bypass=fmean(scores["bypass"]), kl=fmean(scores["kl"]))
+
+    def _robustness(
+        self, training: dict[str, Tensor], scoring: ScoringRun, chosen: CandidateScore
+    ) -> Robustness | None:
+        if not self.options.n_bootstrap:
+            return None
+        return measure_robustness(
+            **{kind: values[:, chosen.position, chosen.layer] for kind, values in training.items()},
+            recipe=self.options.recipe,
+            scores=scoring.scores_by_candidate(),
+            thresholds=self.options.thresholds,
+            n_layers=self.chat.n_layers,
+            n_resamples=self.options.n_bootstrap,
+            seed=self.options.seed,
+        )
+
+    def _training(
         self, harmful: Recording, harmless: Recording, token_ids: Sequence[int]
-    ) -> tuple[Tensor, dict[str, PromptCounts]]:
-        """Filter the training prompts and return the differences in means, and how many prompts they are of."""
+    ) -> tuple[dict[str, Tensor], dict[str, PromptCounts]]:
+        """Filter the training prompts; return the activations to take means of, and how many prompts they are of."""
         keep_harmful = self._keep(harmful.logits, token_ids, sign=1)
         keep_harmless = self._keep(harmless.logits, token_ids, sign=-1)
         self._require(keep_harmful, keep_harmless, minimum=MIN_PROMPTS, part="training")
-        candidates = difference_in_means(
-            harmful=harmful.activations[keep_harmful], harmless=harmless.activations[keep_harmless]
-        )
-        return candidates, {
+        kept = {"harmful": harmful.activations[keep_harmful], "harmless": harmless.activations[keep_harmless]}
+        return kept, {
             "harmful_train": PromptCounts(sampled=len(keep_harmful), kept=int(keep_harmful.sum())),
             "harmless_train": PromptCounts(sampled=len(keep_harmless), kept=int(keep_harmless.sum())),
         }

@@ -23,7 +23,7 @@ def parse_json(data: bytes, *, infinities: bool = False) -> Any:
 
     Args:
         data: The document.
-        infinities: Let NaN and the infinities pass, which are no JSON; configs that transformers 4 wrote have them.
+        infinities: Let the infinities pass, which are no JSON; configs that transformers 4 wrote have them.
 
     Raises:
         ValueError: It is not JSON, a key occurs twice, a number is no finite one or absurdly long, a name or string
@@ -35,7 +35,7 @@ def parse_json(data: bytes, *, infinities: bool = False) -> Any:
             object_pairs_hook=_object,
             parse_int=_integer,
             parse_float=_floating if not infinities else float,
-            parse_constant=None if infinities else _refuse_constant,
+            parse_constant=_infinity if infinities else _refuse_constant,
         )
     except RecursionError as error:
         raise ValueError("it nests too deeply") from error
@@ -79,6 +79,10 @@ def _floating(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:20]} is not finite")
     return value
+
+
+def _infinity(name: str) -> float:
+    return float(name) if name != "NaN" else _refuse_constant(name)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -71,6 +71,13 @@ def orthogonalize(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint or empty.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Threads; each needs about 100 MB. Default: the cores this process may use."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where the arithmetic is done: cpu, cuda, cuda:N.")] = "cpu",
     unverified: UnverifiedOption = False,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
@@ -98,6 +105,7 @@ def orthogonalize(
             )
 
     from abliterate.edit_plan import EditOptions
+    from abliterate.edited_checkpoint import WriteOptions
     from abliterate.hub import resolve_model
     from abliterate.orthogonalization import orthogonalize_checkpoint
 
@@ -123,6 +131,7 @@ def orthogonalize(
         ),
         dry_run=dry_run,
         overwrite=overwrite,
+        writing=WriteOptions(workers=workers, device=device),
         progress=output.progress,
     )
     output.report(report, tables=lambda: _tables(report))
@@ -145,7 +154,15 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
     megabytes = f"{report.bytes_edited / 1e6:.1f} of {report.bytes_total / 1e6:.1f} MB"
     if report.dry_run:
         return [table, *report.notes, f"Dry run: {megabytes} would be edited; nothing was written."]
-    return [table, f"{megabytes} edited; written to {report.output}"]
+    lines = [f"{megabytes} edited; written to {report.output}"]
+    if report.work is not None:
+        work = report.work
+        lines.append(
+            f"{work.seconds:.1f} s with {work.workers} workers, {work.cpu_seconds:.1f} s of CPU; "
+            f"{work.bytes_copied / 1e6:.1f} MB copied by the kernel, {work.bytes_read / 1e6:.1f} MB read, "
+            f"{work.bytes_written / 1e6:.1f} MB written"
+        )
+    return [table, *lines]
 
 
 def _largest(tensors: "list[EditedTensor]", field: str) -> str:
