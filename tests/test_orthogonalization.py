@@ -139,8 +139,8 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     report = orthogonalize_checkpoint(source=source, direction=direction, output=out)
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
-        "format_version", "tool", "created", "base", "directions", "subspace", "options", "config_changes", "tensors",
-        "shards", "side_files",
+        "format_version", "format", "tool", "created", "base", "directions", "subspace", "options", "config_changes",
+        "tensors", "shards", "side_files",
     ]  # fmt: skip
     assert record["format_version"] == 2
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}

@@ -8,38 +8,23 @@ on). The new directory is reread and checked before it appears, whole.
 """
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import safetensors
-import torch
-
-from abliterate._version import __version__
-from abliterate.abliteration_record import (
-    FORMAT_VERSION,
-    RECORD_NAME,
-    EditedTensor,
-    OrthogonalizationReport,
-    Work,
-    encode_subspace,
-    write_record,
-)
-from abliterate.atomic_directory import check_output_directory, published_directory
-from abliterate.checkpoint import CONFIG_NAME, open_checkpoint, read_json_object
+from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, Work, write_record
+from abliterate.atomic_directory import published_directory
+from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint_checks import compare_layouts, ratio
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit, WriteOptions
 from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
+from abliterate.planned_report import check_output, planned_report
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import residue_bound
-from abliterate.residual_writers import ROLES
 from abliterate.safetensors_file import TORCH_DTYPES
 from abliterate.tensor_edits import TensorEdit
 
@@ -85,88 +70,14 @@ def orthogonalize_checkpoint(
         raise InputError("no output directory was given; name one with -o, or give --dry-run")
     target = None if output is None else Path(output)
     if target is not None:
-        _check_output(target, plan.checkpoint.path, overwrite=overwrite)
-    report = _planned_report(plan, target, dry_run=dry_run)
+        check_output(target, plan.checkpoint.path, overwrite=overwrite)
+    report = planned_report(plan, target, dry_run=dry_run)
     if dry_run or target is None:
         return report
     for note in report.notes:
         progress.message(note)
     with published_directory(target) as partial:
         return _write(plan, report, partial, writing or WriteOptions(), progress)
-
-
-def _check_output(output: Path, source: Path, *, overwrite: bool) -> None:
-    resolved, base = output.resolve(), source.resolve()
-    if resolved == base or base in resolved.parents or resolved in base.parents:
-        raise InputError(
-            f"{output}: is, contains or lies in the model's own directory {source}; choose another directory"
-        )
-    check_output_directory(output, overwrite=overwrite)
-
-
-def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> OrthogonalizationReport:
-    checkpoint = plan.checkpoint
-    edits = plan.edits
-    roles = [edit.role for edit in edits]
-    return OrthogonalizationReport(
-        output=None if output is None else str(output),
-        dry_run=dry_run,
-        format_version=FORMAT_VERSION,
-        tool={
-            "name": "abliterate",
-            "version": __version__,
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        base=_describe_base(plan),
-        directions=tuple(
-            {"sha256": direction.sha256, "d_model": direction.d_model, "metadata": direction.metadata}
-            for direction in plan.directions
-        ),
-        subspace=encode_subspace(plan.subspace),
-        options=plan.options,
-        config_changes=plan.config_changes,
-        tensors=tuple(
-            EditedTensor(
-                name=edit.name,
-                role=edit.role,
-                layer=edit.layer,
-                residual_axis=edit.residual_axis,
-                shape=edit.info.shape,
-                dtype=edit.info.dtype,
-                shard=edit.info.shard,
-                norm_chain=edit.norm_chain,
-                kind=edit.kind,
-            )
-            for edit in edits
-        ),
-        shards={},
-        side_files={},
-        counts={role: roles.count(role) for role in ROLES if role in roles},
-        bytes_edited=sum(edit.nbytes for edit in edits),
-        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
-        notes=plan.notes(),
-    )
-
-
-def _describe_base(plan: EditPlan) -> dict[str, Any]:
-    checkpoint = plan.checkpoint
-    base: dict[str, Any] = {
-        "model": plan.source.name,
-        "revision": plan.source.revision,
-        "model_type": plan.stream.model_type,
-        "config_sha256": hashlib.sha256((checkpoint.path / CONFIG_NAME).read_bytes()).hexdigest(),
-        "tied_embeddings": plan.stream.tied_embeddings,
-    }
-    if plan.stream.tied_embeddings:
-        stored = {tensor.name for tensor in checkpoint.tensors()}
-        is_embedding = plan.stream.embedding in stored
-        base["tied_tensor"] = plan.stream.embedding if is_embedding else plan.stream.head
-    if RECORD_NAME in checkpoint.side_files:
-        earlier = read_json_object(checkpoint.path / RECORD_NAME)
-        base["abliteration"] = {key: earlier.get(key) for key in ("base", "directions", "options")}
-    return base
 
 
 def _write(
