@@ -11,7 +11,7 @@ import abliterate.partial_directory
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated, VerificationError
 from abliterate.hashed_files import hash_file
 from abliterate.journal import Journal, read_journals
-from abliterate.partial_directory import PartialRun, check_space, partial_path
+from abliterate.partial_directory import PartialRun, partial_path
 
 KEY = {"model": "a", "set of options": "b"}
 
@@ -185,16 +185,19 @@ class TestPlace:
         with pytest.raises(InputError, match="cannot be made"):
             start(tmp_path / "file" / "out")
 
-    def test_too_little_room_is_found_before_anything_is_written(self, tmp_path):
-        (tmp_path / "source").write_bytes(b"x" * 100)
-        check_space(tmp_path, needed=1000, source=tmp_path / "source", edited=10)
-        with pytest.raises(InputError, match=r"1000000000\.00 GB are needed and .* GB are free"):
-            check_space(tmp_path, needed=10**18, source=tmp_path / "source", edited=10**18)
-        assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-    def test_blocks_that_are_shared_need_no_room(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(abliterate.partial_directory, "can_share_blocks", lambda source, directory: True)
-        check_space(tmp_path, needed=10**18, source=tmp_path / "source", edited=10)
+    @pytest.mark.parametrize("shares", [False, True])
+    def test_too_little_room_is_found_before_anything_is_written(self, tmp_path, monkeypatch, shares):
+        monkeypatch.setattr(abliterate.partial_directory, "can_share_blocks", lambda source, directory: shares)
+        interrupted(tmp_path / "out")
+        run, _ = start(tmp_path / "out", resume=True)
+        run.check_space({"config.json": 10**18, "rest": 1000}, source=tmp_path, edited=10)
+        with pytest.raises(CheckpointError, match=r"1000000000\.00 GB are needed and .* GB are free") as raised:
+            run.check_space({"rest": 10**18}, source=tmp_path, edited=10**18)
+        if shares:
+            run.check_space({"rest": 10**18}, source=tmp_path, edited=10)
+        # What is finished is worth keeping until there is room.
+        assert "--resume" in str(run.give_up(raised.value))
+        assert run.directory.path.exists()
 
 
 class TestJournal:
@@ -218,5 +221,7 @@ class TestJournal:
             KEY,
             {"0": {"name": "0"}, "1": {"name": "1"}},
         )
+        (tmp_path / "journal-3.jsonl").write_text('{"key":')  # its process was killed before it began
+        assert read_journals(tmp_path, pattern="journal-*.jsonl")[0] == KEY
         Journal(tmp_path / "journal-2.jsonl", key=KEY | {"model": "z"})
         assert read_journals(tmp_path, pattern="journal-*.jsonl") == (None, {})

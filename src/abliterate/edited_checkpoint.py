@@ -87,6 +87,22 @@ class EditedFiles:
         self.shard_names = tuple(self._shards)
         self.side_names = tuple(name for name in plan.checkpoint.side_files if name not in left_out)
 
+    @property
+    def label(self) -> str:
+        """What the files are made from, for a progress bar."""
+        return self._plan.source.name
+
+    @property
+    def largest(self) -> Path:
+        """The largest shard of the original."""
+        shards = self._plan.checkpoint.shards
+        return self._plan.checkpoint.path / max(shards, key=lambda shard: shard.size).file_name
+
+    @property
+    def bytes_edited(self) -> int:
+        """Bytes of all edited tensors."""
+        return sum(edit.nbytes for edit in self._plan.edits)
+
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file, shards first."""
         sizes = {name: shard.size + self._growth(shard) for name, shard in self._shards.items()}

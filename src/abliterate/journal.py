@@ -60,7 +60,9 @@ def read_journals(directory: Path, *, pattern: str) -> tuple[dict[str, str] | No
     keys: list[Any] = []
     entries: dict[str, Entry] = {}
     for path in sorted(directory.glob(pattern)):
-        first, *lines = _lines(path) or [{}]
+        if not (whole := _lines(path)):
+            continue
+        first, *lines = whole
         keys.append(first.get("key"))
         entries |= {line["name"]: line for line in lines if isinstance(line.get("name"), str)}
     if not keys or not isinstance(keys[0], dict) or any(key != keys[0] for key in keys):

@@ -16,17 +16,19 @@ from pathlib import Path
 from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, Work, write_record
 from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint_checks import compare_layouts, ratio
+from abliterate.checkpoint_run import write_together
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit
 from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
-from abliterate.partial_directory import PartialDirectory, PartialRun, check_space
 from abliterate.plan_key import plan_key
 from abliterate.planned_report import check_output, planned_report
+from abliterate.processes import Alone, Processes
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import residue_bound
 from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.stretches import Traffic
 from abliterate.tensor_edits import TensorEdit
 from abliterate.write_options import WriteOptions
 
@@ -40,6 +42,7 @@ def orthogonalize_checkpoint(
     dry_run: bool = False,
     overwrite: bool = False,
     writing: WriteOptions | None = None,
+    processes: Processes | None = None,
     progress: ProgressReporter = SILENT,
 ) -> OrthogonalizationReport:
     """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
@@ -56,10 +59,12 @@ def orthogonalize_checkpoint(
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
         writing: How to write: threads, device, whether to go on with what an interrupted run left.
+        processes: The processes that each call this and share the work; None: this one does it alone.
         progress: Shown the bytes written and checked.
 
     Returns:
-        The report; `abliteration.json` in `output` is made from it.
+        The report; `abliteration.json` in `output` is made from it. In other processes than the first, what was
+        planned.
 
     Raises:
         InputError: `output` cannot be used, or the options select nothing.
@@ -79,73 +84,52 @@ def orthogonalize_checkpoint(
         return report
     for note in report.notes:
         progress.message(note)
-    return _write(plan, report, target, writing or WriteOptions(), progress)
+    return _write(plan, report, target, writing or WriteOptions(), processes or Alone(), progress)
 
 
 def _write(
-    plan: EditPlan, report: OrthogonalizationReport, target: Path, writing: WriteOptions, progress: ProgressReporter
-) -> OrthogonalizationReport:
-    run = PartialRun(
-        target,
-        key=plan_key(plan, device=writing.device),
-        resume=writing.resume,
-        workers=writing.n_workers,
-        progress=progress,
-    )
-    try:
-        report = _write_files(plan, report, run.directory, writing, progress)
-        run.publish()
-    except BaseException as error:
-        final = run.give_up(error)
-        if final is error:
-            raise
-        raise final from error
-    return report
-
-
-def _write_files(
     plan: EditPlan,
     report: OrthogonalizationReport,
-    partial: PartialDirectory,
+    target: Path,
     writing: WriteOptions,
+    processes: Processes,
     progress: ProgressReporter,
 ) -> OrthogonalizationReport:
     started, cpu = time.perf_counter(), time.process_time()
     files = EditedFiles(plan, device=writing.device)
-    finished = {name: FinishedFile.from_entry(entry) for name, entry in partial.kept.items()}
-    sizes = {name: size for name, size in files.sizes().items() if name not in finished}
-    largest = max(plan.checkpoint.shards, key=lambda shard: shard.size)
-    check_space(
-        partial.path,
-        needed=sum(sizes.values()),
-        source=plan.checkpoint.path / largest.file_name,
-        edited=sum(edit.nbytes for edit in plan.edits),
-    )
 
-    def done(name: str, file: FinishedFile) -> None:
-        partial.journal.add(name, file.entry())
-        finished[name] = file
+    def conclude(partial: Path, finished: dict[str, FinishedFile], traffic: Traffic) -> OrthogonalizationReport:
+        made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
+        _check_written(plan, partial, made)
+        written = dataclasses.replace(
+            report,
+            shards={name: finished[name].written for name in files.shard_names},
+            side_files={name: finished[name].written for name in files.side_names},
+            tensors=tuple(_measured(tensor, made[tensor.name]) for tensor in report.tensors),
+            work=Work(
+                seconds=time.perf_counter() - started,
+                cpu_seconds=time.process_time() - cpu,
+                bytes_read=traffic.read,
+                bytes_written=traffic.written,
+                bytes_copied=traffic.copied,
+                workers=writing.n_workers,
+                processes=processes.count,
+            ),
+        )
+        write_record(written, partial)
+        return written
 
-    with progress.task(f"Writing {report.output}", total=sum(sizes.values()), unit="bytes") as advance:
-        traffic = files.write(sizes, target=partial.path, workers=writing.n_workers, done=done, advance=advance)
-    made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
-    _check_written(plan, partial.path, made)
-    report = dataclasses.replace(
-        report,
-        shards={name: finished[name].written for name in files.shard_names},
-        side_files={name: finished[name].written for name in files.side_names},
-        tensors=tuple(_measured(tensor, made[tensor.name]) for tensor in report.tensors),
-        work=Work(
-            seconds=time.perf_counter() - started,
-            cpu_seconds=time.process_time() - cpu,
-            bytes_read=traffic.read,
-            bytes_written=traffic.written,
-            bytes_copied=traffic.copied,
-            workers=writing.n_workers,
-        ),
+    key = plan_key(plan, device=writing.device)
+    written = write_together(
+        files,
+        target=target,
+        key=key,
+        conclude=conclude,
+        writing=writing,
+        processes=processes,
+        progress=progress,
     )
-    write_record(report, partial.path)
-    return report
+    return written or report
 
 
 def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:

@@ -5,6 +5,7 @@ that is interrupted leaves it, and one that resumes believes nothing: it hashes 
 rest.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -72,6 +73,28 @@ class PartialRun:
         except OSError as error:
             raise InputError(f"{path}: cannot be made: {error.strerror or error}; choose another place") from error
 
+    def check_space(self, sizes: Mapping[str, int], *, source: Path, edited: int) -> None:
+        """Check that what will be written finds room.
+
+        Args:
+            sizes: Name -> bytes of every file.
+            source: One of the files that are copied.
+            edited: Bytes that are written in any case; the others take none where files can share their blocks.
+
+        Raises:
+            CheckpointError: There is less room.
+        """
+        path, kept = self.directory.path, self.directory.kept
+        needed = sum(size for name, size in sizes.items() if name not in kept)
+        free = shutil.disk_usage(path).free
+        if free < needed and can_share_blocks(source, path):
+            needed = min(needed, edited)
+        if free < needed:
+            raise CheckpointError(
+                f"{path.parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or "
+                "choose another place"
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def publish(self) -> None:
         """Let the directory appear.
 
@@ -86,8 +109,7 @@ class PartialRun:
         """Keep what a later run can go on with, or remove everything, and return the error that says so."""
         path = self.directory.path
         stopped = isinstance(error, KeyboardInterrupt)
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not stopped and not isinstance(cause, OSError):
+        if not is_worth_keeping(error):
             # What was read or computed is wrong, and would be again.
             self._remove()
             return error
@@ -119,26 +141,9 @@ def partial_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-def check_space(directory: Path, *, needed: int, source: Path, edited: int) -> None:
-    """Check that what will be written finds room.
-
-    Args:
-        directory: Where it will be written.
-        needed: Bytes of all files.
-        source: One of the files that are copied.
-        edited: Bytes that are written in any case; the others take none where files can share their blocks.
-
-    Raises:
-        InputError: There is less room.
-    """
-    free = shutil.disk_usage(directory).free
-    if free < needed and can_share_blocks(source, directory):
-        needed = edited
-    if free < needed:
-        raise InputError(
-            f"{directory.parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or "
-            "choose another place"
-        )
+def is_worth_keeping(error: BaseException) -> bool:
+    """Return whether a run that failed so may go on later: a signal or the system stopped it, and not what it read."""
+    return isinstance(error, (KeyboardInterrupt, OSError)) or isinstance(error.__cause__, OSError)
 
 
 def _lock(path: Path, output: Path) -> int:

@@ -111,7 +111,8 @@ def orthogonalize(
     reread and checked before OUT appears, whole or not at all, with a complete record in abliteration.json.
 
     A run that is interrupted, or finds the disk full, keeps its finished shards in .OUT.partial beside OUT, and
-    --resume goes on from there.
+    --resume goes on from there. `torchrun --nproc-per-node N -m abliterate orthogonalize ...`, or another launcher
+    of torch.distributed, shares the files out among N processes on one file system.
     """
     roles, layer_range = parse_components(components), parse_layers(layers)
     if output_directory is None and not dry_run:
@@ -144,9 +145,11 @@ def orthogonalize(
         write = write_adapter
     else:
         from abliterate.orthogonalization import orthogonalize_checkpoint
+        from abliterate.ranks import find_ranks
         from abliterate.write_options import WriteOptions
 
-        write = partial(orthogonalize_checkpoint, writing=WriteOptions(workers=workers, device=device, resume=resume))
+        writing = WriteOptions(workers=workers, device=device, resume=resume)
+        write = partial(orthogonalize_checkpoint, writing=writing, processes=find_ranks(device="cpu"))
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)
