@@ -445,6 +445,15 @@ class TestFiles:
         assert not any(path.is_symlink() for path in out.rglob("*"))
         assert "a key" not in "".join(p.read_text(errors="ignore") for p in out.rglob("*") if p.is_file())
 
+    @pytest.mark.parametrize("name", [b"\xff.txt", b"sub/\xe9.json"])
+    def test_a_name_that_is_not_unicode(self, refused, name):
+        def damage(base: Path) -> None:
+            path = os.path.join(os.fsencode(base), name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Path(os.fsdecode(path)).write_text("x")
+
+        refused(damage, "is not UTF-8; rename or remove it")
+
     def test_blobs_beside_a_snapshot_may_not_be_a_link_themselves(self, base, refused):
         def damage(base: Path) -> None:
             pass
@@ -494,6 +503,17 @@ def test_a_record_that_is_no_record(base, tmp_path, direction, run):
         assert (code, stdout) == (1, "")
         assert stderr.startswith("error: ")
         assert message in stderr
+
+
+def test_a_model_of_the_hub_is_edited_through_the_links_of_its_cache(base, direction, run, monkeypatch, tmp_path):
+    with FakeHub() as hub:
+        hub.use(monkeypatch, tmp_path)
+        hub.add_repo("org/model", {path.name: path.read_bytes() for path in base.iterdir()})
+        assert run("orthogonalize", "org/model", "--direction", direction, "-o", tmp_path / "out")[0] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "abliteration.json",
+        *(path.name for path in base.iterdir()),
+    }
 
 
 @pytest.mark.parametrize(
