@@ -287,6 +287,30 @@ class TestConfig:
     def test_fields_of_wrong_types(self, refused, values, message):
         refused(edit_config(**values), message)
 
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"model_type": ["llama"]}, "model type ['llama'] cannot be orthogonalized"),
+            ({"model_type": {"a": 1}}, "model type {'a': 1} cannot be orthogonalized"),
+            ({"model_type": "new", "text_config": "llama"}, "text_config is 'llama', expected an object"),
+            ({"model_type": "new", "llm_config": [1]}, "llm_config is [1], expected an object"),
+            ({"model_type": "new", "auto_map": "x"}, "its auto_map names Python code"),
+            (
+                {"model_type": "new", "auto_map": {"a": "b"}, "text_config": {"model_type": "llama"}},
+                "its auto_map names",
+            ),
+            ({"model_type": "new", "text_config": {"model_type": "llama", "auto_map": 1}}, "its auto_map names"),
+            ({"model_type": "new", "hidden_size": 10**300}, "do config.json and the weights belong together?"),
+            ({"model_type": "\x1b[2J"}, "model type '\\x1b[2J' is not known"),
+        ],
+    )
+    def test_fields_of_wrong_types_of_an_unknown_type(self, base, run, values, message):
+        edit_config(**values)(base)
+        code, stdout, stderr = run("plan", base, "--unverified")
+        assert (code, stdout) == (1, "")
+        assert message in stderr.splitlines()[-1]
+        assert {c for c in stderr if not c.isprintable()} <= {"\n"}
+
     @pytest.mark.parametrize("value", ["4", -4, 10**12, [4], 4.0, None])
     def test_a_number_of_experts_that_is_not_theirs(self, refused, value):
         def damage(base: Path) -> None:
