@@ -7,6 +7,7 @@ positions (equation 3). *Affine* editing sets the component instead of removing 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,9 +75,10 @@ def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
 @contextmanager
 def ablate_in_block(chat: ChatModel, block: nn.Module, direction: Tensor) -> Iterator[int]:
     """Remove `direction` at one block's input and after its attention and MLP; see `ablate_direction`."""
-    unit = _unit(direction, chat)
+    placed = _placed(_unit(direction, chat))
 
     def ablate(hidden: Tensor) -> Tensor:
+        unit = placed(hidden.device)
         if unit.dim() == 1:
             return hidden - (hidden @ unit).unsqueeze(-1) * unit
         # Some mixtures of experts hand on all tokens of a batch in one axis, row after row.
@@ -99,16 +101,24 @@ def ablate_subspace(chat: ChatModel, basis: Tensor) -> Iterator[int]:
     Yields:
         how many hooks are attached (three a block).
     """
+    with ExitStack() as stack:
+        yield sum(stack.enter_context(ablate_subspace_in_block(chat, block, basis)) for block in chat.blocks)
+
+
+@contextmanager
+def ablate_subspace_in_block(chat: ChatModel, block: nn.Module, basis: Tensor) -> Iterator[int]:
+    """Remove several directions together at one block's input and after its attention and MLP."""
     if basis.dim() != 2 or basis.shape[1] != chat.d_model:
         raise ModelError(f"basis has shape {tuple(basis.shape)}; the model's width is {chat.d_model}")
-    rows = basis.to(chat.device, chat.model.dtype)
+    placed = _placed(basis.to(chat.device, chat.model.dtype))
 
     def ablate(hidden: Tensor) -> Tensor:
+        rows = placed(hidden.device)
         ablated: Tensor = hidden - (hidden @ rows.T) @ rows
         return ablated
 
-    with ExitStack() as stack:
-        yield sum(stack.enter_context(_edit_writes(block, ablate)) for block in chat.blocks)
+    with _edit_writes(block, ablate) as n_hooks:
+        yield n_hooks
 
 
 @contextmanager
@@ -230,6 +240,11 @@ def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
     double = direction.to(torch.float64)
     unit: Tensor = (double / double.norm(dim=-1, keepdim=True).clamp(min=1e-8)).to(chat.device, chat.model.dtype)
     return unit
+
+
+def _placed(tensor: Tensor) -> Callable[[torch.device], Tensor]:
+    """Return the tensor on any device that is asked for: blocks may lie on several."""
+    return cache(tensor.to)
 
 
 def _first(children: dict[str, nn.Module], names: tuple[str, ...]) -> nn.Module | None:

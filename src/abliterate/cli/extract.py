@@ -98,6 +98,12 @@ def extract(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = "auto",
+    stream_layers: Annotated[
+        bool,
+        typer.Option(
+            "--stream-layers", help="Read one decoder layer at a time: for models that do not fit into memory."
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write an HTML page, scores (JSON, CSV) and plots (PNG) here."),
@@ -114,6 +120,10 @@ def extract(
     Recordings and scores are kept in OUTPUT.work until the file is written: an interrupted extraction, or one with
     other thresholds after exit code 3, goes on from there. `accelerate launch --num_processes N --module abliterate
     extract ...` shares the work between N processes.
+
+    --stream-layers needs the memory of one layer (or of the output head) and reads the weights four times, whatever the
+    number of prompts and candidates: for the first tokens, the means, induce, and bypass with KL; eight times where
+    every answer starts alike, once more with --rank. What does not fit into memory lies in files beside OUTPUT.
 
     --variant, --winsorize and --rank depart from the paper; each file says which were used. With --rank K there are K
     files, NAME.1.safetensors (the best) to NAME.K.safetensors: `orthogonalize` projects them out together when each is
@@ -148,6 +158,7 @@ def extract(
         batch_size=parse_batch_size(batch_size),
         system_prompt=system_prompt,
         trust_remote_code=trust_remote_code,
+        stream_layers=stream_layers,
     )
     if report is not None:
         require_plots()
