@@ -12,8 +12,8 @@ from pathlib import Path
 
 from abliterate.errors import CheckpointError, InputError
 
-# What tells a checkpoint, which may be replaced, from a directory that was named by mistake.
-_MARKER = "config.json"
+# What tells a checkpoint or an adapter, which may be replaced, from a directory that was named by mistake.
+_MARKERS = ("config.json", "adapter_config.json")
 
 
 def check_output_directory(output: Path, *, overwrite: bool) -> None:
@@ -28,9 +28,9 @@ def check_output_directory(output: Path, *, overwrite: bool) -> None:
         raise InputError(f"{output}: exists; choose another directory, or replace it with --overwrite")
     if output.is_symlink() or not output.is_dir():
         raise InputError(f"{output}: exists and is not a directory, so it is not replaced; choose another path")
-    if not (output / _MARKER).is_file() and any(output.iterdir()):
+    if not any((output / marker).is_file() for marker in _MARKERS) and any(output.iterdir()):
         raise InputError(
-            f"{output}: exists and holds no {_MARKER}, so it is no checkpoint and is not replaced; "
+            f"{output}: exists and holds no {_MARKERS[0]}, so it is no checkpoint and is not replaced; "
             "choose another directory"
         )
 

@@ -40,6 +40,8 @@ def what_was_done(record: dict[str, Any]) -> str:
         text += _THROUGH_NORMS
     if options.get("preserve_norms"):
         text += _PRESERVED
+    if record.get("format") == "adapter":
+        text += _AS_ADAPTER
     return (
         "## What was removed\n\n"
         + text
@@ -65,6 +67,10 @@ _THROUGH_NORMS = (
     "r times their weights."
 )
 _PRESERVED = " What each input writes was then scaled back to its length."
+_AS_ADAPTER = (
+    " The adapter holds the change alone, two factors for each matrix and each bias whole; the shares below are those "
+    "that merging leaves, rounded once to the base's number format."
+)
 _ADDED = (
     "To the input of the layer named below, at every token position, a multiple of the difference in means of "
     "harmful and harmless prompts is added, by the bias of the MLP out-projection of the layer before. All other "
@@ -157,7 +163,7 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
     )
     orthogonalize = ["abliterate", "orthogonalize", *model]
     orthogonalize += [word for file in files for word in ("--direction", file)] + ["-o", "OUT"]
-    orthogonalize += _edit_options(options)
+    orthogonalize += _edit_options(options) + (["--format", "adapter"] if record.get("format") == "adapter" else [])
     commands = [
         *(
             ["abliterate", "extract", *model, "-o", file, *_extract_options(direction)]

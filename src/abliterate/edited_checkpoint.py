@@ -1,12 +1,15 @@
-"""Carrying out an edit plan: a new directory, shard by shard, with each tensor edited on the way.
+"""Carrying out an edit plan: each file of the new checkpoint, as the stretches that it is made of.
 
-Nothing here reads what was written; `orthogonalization` does, before the directory appears.
+What is not edited is copied by the kernel, each edited tensor is written once into its place, and every file is read
+back once, which gives its hash and proves its bytes (see `stretches` and `file_assembly`).
 """
 
-import hashlib
+import bisect
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,132 +18,279 @@ import torch
 from torch import Tensor
 
 from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME
+from abliterate.byte_ranges import SourceFile, became_shorter
 from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, with_changes
 from abliterate.checkpoint_checks import directions_through
 from abliterate.edit_plan import EditPlan
-from abliterate.errors import CheckpointError
-from abliterate.hashed_files import WrittenFile, copy_file, write_file
+from abliterate.errors import InputError
+from abliterate.file_assembly import NewFile, assemble_files
+from abliterate.hashed_files import WrittenFile
 from abliterate.progress import Advance
-from abliterate.projection import component_and_norm, project_out
-from abliterate.safetensors_file import TORCH_DTYPES, NewTensor, read_tensor, rewrite_shard, tensor_bytes
+from abliterate.projected_stretch import ProjectedTensor, Projection
+from abliterate.residual_writers import PostNorm
+from abliterate.safetensors_file import (
+    TORCH_DTYPES,
+    Shard,
+    damaged_file,
+    extended_header,
+    read_tensor,
+    tensor_bytes,
+)
+from abliterate.stretches import GivenBytes, Stretch, Traffic, copied_ranges
 from abliterate.tensor_edits import TensorEdit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MadeEdit:
-    """What came out of one edit in memory: |U W| and |W| (None where nothing is projected), and the new bytes' hash."""
+class WriteOptions:
+    """How a checkpoint is written; none of it changes what is written.
 
-    before: tuple[float, float] | None
-    sha256: str
+    Attributes:
+        workers: Threads; None: the cores this process may use.
+        device: Where the arithmetic is done, as torch names it.
+
+    Raises:
+        InputError: A number of workers that is none, or a device that is not there.
+    """
+
+    workers: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"workers is {self.workers}; give 1 or more")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {self.device} is not there; use cpu, cuda, cuda:N or mps") from error
+
+    @property
+    def n_workers(self) -> int:
+        """The number of threads."""
+        if self.workers is not None:
+            return self.workers
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenCheckpoint:
-    """What was written: hash and size of each file by name, and what each edit did by the name of its tensor."""
+class MadeEdit:
+    """What one edit did: |U W|, |W| and |U W'|, |W'|, the latter reread; None where nothing is projected."""
 
-    shards: dict[str, WrittenFile]
-    side_files: dict[str, WrittenFile]
-    made: dict[str, MadeEdit]
+    before: tuple[float, float] | None = None
+    after: tuple[float, float] | None = None
 
 
-def write_edited_checkpoint(plan: EditPlan, target: Path, *, advance: Advance) -> WrittenCheckpoint:
-    """Write what a plan makes of its checkpoint, all but the record, to the empty directory `target`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedFile:
+    """A file that is whole on the disk and was read back.
+
+    Attributes:
+        written: Its hash and size.
+        edits: Name of an edited tensor in it -> what was done.
+    """
+
+    written: WrittenFile
+    edits: dict[str, MadeEdit]
+
+
+class EditedFiles:
+    """The files that a plan makes of its checkpoint, all but the record.
 
     Args:
         plan: The plan.
-        target: An empty directory.
-        advance: Told the bytes of shards written.
+        device: Where the arithmetic is done.
 
     Raises:
-        CheckpointError: The source changed meanwhile, or a tensor that is edited is not finite.
+        CheckpointError: A norm that the plan needs is not finite or cannot be read.
     """
-    made: dict[str, MadeEdit] = {}
-    makers = _makers(plan, made)
-    shards = {
-        shard.file_name: rewrite_shard(
-            shard,
-            source=plan.checkpoint.path,
-            target=target,
-            edits={edit.name: makers[edit.name] for edit in plan.edits if not edit.is_new},
-            added=_new_tensors(plan, shard.file_name, makers),
-            advance=advance,
-        )
-        for shard in plan.checkpoint.shards
-    }
-    return WrittenCheckpoint(shards=shards, side_files=_write_side_files(plan, target), made=made)
+
+    def __init__(self, plan: EditPlan, *, device: str = "cpu") -> None:
+        self._plan, self._device = plan, device
+        self._shards = {shard.file_name: shard for shard in plan.checkpoint.shards}
+        self._new_content = _changed_side_files(plan)
+        chains = {edit.norm_chain for edit in plan.edits if edit.project}
+        self._directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
+        left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in plan.checkpoint.side_files else set()
+        self.shard_names = tuple(self._shards)
+        self.side_names = tuple(name for name in plan.checkpoint.side_files if name not in left_out)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each file, shards first."""
+        sizes = {name: shard.size + self._growth(shard) for name, shard in self._shards.items()}
+        for name in self.side_names:
+            content = self._new_content.get(name)
+            sizes[name] = (self._plan.checkpoint.path / name).stat().st_size if content is None else len(content)
+        return sizes
+
+    def write(
+        self,
+        names: Collection[str],
+        *,
+        target: Path,
+        workers: int,
+        done: Callable[[str, FinishedFile], None],
+        advance: Advance,
+    ) -> Traffic:
+        """Make the named files in a directory, each flushed to the disk, read back and checked.
+
+        Args:
+            names: Of shards and side files.
+            target: The directory; they must not be there.
+            workers: Threads.
+            done: Told of each file that is whole.
+            advance: Told the bytes written and checked.
+
+        Raises:
+            CheckpointError: The source cannot be read or was changed, or an edited tensor is not finite.
+            VerificationError: What was read back is not what it must be.
+            OSError: A file cannot be written.
+        """
+        edits: dict[str, dict[str, ProjectedTensor | None]] = {}
+
+        def files() -> Iterator[NewFile]:
+            for name in names:
+                file, edits[name] = self._file(name)
+                yield file
+
+        def finished(file: NewFile, written: WrittenFile) -> None:
+            made = {
+                name: MadeEdit() if stretch is None else MadeEdit(before=stretch.before, after=stretch.after)
+                for name, stretch in edits.pop(file.name).items()
+            }
+            done(file.name, FinishedFile(written=written, edits=made))
+
+        with _one_thread_each():
+            return assemble_files(files(), target=target, workers=workers, done=finished, advance=advance)
+
+    def _file(self, name: str) -> tuple[NewFile, dict[str, ProjectedTensor | None]]:
+        if name in self._new_content:
+            data = GivenBytes(start=0, data=self._new_content[name], name=name)
+            return NewFile(name=name, sources=(), stretches=(data,)), {}
+        directory = self._plan.checkpoint.path
+        if name in self._shards:
+            shard = _EditedShard(self._shards[name], self._plan, self._directions, device=self._device)
+            return shard.file(added=self._added(self._shards[name])), shard.edits
+        source = SourceFile(directory / name)
+        copied = copied_ranges(source, start=0, end=source.size, offset=0, describe=lambda at: f"{name}: byte {at}")
+        return NewFile(name=name, sources=(source,), stretches=tuple(copied)), {}
+
+    def _growth(self, shard: Shard) -> int:
+        added = self._added(shard)
+        header = len(extended_header(shard, [edit.info for edit in added])) - len(shard.header_bytes) if added else 0
+        return header + sum(edit.nbytes for edit in added)
+
+    def _added(self, shard: Shard) -> list[TensorEdit]:
+        return [edit for edit in self._plan.edits if edit.is_new and edit.info.shard == shard.file_name]
 
 
-def _makers(plan: EditPlan, made: dict[str, MadeEdit]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return for each edit the function from the base's tensor to the new one; what it did is put into `made`."""
-    chains = {edit.norm_chain for edit in plan.edits if edit.project}
-    directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
+class _EditedShard:
+    """One shard of the new checkpoint.
 
-    def maker(edit: TensorEdit) -> Callable[[Tensor], Tensor]:
-        def make(old: Tensor) -> Tensor:
-            basis = directions[edit.norm_chain] if edit.project else None
-            new, before = _apply_edit(plan, edit, old, basis)
-            made[edit.name] = MadeEdit(before=before, sha256=hashlib.sha256(tensor_bytes(new)).hexdigest())
-            return new
+    Attributes:
+        edits: Name of each edited tensor in it -> what projects it, or None where nothing is projected.
+    """
 
-        return make
+    def __init__(
+        self, shard: Shard, plan: EditPlan, directions: Mapping[tuple[PostNorm, ...], Tensor], *, device: str
+    ) -> None:
+        self.edits: dict[str, ProjectedTensor | None] = {}
+        self._shard, self._plan, self._directions, self._device = shard, plan, directions, device
+        self._opened: dict[str, SourceFile] = {}
+        self._stretches: list[Stretch] = []
 
-    return {edit.name: maker(edit) for edit in plan.edits}
+    def file(self, *, added: Sequence[TensorEdit]) -> NewFile:
+        """Return it with `added` behind its own tensors."""
+        shard = self._shard
+        header = extended_header(shard, [edit.info for edit in added]) if added else shard.header_bytes
+        self._add(GivenBytes(start=0, data=header, name=f"{shard.file_name}: the header"))
+        edits = {edit.name: edit for edit in self._plan.edits if not edit.is_new}
+        position = len(shard.header_bytes)
+        for info in shard.tensors:
+            if info.name in edits:
+                self._copy(shard.file_name, position, info.start)
+                self._edit(edits[info.name])
+                position = info.end
+        self._copy(shard.file_name, position, shard.size)
+        for edit in added:
+            self._edit(edit)
+        return NewFile(name=shard.file_name, sources=tuple(self._opened.values()), stretches=tuple(self._stretches))
+
+    @property
+    def _end(self) -> int:
+        return self._stretches[-1].end if self._stretches else 0
+
+    def _add(self, *stretches: Stretch) -> None:
+        self._stretches.extend(stretches)
+
+    def _copy(self, shard_name: str, start: int, end: int) -> None:
+        if start < end:
+            source = self._source(shard_name)
+            self._add(*copied_ranges(source, start=start, end=end, offset=self._end, describe=self._describe))
+
+    def _edit(self, edit: TensorEdit) -> None:
+        self.edits[edit.name] = None
+        path, source = self._plan.checkpoint.path, edit.source
+        name = f"{edit.info.shard}: tensor {edit.name}"
+        if source is not None and edit.project:
+            projected = ProjectedTensor(
+                start=self._end,
+                source=self._source(source.shard),
+                info=source,
+                name=name,
+                projection=Projection(
+                    directions=self._directions[edit.norm_chain],
+                    residual_axis=edit.residual_axis,
+                    strength=self._plan.options.strength,
+                    preserve_norms=self._plan.options.preserve_norms,
+                    device=self._device,
+                ),
+            )
+            self.edits[edit.name] = projected
+            self._add(projected)
+        elif source is not None and edit.dose is None:
+            self._copy(source.shard, source.start, source.end)
+        else:
+            # A bias and its dose are added in float64: one rounding, and nothing else.
+            dtype = TORCH_DTYPES[edit.info.dtype]
+            old = torch.zeros(edit.info.shape, dtype=dtype) if source is None else read_tensor(path, source)
+            new = old if edit.dose is None else (old.double() + edit.dose).to(dtype)
+            self._add(GivenBytes(start=self._end, data=bytes(tensor_bytes(new)), name=name))
+
+    def _source(self, shard_name: str) -> SourceFile:
+        if shard_name not in self._opened:
+            shard = next(each for each in self._plan.checkpoint.shards if each.file_name == shard_name)
+            self._opened[shard_name] = source = SourceFile(self._plan.checkpoint.path / shard_name)
+            header = memoryview(bytearray(len(shard.header_bytes)))
+            source.read_into(header, 0)
+            if header != shard.header_bytes or source.size > shard.size:
+                raise damaged_file(source.path, "it was changed while it was being read")
+            if source.size < shard.size:
+                raise became_shorter(source.path)
+        return self._opened[shard_name]
+
+    def _describe(self, offset: int) -> str:
+        starts = [info.start for info in self._shard.tensors]
+        return f"{self._shard.file_name}: tensor {self._shard.tensors[bisect.bisect(starts, offset) - 1].name}"
 
 
-def _apply_edit(
-    plan: EditPlan, edit: TensorEdit, old: Tensor, directions: Tensor | None
-) -> tuple[Tensor, tuple[float, float] | None]:
-    if directions is None:
-        # One rounding, and nothing else: a bias and its dose are added in float64.
-        return (old if edit.dose is None else (old.double() + edit.dose).to(old.dtype)), None
-    before = component_and_norm(old, directions=directions, residual_axis=edit.residual_axis)
-    if not math.isfinite(before[1]):
-        raise CheckpointError(
-            f"{plan.checkpoint.path}: tensor {edit.name} holds NaN or infinite values; download the checkpoint again"
-        )
-    new = project_out(
-        old,
-        directions=directions,
-        residual_axis=edit.residual_axis,
-        strength=plan.options.strength,
-        preserve_norms=plan.options.preserve_norms,
-    )
-    return new, before
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let each worker compute with one thread, so that the order of sums does not depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _new_tensors(
-    plan: EditPlan, shard_name: str, makers: Mapping[str, Callable[[Tensor], Tensor]]
-) -> tuple[NewTensor, ...]:
-    def make(edit: TensorEdit) -> Callable[[], Tensor]:
-        def from_source() -> Tensor:
-            if edit.source is None:
-                return makers[edit.name](torch.zeros(edit.info.shape, dtype=TORCH_DTYPES[edit.info.dtype]))
-            return makers[edit.name](read_tensor(plan.checkpoint.path, edit.source))
-
-        return from_source
-
-    new = [edit for edit in plan.edits if edit.is_new and edit.info.shard == shard_name]
-    return tuple(NewTensor(info=edit.info, make=make(edit)) for edit in new)
-
-
-def _write_side_files(plan: EditPlan, partial: Path) -> dict[str, WrittenFile]:
+def _changed_side_files(plan: EditPlan) -> dict[str, bytes]:
     checkpoint = plan.checkpoint
-    left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in checkpoint.side_files else set()
     changed = {}
     if plan.config_changes:
         changed[CONFIG_NAME] = json.dumps(with_changes(checkpoint.config, plan.config_changes), indent=2) + "\n"
     if checkpoint.index is not None and any(edit.is_new for edit in plan.edits):
         changed[INDEX_NAME] = json.dumps(_extended_index(plan, checkpoint.index), indent=2) + "\n"
-    written = {}
-    for name in checkpoint.side_files:
-        if name in left_out:
-            continue
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        if name in changed:
-            written[name] = write_file(partial / name, changed[name].encode())
-        else:
-            written[name] = copy_file(checkpoint.path / name, partial / name)
-    return written
+    return {name: text.encode() for name, text in changed.items()}
 
 
 def _extended_index(plan: EditPlan, index: dict[str, Any]) -> dict[str, Any]:

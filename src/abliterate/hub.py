@@ -34,6 +34,8 @@ _TEXT_PATTERNS += ["LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # Second copies of the same weights in other layouts, which transformers does not read.
 _IGNORED_PATTERNS = ["*/*.safetensors", "consolidated*.safetensors"]
 
+_ADAPTER_CONFIG_NAME = "adapter_config.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
@@ -119,6 +121,11 @@ def find_local_model(model: str, *, revision: str | None = None) -> ModelSource 
     if model.strip() and local.is_dir():
         if revision is not None:
             raise InputError(f"--revision {revision}: {model} is a local directory; only Hub models have revisions")
+        if not (local / constants.CONFIG_NAME).is_file() and (local / _ADAPTER_CONFIG_NAME).is_file():
+            raise InputError(
+                f"{model}: is an adapter and no model; merge it into its base (peft's `merge_and_unload`, then "
+                "`save_pretrained`), or orthogonalize the base without --format adapter"
+            )
         if not (local / constants.CONFIG_NAME).is_file():
             raise InputError(
                 f"{model}: no config.json in this directory; give a transformers model directory, or a Hub id"

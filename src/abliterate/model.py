@@ -328,7 +328,7 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_templ
     trust = options.trust_remote_code
     tokenizer = load_tokenizer(path, name=name, options=options)
     try:
-        model = auto_class(path, trust).from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+        model = auto_class(path, trust_remote_code=trust).from_pretrained(path, dtype=dtype, trust_remote_code=trust)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name} does not load as a causal language model: {reason}") from error
@@ -355,8 +355,8 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
     return cast("PreTrainedTokenizerBase", loaded)
 
 
-def auto_class(path: Path, trust_remote_code: bool) -> Any:
-    """Return the transformers class that loads a model: a causal one, or one of vision and language."""
+def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the class of transformers that loads the model in a directory, images and sound included if need be."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -364,6 +364,23 @@ def auto_class(path: Path, trust_remote_code: bool) -> Any:
     is_causal = type(config) in AutoModelForCausalLM._model_mapping
     is_wrapper = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if is_wrapper and not is_causal else AutoModelForCausalLM
+
+
+def empty_model(path: Path, *, name: str) -> "PreTrainedModel":
+    """Build the model that a directory's config.json describes, without weights and without code of its own.
+
+    Raises:
+        ModelError: transformers does not build it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with torch.device("meta"):
+            model = auto_class(path).from_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name} is not built by transformers: {reason}") from error
+    return cast("PreTrainedModel", model)
 
 
 def make_chat_model(

@@ -1,13 +1,12 @@
-"""One safetensors file: its header, its tensors, and a copy of it in which some tensors are edited.
+"""One safetensors file: its header and its tensors.
 
 A file is 8 bytes of length, a JSON header, which names every tensor with its dtype, shape and byte range, and
 the bytes of the tensors. No tensor is read before one is asked for, and no file is ever changed in place.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -16,8 +15,6 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import CheckpointError
-from abliterate.hashed_files import HashingWriter, WrittenFile
-from abliterate.progress import Advance
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -139,89 +136,22 @@ def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:
     return torch.stack(parts)
 
 
-def hash_range(directory: Path, info: TensorInfo) -> str:
-    """Return the SHA-256 of one tensor's bytes, reread from its shard in `directory`."""
-    digest = hashlib.sha256()
-    with (directory / info.shard).open("rb") as file:
-        file.seek(info.start)
-        left = info.end - info.start
-        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewTensor:
-    """A tensor that a copy of a shard has besides; `make` returns it when its turn to be written comes."""
-
-    info: TensorInfo
-    make: Callable[[], Tensor]
-
-
-def rewrite_shard(
-    shard: Shard,
-    *,
-    source: Path,
-    target: Path,
-    edits: Mapping[str, Callable[[Tensor], Tensor]],
-    added: Sequence[NewTensor] = (),
-    advance: Advance,
-) -> WrittenFile:
-    """Copy a shard byte for byte, except for the tensors that `edits` names.
-
-    Unless tensors are added, which are put behind the others, the header is written as it was read, so names,
-    order, dtypes, offsets and metadata stay; an edit must give back the shape and dtype it was given. Memory:
-    one edited tensor and its arithmetic.
-
-    Args:
-        shard: The shard, as `read_shard` read it.
-        source: Directory to read from.
-        target: Directory to write to; the file must not be there.
-        edits: Tensor name -> function from the stored tensor to the new one.
-        added: Tensors that the shard does not have.
-        advance: Told the bytes written.
-
-    Raises:
-        CheckpointError: The source changed since its header was read.
-    """
-    path = source / shard.file_name
-    with path.open("rb") as reader, (target / shard.file_name).open("xb") as file:
-        writer = HashingWriter(file)
-        if reader.read(len(shard.header_bytes)) != shard.header_bytes:
-            raise damaged_file(path, "it was changed while it was being read")
-        writer.write(_extended_header(shard, added) if added else shard.header_bytes)
-        for info in shard.tensors:
-            edit = edits.get(info.name)
-            if edit is None:
-                _copy_bytes(reader, writer, path, info.end - info.start, advance)
-                continue
-            old = _read_tensor(reader, path, info)
-            new = edit(old)
-            if new.shape != old.shape or new.dtype != old.dtype:
-                raise CheckpointError(f"{path}: the edit of {info.name} changed its shape or dtype")
-            writer.write(tensor_bytes(new))
-            advance(info.end - info.start)
-        for tensor in added:
-            new = tensor.make()
-            if tuple(new.shape) != tensor.info.shape or new.dtype != TORCH_DTYPES[tensor.info.dtype]:
-                raise CheckpointError(f"{path}: the new tensor {tensor.info.name} has another shape or dtype")
-            writer.write(tensor_bytes(new))
-            advance(new.nbytes)
-        return writer.finish()
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes as a file stores them."""
     data: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
     return data
 
 
-def _extended_header(shard: Shard, added: Sequence[NewTensor]) -> bytes:
+def extended_header(shard: Shard, added: Sequence[TensorInfo]) -> bytes:
+    """Return the length and header of a shard that has more tensors behind its own.
+
+    Args:
+        shard: The shard as it is.
+        added: The tensors it gets besides, in this order; their offsets mean nothing.
+    """
     header = json.loads(shard.header_bytes[_LENGTH_BYTES:])
     position = shard.size - len(shard.header_bytes)
-    for tensor in added:
-        info = tensor.info
+    for info in added:
         size = math.prod(info.shape) * _DTYPE_BITS[info.dtype] // 8
         header[info.name] = {
             "dtype": info.dtype,
@@ -233,16 +163,6 @@ def _extended_header(shard: Shard, added: Sequence[NewTensor]) -> bytes:
     # The format wants the tensors to begin at a multiple of eight bytes.
     text += b" " * (-len(text) % _LENGTH_BYTES)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
-
-
-def _copy_bytes(reader: BinaryIO, writer: HashingWriter, path: Path, count: int, advance: Advance) -> None:
-    while count:
-        chunk = reader.read(min(count, _CHUNK_BYTES))
-        if not chunk:
-            raise damaged_file(path, "it became shorter while it was being read")
-        writer.write(chunk)
-        advance(len(chunk))
-        count -= len(chunk)
 
 
 def _read_tensor(reader: BinaryIO, path: Path, info: TensorInfo) -> Tensor:

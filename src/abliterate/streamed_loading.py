@@ -56,7 +56,7 @@ def load_streamed_model(
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     returns_tuples = blocks_return_tuples_alone(config, name=name)
     with init_empty_weights(include_buffers=False):
-        model = auto_class(path, trust).from_config(config, dtype=_dtype(config, options, device))
+        model = auto_class(path, trust_remote_code=trust).from_config(config, dtype=_dtype(config, options, device))
     # Building without weights makes every parameter anew, tied ones too.
     model.tie_weights()
     if (path / "generation_config.json").is_file():

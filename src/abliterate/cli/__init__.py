@@ -17,6 +17,7 @@ from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.cli.plan import plan
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
+from abliterate.cli.revert import revert
 from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError
@@ -37,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _command in (extract, plan, orthogonalize, verify, evaluate, audit, trace, chat, push, prompts, demo):
+for _command in (extract, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, prompts, demo):
     app.command(epilog=EXIT_CODES)(_command)
 
 
