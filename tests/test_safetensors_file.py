@@ -37,7 +37,7 @@ def sharded(tmp_path_factory) -> Path:
         (b"[]", b"", "not a JSON object"),
         (b"[" * 50_000, b"", "not valid JSON"),
         (b'{"a": \xff}', b"", "not valid JSON"),
-        (b'{"a": {}, "a": {}}', b"", "a name occurs twice"),
+        (b'{"a": {}, "a": {}}', b"", "the name 'a' occurs twice"),
         ({"a": 3}, b"", "entry of a is not an object"),
         ({"a": entry("F33", [2], 0, 8)}, TWO_FLOATS, "unknown dtype 'F33'"),
         ({"a": entry("F32", [3], 0, 8)}, TWO_FLOATS, "does not fill its 8 bytes"),

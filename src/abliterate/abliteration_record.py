@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from abliterate.checkpoint_paths import open_regular
 from abliterate.errors import InputError, VerificationError
 from abliterate.hashed_files import WrittenFile, hash_file
 from abliterate.progress import SILENT, ProgressReporter
+from abliterate.strict_json import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,9 +249,11 @@ def read_json_report(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: It cannot be read, or holds something else.
+        CheckpointError: It is no regular file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = parse_json(file.read())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

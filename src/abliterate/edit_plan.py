@@ -24,6 +24,7 @@ from abliterate.residual_writers import (
     map_stream,
 )
 from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.strict_json import shown
 from abliterate.tensor_edits import TensorEdit
 from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
 
@@ -130,6 +131,9 @@ class EditPlan:
             for name in self.checkpoint.side_files
             if Path(name).suffix in _WEIGHT_SUFFIXES or Path(name).name.startswith("pytorch_model")
         ]
+        if self.checkpoint.outside_links:
+            links = ", ".join(shown(name) for name in self.checkpoint.outside_links)
+            notes.append(f"not copied, as they are links that lead out of the directory: {links}")
         if others:
             notes.append(f"copied unedited, though they seem to hold weights: {', '.join(others)}")
         return tuple(notes)

@@ -2,18 +2,23 @@
 
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint import check_tensor_names, open_checkpoint
+from abliterate.checkpoint import CONFIG_NAME, check_tensor_names, choose_shards, open_checkpoint, parse_config
 from abliterate.edit_plan import EditOptions, select_writers, unverified_note
 from abliterate.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.residual_writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
-from abliterate.safetensors_file import Shard, TensorInfo, describe_tensors
+from abliterate.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
+from abliterate.strict_json import MAX_BYTES
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
 _WORKSPACE_BYTES = 40_000_000
+# Most headers are shorter, so that one request does; and requests at a time.
+_FIRST_RANGE = 100_000
+_CONNECTIONS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,29 +221,38 @@ def _read_local(path: Path, name: str) -> Layout:
 
 def _read_remote(remote: RemoteModel) -> Layout:
     path = Path(remote.name)
-    # Offsets count from the end of the header here, whose length the client does not tell; only sizes are used.
-    shards = tuple(
-        Shard(
-            file_name=name,
-            header_bytes=b"",
-            metadata=None,
-            tensors=describe_tensors(path / name, header, data_start=0),
-        )
-        for name, header in remote.headers.items()
-    )
-    check_tensor_names(path, shards, None if remote.weight_map is None else {"weight_map": remote.weight_map})
-    total = sum(remote.files.values())
+    config = parse_config(_read_small(remote, CONFIG_NAME), path=path / CONFIG_NAME)
+    names, index = choose_shards(path, has=remote.sizes.__contains__, read=lambda name: _read_small(remote, name))
+    with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:
+        shards = tuple(pool.map(lambda name: _read_header(remote, name), names))
+    check_tensor_names(path, shards, index)
+    total = sum(remote.sizes[name] for name in remote.wanted)
     return Layout(
         name=remote.name,
         path=path,
         revision=remote.revision,
-        config=remote.config,
+        config=config,
         shards=shards,
         card=remote.card,
         gated=remote.gated,
         download_bytes=total,
         disk_bytes=total,
     )
+
+
+def _read_small(remote: RemoteModel, name: str) -> bytes:
+    if remote.sizes[name] > MAX_BYTES:
+        raise damaged_file(Path(remote.name) / name, f"it has more than {MAX_BYTES} bytes")
+    return remote.read(name)
+
+
+def _read_header(remote: RemoteModel, name: str) -> Shard:
+    path, size = Path(remote.name) / name, remote.sizes[name]
+    beginning = remote.read_range(name, 0, min(size, _FIRST_RANGE)) if size else b""
+    end = header_end(path, beginning, size=size)
+    if end > len(beginning):
+        beginning += remote.read_range(name, len(beginning), end)
+    return parse_shard(path, beginning[:end], size=size)
 
 
 def _report(

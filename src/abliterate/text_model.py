@@ -19,6 +19,7 @@ from abliterate.architectures import (
 from abliterate.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 from abliterate.refused_architectures import REFUSED, refusal
+from abliterate.strict_json import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,8 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
         size_keys = [SIZE_KEYS[0]]
     model_type = str(config.get("model_type"))
     tied = config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise _wrong_value("tie_word_embeddings", tied, "true or false", path)
     default = WRAPPERS[model_type].tied_by_default if model_type in WRAPPERS else row.tied_by_default
     model = TextModel(
         model_type=model_type,
@@ -75,7 +78,7 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
         d_model=_size(text, size_keys[0], path) if size_keys else None,
         n_layers=_depth(text, row, path, required=not section),
         n_experts=_expert_count(text),
-        tied_embeddings=default if tied is None else bool(tied),
+        tied_embeddings=default if tied is None else tied,
         has_towers=row.towers or bool(section) or model_type in WRAPPERS,
         verified=row.model_type in ARCHITECTURES and (model_type in ARCHITECTURES or model_type in WRAPPERS),
     )
@@ -87,6 +90,10 @@ def _row_and_section(
     config: Mapping[str, Any], path: Path, *, unverified: bool
 ) -> tuple[Architecture, tuple[str, ...]]:
     top = config.get("model_type")
+    is_wrapper = isinstance(top, str) and (top in WRAPPERS or (unverified and top not in ARCHITECTURES))
+    for key in TEXT_SECTIONS if is_wrapper else ():
+        if not isinstance(config.get(key), (Mapping, type(None))):
+            raise _wrong_value(key, config[key], "an object", path)
     sections = [key for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)]
     wrapper = WRAPPERS.get(top) if isinstance(top, str) else None
     if wrapper is not None:
@@ -108,7 +115,7 @@ def _row_and_section(
     name = refused[0] if refused else (top if wrapper is None else text_type)
     hint = "" if refused else ", and --unverified tries the edit on a tiny model of this one first"
     raise UnsupportedArchitectureError(
-        f"{path / CONFIG_NAME}: model type {name!r} cannot be orthogonalized: {refusal(name)}; "
+        f"{path / CONFIG_NAME}: model type {shown(name)} cannot be orthogonalized: {refusal(name)}; "
         f"docs/architectures.md lists the types that can{hint}"
     )
 
@@ -130,11 +137,15 @@ def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any
 def _size(text: Mapping[str, Any], key: str, path: Path) -> int:
     value = text.get(key)
     if type(value) is not int or value <= 0:
-        raise CheckpointError(
-            f"{path / CONFIG_NAME}: {key} is {value!r}, expected a positive integer; "
-            "take config.json from the model's original release"
-        )
+        raise _wrong_value(key, value, "a positive integer", path)
     return value
+
+
+def _wrong_value(key: str, value: Any, expected: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path / CONFIG_NAME}: {key} is {shown(value)}, expected {expected}; take config.json from the model's "
+        "original release"
+    )
 
 
 def _depth(text: Mapping[str, Any], row: Architecture, path: Path, *, required: bool) -> int | None:
@@ -164,6 +175,6 @@ def _check_conditions(text: Mapping[str, Any], model: TextModel, path: Path) -> 
         exact = [model.d_model if allowed is SIZE else allowed for allowed in condition.exact]
         if value not in exact:
             raise UnsupportedArchitectureError(
-                f"{path / CONFIG_NAME}: model type {model.row.model_type!r} with {condition.key} = {value!r} cannot be "
-                f"orthogonalized: {condition.reason}; use another model"
+                f"{path / CONFIG_NAME}: model type {model.row.model_type!r} with {condition.key} = {shown(value)} "
+                f"cannot be orthogonalized: {condition.reason}; use another model"
             )

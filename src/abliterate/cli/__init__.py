@@ -22,6 +22,7 @@ from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError
 from abliterate.ranks import in_first_process
+from abliterate.strict_json import printable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a known error or a failed verification; 2 wrong usage; "
@@ -85,5 +86,5 @@ def main() -> None:
 def _fail(message: str, exit_code: int) -> None:
     sys.stdout.flush()
     if in_first_process():
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        print("error:", printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(exit_code)
