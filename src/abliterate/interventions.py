@@ -8,7 +8,7 @@ positions (equation 3). *Affine* editing sets the component instead of removing 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,7 @@ def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: f
     `vector` is [d_model], or [batch, d_model] with a vector of its own for each row of the batch.
     """
     dose = (coefficient * vector).to(chat.device, chat.model.dtype)
-    dose = dose.unsqueeze(1) if dose.dim() == 2 else dose
-    handle = _edit_input(chat.blocks[layer], lambda hidden: hidden + dose)
+    handle = _edit_input(chat.blocks[layer], _adding(dose.unsqueeze(1) if dose.dim() == 2 else dose))
     try:
         yield 1
     finally:
@@ -156,7 +155,7 @@ def set_component(chat: ChatModel, direction: Tensor, components: Sequence[float
     with ablate_direction(chat, direction) as n_hooks, ExitStack() as stack:
         for block, component in zip(chat.blocks, components, strict=True):
             # Hooks run in the order they were attached: the component is first removed, then set.
-            stack.callback(_edit_input(block, (component * unit).add).remove)
+            stack.callback(_edit_input(block, _adding(component * unit)).remove)
         yield n_hooks + chat.n_layers
 
 
@@ -206,16 +205,28 @@ def start_at_block(chat: ChatModel, hidden: Tensor, *, layer: int, tuple_output:
     The model must be run on token ids of the same shape, so that positions and masks are the right ones.
     `tuple_output` says whether this model's blocks return a tuple.
     """
-    skipped = chat.blocks[:layer]
     handle = _edit_input(chat.blocks[layer], lambda _ignored: hidden)
     try:
-        for block in skipped:
-            block.forward = _pass_through(tuple_output)
+        with ExitStack() as stack:
+            for block in chat.blocks[:layer]:
+                stack.enter_context(replaced_forward(block, _pass_through(tuple_output)))
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module call `forward` instead of its own, which may itself stand in for another (as accelerate's do)."""
+    before = module.__dict__.get("forward")
+    cast(Any, module).forward = forward
+    try:
         yield
     finally:
-        for block in skipped:
-            del block.forward
-        handle.remove()
+        if before is None:
+            del module.forward
+        else:
+            cast(Any, module).forward = before
 
 
 def _pass_through(tuple_output: bool) -> Callable[..., Any]:
@@ -240,6 +251,11 @@ def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
     double = direction.to(torch.float64)
     unit: Tensor = (double / double.norm(dim=-1, keepdim=True).clamp(min=1e-8)).to(chat.device, chat.model.dtype)
     return unit
+
+
+def _adding(dose: Tensor) -> Callable[[Tensor], Tensor]:
+    placed = _placed(dose)
+    return lambda hidden: hidden + placed(hidden.device)
 
 
 def _placed(tensor: Tensor) -> Callable[[torch.device], Tensor]:

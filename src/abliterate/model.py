@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from abliterate.batching import BatchLimits, plan_batches
 from abliterate.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
 from abliterate.errors import InputError, ModelError
+from abliterate.memory_estimate import check_memory
 from abliterate.prefix_cache import PrefixCache, empty_cache, shared_prefix_length
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class ModelOptions:
         batch_size: prompts per forward pass, or None to size batches by tokens.
         system_prompt: the system message, or None for what the chat template does by default.
         trust_remote_code: run Python code that comes with the model.
+        device_map: auto spreads the model over GPUs, memory and disk (accelerate), in the stored number format unless
+            `dtype` names another; None puts all of it on `device`.
         stream_layers: read one decoder layer at a time instead of loading the model; for `extract` only.
     """
 
@@ -45,6 +48,7 @@ class ModelOptions:
     batch_size: int | None = None
     system_prompt: str | None = None
     trust_remote_code: bool = False
+    device_map: str | None = None
     stream_layers: bool = False
 
 
@@ -79,7 +83,9 @@ class ChatModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.model.device
+        device = self.model.device
+        # What accelerate has put aside is on the meta device until it is run, on the CPU if there is no GPU.
+        return torch.device("cpu") if device.type == "meta" else device
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Render prompts with the chat template and return token ids, each with exactly one BOS if there is one.
@@ -316,7 +322,7 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_templ
         needs_template: refuse a model without a chat template; else it is given prompts as they are.
 
     Raises:
-        ModelError: the files do not load as such a model.
+        ModelError: the files do not load as such a model, or it does not fit into memory.
         InputError: the device is not there.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -324,19 +330,23 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_templ
 
     logging.disable_progress_bar()
     device = choose_device(options.device)
+    if options.device_map is None:
+        check_memory(path, name=name, dtype=options.dtype, device=device)
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     trust = options.trust_remote_code
     tokenizer = load_tokenizer(path, name=name, options=options)
     try:
-        model = auto_class(path, trust_remote_code=trust).from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+        model = auto_class(path, trust_remote_code=trust).from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map
+        )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name} does not load as a causal language model: {reason}") from error
-    if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
-        model = model.float()
-    return make_chat_model(
-        cast(Any, model).to(device), tokenizer, name=name, options=options, needs_template=needs_template
-    )
+    if options.device_map is None:
+        if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
+            model = model.float()
+        model = cast(Any, model).to(device)
+    return make_chat_model(model, tokenizer, name=name, options=options, needs_template=needs_template)
 
 
 def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from abliterate.batching import plan_batches
 from abliterate.errors import ModelError
 from abliterate.hidden_store import HiddenStore
-from abliterate.interventions import ablate_subspace_in_block
+from abliterate.interventions import ablate_subspace_in_block, replaced_forward
 from abliterate.layer_weights import LayerWeights
 from abliterate.model import ChatModel, stop_tokens
 from abliterate.progress import SILENT, Advance, ProgressReporter
@@ -157,7 +157,7 @@ class StreamedChat(ChatModel):
             found: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
             return found.float().cpu()
 
-        with self.weights.outside_of_blocks(), self._empty_blocks(hand_on), _replaced(embedding, embed):
+        with self.weights.outside_of_blocks(), self._empty_blocks(hand_on), replaced_forward(embedding, embed):
             for hidden in last:
                 yield torch.cat([run(part) for part in torch.split(hidden, _ROWS_AT_ONCE)])
 
@@ -208,7 +208,7 @@ class StreamedChat(ChatModel):
 
         with ExitStack() as stack:
             for layer, block in enumerate(self.blocks):
-                stack.enter_context(_replaced(block, stand_in(layer)))
+                stack.enter_context(replaced_forward(block, stand_in(layer)))
             yield
 
 
@@ -262,12 +262,3 @@ class _Pass:
             raise ModelError("one batch and one layer do not fit into memory; try a smaller --batch-size") from error
         found: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return found
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    cast(Any, module).forward = forward
-    try:
-        yield
-    finally:
-        del module.forward

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from abliterate.selection import CandidateScore
 
 
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model."""
+
+    auto = "auto"
+
+
 class Variant(StrEnum):
     """How candidates are made of means."""
 
@@ -98,6 +104,12 @@ def extract(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = "auto",
+    device_map: Annotated[
+        DeviceMap | None,
+        typer.Option(
+            "--device-map", help="auto: spread the model over GPUs, memory and disk, in its stored number format."
+        ),
+    ] = None,
     stream_layers: Annotated[
         bool,
         typer.Option(
@@ -139,6 +151,8 @@ def extract(
     from abliterate.score_report import require_plots, write_score_report
     from abliterate.selection import Thresholds
 
+    if stream_layers and device_map:
+        raise typer.BadParameter("cannot go with --stream-layers", param_hint="'--device-map'")
     output = Output.of(context, json_output=json_output)
     options = ExtractionOptions(
         n_train=n_train,
@@ -158,6 +172,7 @@ def extract(
         batch_size=parse_batch_size(batch_size),
         system_prompt=system_prompt,
         trust_remote_code=trust_remote_code,
+        device_map=device_map.value if device_map else None,
         stream_layers=stream_layers,
     )
     if report is not None:
