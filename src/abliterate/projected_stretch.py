@@ -14,7 +14,7 @@ from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.stretches import Fill, Stretch, Worker
 from abliterate.tensor_blocks import TensorBlock, blocks_of
 
-_METER_BYTES = 4 << 20
+_METER_BYTES = 1 << 20
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 

@@ -12,7 +12,7 @@ from abliterate.byte_ranges import SourceFile, TargetFile
 from abliterate.errors import VerificationError
 
 _COPY_BYTES = 32 << 20
-_CHECK_BYTES = 4 << 20
+_CHECK_BYTES = 1 << 20
 
 
 @dataclass(slots=True, kw_only=True)
