@@ -78,10 +78,19 @@ def test_side_files_are_all_regular_files_but_shards_and_caches(directory):
 
 
 def test_a_hub_cache_snapshot_of_symbolic_links_opens(directory, tmp_path_factory):
-    snapshot = tmp_path_factory.mktemp("snapshot")
-    for file in directory.iterdir():
-        (snapshot / file.name).symlink_to(file)
-    assert [tensor.name for tensor in open_checkpoint(snapshot).tensors()] == ["a", "b"]
+    repository = tmp_path_factory.mktemp("hub") / "models--owner--name"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123"
+    repository.mkdir()
+    directory.rename(blobs)
+    (snapshot / "sub").mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    (blobs / "x").write_text("x")
+    (snapshot / "sub" / "x.txt").symlink_to("../../../blobs/x")
+    checkpoint = open_checkpoint(snapshot)
+    assert [tensor.name for tensor in checkpoint.tensors()] == ["a", "b"]
+    assert "sub/x.txt" in checkpoint.side_files
+    assert checkpoint.outside_links == ()
 
 
 @pytest.mark.parametrize(

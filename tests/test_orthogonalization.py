@@ -1,5 +1,7 @@
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,22 +11,30 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import abliterate.edited_checkpoint
+import abliterate.edited_shard
+import abliterate.file_assembly
+import abliterate.projected_stretch
+import abliterate.projection
+import abliterate.stretches
+import abliterate.tensor_blocks
 from abliterate.abliteration_record import OrthogonalizationReport, decode_subspace
 from abliterate.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import (
+    AbliterateError,
     CheckpointError,
     DirectionError,
     InputError,
     QuantizedCheckpointError,
+    Terminated,
     UnsupportedArchitectureError,
     VerificationError,
 )
 from abliterate.hub import ModelSource
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.projection import component_norm, project_out
+from abliterate.write_options import WriteOptions
 from loaded_models import ablated, load, logits, stored, stream_component, tree
 from tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
@@ -131,8 +141,8 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     report = orthogonalize_checkpoint(source=source, direction=direction, output=out)
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
-        "format_version", "tool", "created", "base", "directions", "subspace", "options", "config_changes", "tensors",
-        "shards", "side_files",
+        "format_version", "format", "tool", "created", "base", "directions", "subspace", "options", "config_changes",
+        "tensors", "shards", "side_files",
     ]  # fmt: skip
     assert record["format_version"] == 2
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}
@@ -436,30 +446,36 @@ class _FailingProgress:
         pass
 
 
-@pytest.mark.parametrize("task", ["Writing", "Checking"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_interrupted_run_leaves_nothing_and_the_old_output_as_it_was(llama, tmp_path, direction, task, overwrite):
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; .*out was left as it was"),
+        (Terminated(), 143, "terminated; .*out was left as it was"),
+        (OSError(28, "No space left on device"), 1, "No space left on device; .*out was left as it was"),
+    ],
+)
+def test_a_run_that_is_stopped_leaves_the_old_output_as_it_was(
+    llama, tmp_path, direction, overwrite, error, code, message
+):
     out = tmp_path / "new" / "out"
     if overwrite:
         orthogonalize_checkpoint(source=llama, direction=direction, output=out)
     before = tree(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(AbliterateError, match=message) as raised:
         orthogonalize_checkpoint(
             source=llama,
             direction=direction,
             output=out,
             overwrite=overwrite,
-            progress=_FailingProgress(task, KeyboardInterrupt()),
+            progress=_FailingProgress("Writing", error),
         )
+    assert raised.value.exit_code == code
+    assert "\n" not in str(raised.value)
+    # It came with the first bytes, before anything was finished.
+    assert "nothing was kept" in str(raised.value)
     assert tree(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["new"] if overwrite else [])
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(llama, tmp_path, direction):
-    full = _FailingProgress("Writing", OSError(28, "No space left on device"))
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        orthogonalize_checkpoint(source=llama, direction=direction, output=tmp_path / "out", progress=full)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -470,23 +486,55 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(llama, tmp_path, direction):
     ],
 )
 def test_what_is_written_is_verified(single, tmp_path, direction, monkeypatch, name, replacement, message):
-    monkeypatch.setattr(abliterate.edited_checkpoint, name, replacement)
+    monkeypatch.setattr(abliterate.projected_stretch, name, replacement)
     with pytest.raises(VerificationError, match=message):
         orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
 def test_a_planned_edit_that_no_shard_consumed_is_an_error(single, tmp_path, direction, monkeypatch):
-    rewrite = abliterate.edited_checkpoint.rewrite_shard
+    edit_one = abliterate.edited_shard.EditedShard._edit
 
-    def forget(shard, *, edits, **rest):
-        kept = {k: v for k, v in edits.items() if k != "model.layers.1.mlp.down_proj.weight"}
-        return rewrite(shard, edits=kept, **rest)
+    def forget(self, edit):
+        if edit.name == "model.layers.1.mlp.down_proj.weight":
+            self._copy(edit.source.shard, edit.source.start, edit.source.end)
+        else:
+            edit_one(self, edit)
 
-    monkeypatch.setattr(abliterate.edited_checkpoint, "rewrite_shard", forget)
+    monkeypatch.setattr(abliterate.edited_shard.EditedShard, "_edit", forget)
     with pytest.raises(VerificationError, match=r"were not made, first model\.layers\.1\.mlp\.down_proj"):
         orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen3_moe"])
+def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, direction, model_type, monkeypatch):
+    monkeypatch.setattr(abliterate.projected_stretch, "_METER_BYTES", 200)
+    monkeypatch.setattr(abliterate.stretches, "_COPY_BYTES", 1000)
+    budget = functools.partial(abliterate.tensor_blocks.blocks_of, budget=900)
+    monkeypatch.setattr(abliterate.projected_stretch, "blocks_of", budget)
+    monkeypatch.setattr(abliterate.projection, "_BLOCK_ELEMENTS", 3 * D_MODEL)
+    base = save_tiny_model(tmp_path / "base", model_type, dtype=torch.bfloat16, max_shard_size="20KB")
+    reports = []
+    for workers in (1, 2, 7):
+        out = tmp_path / f"out-{workers}"
+        writing = WriteOptions(workers=workers)
+        reports.append(orthogonalize_checkpoint(source=base, direction=direction, output=out, writing=writing))
+        assert reports[-1].work.workers == workers
+    one, *others = [tree(tmp_path / f"out-{workers}") for workers in (1, 2, 7)]
+    for other in others:
+        assert {name for name in one if one[name] != other[name]} <= {"abliteration.json"}
+    assert all(report.tensors == reports[0].tensors for report in reports)
+    moved = reports[0].work
+    assert moved.bytes_copied + moved.bytes_written == sum(len(data) for data in one.values()) - len(
+        one["abliteration.json"]
+    ), "no byte is written twice"
+
+
+@pytest.mark.parametrize(("options", "message"), [({"workers": 0}, "1 or more"), ({"device": "cuda:99"}, "not there")])
+def test_ways_of_writing_that_there_are_not(options, message):
+    with pytest.raises(InputError, match=message):
+        WriteOptions(**options)
 
 
 def test_the_source_is_never_changed(llama, tmp_path, direction):
@@ -581,18 +629,19 @@ class TestFaultsWhileWriting:
 
     @pytest.fixture
     def damage(self, single, tmp_path, direction, monkeypatch):
-        rewrite = abliterate.edited_checkpoint.rewrite_shard
+        read_back = abliterate.file_assembly.read_back
         info = open_checkpoint(single).tensor
 
         def run(name: str, at: int) -> None:
-            def faulty(shard, *, target, **rest):
-                written = rewrite(shard, target=target, **rest)
-                data = bytearray((target / shard.file_name).read_bytes())
-                data[info(name).start + at] ^= 1
-                (target / shard.file_name).write_bytes(data)
-                return written
+            position = info(name).start + at
 
-            monkeypatch.setattr(abliterate.edited_checkpoint, "rewrite_shard", faulty)
+            def faulty(stretch, target, worker, **rest):
+                if target.path.suffix == ".safetensors" and stretch.start <= position < stretch.end:
+                    old = os.pread(target.descriptor, 1, position)
+                    os.pwrite(target.descriptor, bytes([old[0] ^ 1]), position)
+                read_back(stretch, target, worker, **rest)
+
+            monkeypatch.setattr(abliterate.file_assembly, "read_back", faulty)
             orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
 
         return run
@@ -613,6 +662,6 @@ class TestFaultsWhileWriting:
 
     def test_a_flipped_bit_in_the_header(self, tmp_path, damage):
         # The first byte before the tensors: the header's last one.
-        with pytest.raises((VerificationError, CheckpointError)):
+        with pytest.raises(VerificationError, match="header, reread, is not what was written"):
             damage("lm_head.weight", -1)
         assert {path.name for path in tmp_path.iterdir()} == {"base"}

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from abliterate.errors import CheckpointError
-from abliterate.safetensors_file import read_shard, read_tensor, rewrite_shard
+from abliterate.safetensors_file import read_shard
 from tiny_models import save_tiny_llama
 
 TWO_FLOATS = b"\0" * 8
@@ -39,7 +37,7 @@ def sharded(tmp_path_factory) -> Path:
         (b"[]", b"", "not a JSON object"),
         (b"[" * 50_000, b"", "not valid JSON"),
         (b'{"a": \xff}', b"", "not valid JSON"),
-        (b'{"a": {}, "a": {}}', b"", "a name occurs twice"),
+        (b'{"a": {}, "a": {}}', b"", "the name 'a' occurs twice"),
         ({"a": 3}, b"", "entry of a is not an object"),
         ({"a": entry("F33", [2], 0, 8)}, TWO_FLOATS, "unknown dtype 'F33'"),
         ({"a": entry("F32", [3], 0, 8)}, TWO_FLOATS, "does not fill its 8 bytes"),
@@ -92,39 +90,3 @@ def test_arbitrary_bytes_raise_nothing_but_a_checkpoint_error(tmp_path_factory, 
     path.write_bytes(content[:position] + inserted + content[position + len(inserted) :] + tail)
     with suppress(CheckpointError):
         assert read_shard(path).size == path.stat().st_size
-
-
-def test_a_shard_is_rewritten_byte_for_byte_but_for_its_edits(sharded, tmp_path):
-    shard = read_shard(sorted(sharded.glob("*.safetensors"))[1])
-    edited = shard.tensors[1]
-    seen = []
-    result = rewrite_shard(
-        shard, source=sharded, target=tmp_path, edits={edited.name: lambda tensor: tensor * 2}, advance=seen.append
-    )
-    old, new = (sharded / shard.file_name).read_bytes(), (tmp_path / shard.file_name).read_bytes()
-    assert new[: edited.start] == old[: edited.start]
-    assert new[edited.end :] == old[edited.end :]
-    assert torch.equal(read_tensor(tmp_path, edited), read_tensor(sharded, edited) * 2)
-    assert result.bytes == len(old)
-    assert sum(seen) == len(old) - len(shard.header_bytes)
-
-
-def test_an_edit_that_changes_dtype_is_refused(sharded, tmp_path):
-    shard = read_shard(min(sharded.glob("*.safetensors")))
-    edits = {shard.tensors[0].name: lambda tensor: tensor.half()}
-    with pytest.raises(CheckpointError, match="changed its shape or dtype"):
-        rewrite_shard(shard, source=sharded, target=tmp_path, edits=edits, advance=lambda _: None)
-
-
-@pytest.mark.parametrize("edit", [False, True])
-def test_a_shard_that_shrinks_or_changes_while_it_is_read_is_refused(tmp_path, tmp_path_factory, edit):
-    path = tmp_path / "one.safetensors"
-    save_file({"a": torch.ones(2)}, path)
-    shard, content = read_shard(path), path.read_bytes()
-    edits = {"a": lambda tensor: tensor} if edit else {}
-    path.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match="became shorter"):
-        rewrite_shard(shard, source=tmp_path, target=tmp_path_factory.mktemp("t"), edits=edits, advance=lambda _: None)
-    path.write_bytes(content.replace(b"F32", b"I32"))
-    with pytest.raises(CheckpointError, match="changed while"):
-        rewrite_shard(shard, source=tmp_path, target=tmp_path_factory.mktemp("t"), edits=edits, advance=lambda _: None)

@@ -1,8 +1,8 @@
 """Find the refusal direction of a language model, remove it from the weights exactly, and measure what that did.
 
-The library mirrors the command line: `extract_direction`, `orthogonalize_checkpoint`, `evaluate_model`,
-`audit_model`, `trace_direction`, `push_checkpoint`, and `Direction`. Importing this package is light; torch is loaded
-on first use.
+The library mirrors the command line: `extract_direction`, `orthogonalize_checkpoint`, `write_adapter`,
+`revert_checkpoint`, `evaluate_model`, `audit_model`, `trace_direction`, `push_checkpoint`, and
+`Direction`. Importing this package is light; torch is loaded on first use.
 """
 
 from importlib import import_module
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from abliterate._version import __version__
 
 if TYPE_CHECKING:
+    from abliterate.adapting import write_adapter
     from abliterate.auditing import audit_model
     from abliterate.directions import Direction, load_direction
     from abliterate.evaluation import evaluate_model
     from abliterate.extraction import extract_direction
     from abliterate.orthogonalization import orthogonalize_checkpoint
     from abliterate.publishing import push_checkpoint
+    from abliterate.reverting import revert_checkpoint
     from abliterate.tracing import trace_direction
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "load_direction",
     "orthogonalize_checkpoint",
     "push_checkpoint",
+    "revert_checkpoint",
     "trace_direction",
+    "write_adapter",
 ]
 
 _HOMES = {
@@ -39,7 +43,9 @@ _HOMES = {
     "extract_direction": "abliterate.extraction",
     "orthogonalize_checkpoint": "abliterate.orthogonalization",
     "push_checkpoint": "abliterate.publishing",
+    "revert_checkpoint": "abliterate.reverting",
     "trace_direction": "abliterate.tracing",
+    "write_adapter": "abliterate.adapting",
 }
 
 

@@ -11,11 +11,13 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from abliterate.checkpoint_paths import open_regular
 from abliterate.errors import InputError, VerificationError
 from abliterate.hashed_files import WrittenFile, hash_file
 from abliterate.progress import SILENT, ProgressReporter
+from abliterate.strict_json import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 RECORD_NAME = "abliteration.json"
 FORMAT_VERSION = 2
+
+Format = Literal["checkpoint", "adapter"]
 
 # Written by `abliterate evaluate` about the weights it lies beside, so it must not move on to others.
 EVALUATION_NAME = "evaluation.json"
@@ -69,6 +73,29 @@ class EditedTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the writing of a checkpoint took.
+
+    Attributes:
+        seconds: Wall time from the plan to the record.
+        cpu_seconds: Of all threads.
+        bytes_read: Into the process, checks included.
+        bytes_written: Out of the process.
+        bytes_copied: By the kernel, from file to file.
+        workers: Threads of each process.
+        processes: Processes; CPU time is that of the first.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    bytes_read: int
+    bytes_written: int
+    bytes_copied: int
+    workers: int
+    processes: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OrthogonalizationReport:
     """What was edited, or with `dry_run` what would be.
 
@@ -78,11 +105,13 @@ class OrthogonalizationReport:
         output: The new directory; None if a dry run named none.
         dry_run: Whether nothing was written.
         format_version: Of the record.
+        format: checkpoint, or adapter: the edit alone, to be merged into the base. Then the tensors' components are
+            those that merging gives, `shards` is the adapter's weights, and `bytes_total` counts the base's.
         tool: Name and version of the tool and of the libraries that did the arithmetic.
         created: Time of writing, ISO 8601, UTC.
         base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings; where they
-            are tied, `tied_tensor`, the stored one of the pair; and `abliteration`, the earlier edit, if it had
-            been orthogonalized before.
+            are tied, `tied_tensor`, the stored one of the pair; for an adapter `auto_class`, the class of transformers
+            that loads it; and `abliteration`, the earlier edit, if it had been orthogonalized before.
         directions: sha256, d_model and metadata of each direction.
         subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
         options: What was asked for.
@@ -94,11 +123,13 @@ class OrthogonalizationReport:
         bytes_edited: Bytes of those tensors.
         bytes_total: Bytes of all shards.
         notes: What the user should know about this checkpoint.
+        work: What the writing took; None in a dry run.
     """
 
     output: str | None
     dry_run: bool
     format_version: int
+    format: Format = "checkpoint"
     tool: dict[str, str]
     created: str
     base: dict[str, Any]
@@ -113,11 +144,12 @@ class OrthogonalizationReport:
     bytes_edited: int
     bytes_total: int
     notes: tuple[str, ...]
+    work: Work | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the content of `abliteration.json`."""
         values = dataclasses.asdict(self)
-        outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes"}
+        outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes", "work"}
         return {name: value for name, value in values.items() if name not in outside}
 
 
@@ -136,6 +168,11 @@ class AbliterationRecord:
     content: dict[str, Any]
     files: dict[str, WrittenFile]
     base_evaluation: WrittenFile | None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is of an adapter and not of a whole checkpoint."""
+        return bool(self.content.get("format") == "adapter")
 
 
 def encode_subspace(subspace: "Tensor") -> dict[str, Any]:
@@ -214,9 +251,11 @@ def read_json_report(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: It cannot be read, or holds something else.
+        CheckpointError: It is no regular file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = parse_json(file.read())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

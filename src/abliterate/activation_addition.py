@@ -18,7 +18,11 @@ from abliterate.directions import Direction
 from abliterate.errors import DirectionError, InputError, UnsupportedArchitectureError
 from abliterate.residual_writers import ResidualWriter, StreamMap
 from abliterate.safetensors_file import TensorInfo
+from abliterate.strict_json import shown
 from abliterate.tensor_edits import TensorEdit
+
+# Released models have 0.01 to 100.
+_MAX_SCALE = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +110,12 @@ def plan_addition(
     """
     layer, mean_difference = _where_and_what(direction, stream)
     rule, weight = _out_projection(stream, layer=layer, path=path)
-    scale = float(config.get(rule.multiplier, 1.0)) if rule.multiplier else 1.0
-    if scale == 0:
-        raise UnsupportedArchitectureError(f"{path}: {rule.multiplier} is 0, so no MLP writes to the residual stream")
+    scale = config.get(rule.multiplier, 1.0) if rule.multiplier else 1.0
+    if type(scale) not in {int, float} or not 0 < abs(scale) < _MAX_SCALE:
+        raise UnsupportedArchitectureError(
+            f"{path}: {rule.multiplier} is {shown(scale)}, expected a number other than 0 that the MLP's output is "
+            "multiplied by; take config.json from the model's original release"
+        )
     dose = coefficient / scale * mean_difference.double()
     bias = weight.tensor_name.removesuffix("weight") + "bias"
     if bias in tensors:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from abliterate.activations import Recording, difference_in_means, record
 from abliterate.candidate_scoring import CandidateScorer
+from abliterate.direction_recipes import DirectionRecipe
 from abliterate.interventions import ablate_direction
 from abliterate.model import ChatModel
 from abliterate.progress import ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet
 from abliterate.refusal_metric import find_refusal_tokens, refusal_metric
 from abliterate.reply_classes import read_reply
+from abliterate.resampling import resampled_cosines
 from abliterate.selection import CandidateScore, Thresholds, passing_candidates
 
 MIN_FILTERED = 8
@@ -158,17 +160,13 @@ class CandidateFinder:
     def stability(self, key: tuple[int, int], *, n_resamples: int, seed: int) -> Stability:
         """Resample the training prompts with replacement and compare the candidate's direction."""
         position, layer = key
-        harmful, harmless = (a[:, position, layer].double() for a in (self._harmful, self._harmless))
-        whole = harmful.mean(0) - harmless.mean(0)
-        generator = torch.Generator().manual_seed(seed)
-        cosines = []
-        for _ in range(n_resamples):
-            means = [
-                values[torch.randint(len(values), (len(values),), generator=generator)].mean(0)
-                for values in (harmful, harmless)
-            ]
-            cosines.append(torch.nn.functional.cosine_similarity(means[0] - means[1], whole, dim=0))
-        found = torch.stack(cosines)
+        found = resampled_cosines(
+            harmful=self._harmful[:, position, layer],
+            harmless=self._harmless[:, position, layer],
+            recipe=DirectionRecipe(),
+            n_resamples=n_resamples,
+            generator=torch.Generator().manual_seed(seed),
+        )
         return Stability(
             n_resamples=n_resamples, mean_cosine=float(found.mean()), low_cosine=float(found.quantile(0.05))
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from abliterate.interventions import (
     ablate_direction,
+    ablate_subspace,
     add_direction,
     blocks_return_tuples,
     capture_inputs,
@@ -116,6 +117,20 @@ class CandidateScorer:
                 scores["kl"] = tuple(row[n:])
             found.append(scores)
         return found
+
+    def score_together(self, basis: Tensor) -> PromptScores:
+        """Return bypass and KL, prompt by prompt, with several directions ablated at once.
+
+        Args:
+            basis: [k, d_model], orthonormal rows that span them.
+        """
+        with ablate_subspace(self._chat, basis):
+            logits = self._chat.last_logits([self._prefix + row for row in self._rows])
+        n = self._n_harmful
+        return {
+            "bypass": tuple(refusal_metric(logits[:n], token_ids=self._token_ids).tolist()),
+            "kl": tuple(kl_divergence(self.base_harmless_logits, logits[n:]).tolist()),
+        }
 
     def bypass(self, position: int, layer: int) -> float:
         """Return the mean refusal metric on the harmful prompts with the candidate ablated everywhere."""

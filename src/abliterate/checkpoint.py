@@ -3,21 +3,22 @@
 The layout is read from the shards' headers alone (see `safetensors_file`) and checked against the index.
 """
 
-import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint_paths import has_file, open_regular, regular_files
 from abliterate.errors import CheckpointError
-from abliterate.safetensors_file import Shard, TensorInfo, damaged_file, read_shard
+from abliterate.safetensors_file import Shard, TensorInfo, damaged_file, parse_object, read_shard
+from abliterate.strict_json import MAX_BYTES, shown
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_SKIPPED_DIRECTORIES = {".git", ".cache"}
+# The longest name that common file systems take.
+_MAX_FILE_NAME = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Checkpoint:
         shards: The safetensors files, by name.
         index: The content of the shard index; None for a single file.
         side_files: Every other regular file below the directory, as relative POSIX paths, sorted.
+        outside_links: Links to files outside the directory, which are not followed; likewise.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None
     side_files: tuple[str, ...]
+    outside_links: tuple[str, ...] = ()
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Iterate over all tensors, shard by shard in file order."""
@@ -60,21 +63,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such directory; give the one that holds config.json")
-    if not (path / CONFIG_NAME).is_file():
+    if not has_file(path, CONFIG_NAME):
         raise CheckpointError(
             f"{path}: no {CONFIG_NAME}, so this is no model checkpoint; "
             "give the directory that `save_pretrained` wrote or the Hub id"
         )
-    config = read_json_object(path / CONFIG_NAME)
-    shard_names, index = _shard_names(path)
+    config = parse_config(_read_small(path / CONFIG_NAME), path=path / CONFIG_NAME)
+    shard_names, index = choose_shards(
+        path, has=lambda name: has_file(path, name), read=lambda name: _read_small(path / name)
+    )
     shards = tuple(read_shard(path / name) for name in shard_names)
     check_tensor_names(path, shards, index)
+    others = sorted(entry for entry in regular_files(path) if entry[0] not in set(shard_names))
+    for name, _ in others:
+        if not _is_unicode(name):
+            raise CheckpointError(f"{path}: the name of the file {shown(name)} is not UTF-8; rename or remove it")
     return Checkpoint(
         path=path,
         config=config,
         shards=shards,
         index=index,
-        side_files=tuple(sorted(set(_regular_files(path)) - set(shard_names))),
+        side_files=tuple(name for name, is_inside in others if is_inside),
+        outside_links=tuple(name for name, is_inside in others if not is_inside),
     )
 
 
@@ -84,15 +94,65 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It cannot be read, or holds something else.
     """
+    return parse_object(_read_small(path), path=path)
+
+
+def parse_config(data: bytes, *, path: Path) -> dict[str, Any]:
+    """Return the content of a config.json; `path` is for messages.
+
+    Raises:
+        CheckpointError: It is not a JSON object that means one thing only.
+    """
+    # The default of an upper limit, among others of Mamba 2, is infinity; transformers 4 wrote it as such.
+    return parse_object(data, path=path, infinities=True)
+
+
+def parse_index(data: bytes, *, path: Path) -> dict[str, Any]:
+    """Return the content of a shard index whose `weight_map` can be followed; `path` is for messages.
+
+    Raises:
+        CheckpointError: It is not JSON, has no `weight_map`, or that names what cannot be a shard beside it.
+    """
+    index = parse_object(data, path=path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise damaged_file(path, "it has no weight_map")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise damaged_file(path, f"its metadata is {shown(metadata)}, expected an object")
+    for name in weight_map.values():
+        if not _is_shard_name(name):
+            raise CheckpointError(
+                f"{path}: names the shard {shown(name)}, which is not a safetensors file of this directory; "
+                "do not trust this checkpoint"
+            )
+    return index
+
+
+def _is_shard_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name.endswith(".safetensors")
+        and not name.startswith(".")
+        and len(name.encode()) <= _MAX_FILE_NAME
+        and not set(name) & set("/\\")
+    )
+
+
+def _is_unicode(name: str) -> bool:
+    # Bytes that are no UTF-8 come as halves of surrogate pairs, which no JSON file, as the record is one, can hold.
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _read_small(path: Path) -> bytes:
     try:
-        value = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise damaged_file(path, f"it is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise damaged_file(path, "it is not a JSON object")
-    return value
+    if len(data) > MAX_BYTES:
+        raise damaged_file(path, f"it has more than {MAX_BYTES} bytes")
+    return data
 
 
 def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,29 +168,33 @@ def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str
     return changed
 
 
-def _shard_names(path: Path) -> tuple[list[str], dict[str, Any] | None]:
-    has_index = (path / INDEX_NAME).is_file()
-    if not has_index and (path / SINGLE_NAME).is_file():
+def choose_shards(
+    path: Path, *, has: Callable[[str], bool], read: Callable[[str], bytes]
+) -> tuple[list[str], dict[str, Any] | None]:
+    """Return the names of a checkpoint's shards, sorted, and the index that lists them (None for a single file).
+
+    Args:
+        path: Where the checkpoint lies (or its Hub id), for messages.
+        has: Whether it has a file of this name.
+        read: Read a file of this name whole.
+
+    Raises:
+        CheckpointError: There are no safetensors weights, the index is damaged or names a shard that is not there,
+            or a single file lies beside other shards.
+    """
+    has_single = has(SINGLE_NAME)
+    if not has(INDEX_NAME):
+        if not has_single:
+            raise CheckpointError(_no_weights_message(path))
         return [SINGLE_NAME], None
-    if not has_index:
-        raise CheckpointError(_no_weights_message(path))
-    index = read_json_object(path / INDEX_NAME)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise damaged_file(path / INDEX_NAME, "it has no weight_map")
-    for name in weight_map.values():
-        if not isinstance(name, str) or name in {"", ".", ".."} or set(name) & set("/\\\0"):
-            raise CheckpointError(
-                f"{path / INDEX_NAME}: names the shard {name!r}, which is not a file of this directory; "
-                "do not trust this checkpoint"
-            )
-    names = sorted(set(weight_map.values()))
+    index = parse_index(read(INDEX_NAME), path=path / INDEX_NAME)
+    names = sorted(set(index["weight_map"].values()))
     for name in names:
-        if not (path / name).is_file():
+        if not has(name):
             raise CheckpointError(
                 f"{path / INDEX_NAME}: names the shard {name}, which is not there; download the checkpoint again"
             )
-    if SINGLE_NAME not in names and (path / SINGLE_NAME).is_file():
+    if SINGLE_NAME not in names and has_single:
         raise CheckpointError(
             f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME} with other shards, and programs differ in "
             "which they load; remove the one that is not meant"
@@ -180,13 +244,3 @@ def check_tensor_names(path: Path, shards: tuple[Shard, ...], index: dict[str, A
                 f"{path / INDEX_NAME}: says that tensor {name} is in {weight_map.get(name, 'no shard')}, "
                 f"but it is in {found.get(name, 'no shard')}; download the checkpoint again"
             )
-
-
-def _regular_files(path: Path) -> Iterator[str]:
-    # Files are followed through symbolic links (a Hub cache snapshot is made of them), directories are not.
-    for directory, subdirectories, files in os.walk(path):
-        subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
-        for name in files:
-            file = Path(directory) / name
-            if file.is_file():
-                yield file.relative_to(path).as_posix()

@@ -29,7 +29,7 @@ def what_was_done(record: dict[str, Any]) -> str:
     directions, tensors = record["directions"], record.get("tensors", [])
     rows = [
         ("Base revision", code(base["revision"]) if base.get("revision") else "local files, no revision"),
-        ("Model type", code(base.get("model_type", "unknown"))),
+        ("Model type", code(base.get("model_type", "unknown")) + (_UNVERIFIED if options.get("unverified") else "")),
         *(row for n, direction in enumerate(directions) for row in _direction_rows(direction, n, len(directions))),
     ]
     if options.get("add") is not None:
@@ -40,6 +40,8 @@ def what_was_done(record: dict[str, Any]) -> str:
         text += _THROUGH_NORMS
     if options.get("preserve_norms"):
         text += _PRESERVED
+    if record.get("format") == "adapter":
+        text += _AS_ADAPTER
     return (
         "## What was removed\n\n"
         + text
@@ -65,12 +67,17 @@ _THROUGH_NORMS = (
     "r times their weights."
 )
 _PRESERVED = " What each input writes was then scaled back to its length."
+_AS_ADAPTER = (
+    " The adapter holds the change alone, two factors for each matrix and each bias whole; the shares below are those "
+    "that merging leaves, rounded once to the base's number format."
+)
 _ADDED = (
     "To the input of the layer named below, at every token position, a multiple of the difference in means of "
     "harmful and harmless prompts is added, by the bias of the MLP out-projection of the layer before. All other "
     "tensors are the base model's, byte for byte."
 )
 _RECORD = " The full record, with the hash of each file, is in `abliteration.json`."
+_UNVERIFIED = ", which is not among the types that abliterate proves exact: accepted with `--unverified`"
 _TIED = {
     "edit": "the shared matrix was edited, so the output head changed too",
     "untie": "untied: the output head keeps the base model's rows",
@@ -156,7 +163,7 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
     )
     orthogonalize = ["abliterate", "orthogonalize", *model]
     orthogonalize += [word for file in files for word in ("--direction", file)] + ["-o", "OUT"]
-    orthogonalize += _edit_options(options)
+    orthogonalize += _edit_options(options) + (["--format", "adapter"] if record.get("format") == "adapter" else [])
     commands = [
         *(
             ["abliterate", "extract", *model, "-o", file, *_extract_options(direction)]
@@ -176,8 +183,9 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
 
 
 def _edit_options(options: dict[str, Any]) -> list[Any]:
+    unverified = ["--unverified"] if options.get("unverified") else []
     if options.get("add") is not None:
-        return ["--add", options["add"]]
+        return ["--add", options["add"], *unverified]
     layers, tied = options.get("layers"), options.get("tied", "edit")
     return [
         *("--components", ",".join(options.get("components", []))),
@@ -185,6 +193,7 @@ def _edit_options(options: dict[str, Any]) -> list[Any]:
         *("--strength", options.get("strength", 1.0)),
         *(["--tied", tied] if tied != "edit" else []),
         *(["--preserve-norms"] if options.get("preserve_norms") else []),
+        *unverified,
     ]
 
 

@@ -24,6 +24,7 @@ from abliterate.residual_writers import (
     map_stream,
 )
 from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.strict_json import shown
 from abliterate.tensor_edits import TensorEdit
 from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
 
@@ -45,7 +46,8 @@ class EditOptions:
             or skip it.
         preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
         add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
-        unverified: Whether the model type was accepted although it is not known.
+        unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
+            edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
 
     Raises:
         InputError: A value that means no edit or none that is defined.
@@ -117,8 +119,8 @@ class EditPlan:
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about this edit."""
-        notes = []
         model_type = self.stream.model_type
+        notes = [] if self.stream.verified else [unverified_note(model_type)]
         for direction in self.directions:
             extracted_from = direction.metadata.get("model_type")
             if extracted_from is not None and extracted_from != model_type:
@@ -129,9 +131,20 @@ class EditPlan:
             for name in self.checkpoint.side_files
             if Path(name).suffix in _WEIGHT_SUFFIXES or Path(name).name.startswith("pytorch_model")
         ]
+        if self.checkpoint.outside_links:
+            links = ", ".join(shown(name) for name in self.checkpoint.outside_links)
+            notes.append(f"not copied, as they are links that lead out of the directory: {links}")
         if others:
             notes.append(f"copied unedited, though they seem to hold weights: {', '.join(others)}")
         return tuple(notes)
+
+
+def unverified_note(model_type: str) -> str:
+    """Return what the user should know about the edit of a model type that is not known."""
+    return (
+        f"model type {model_type!r} is not known and was accepted with --unverified: its residual writers were found "
+        "by their names; run `abliterate verify` on the result"
+    )
 
 
 def make_edit_plan(
@@ -154,7 +167,13 @@ def make_edit_plan(
     """
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
-    stream = map_stream(config=checkpoint.config, tensors=tuple(checkpoint.tensors()), path=checkpoint.path)
+    stream = map_stream(
+        config=checkpoint.config,
+        tensors=tuple(checkpoint.tensors()),
+        path=checkpoint.path,
+        unverified=options.unverified,
+    )
+    options = dataclasses.replace(options, unverified=not stream.verified)
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
     planned = _plan_edits(checkpoint, stream, directions, options, model=model.name)

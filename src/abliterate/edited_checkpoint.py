@@ -1,146 +1,196 @@
-"""Carrying out an edit plan: a new directory, shard by shard, with each tensor edited on the way.
+"""Carrying out an edit plan: each file of the new checkpoint, as the stretches that it is made of.
 
-Nothing here reads what was written; `orthogonalization` does, before the directory appears.
+What is not edited is copied by the kernel, each edited tensor is written once into its place, and every file is read
+back once, which gives its hash and proves its bytes (see `stretches` and `file_assembly`).
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME
+from abliterate.byte_ranges import SourceFile
 from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, with_changes
 from abliterate.checkpoint_checks import directions_through
 from abliterate.edit_plan import EditPlan
-from abliterate.errors import CheckpointError
-from abliterate.hashed_files import WrittenFile, copy_file, write_file
+from abliterate.edited_shard import EditedShard
+from abliterate.file_assembly import NewFile, assemble_files
+from abliterate.hashed_files import WrittenFile
+from abliterate.journal import Entry
 from abliterate.progress import Advance
-from abliterate.projection import component_and_norm, project_out
-from abliterate.safetensors_file import TORCH_DTYPES, NewTensor, read_tensor, rewrite_shard, tensor_bytes
+from abliterate.projected_stretch import ProjectedTensor
+from abliterate.safetensors_file import Shard, extended_header
+from abliterate.stretches import GivenBytes, Traffic, copied_ranges
 from abliterate.tensor_edits import TensorEdit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MadeEdit:
-    """What came out of one edit in memory: |U W| and |W| (None where nothing is projected), and the new bytes' hash."""
+    """What one edit did: |U W|, |W| and |U W'|, |W'|, the latter reread; None where nothing is projected."""
 
-    before: tuple[float, float] | None
-    sha256: str
+    before: tuple[float, float] | None = None
+    after: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenCheckpoint:
-    """What was written: hash and size of each file by name, and what each edit did by the name of its tensor."""
+class FinishedFile:
+    """A file that is whole on the disk and was read back.
 
-    shards: dict[str, WrittenFile]
-    side_files: dict[str, WrittenFile]
-    made: dict[str, MadeEdit]
+    Attributes:
+        written: Its hash and size.
+        edits: Name of an edited tensor in it -> what was done.
+    """
+
+    written: WrittenFile
+    edits: dict[str, MadeEdit]
+
+    def entry(self) -> Entry:
+        """Return what a journal holds of it."""
+        edits = {name: [edit.before, edit.after] for name, edit in self.edits.items()}
+        return {"sha256": self.written.sha256, "bytes": self.written.bytes, "edits": edits}
+
+    @classmethod
+    def from_entry(cls, entry: Entry) -> Self:
+        """Return what `entry` made a journal hold."""
+
+        def pair(values: Any) -> tuple[float, float] | None:
+            return None if values is None else (float(values[0]), float(values[1]))
+
+        edits = {name: MadeEdit(before=pair(both[0]), after=pair(both[1])) for name, both in entry["edits"].items()}
+        return cls(written=WrittenFile(sha256=entry["sha256"], bytes=entry["bytes"]), edits=edits)
 
 
-def write_edited_checkpoint(plan: EditPlan, target: Path, *, advance: Advance) -> WrittenCheckpoint:
-    """Write what a plan makes of its checkpoint, all but the record, to the empty directory `target`.
+class EditedFiles:
+    """The files that a plan makes of its checkpoint, all but the record.
 
     Args:
         plan: The plan.
-        target: An empty directory.
-        advance: Told the bytes of shards written.
+        device: Where the arithmetic is done.
 
     Raises:
-        CheckpointError: The source changed meanwhile, or a tensor that is edited is not finite.
+        CheckpointError: A norm that the plan needs is not finite or cannot be read.
     """
-    made: dict[str, MadeEdit] = {}
-    makers = _makers(plan, made)
-    shards = {
-        shard.file_name: rewrite_shard(
-            shard,
-            source=plan.checkpoint.path,
-            target=target,
-            edits={edit.name: makers[edit.name] for edit in plan.edits if not edit.is_new},
-            added=_new_tensors(plan, shard.file_name, makers),
-            advance=advance,
-        )
-        for shard in plan.checkpoint.shards
-    }
-    return WrittenCheckpoint(shards=shards, side_files=_write_side_files(plan, target), made=made)
+
+    def __init__(self, plan: EditPlan, *, device: str = "cpu") -> None:
+        self._plan, self._device = plan, device
+        self._shards = {shard.file_name: shard for shard in plan.checkpoint.shards}
+        self._new_content = _changed_side_files(plan)
+        chains = {edit.norm_chain for edit in plan.edits if edit.project}
+        self._directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
+        left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in plan.checkpoint.side_files else set()
+        self.shard_names = tuple(self._shards)
+        self.side_names = tuple(name for name in plan.checkpoint.side_files if name not in left_out)
+
+    @property
+    def label(self) -> str:
+        """What the files are made from, for a progress bar."""
+        return self._plan.source.name
+
+    @property
+    def largest(self) -> Path:
+        """The largest shard of the original."""
+        shards = self._plan.checkpoint.shards
+        return self._plan.checkpoint.path / max(shards, key=lambda shard: shard.size).file_name
+
+    @property
+    def bytes_edited(self) -> int:
+        """Bytes of all edited tensors."""
+        return sum(edit.nbytes for edit in self._plan.edits)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each file, shards first."""
+        sizes = {name: shard.size + self._growth(shard) for name, shard in self._shards.items()}
+        for name in self.side_names:
+            content = self._new_content.get(name)
+            sizes[name] = (self._plan.checkpoint.path / name).stat().st_size if content is None else len(content)
+        return sizes
+
+    def write(
+        self,
+        names: Collection[str],
+        *,
+        target: Path,
+        workers: int,
+        done: Callable[[str, FinishedFile], None],
+        advance: Advance,
+    ) -> Traffic:
+        """Make the named files in a directory, each flushed to the disk, read back and checked.
+
+        Args:
+            names: Of shards and side files.
+            target: The directory; they must not be there.
+            workers: Threads.
+            done: Told of each file that is whole.
+            advance: Told the bytes written and checked.
+
+        Raises:
+            CheckpointError: The source cannot be read or was changed, or an edited tensor is not finite.
+            VerificationError: What was read back is not what it must be.
+            OSError: A file cannot be written.
+        """
+        edits: dict[str, dict[str, ProjectedTensor | None]] = {}
+
+        def files() -> Iterator[NewFile]:
+            for name in names:
+                file, edits[name] = self._file(name)
+                yield file
+
+        def finished(file: NewFile, written: WrittenFile) -> None:
+            made = {
+                name: MadeEdit() if stretch is None else MadeEdit(before=stretch.before, after=stretch.after)
+                for name, stretch in edits.pop(file.name).items()
+            }
+            done(file.name, FinishedFile(written=written, edits=made))
+
+        with _one_thread_each():
+            return assemble_files(files(), target=target, workers=workers, done=finished, advance=advance)
+
+    def _file(self, name: str) -> tuple[NewFile, dict[str, ProjectedTensor | None]]:
+        if name in self._new_content:
+            data = GivenBytes(start=0, data=self._new_content[name], name=name)
+            return NewFile(name=name, sources=(), stretches=(data,)), {}
+        directory = self._plan.checkpoint.path
+        if name in self._shards:
+            shard = EditedShard(self._shards[name], self._plan, self._directions, device=self._device)
+            return shard.file(added=self._added(self._shards[name])), shard.edits
+        source = SourceFile(directory / name)
+        copied = copied_ranges(source, start=0, end=source.size, offset=0, describe=lambda at: f"{name}: byte {at}")
+        return NewFile(name=name, sources=(source,), stretches=tuple(copied)), {}
+
+    def _growth(self, shard: Shard) -> int:
+        added = self._added(shard)
+        header = len(extended_header(shard, [edit.info for edit in added])) - len(shard.header_bytes) if added else 0
+        return header + sum(edit.nbytes for edit in added)
+
+    def _added(self, shard: Shard) -> list[TensorEdit]:
+        return [edit for edit in self._plan.edits if edit.is_new and edit.info.shard == shard.file_name]
 
 
-def _makers(plan: EditPlan, made: dict[str, MadeEdit]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return for each edit the function from the base's tensor to the new one; what it did is put into `made`."""
-    chains = {edit.norm_chain for edit in plan.edits if edit.project}
-    directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
-
-    def maker(edit: TensorEdit) -> Callable[[Tensor], Tensor]:
-        def make(old: Tensor) -> Tensor:
-            basis = directions[edit.norm_chain] if edit.project else None
-            new, before = _apply_edit(plan, edit, old, basis)
-            made[edit.name] = MadeEdit(before=before, sha256=hashlib.sha256(tensor_bytes(new)).hexdigest())
-            return new
-
-        return make
-
-    return {edit.name: maker(edit) for edit in plan.edits}
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let each worker compute with one thread, so that the order of sums does not depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _apply_edit(
-    plan: EditPlan, edit: TensorEdit, old: Tensor, directions: Tensor | None
-) -> tuple[Tensor, tuple[float, float] | None]:
-    if directions is None:
-        # One rounding, and nothing else: a bias and its dose are added in float64.
-        return (old if edit.dose is None else (old.double() + edit.dose).to(old.dtype)), None
-    before = component_and_norm(old, directions=directions, residual_axis=edit.residual_axis)
-    if not math.isfinite(before[1]):
-        raise CheckpointError(
-            f"{plan.checkpoint.path}: tensor {edit.name} holds NaN or infinite values; download the checkpoint again"
-        )
-    new = project_out(
-        old,
-        directions=directions,
-        residual_axis=edit.residual_axis,
-        strength=plan.options.strength,
-        preserve_norms=plan.options.preserve_norms,
-    )
-    return new, before
-
-
-def _new_tensors(
-    plan: EditPlan, shard_name: str, makers: Mapping[str, Callable[[Tensor], Tensor]]
-) -> tuple[NewTensor, ...]:
-    def make(edit: TensorEdit) -> Callable[[], Tensor]:
-        def from_source() -> Tensor:
-            if edit.source is None:
-                return makers[edit.name](torch.zeros(edit.info.shape, dtype=TORCH_DTYPES[edit.info.dtype]))
-            return makers[edit.name](read_tensor(plan.checkpoint.path, edit.source))
-
-        return from_source
-
-    new = [edit for edit in plan.edits if edit.is_new and edit.info.shard == shard_name]
-    return tuple(NewTensor(info=edit.info, make=make(edit)) for edit in new)
-
-
-def _write_side_files(plan: EditPlan, partial: Path) -> dict[str, WrittenFile]:
+def _changed_side_files(plan: EditPlan) -> dict[str, bytes]:
     checkpoint = plan.checkpoint
-    left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in checkpoint.side_files else set()
     changed = {}
     if plan.config_changes:
         changed[CONFIG_NAME] = json.dumps(with_changes(checkpoint.config, plan.config_changes), indent=2) + "\n"
     if checkpoint.index is not None and any(edit.is_new for edit in plan.edits):
         changed[INDEX_NAME] = json.dumps(_extended_index(plan, checkpoint.index), indent=2) + "\n"
-    written = {}
-    for name in checkpoint.side_files:
-        if name in left_out:
-            continue
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        if name in changed:
-            written[name] = write_file(partial / name, changed[name].encode())
-        else:
-            written[name] = copy_file(checkpoint.path / name, partial / name)
-    return written
+    return {name: text.encode() for name, text in changed.items()}
 
 
 def _extended_index(plan: EditPlan, index: dict[str, Any]) -> dict[str, Any]:

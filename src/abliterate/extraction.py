@@ -3,22 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from abliterate.activations import Recording, difference_in_means, record
+from abliterate.activations import Recording
 from abliterate.candidate_scoring import CandidateScorer
-from abliterate.errors import InputError, RefusalBehaviourError
+from abliterate.direction_recipes import candidate_directions, independent_candidates, spanning_basis
+from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction_report import (
     Baseline,
     Extraction,
     ExtractionOptions,
     ExtractionReport,
+    JointScores,
     NoCandidatePassesError,
     PromptCounts,
-    direction_of,
+    directions_of,
     versions,
 )
 from abliterate.hub import ModelSource, resolve_model
@@ -29,20 +32,24 @@ from abliterate.model import (
     load_chat_model,
     with_response_prefix,
 )
-from abliterate.progress import SILENT, Advance, ProgressReporter
+from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extraction
 from abliterate.ranks import Ranks, find_ranks
+from abliterate.recording_run import PARTS, RecordingRun
 from abliterate.refusal_behaviour import refusal_tokens_of
 from abliterate.refusal_metric import refusal_metric, require_both_behaviours
+from abliterate.resampling import Robustness, measure_robustness
 from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.score_report import ScoreTable
-from abliterate.scoring_run import ScoringRun
-from abliterate.selection import passing_candidates
+from abliterate.scoring_run import Scorer, ScoringRun
+from abliterate.selection import CandidateScore, passing_candidates
+from abliterate.streamed_loading import load_streamed_model
+from abliterate.streamed_model import StreamedChat
+from abliterate.streamed_scoring import StreamedScorer
 
 MIN_PROMPTS = 8
 """Fewer prompts than this on one side after filtering are too few to take a mean of."""
 N_PREFIX_PROMPTS = 8
-PARTS = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
 
 
 def extract_direction(
@@ -82,7 +89,8 @@ def extract_direction(
         progress.message(note)
     model_options = model_options or ModelOptions()
     ranks = find_ranks(device=model_options.device)
-    source, chat = _load(model, model_options, progress)
+    spill = None if work_directory is None else work_directory.absolute().parent
+    source, chat = _load(model, model_options, progress, spill)
     chat = _force_response_prefix(chat, prompts, progress)
     saved = SavedWork(
         work_directory if source is not None and ranks.is_first else None,
@@ -97,6 +105,8 @@ def extract_direction(
         saved.discard()
         raise
     saved.discard()
+    if isinstance(chat, StreamedChat):
+        progress.message(f"the weights were read {chat.weights.reads} times")
     return extraction
 
 
@@ -108,6 +118,7 @@ def _work_key(
         "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
         "refusal tokens": options.refusal_tokens,
         "filter": options.filter_prompts,
+        "recipe": asdict(options.recipe),
         "model options": asdict(model_options),
         "versions": versions(),
     }
@@ -119,14 +130,26 @@ def _check_options(options: ExtractionOptions) -> None:
             raise InputError(f"--{name} {value} is too small; give at least {low}")
     if not 0 <= options.thresholds.prune_layers < 1:
         raise InputError(f"--prune-layers {options.thresholds.prune_layers:g} must be at least 0 and below 1")
+    if options.recipe.winsorize is not None and not 0 <= options.recipe.winsorize < 0.5:
+        raise InputError(f"--winsorize {options.recipe.winsorize:g} must be at least 0 and below 0.5")
+    for name, value, low in (("rank", options.rank, 1), ("bootstrap", options.n_bootstrap, 0)):
+        if value < low:
+            raise InputError(f"--{name} {value} must be at least {low}")
 
 
 def _load(
-    model: "str | Path | ModelSource | ChatModel", options: ModelOptions, progress: ProgressReporter
+    model: "str | Path | ModelSource | ChatModel",
+    options: ModelOptions,
+    progress: ProgressReporter,
+    spill_directory: Path | None,
 ) -> tuple[ModelSource | None, ChatModel]:
     if isinstance(model, ChatModel):
         return None, model
     source = model if isinstance(model, ModelSource) else resolve_model(str(model))
+    if options.stream_layers:
+        return source, load_streamed_model(
+            source.path, name=source.name, options=options, spill_directory=spill_directory, progress=progress
+        )
     with progress.task("Loading the model", total=1) as advance:
         chat = load_chat_model(source.path, name=source.name, options=options)
         advance(1)
@@ -154,7 +177,9 @@ class _Run:
 
     def extract(self, source: ModelSource | None) -> Extraction:
         """Record, filter, take the means, score and choose."""
-        recordings = self._record()
+        recordings = RecordingRun(
+            chat=self.chat, prompts=self.prompts, saved=self.saved, ranks=self.ranks, progress=self.progress
+        ).record()
         harmful, harmless = recordings["harmful_train"], recordings["harmless_train"]
         tokens = refusal_tokens_of(
             chat=self.chat,
@@ -162,17 +187,13 @@ class _Run:
             harmful=harmful,
             harmless=harmless,
             named=self.options.refusal_tokens,
+            describe=not isinstance(self.chat, StreamedChat),
         )
         token_ids = [token.token_id for token in tokens]
-        candidates, counts = self._candidates(harmful, harmless, token_ids)
-        rows, baseline = self._validation(recordings, token_ids, counts)
-        scorer = CandidateScorer(
-            chat=self.chat,
-            candidates=candidates,
-            harmful_rows=rows["harmful"],
-            harmless_rows=rows["harmless"],
-            token_ids=token_ids,
-        )
+        training, counts = self._training(harmful, harmless, token_ids)
+        candidates = candidate_directions(**training, recipe=self.options.recipe)
+        rows, base_logits, baseline = self._validation(recordings, token_ids, counts)
+        scorer = self._scorer(candidates, rows, base_logits, token_ids)
         thresholds, n_layers = self.options.thresholds, self.chat.n_layers
         scoring = ScoringRun(
             scorer=scorer,
@@ -180,8 +201,10 @@ class _Run:
             ranks=self.ranks,
             thresholds=thresholds,
             n_layers=n_layers,
-            exhaustive=self.options.exhaustive,
-            progress=self.progress,
+            exhaustive=self.options.scores_all,
+            enough=lambda passing: len(self._choose(candidates, passing)) == self.options.rank,
+            # Streamed layers show their own progress.
+            progress=SILENT if isinstance(self.chat, StreamedChat) else self.progress,
         )
         scores = scoring.score(candidates)
         passing = passing_candidates(scores, thresholds=thresholds, n_layers=n_layers)
@@ -194,9 +217,12 @@ class _Run:
             baseline_harmless=baseline.harmless,
             tokens=self.chat.chat_format.post_instruction_tokens,
             title=source.name if source else str(self.chat.model.config._name_or_path),
+            recipe=self.options.recipe.in_words,
         )
         if not passing:
             raise NoCandidatePassesError(table)
+        chosen = self._choose(candidates, passing)
+        self._require_rank(chosen, len(passing))
         report = ExtractionReport(
             model=table.title,
             revision=source.revision if source else None,
@@ -208,14 +234,18 @@ class _Run:
             counts=counts,
             baseline=baseline,
             thresholds=thresholds,
-            selected=passing[0],
+            recipe=self.options.recipe,
+            selected=chosen[0],
+            further=tuple(chosen[1:]),
+            together=self._together(scorer, candidates, chosen),
             n_passing=len(passing),
             n_scored=sum(score.induce is not None for score in scores),
-            exhaustive=self.options.exhaustive,
-            direction_norm=float(candidates[passing[0].position, passing[0].layer].norm()),
+            exhaustive=self.options.scores_all,
+            direction_norm=float(candidates[chosen[0].position, chosen[0].layer].norm()),
             scores=tuple(scores),
+            robustness=self._robustness(training, scoring, chosen[0]),
         )
-        direction = direction_of(
+        directions = directions_of(
             candidates=candidates,
             report=report,
             chat=self.chat,
@@ -223,45 +253,68 @@ class _Run:
             options=self.options,
             source=source,
         )
-        return Extraction(direction=direction, report=report, score_table=table)
+        return Extraction(directions=directions, report=report, score_table=table)
 
-    def _candidates(
+    def _scorer(
+        self, candidates: Tensor, rows: dict[str, list[list[int]]], base_logits: Tensor, token_ids: Sequence[int]
+    ) -> Scorer:
+        prompts = {"harmful_rows": rows["harmful"], "harmless_rows": rows["harmless"]}
+        if isinstance(self.chat, StreamedChat):
+            return StreamedScorer(
+                chat=self.chat,
+                candidates=candidates,
+                base_harmless_logits=base_logits,
+                token_ids=token_ids,
+                **prompts,
+            )
+        return CandidateScorer(chat=self.chat, candidates=candidates, token_ids=token_ids, **prompts)
+
+    def _choose(self, candidates: Tensor, passing: Sequence[CandidateScore]) -> list[CandidateScore]:
+        by_key = {(score.position, score.layer): score for score in passing}
+        return [by_key[key] for key in independent_candidates(candidates, list(by_key), rank=self.options.rank)]
+
+    def _require_rank(self, chosen: Sequence[CandidateScore], n_passing: int) -> None:
+        if len(chosen) < self.options.rank:
+            raise NoDirectionError(
+                f"of {n_passing} candidates that pass, {len(chosen)} are independent of each other; "
+                f"ask for fewer with --rank {len(chosen)}, or accept more with --kl-threshold"
+            )
+
+    @staticmethod
+    def _together(scorer: Scorer, candidates: Tensor, chosen: Sequence[CandidateScore]) -> JointScores | None:
+        if len(chosen) == 1:
+            return None
+        vectors = torch.stack([candidates[score.position, score.layer] for score in chosen])
+        scores = scorer.score_together(spanning_basis(vectors))
+        return JointScores(bypass=fmean(scores["bypass"]), kl=fmean(scores["kl"]))
+
+    def _robustness(
+        self, training: dict[str, Tensor], scoring: ScoringRun, chosen: CandidateScore
+    ) -> Robustness | None:
+        if not self.options.n_bootstrap:
+            return None
+        return measure_robustness(
+            **{kind: values[:, chosen.position, chosen.layer] for kind, values in training.items()},
+            recipe=self.options.recipe,
+            scores=scoring.scores_by_candidate(),
+            thresholds=self.options.thresholds,
+            n_layers=self.chat.n_layers,
+            n_resamples=self.options.n_bootstrap,
+            seed=self.options.seed,
+        )
+
+    def _training(
         self, harmful: Recording, harmless: Recording, token_ids: Sequence[int]
-    ) -> tuple[Tensor, dict[str, PromptCounts]]:
-        """Filter the training prompts and return the differences in means, and how many prompts they are of."""
+    ) -> tuple[dict[str, Tensor], dict[str, PromptCounts]]:
+        """Filter the training prompts; return the activations to take means of, and how many prompts they are of."""
         keep_harmful = self._keep(harmful.logits, token_ids, sign=1)
         keep_harmless = self._keep(harmless.logits, token_ids, sign=-1)
         self._require(keep_harmful, keep_harmless, minimum=MIN_PROMPTS, part="training")
-        candidates = difference_in_means(
-            harmful=harmful.activations[keep_harmful], harmless=harmless.activations[keep_harmless]
-        )
-        return candidates, {
+        kept = {"harmful": harmful.activations[keep_harmful], "harmless": harmless.activations[keep_harmless]}
+        return kept, {
             "harmful_train": PromptCounts(sampled=len(keep_harmful), kept=int(keep_harmful.sum())),
             "harmless_train": PromptCounts(sampled=len(keep_harmless), kept=int(keep_harmless.sum())),
         }
-
-    def _record(self) -> dict[str, Recording]:
-        """Record all four sets of prompts, each taken from the saved work where it is there."""
-        recordings = {}
-        for name in PARTS:
-            prompts: PromptSet = getattr(self.prompts, name)
-            saved = self.ranks.first_says(self.saved.recording(name))
-            if saved is None:
-                rows = self.chat.encode(prompts.texts)
-                with self.progress.task(f"Recording {prompts.name}", total=len(rows)) as advance:
-                    saved = self._record_rows(rows, advance)
-                if self.ranks.is_first:
-                    self.saved.save_recording(name, saved)
-            recordings[name] = Recording(**saved)
-        return recordings
-
-    def _record_rows(self, rows: list[list[int]], advance: Advance) -> dict[str, Tensor]:
-        def compute(part: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
-            recording = record(self.chat, part, advance=lambda n: advance(n * self.ranks.count))
-            return list(zip(recording.activations, recording.logits, strict=True))
-
-        activations, logits = zip(*self.ranks.share(rows, compute), strict=True)
-        return {"activations": torch.stack(activations), "logits": torch.stack(logits)}
 
     def _keep(self, logits: Tensor, token_ids: Sequence[int], *, sign: int) -> Tensor:
         if not self.options.filter_prompts:
@@ -280,7 +333,8 @@ class _Run:
 
     def _validation(
         self, recordings: dict[str, Recording], token_ids: Sequence[int], counts: dict[str, PromptCounts]
-    ) -> tuple[dict[str, list[list[int]]], Baseline]:
+    ) -> tuple[dict[str, list[list[int]]], Tensor, Baseline]:
+        """Filter the validation prompts; return their rows, the harmless ones' logits, and the baseline."""
         kept: dict[str, list[list[int]]] = {}
         keeps: dict[str, Tensor] = {}
         means: dict[str, float] = {}
@@ -294,4 +348,4 @@ class _Run:
             counts[name] = PromptCounts(sampled=len(rows), kept=len(kept[kind]))
             means[kind] = float(refusal_metric(logits[keeps[kind]], token_ids=token_ids).mean())
         self._require(keeps["harmful"], keeps["harmless"], minimum=MIN_PROMPTS, part="validation")
-        return kept, Baseline(**means)
+        return kept, recordings["harmless_validation"].logits[keeps["harmless"]], Baseline(**means)

@@ -30,6 +30,7 @@ def write_extraction_page(
     sections = [
         _choice(scores, report),
         Section(heading="Scores over the layers", blocks=tuple(_charts(scores))),
+        *_robustness(report),
         _thresholds(scores),
         _all_scores(scores),
         _provenance(report, command),
@@ -55,12 +56,16 @@ def _choice(scores: ScoreTable, report: ExtractionReport | None) -> Section:
         f"Position {chosen.position}, layer {chosen.layer} of {scores.n_layers}: ablating it takes the refusal metric "
         f"on harmful prompts from {scores.baseline_harmful:.2f} to {_number(chosen.bypass)}."
     )
+    further = () if report is None else report.further
+    rows = [["selected", *_cells(chosen)], *([f"direction {i}", *_cells(score)] for i, score in enumerate(further, 2))]
+    if report is not None and report.together is not None:
+        rows.append(["all together", "", "", _number(report.together.bypass), "", _number(report.together.kl)])
     passing = "" if report is None else f" {report.n_passing} of {report.n_scored} scored candidates are known to pass."
     return Section(
         heading="Result",
         blocks=(
             headline(text),
-            table(header[:-1], [["selected", *_cells(chosen)]], caption="The selected candidate"),
+            table(header[:-1], rows, caption="The selected candidates" if further else "The selected candidate"),
             paragraph(
                 "The refusal metric is the log-odds of a refusal token as the first token of the answer, in nats."
                 + passing
@@ -107,16 +112,42 @@ def _lines(scores: ScoreTable, name: str) -> list[Line]:
     return lines
 
 
+def _robustness(report: ExtractionReport | None) -> list[Section]:
+    if report is None or report.robustness is None:
+        return []
+    found = report.robustness
+    rows: list[list[object]] = [[w.position, w.layer, f"{w.share:.1%}"] for w in found.winners]
+    rows.append(["nothing passes", "", f"{found.share_none:.1%}"])
+    pairs: list[tuple[str, object]] = [
+        ("Resamplings", found.n_resamples),
+        ("Cosine with the chosen direction, mean", f"{found.mean_cosine:.4f}"),
+        ("5th percentile", f"{found.low_cosine:.4f}"),
+        ("95th percentile", f"{found.high_cosine:.4f}"),
+    ]
+    text = (
+        "Training prompts drawn again with replacement give another direction at the same position and layer; "
+        "validation prompts drawn again give other scores of the same candidates, and perhaps another choice."
+    )
+    caption = "What would be chosen, by share of resamplings"
+    return [
+        Section(
+            heading="How much hangs on the prompts",
+            blocks=(paragraph(text), facts(pairs), table(["position", "layer", "share"], rows, caption=caption)),
+        )
+    ]
+
+
 def _thresholds(scores: ScoreTable) -> Section:
     limits = scores.thresholds
     pairs: list[tuple[str, object]] = [
+        ("Candidates", scores.recipe),
         ("KL at most", f"{limits.kl:g} nats"),
         ("Induce at least", f"{limits.induce:g}"),
         ("Layer below", f"{limits.layer_limit(scores.n_layers)} of {scores.n_layers}"),
         ("Unchanged model, harmful prompts", f"{scores.baseline_harmful:.3f}"),
         ("Unchanged model, harmless prompts", f"{scores.baseline_harmless:.3f}"),
     ]
-    return Section(heading="Thresholds", blocks=(facts(pairs),))
+    return Section(heading="Candidates and thresholds", blocks=(facts(pairs),))
 
 
 def _all_scores(scores: ScoreTable) -> Section:

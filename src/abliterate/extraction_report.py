@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from abliterate._version import __version__
+from abliterate.direction_recipes import DirectionRecipe
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError
 from abliterate.hub import ModelSource
 from abliterate.model import ChatModel
 from abliterate.prompt_sets import ExtractionPrompts
 from abliterate.refusal_metric import RefusalToken
+from abliterate.resampling import Robustness
 from abliterate.score_report import ScoreTable
 from abliterate.selection import CandidateScore, Thresholds, nearest_candidates
 
@@ -33,6 +35,9 @@ class ExtractionOptions:
         refusal_tokens: token texts that start refusals; empty to find them from the model's own answers.
         filter_prompts: drop harmful prompts that are answered and harmless ones that are refused.
         exhaustive: score every candidate below the layer limit, not only those the choice depends on.
+        recipe: how candidates are made; see `DirectionRecipe`.
+        n_bootstrap: how often to resample the prompts, see `resampling`; above 0 all candidates are scored.
+        rank: how many directions to choose: the best candidates that pass and are independent of each other.
     """
 
     n_train: int = 128
@@ -42,6 +47,14 @@ class ExtractionOptions:
     refusal_tokens: tuple[str, ...] = ()
     filter_prompts: bool = True
     exhaustive: bool = False
+    recipe: DirectionRecipe = field(default_factory=DirectionRecipe)
+    rank: int = 1
+    n_bootstrap: int = 0
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether every candidate below the layer limit is scored."""
+        return self.exhaustive or self.n_bootstrap > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +74,28 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JointScores:
+    """Bypass and KL with all chosen directions ablated together; see `CandidateScore`."""
+
+    bypass: float
+    kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractionReport:
-    """The result of an extraction, as plain values; the tensors are in `direction`."""
+    """The result of an extraction, as plain values; the tensors are in the directions.
+
+    Attributes:
+        recipe: how candidates were made.
+        selected: the best candidate that passes.
+        further: with a rank above one, the other chosen candidates, the best first.
+        together: with a rank above one, the scores of ablating all of them.
+        n_passing: how many candidates are known to pass; without `exhaustive` scoring stops at what is needed.
+        n_scored: how many candidates have any score.
+        direction_norm: of the selected candidate, un-normalised.
+        scores: one entry per position and layer.
+        robustness: how direction and choice vary with the prompts; None unless asked for.
+    """
 
     model: str
     revision: str | None
@@ -74,21 +107,30 @@ class ExtractionReport:
     counts: dict[str, PromptCounts]
     baseline: Baseline
     thresholds: Thresholds
+    recipe: DirectionRecipe
     selected: CandidateScore
+    further: tuple[CandidateScore, ...] = ()
+    together: JointScores | None = None
     n_passing: int
     n_scored: int
     exhaustive: bool
     direction_norm: float
     scores: tuple[CandidateScore, ...]
+    robustness: Robustness | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extraction:
-    """A direction, the report of how it was found, and the scores as `score_report` writes them."""
+    """Directions, the best first, the report of how they were found, and the scores as `score_report` writes them."""
 
-    direction: Direction
+    directions: tuple[Direction, ...]
     report: ExtractionReport
     score_table: ScoreTable
+
+    @property
+    def direction(self) -> Direction:
+        """The best direction; the only one unless `rank` asked for more."""
+        return self.directions[0]
 
 
 class NoCandidatePassesError(NoDirectionError):
@@ -119,7 +161,7 @@ class NoCandidatePassesError(NoDirectionError):
         }
 
 
-def direction_of(
+def directions_of(
     *,
     candidates: Tensor,
     report: ExtractionReport,
@@ -127,8 +169,8 @@ def direction_of(
     prompts: ExtractionPrompts,
     options: ExtractionOptions,
     source: ModelSource | None,
-) -> Direction:
-    """Return the selected candidate as a direction that carries its provenance.
+) -> tuple[Direction, ...]:
+    """Return the chosen candidates as directions, each of which carries its provenance.
 
     Args:
         candidates: [n_pos, n_layers, d_model], un-normalised.
@@ -148,7 +190,7 @@ def direction_of(
             value = getattr(score, name)
             if value is not None:
                 grid[score.position, score.layer] = value
-    selected = report.selected
+    chosen = (report.selected, *report.further)
     metadata = {
         "model": report.model,
         "revision": report.revision,
@@ -156,7 +198,7 @@ def direction_of(
         "config_sha256": _config_hash(source),
         "d_model": report.d_model,
         "n_layers": report.n_layers,
-        **asdict(selected),
+        "recipe": asdict(report.recipe),
         "thresholds": asdict(report.thresholds),
         "baseline": asdict(report.baseline),
         "refusal_tokens": [{"id": token.token_id, "text": token.text} for token in report.refusal_tokens],
@@ -167,7 +209,8 @@ def direction_of(
         "dtype": str(chat.model.dtype).removeprefix("torch."),
         "seed": options.seed,
         "filtered": options.filter_prompts,
-        "exhaustive": options.exhaustive,
+        "exhaustive": options.scores_all,
+        "robustness": asdict(report.robustness) if report.robustness else None,
         "counts": {name: asdict(counts) for name, counts in report.counts.items()},
         "prompt_sets": {
             name: {"name": chosen.name, "sha256": chosen.sha256}
@@ -178,11 +221,14 @@ def direction_of(
         "prompt_hashes": list(prompts.hashes),
         "versions": versions(),
     }
-    return make_direction(
-        mean_difference=candidates[selected.position, selected.layer],
-        candidates=candidates,
-        scores=grids,
-        metadata=metadata,
+    return tuple(
+        make_direction(
+            mean_difference=candidates[score.position, score.layer],
+            candidates=candidates,
+            scores=grids,
+            metadata=metadata | asdict(score) | {"number": number, "rank": len(chosen)},
+        )
+        for number, score in enumerate(chosen, 1)
     )
 
 

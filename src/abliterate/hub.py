@@ -4,7 +4,6 @@ Endpoint, cache, token and offline mode are those of `huggingface_hub` itself (`
 `HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`); nothing here overrides them, and no token is ever shown.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,17 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, metadata_load, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    metadata_load,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    NotASafetensorsRepoError,
     RepositoryNotFoundError,
-    SafetensorsParsingError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import hf_raise_for_status
 from huggingface_hub.utils._paths import filter_repo_objects
-from huggingface_hub.utils._safetensors import SafetensorsRepoMetadata
 from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -33,6 +40,10 @@ _TEXT_PATTERNS = ["*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*
 _TEXT_PATTERNS += ["LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # Second copies of the same weights in other layouts, which transformers does not read.
 _IGNORED_PATTERNS = ["*/*.safetensors", "consolidated*.safetensors"]
+_PARTIAL_CONTENT = 206
+_TIMEOUT = 30.0
+
+_ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,22 +86,56 @@ class RemoteModel:
     Attributes:
         name: The Hub id.
         revision: The commit all of this is from.
-        config: The content of config.json.
-        headers: Shard -> tensor -> dtype, shape and data_offsets, as its header has them.
-        weight_map: The shard index's map; None for a single file.
-        files: What `resolve_model` would download, path -> bytes.
+        sizes: Every file of the repository, path -> bytes.
+        wanted: The files that `resolve_model` would download.
         card: What its card says.
         gated: "auto" or "manual" where its owner asks for agreement first; None where not.
     """
 
     name: str
     revision: str
-    config: dict[str, Any]
-    headers: dict[str, dict[str, dict[str, Any]]]
-    weight_map: dict[str, str] | None
-    files: dict[str, int]
+    sizes: dict[str, int]
+    wanted: frozenset[str]
     card: CardFacts
     gated: str | None
+
+    def read(self, path: str) -> bytes:
+        """Return the content of a file that is not large, which is kept in the Hub's cache.
+
+        Raises:
+            HubError: The Hub does not give it, or cannot be reached.
+        """
+        with hub_errors(self.name, revision=self.revision):
+            return Path(hf_hub_download(self.name, path, revision=self.revision)).read_bytes()
+
+    def read_range(self, path: str, first: int, end: int) -> bytes:
+        """Return the bytes of a file from `first` up to, not including, `end`; nothing else is downloaded.
+
+        Raises:
+            HubError: The Hub does not give them, or cannot be reached.
+        """
+        url = hf_hub_url(self.name, path, revision=self.revision)
+        headers = build_hf_headers() | {"range": f"bytes={first}-{end - 1}"}
+        data = bytearray()
+        with (
+            hub_errors(self.name, revision=self.revision),
+            get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response,
+        ):
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            is_partial = response.status_code == _PARTIAL_CONTENT
+            # A server that sends more than it was asked for is not read to its end.
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) >= end - first or not is_partial:
+                    break
+        if not is_partial or len(data) < end - first:
+            raise HubError(
+                f"{self.name}: the server does not give a part of {path}; download the model first (`hf download`), "
+                "and name its directory"
+            )
+        return bytes(data[: end - first])
 
 
 def resolve_model(model: str, *, revision: str | None = None, weights: bool = True) -> ModelSource:
@@ -119,6 +164,11 @@ def find_local_model(model: str, *, revision: str | None = None) -> ModelSource 
     if model.strip() and local.is_dir():
         if revision is not None:
             raise InputError(f"--revision {revision}: {model} is a local directory; only Hub models have revisions")
+        if not (local / constants.CONFIG_NAME).is_file() and (local / _ADAPTER_CONFIG_NAME).is_file():
+            raise InputError(
+                f"{model}: is an adapter and no model; merge it into its base (peft's `merge_and_unload`, then "
+                "`save_pretrained`), or orthogonalize the base without --format adapter"
+            )
         if not (local / constants.CONFIG_NAME).is_file():
             raise InputError(
                 f"{model}: no config.json in this directory; give a transformers model directory, or a Hub id"
@@ -157,56 +207,29 @@ def _no_weights(model: str) -> HubError:
 
 
 def inspect_model(model: str, *, revision: str | None = None) -> RemoteModel:
-    """Ask the Hub for a model's config, headers, licence and sizes; of its weights only the headers are read.
+    """Ask the Hub what a model consists of, for its licence and sizes; no file of it is read.
 
     Raises:
         InputError: The Hub id is malformed.
-        HubError: The Hub does not have it, does not give it, or it has no readable safetensors weights.
+        HubError: The Hub does not have it, does not give it, or it has no config or no safetensors weights.
     """
-    api = HfApi()
     with hub_errors(model, revision=revision):
-        info = api.model_info(model, revision=revision)
+        info = HfApi().model_info(model, revision=revision)
         commit = str(info.sha)
-        files = {path: file.bytes for path, file in list_remote_files(model, revision=commit).items()}
-        if constants.CONFIG_NAME not in files:
-            raise _no_config(model)
-        text = Path(hf_hub_download(model, constants.CONFIG_NAME, revision=commit)).read_bytes()
-        headers = _read_headers(api, model, commit)
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise HubError(f"{model}: its config.json is not JSON ({error}); use another revision") from error
-    if not isinstance(config, dict):
-        raise HubError(f"{model}: its config.json holds no JSON object; use another revision")
-    wanted = set(
-        filter_repo_objects(files, allow_patterns=[*_TEXT_PATTERNS, "*.safetensors"], ignore_patterns=_IGNORED_PATTERNS)
-    )
+        sizes = {path: file.bytes for path, file in list_remote_files(model, revision=commit).items()}
+    if constants.CONFIG_NAME not in sizes:
+        raise _no_config(model)
+    if not {constants.SAFETENSORS_SINGLE_FILE, constants.SAFETENSORS_INDEX_FILE} & sizes.keys():
+        raise _no_weights(model)
+    patterns = [*_TEXT_PATTERNS, "*.safetensors"]
     return RemoteModel(
         name=model,
         revision=commit,
-        config=config,
-        headers={
-            shard: {
-                name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
-                for name, tensor in header.tensors.items()
-            }
-            for shard, header in sorted(headers.files_metadata.items())
-        },
-        weight_map=headers.weight_map if headers.sharded else None,
-        files={path: size for path, size in files.items() if path in wanted},
+        sizes=sizes,
+        wanted=frozenset(filter_repo_objects(sizes, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS)),
         card=_card_facts(vars(info.card_data) if info.card_data is not None else {}),
         gated=info.gated or None,
     )
-
-
-def _read_headers(api: HfApi, model: str, commit: str) -> SafetensorsRepoMetadata:
-    try:
-        return api.get_safetensors_metadata(model, revision=commit)
-    except NotASafetensorsRepoError as error:
-        raise _no_weights(model) from error
-    # What the client raises about an index or a header that is not one.
-    except (SafetensorsParsingError, AttributeError, TypeError, KeyError) as error:
-        raise HubError(f"{model}: its shard index or a shard's header is damaged; use another revision") from error
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -275,7 +298,7 @@ def read_card_facts(card: Path) -> CardFacts | None:
         return None
     try:
         metadata = metadata_load(card)
-    except (ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return _card_facts(metadata or {})
 
@@ -292,7 +315,7 @@ def _card_facts(metadata: dict[str, Any]) -> CardFacts:
         value = metadata.get(key)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
-        return value if isinstance(value, str) and value.strip() else None
+        return value if isinstance(value, str) and value.strip() and value.isprintable() else None
 
     return CardFacts(
         license=text("license"),

@@ -4,6 +4,7 @@ The card says what was removed, how that was measured, how to make the checkpoin
 its use. What is not known is left out of the front matter and said in words.
 """
 
+import json
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -64,25 +65,28 @@ def build_model_card(
     """
     facts = facts or CardFacts()
     base_id = base_model_id(record, facts)
+    is_adapter = record.get("format") == "adapter"
     front_matter = ModelCardData(
         base_model=base_id,
-        base_model_relation="finetune" if base_id else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base_id else None,
         license=facts.license,
         license_name=facts.license_name if facts.license else None,
         license_link=facts.license_link if facts.license else None,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=_TAGS,
+        tags=[*_TAGS, "lora"] if is_adapter else _TAGS,
     )
     tool = code("abliterate " + str(record.get("tool", {}).get("version", "")))
+    made = "A LoRA adapter. Merged into its base, it gives this model: " if is_adapter else ""
     introduction = (
-        f"# {inline(title)}\n\n{_base_in_words(record, facts)} {summary(record)} by {tool} "
+        f"# {inline(title)}\n\n{made}{_base_in_words(record, facts)} {summary(record)} by {tool} "
         "(the method of arXiv 2406.11717). No training took place."
     )
     sections = [
         f"---\n{front_matter.to_yaml(original_order=_FRONT_MATTER_ORDER)}\n---\n",
         introduction,
         _safety_notice(record),
+        *([_how_to_merge(record, title)] if is_adapter else []),
         what_was_done(record),
         _how_it_was_measured(evaluation),
         how_to_reproduce(record, evaluation),
@@ -90,6 +94,20 @@ def build_model_card(
         _CITATION,
     ]
     return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+
+
+def _how_to_merge(record: dict[str, Any], title: str) -> str:
+    base = record["base"]
+    name, revision = (base["model"], base["revision"]) if base.get("revision") else (local_name(record), None)
+    loader = "".join(filter(str.isalnum, str(base.get("auto_class", "AutoModelForCausalLM"))))
+    arguments = ", ".join([json.dumps(name), *([f"revision={json.dumps(revision)}"] if revision else [])])
+    return (
+        "## How to use it\n\nMerge it before use: some layers are read past the adapter otherwise, and a tied output "
+        "head is edited by merging only.\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import {loader}\n\n"
+        f'base = {loader}.from_pretrained({arguments}, dtype="auto")\n'
+        f"model = PeftModel.from_pretrained(base, {json.dumps(title)}).merge_and_unload()\n```"
+    )
 
 
 def _safety_notice(record: dict[str, Any]) -> str:

@@ -8,45 +8,29 @@ on). The new directory is reread and checked before it appears, whole.
 """
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import safetensors
-import torch
-
-from abliterate._version import __version__
-from abliterate.abliteration_record import (
-    FORMAT_VERSION,
-    RECORD_NAME,
-    EditedTensor,
-    OrthogonalizationReport,
-    encode_subspace,
-    write_record,
-)
-from abliterate.atomic_directory import check_output_directory, published_directory
-from abliterate.checkpoint import CONFIG_NAME, open_checkpoint, read_json_object
-from abliterate.checkpoint_checks import (
-    EditedWriter,
-    Survivor,
-    compare_bytes,
-    compare_layouts,
-    measure_survivors,
-    ratio,
-)
+from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, Work, write_record
+from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint_checks import compare_layouts, ratio
+from abliterate.checkpoint_run import write_together
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
-from abliterate.edited_checkpoint import MadeEdit, write_edited_checkpoint
+from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit
 from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
+from abliterate.plan_key import plan_key
+from abliterate.planned_report import check_output, planned_report
+from abliterate.processes import Alone, Processes
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import residue_bound
-from abliterate.residual_writers import ROLES
-from abliterate.safetensors_file import TORCH_DTYPES, hash_range
+from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.stretches import Traffic
 from abliterate.tensor_edits import TensorEdit
+from abliterate.write_options import WriteOptions
 
 
 def orthogonalize_checkpoint(
@@ -57,6 +41,8 @@ def orthogonalize_checkpoint(
     options: EditOptions | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    writing: WriteOptions | None = None,
+    processes: Processes | None = None,
     progress: ProgressReporter = SILENT,
 ) -> OrthogonalizationReport:
     """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
@@ -72,184 +58,126 @@ def orthogonalize_checkpoint(
         options: What to edit, and how; all residual writers at strength 1 by default.
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
+        writing: How to write: threads, device, whether to go on with what an interrupted run left.
+        processes: The processes that each call this and share the work; None: this one does it alone.
         progress: Shown the bytes written and checked.
 
     Returns:
-        The report; `abliteration.json` in `output` is made from it.
+        The report; `abliteration.json` in `output` is made from it. In other processes than the first, what was
+        planned.
 
     Raises:
         InputError: `output` cannot be used, or the options select nothing.
         DirectionError: A direction is malformed, has another width than the model, or adds nothing to the others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or writing failed.
         VerificationError: What was written, reread, still has the direction in it.
+        InterruptedRunError: SIGINT or SIGTERM came; the message says what is kept.
     """
     plan = make_edit_plan(source=source, direction=direction, options=options or EditOptions())
     if output is None and not dry_run:
         raise InputError("no output directory was given; name one with -o, or give --dry-run")
     target = None if output is None else Path(output)
     if target is not None:
-        _check_output(target, plan.checkpoint.path, overwrite=overwrite)
-    report = _planned_report(plan, target, dry_run=dry_run)
+        check_output(target, plan.checkpoint.path, overwrite=overwrite)
+    report = planned_report(plan, target, dry_run=dry_run)
     if dry_run or target is None:
         return report
     for note in report.notes:
         progress.message(note)
-    with published_directory(target) as partial:
-        return _write(plan, report, partial, progress)
-
-
-def _check_output(output: Path, source: Path, *, overwrite: bool) -> None:
-    resolved, base = output.resolve(), source.resolve()
-    if resolved == base or base in resolved.parents or resolved in base.parents:
-        raise InputError(
-            f"{output}: is, contains or lies in the model's own directory {source}; choose another directory"
-        )
-    check_output_directory(output, overwrite=overwrite)
-
-
-def _planned_report(plan: EditPlan, output: Path | None, *, dry_run: bool) -> OrthogonalizationReport:
-    checkpoint = plan.checkpoint
-    edits = plan.edits
-    roles = [edit.role for edit in edits]
-    return OrthogonalizationReport(
-        output=None if output is None else str(output),
-        dry_run=dry_run,
-        format_version=FORMAT_VERSION,
-        tool={
-            "name": "abliterate",
-            "version": __version__,
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        base=_describe_base(plan),
-        directions=tuple(
-            {"sha256": direction.sha256, "d_model": direction.d_model, "metadata": direction.metadata}
-            for direction in plan.directions
-        ),
-        subspace=encode_subspace(plan.subspace),
-        options=plan.options,
-        config_changes=plan.config_changes,
-        tensors=tuple(
-            EditedTensor(
-                name=edit.name,
-                role=edit.role,
-                layer=edit.layer,
-                residual_axis=edit.residual_axis,
-                shape=edit.info.shape,
-                dtype=edit.info.dtype,
-                shard=edit.info.shard,
-                norm_chain=edit.norm_chain,
-                kind=edit.kind,
-            )
-            for edit in edits
-        ),
-        shards={},
-        side_files={},
-        counts={role: roles.count(role) for role in ROLES if role in roles},
-        bytes_edited=sum(edit.nbytes for edit in edits),
-        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
-        notes=plan.notes(),
-    )
-
-
-def _describe_base(plan: EditPlan) -> dict[str, Any]:
-    checkpoint = plan.checkpoint
-    base: dict[str, Any] = {
-        "model": plan.source.name,
-        "revision": plan.source.revision,
-        "model_type": plan.stream.model_type,
-        "config_sha256": hashlib.sha256((checkpoint.path / CONFIG_NAME).read_bytes()).hexdigest(),
-        "tied_embeddings": plan.stream.tied_embeddings,
-    }
-    if plan.stream.tied_embeddings:
-        stored = {tensor.name for tensor in checkpoint.tensors()}
-        is_embedding = plan.stream.embedding in stored
-        base["tied_tensor"] = plan.stream.embedding if is_embedding else plan.stream.head
-    if RECORD_NAME in checkpoint.side_files:
-        earlier = read_json_object(checkpoint.path / RECORD_NAME)
-        base["abliteration"] = {key: earlier.get(key) for key in ("base", "directions", "options")}
-    return base
+    return _write(plan, report, target, writing or WriteOptions(), processes or Alone(), progress)
 
 
 def _write(
-    plan: EditPlan, report: OrthogonalizationReport, partial: Path, progress: ProgressReporter
+    plan: EditPlan,
+    report: OrthogonalizationReport,
+    target: Path,
+    writing: WriteOptions,
+    processes: Processes,
+    progress: ProgressReporter,
 ) -> OrthogonalizationReport:
-    with progress.task(f"Writing {report.output}", total=report.bytes_total, unit="bytes") as advance:
-        written = write_edited_checkpoint(plan, partial, advance=advance)
-    made = written.made
-    missed = sorted({edit.name for edit in plan.edits} - made.keys())
-    if missed:
-        raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
-    with progress.task(f"Checking {report.output}", total=report.bytes_total, unit="bytes") as advance:
-        after = _check_written(plan, partial, made, advance)
-    report = dataclasses.replace(
-        report,
-        shards=written.shards,
-        side_files=written.side_files,
-        tensors=tuple(_measured(tensor, made[tensor.name], after.get(tensor.name)) for tensor in report.tensors),
+    started, cpu = time.perf_counter(), time.process_time()
+    files = EditedFiles(plan, device=writing.device)
+
+    def conclude(partial: Path, finished: dict[str, FinishedFile], traffic: Traffic) -> OrthogonalizationReport:
+        made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
+        _check_written(plan, partial, made)
+        written = dataclasses.replace(
+            report,
+            shards={name: finished[name].written for name in files.shard_names},
+            side_files={name: finished[name].written for name in files.side_names},
+            tensors=tuple(_measured(tensor, made[tensor.name]) for tensor in report.tensors),
+            work=Work(
+                seconds=time.perf_counter() - started,
+                cpu_seconds=time.process_time() - cpu,
+                bytes_read=traffic.read,
+                bytes_written=traffic.written,
+                bytes_copied=traffic.copied,
+                workers=writing.n_workers,
+                processes=processes.count,
+            ),
+        )
+        write_record(written, partial)
+        return written
+
+    key = plan_key(plan, device=writing.device)
+    written = write_together(
+        files,
+        target=target,
+        key=key,
+        conclude=conclude,
+        writing=writing,
+        processes=processes,
+        progress=progress,
     )
-    write_record(report, partial)
-    return report
+    return written or report
 
 
-def _measured(tensor: EditedTensor, made: MadeEdit, after: Survivor | None) -> EditedTensor:
-    if made.before is None or after is None:
+def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:
+    if made.before is None or made.after is None:
         return tensor
     return dataclasses.replace(
         tensor,
         component_before=ratio(*made.before),
-        component_after=ratio(after.along_after, after.norm_after),
-        survivor=ratio(after.along_after, made.before[0]),
+        component_after=ratio(*made.after),
+        survivor=ratio(made.after[0], made.before[0]),
     )
 
 
-def _check_written(
-    plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit], advance: Callable[[int], None]
-) -> dict[str, Survivor]:
-    """Reread what was written: nothing but the planned tensors differs, and nothing of the directions is left."""
-    base, written = plan.checkpoint, open_checkpoint(partial)
+def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit]) -> None:
+    """Check that all was done that was planned and nothing else; every byte has been reread while it was written."""
+    missed = sorted({edit.name for edit in plan.edits} - made.keys())
+    if missed:
+        raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
     problems = compare_layouts(
-        base,
-        written,
+        plan.checkpoint,
+        open_checkpoint(partial),
         added={edit.name for edit in plan.edits if edit.is_new},
         config_changes=plan.config_changes,
-    ) or compare_bytes(base, written, changed={edit.name for edit in plan.edits}, advance=advance)
-    infos = {info.name: info for info in written.tensors()}
-    problems += [
-        f"{edit.info.shard}: tensor {edit.name}, reread, is not what was written"
-        for edit in plan.edits
-        if not problems and hash_range(partial, infos[edit.name]) != made[edit.name].sha256
-    ]
+    )
     if problems:
         raise VerificationError(f"{partial}: {problems[0]}; disk or memory may be faulty, run again")
-    projected = [edit for edit in plan.edits if edit.project]
-    writers = [
-        EditedWriter(name=edit.name, residual_axis=edit.residual_axis, norm_chain=edit.norm_chain) for edit in projected
-    ]
-    found = measure_survivors(written, base=None, writers=writers, subspace=plan.subspace, advance=advance)
-    survivors = {survivor.name: survivor for survivor in found}
-    for edit in projected:
-        _check_survivor(plan, edit, made[edit.name], survivors[edit.name])
-    return survivors
+    for edit in plan.edits:
+        _check_survivor(plan, edit, made[edit.name])
 
 
-def _check_survivor(plan: EditPlan, edit: TensorEdit, made: MadeEdit, found: Survivor) -> None:
-    along, norm = made.before or (0.0, 0.0)
+def _check_survivor(plan: EditPlan, edit: TensorEdit, made: MadeEdit) -> None:
+    if made.before is None or made.after is None:
+        return
+    (along, norm), (along_after, norm_after) = made.before, made.after
     strength = plan.options.strength
     bound = residue_bound(
-        TORCH_DTYPES[found.dtype],
+        TORCH_DTYPES[edit.info.dtype],
         d_model=plan.stream.d_model,
         elements=math.prod(edit.info.shape),
         before=max(1.0, strength) * norm,
-        after=found.norm_after,
+        after=norm_after,
     )
     # Lengths that are restored scale what a strength other than 1 leaves, by a factor per column.
     is_known = strength == 1.0 or not plan.options.preserve_norms
-    left = abs(found.along_after - abs(1 - strength) * along)
-    if not math.isfinite(found.norm_after) or (is_known and left > bound):
+    left = abs(along_after - abs(1 - strength) * along)
+    if not math.isfinite(norm_after) or (is_known and left > bound):
         raise VerificationError(
-            f"{edit.info.shard}: tensor {edit.name}, reread, has a component of {found.along_after:.3g} along what "
-            f"was to be removed, {abs(1 - strength) * along:.3g} was to be left, and rounding to {found.dtype} "
+            f"{edit.info.shard}: tensor {edit.name}, reread, has a component of {along_after:.3g} along what "
+            f"was to be removed, {abs(1 - strength) * along:.3g} was to be left, and rounding to {edit.info.dtype} "
             f"explains {bound:.3g}; disk or memory may be faulty, run again"
         )

@@ -2,18 +2,24 @@
 
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint import check_tensor_names, open_checkpoint
-from abliterate.edit_plan import EditOptions, select_writers
+from abliterate.checkpoint import CONFIG_NAME, check_tensor_names, choose_shards, open_checkpoint, parse_config
+from abliterate.edit_plan import EditOptions, select_writers, unverified_note
 from abliterate.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.residual_writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
-from abliterate.safetensors_file import Shard, TensorInfo, describe_tensors
+from abliterate.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
+from abliterate.strict_json import MAX_BYTES
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
 _WORKSPACE_BYTES = 40_000_000
+# Most headers are shorter, so that one request does; and requests at a time.
+_FIRST_RANGE = 100_000
+_CONNECTIONS = 8
+_CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +95,7 @@ class PlanReport:
         largest_tensor: Name of the largest tensor to edit.
         memory_bytes: That tensor as it is read and as it is written, and room for the arithmetic. Python and torch
             come on top.
+        notes: What the user should know besides.
     """
 
     model: str
@@ -116,11 +123,24 @@ class PlanReport:
     disk_bytes: int
     largest_tensor: str
     memory_bytes: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
-    """A model's config and headers, wherever they came from."""
+class Layout:
+    """A model's config and headers, wherever they came from.
+
+    Attributes:
+        name: The directory or Hub id, as given.
+        path: The directory; of a Hub model its id, for messages.
+        revision: The commit on the Hub; None for a directory.
+        config: The content of config.json.
+        shards: What the headers of its weight files say.
+        card: What its card says.
+        gated: "auto" or "manual" where the Hub asks for agreement first.
+        download_bytes: What would be downloaded; 0 for a directory.
+        disk_bytes: What a copy of it takes.
+    """
 
     name: str
     path: Path
@@ -131,6 +151,10 @@ class _Layout:
     gated: str | None
     download_bytes: int
     disk_bytes: int
+
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Return all tensors, shard by shard in file order."""
+        return tuple(tensor for shard in self.shards for tensor in shard.tensors)
 
 
 def plan_edit(*, model: str, revision: str | None = None, options: EditOptions | None = None) -> PlanReport:
@@ -146,52 +170,69 @@ def plan_edit(*, model: str, revision: str | None = None, options: EditOptions |
         CheckpointError: The model is incomplete, quantised or of an unsupported type.
         HubError: The Hub does not have it, does not give it, or cannot be reached.
     """
+    return plan_layout(read_layout(model=model, revision=revision), options=options)
+
+
+def read_layout(*, model: str, revision: str | None = None) -> Layout:
+    """Read a model's config and headers, from a directory or the Hub.
+
+    Raises:
+        InputError: There is no such directory.
+        CheckpointError: The model is incomplete or its files contradict themselves.
+        HubError: The Hub does not have it, does not give it, or cannot be reached.
+    """
     local = find_local_model(model, revision=revision)
-    layout = (
-        _read_remote(inspect_model(model, revision=revision)) if local is None else _read_local(local.path, local.name)
+    if local is None:
+        return _read_remote(inspect_model(model, revision=revision))
+    return _read_local(local.path, local.name)
+
+
+def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanReport:
+    """Return what `plan_edit` does, for a model whose layout was read.
+
+    Raises:
+        InputError: The options select nothing or layers that are not there.
+        CheckpointError: The model is quantised or of an unsupported type.
+    """
+    options = options or EditOptions()
+    infos = {tensor.name: tensor for tensor in layout.tensors()}
+    stream = map_stream(
+        config=layout.config, tensors=tuple(infos.values()), path=layout.path, unverified=options.unverified
     )
-    infos = {tensor.name: tensor for shard in layout.shards for tensor in shard.tensors}
-    stream = map_stream(config=layout.config, tensors=tuple(infos.values()), path=layout.path)
-    selected = select_writers(stream, options=options or EditOptions(), model=layout.name)
+    selected = select_writers(stream, options=options, model=layout.name)
     return _report(layout, stream, selected, infos)
 
 
-def _read_local(path: Path, name: str) -> _Layout:
+def _read_local(path: Path, name: str) -> Layout:
     checkpoint = open_checkpoint(path)
     sizes = [shard.size for shard in checkpoint.shards]
     sizes += [(path / file).stat().st_size for file in checkpoint.side_files]
-    return _Layout(
+    return Layout(
         name=name,
         path=path,
         revision=None,
         config=checkpoint.config,
         shards=checkpoint.shards,
-        card=read_card_facts(path / "README.md") or CardFacts(),
+        card=(read_card_facts(path / _CARD) if _CARD in checkpoint.side_files else None) or CardFacts(),
         gated=None,
         download_bytes=0,
         disk_bytes=sum(sizes),
     )
 
 
-def _read_remote(remote: RemoteModel) -> _Layout:
+def _read_remote(remote: RemoteModel) -> Layout:
     path = Path(remote.name)
-    # Offsets count from the end of the header here, whose length the client does not tell; only sizes are used.
-    shards = tuple(
-        Shard(
-            file_name=name,
-            header_bytes=b"",
-            metadata=None,
-            tensors=describe_tensors(path / name, header, data_start=0),
-        )
-        for name, header in remote.headers.items()
-    )
-    check_tensor_names(path, shards, None if remote.weight_map is None else {"weight_map": remote.weight_map})
-    total = sum(remote.files.values())
-    return _Layout(
+    config = parse_config(_read_small(remote, CONFIG_NAME), path=path / CONFIG_NAME)
+    names, index = choose_shards(path, has=remote.sizes.__contains__, read=lambda name: _read_small(remote, name))
+    with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:
+        shards = tuple(pool.map(lambda name: _read_header(remote, name), names))
+    check_tensor_names(path, shards, index)
+    total = sum(remote.sizes[name] for name in remote.wanted)
+    return Layout(
         name=remote.name,
         path=path,
         revision=remote.revision,
-        config=remote.config,
+        config=config,
         shards=shards,
         card=remote.card,
         gated=remote.gated,
@@ -200,8 +241,23 @@ def _read_remote(remote: RemoteModel) -> _Layout:
     )
 
 
+def _read_small(remote: RemoteModel, name: str) -> bytes:
+    if remote.sizes[name] > MAX_BYTES:
+        raise damaged_file(Path(remote.name) / name, f"it has more than {MAX_BYTES} bytes")
+    return remote.read(name)
+
+
+def _read_header(remote: RemoteModel, name: str) -> Shard:
+    path, size = Path(remote.name) / name, remote.sizes[name]
+    beginning = remote.read_range(name, 0, min(size, _FIRST_RANGE)) if size else b""
+    end = header_end(path, beginning, size=size)
+    if end > len(beginning):
+        beginning += remote.read_range(name, len(beginning), end)
+    return parse_shard(path, beginning[:end], size=size)
+
+
 def _report(
-    layout: _Layout, stream: StreamMap, selected: tuple[ResidualWriter, ...], infos: dict[str, TensorInfo]
+    layout: Layout, stream: StreamMap, selected: tuple[ResidualWriter, ...], infos: dict[str, TensorInfo]
 ) -> PlanReport:
     tensors = tuple(_planned(writer, infos[writer.tensor_name]) for writer in selected)
     chosen = {tensor.name for tensor in tensors}
@@ -233,6 +289,7 @@ def _report(
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
         memory_bytes=2 * largest.bytes + _WORKSPACE_BYTES,
+        notes=() if stream.verified else (unverified_note(stream.model_type),),
     )
 
 

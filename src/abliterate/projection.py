@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 # Elements that are held in the arithmetic's wide dtype at a time, so that memory is bounded by a block and
-# not by the tensor: 4 MiB of float32.
-_BLOCK_ELEMENTS = 1 << 20
+# not by the tensor: 2 MiB of float32, which stays in cache with its scratch.
+_BLOCK_ELEMENTS = 1 << 19
 
 # Feedback stops when what is left of the component is this share of what a random weight of the same norm has, or
 # when a round takes away less than a quarter. Three or four rounds in bfloat16, one in float16, none in most blocks
@@ -110,6 +110,7 @@ def project_out(
     residual_axis: int,
     strength: float = 1.0,
     preserve_norms: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return W - strength * U^T (U W), rounded with feedback, with U an orthonormal basis of `directions`.
 
@@ -122,23 +123,31 @@ def project_out(
             writes; a token's row of an embedding; a whole bias) back to the norm it had. Scaling such a
             vector as a whole keeps it orthogonal to U; scaling the other way, each output by a factor of
             its own, would put the direction back. One that lay along U altogether stays as the edit left it.
+        out: Where to write the result, contiguous; `weight` itself will do. None makes a new tensor.
 
     Returns:
-        A new tensor of the shape and dtype of `weight`. The arithmetic is done in float32, or in float64 when
-        `weight` is float64.
+        A tensor of the shape and dtype of `weight`. Blocks of `block_width` vectors are edited one by one, so a
+        tensor that is cut between such blocks gives the same bytes piece by piece. The arithmetic is done in
+        float32, or in float64 when `weight` is float64.
 
     Raises:
         ValueError: The directions are not finite, or not of the axis' length.
     """
     basis = _basis_for(directions, weight, residual_axis)
-    edited = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    edited = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
+    scratch = _Scratch(weight, residual_axis)
     blocks = zip(_blocks(weight, residual_axis), _blocks(edited, residual_axis), strict=True)
     for old, new in blocks:
         if not len(basis):
             new.copy_(old)
         else:
-            _project_block(old, new, basis, strength=strength, preserve_norms=preserve_norms)
+            _project_block(old, new, basis, scratch, strength=strength, preserve_norms=preserve_norms)
     return edited
+
+
+def block_width(d_model: int) -> int:
+    """Return how many vectors along the residual axis are edited together."""
+    return max(1, _BLOCK_ELEMENTS // d_model)
 
 
 def component_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) -> float:
@@ -154,12 +163,57 @@ def component_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) ->
 def component_and_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) -> tuple[float, float]:
     """Return |U W| and |W|, Frobenius norms in float64. See `component_norm`."""
     basis = _basis_for(directions, weight, residual_axis)
+    scratch = _Scratch(weight, residual_axis, wide=torch.float64)
     along_squared = total_squared = 0.0
     for block in _blocks(weight, residual_axis):
-        wide = block.double()
+        wide = scratch.exact(block)
         along_squared += float((basis @ wide).square().sum())
         total_squared += float(torch.linalg.vector_norm(wide)) ** 2
     return along_squared**0.5, total_squared**0.5
+
+
+class ComponentMeter:
+    """Measures |U W| and |W| of a tensor that is given row by row in the order of its file, in float64.
+
+    Its sums do not depend on how the rows are dealt out, as long as that is done in the same way each time.
+
+    Args:
+        directions: U, [k, d_model], orthonormal rows.
+        shape: Shape of the tensor.
+        residual_axis: The axis of it that indexes the residual stream.
+    """
+
+    def __init__(self, directions: Tensor, *, shape: Sequence[int], residual_axis: int) -> None:
+        self._basis = directions.double()
+        trailing = torch.Size(shape)[residual_axis % len(shape) + 1 :].numel()
+        self._is_last = trailing == 1
+        self.row_length = directions.shape[1] if self._is_last else trailing
+        self._row = 0
+        self._sums = torch.zeros(len(directions), trailing, dtype=torch.float64)
+        self._along_squared = self._total_squared = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Take the next rows, [n, `row_length`] of any dtype: vectors, or what one output of the writer reads."""
+        wide = rows.double()
+        flat = wide.flatten()
+        self._total_squared += float(torch.dot(flat, flat))
+        if self._is_last:
+            self._along_squared += float((wide @ self._basis.T).square().sum())
+            return
+        d_model = self._basis.shape[1]
+        while len(wide):
+            part = wide[: d_model - self._row]
+            self._sums.addmm_(self._basis[:, self._row : self._row + len(part)], part)
+            self._row += len(part)
+            wide = wide[len(part) :]
+            if self._row == d_model:
+                self._along_squared += float(self._sums.square().sum())
+                self._sums.zero_()
+                self._row = 0
+
+    def result(self) -> tuple[float, float]:
+        """Return |U W| and |W| of all rows so far."""
+        return self._along_squared**0.5, self._total_squared**0.5
 
 
 def residue_bound(dtype: torch.dtype, *, d_model: int, elements: int, before: float, after: float) -> float:
@@ -202,7 +256,7 @@ def _basis_for(directions: Tensor, weight: Tensor, residual_axis: int) -> Tensor
 def _blocks(weight: Tensor, residual_axis: int) -> Iterator[Tensor]:
     """Yield views [d_model, n] that cover a tensor; its vectors along the residual axis are their columns."""
     d_model = weight.shape[residual_axis]
-    width = max(1, _BLOCK_ELEMENTS // d_model)
+    width = block_width(d_model)
     axis = residual_axis % weight.dim()
     trailing = weight.shape[axis + 1 :].numel()
     # Where the residual axis is the last, all vectors along it lie in one matrix; else in one per leading index.
@@ -212,10 +266,42 @@ def _blocks(weight: Tensor, residual_axis: int) -> Iterator[Tensor]:
             yield matrix[:, first : first + width]
 
 
-def _project_block(old: Tensor, new: Tensor, basis: Tensor, *, strength: float, preserve_norms: bool) -> None:
+class _Scratch:
+    """Buffers for one block after another, laid out as the tensor is; making new ones costs more than the arithmetic.
+
+    The arithmetic sees nothing but these, so the bytes that come out do not depend on where a block lay.
+    """
+
+    def __init__(self, weight: Tensor, residual_axis: int, *, wide: torch.dtype | None = None) -> None:
+        self._is_last = weight.shape[residual_axis % weight.dim() + 1 :].numel() == 1
+        self._made: dict[str, Tensor] = {}
+        self._stored = weight.dtype
+        self._wide = _wide(weight.dtype) if wide is None else wide
+        self._device = weight.device
+
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        d_model, n = shape
+        if name not in self._made or self._made[name].numel() < shape.numel():
+            self._made[name] = torch.empty(shape.numel(), dtype=dtype, device=self._device)
+        flat = self._made[name][: shape.numel()]
+        return flat.view(n, d_model).T if self._is_last else flat.view(d_model, n)
+
+    def exact(self, block: Tensor) -> Tensor:
+        """Return a block [d_model, n] in the wide dtype."""
+        return self._buffer("exact", block.shape, self._wide).copy_(block)
+
+    def rounded(self, exact: Tensor, *, slot: int) -> tuple[Tensor, Tensor]:
+        """Return `exact` in the stored dtype, kept until its slot is used again, and that in the wide dtype."""
+        stored = self._buffer(f"rounded {slot}", exact.shape, self._stored).copy_(exact)
+        return stored, self._buffer("widened", exact.shape, self._wide).copy_(stored)
+
+
+def _project_block(
+    old: Tensor, new: Tensor, basis: Tensor, scratch: _Scratch, *, strength: float, preserve_norms: bool
+) -> None:
     wide = _wide(old.dtype)
     directions = basis.to(wide)
-    exact = old.to(wide, copy=True)
+    exact = scratch.exact(old)
     before = directions @ exact
     norms = torch.linalg.vector_norm(exact, dim=0) if preserve_norms else None
     wanted = (1 - strength) * before
@@ -225,28 +311,28 @@ def _project_block(old: Tensor, new: Tensor, basis: Tensor, *, strength: float, 
         scale = torch.where(left > _LEAST_LEFT * norms, norms / left, 1.0)
         exact *= scale
         wanted *= scale
-    _round_with_feedback(exact, new, directions, wanted)
+    new.copy_(_rounded_with_feedback(exact, scratch, directions, wanted))
 
 
-def _round_with_feedback(exact: Tensor, new: Tensor, directions: Tensor, wanted: Tensor) -> None:
-    """Round `exact` [d_model, n] into `new` so that U Q comes closest to `wanted` [k, n]; changes `exact`."""
+def _rounded_with_feedback(exact: Tensor, scratch: _Scratch, directions: Tensor, wanted: Tensor) -> Tensor:
+    """Round `exact` [d_model, n] to Q in the stored dtype so that U Q comes closest to `wanted` [k, n]; changes it."""
+    slot = 0
+    best, widened = scratch.rounded(exact, slot=slot)
     random_share = (len(directions) / exact.shape[0]) ** 0.5
-    goal = _TOLERANCES[new.dtype] * random_share * float(torch.linalg.vector_norm(exact))
-    # A copy also where nothing is rounded, because `exact` changes below.
-    best = exact.to(new.dtype, copy=True)
-    error = directions @ best.to(exact.dtype) - wanted
+    goal = _TOLERANCES[best.dtype] * random_share * float(torch.linalg.vector_norm(exact))
+    error = directions @ widened - wanted
     best_size = float(torch.linalg.vector_norm(error))
     for _ in range(_MAX_ROUNDS):
         if best_size <= goal:
             break
         exact.addmm_(directions.T, error, alpha=-1.0)
-        rounded = exact.to(new.dtype, copy=True)
-        error = directions @ rounded.to(exact.dtype) - wanted
+        rounded, widened = scratch.rounded(exact, slot=1 - slot)
+        error = directions @ widened - wanted
         size = float(torch.linalg.vector_norm(error))
         if not size < best_size:
             break
         has_converged = size > (1 - _LEAST_GAIN) * best_size
-        best, best_size = rounded, size
+        best, best_size, slot = rounded, size, 1 - slot
         if has_converged:
             break
-    new.copy_(best)
+    return best

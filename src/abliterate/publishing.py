@@ -19,7 +19,8 @@ from abliterate.hub import (
 from abliterate.model_card import base_model_id, build_model_card
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.push_package import CARD_NAME, PushPackage, find_base_card_facts, read_push_package, stage_package
-from abliterate.quick_verification import find_local_base, verify_files
+from abliterate.quick_verification import verify_files
+from abliterate.recorded_base import find_local_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +81,11 @@ def push_checkpoint(
     evaluation: Path | None = None,
     progress: ProgressReporter = SILENT,
 ) -> PushReport:
-    """Push a checkpoint that `orthogonalize_checkpoint` wrote, with a generated model card.
+    """Push a checkpoint or adapter that `orthogonalize` wrote, with a generated model card.
 
     Every file is checked against `abliteration.json` first: its hash; what is left of the direction in each
-    edited tensor, reread; and, where the base is a directory that is still there, that nothing else differs.
+    edited tensor, reread; and, where the base is a directory that is still there, that nothing else differs. An
+    adapter was merged and measured when it was written, so of it the hashes are checked.
     Nothing else of the directory goes, except `evaluation.json`; the card takes the place of the base model's
     README.md in what is sent, not on disk. Nothing is deleted on the Hub, and the visibility of a repository that
     exists is never changed.
@@ -111,9 +113,10 @@ def push_checkpoint(
         repo_id, exists = _look_up(repo_id, private=private)
     check_hashes(package.record, progress=progress)
     # The hashes say that this is what was written; this, that what was written is what the record says of it.
-    check = verify_files(package.record, base=find_local_base(package.record), hashes=False, progress=progress)
-    if check.failures:
-        raise VerificationError(f"{check.failures[0]} (nothing was sent)")
+    if not package.record.is_adapter:
+        check = verify_files(package.record, base=find_local_base(package.record), hashes=False, progress=progress)
+        if check.failures:
+            raise VerificationError(f"{check.failures[0]} (nothing was sent)")
     facts = find_base_card_facts(package, online=not dry_run, progress=progress)
     title = repo_id.rpartition("/")[2]
     card = build_model_card(record=package.record.content, evaluation=package.evaluation, facts=facts, title=title)
@@ -128,7 +131,7 @@ def push_checkpoint(
         dry_run=dry_run,
         created=None,
         commit=None,
-        commit_message=commit_message or f"Upload checkpoint orthogonalized with abliterate {__version__}",
+        commit_message=commit_message or _commit_message(package),
         base_model=base_model_id(package.record.content, facts),
         license=facts.license if facts else None,
         evaluated=package.evaluation is not None,
@@ -144,6 +147,11 @@ def push_checkpoint(
     commit = _send(report, package, progress=progress)
     remote_only = _check_arrival(report, commit, package=package)
     return replace(report, created=not exists, commit=commit, remote_only=remote_only)
+
+
+def _commit_message(package: PushPackage) -> str:
+    what = "adapter made" if package.record.is_adapter else "checkpoint orthogonalized"
+    return f"Upload {what} with abliterate {__version__}"
 
 
 def _look_up(repo_id: str, *, private: bool) -> tuple[str, bool]:

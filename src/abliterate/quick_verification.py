@@ -5,11 +5,9 @@ reread, have of the directions what rounding explains, through their norm chains
 And every file has the hash that the record gives.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from abliterate.checkpoint_checks import (
     ratio,
 )
 from abliterate.edit_plan import EditOptions
-from abliterate.errors import CheckpointError, VerificationError
+from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import residue_bound
 from abliterate.recorded_edits import (
@@ -126,15 +124,7 @@ def verify_files(
         InputError: The record is malformed.
         CheckpointError: A checkpoint cannot be read.
     """
-    files = _Files(
-        record=record,
-        base=base,
-        edited=open_checkpoint(record.directory),
-        tensors=recorded_tensors(record),
-        options=recorded_options(record),
-        subspace=recorded_subspace(record),
-        progress=progress,
-    )
+    files = _open_files(record, base, progress)
     problems, compared = ([], 0) if base is None else _against_base(files, base)
     checks: tuple[TensorCheck, ...] = ()
     # In a checkpoint of another layout nothing that the record says can be looked up.
@@ -146,23 +136,37 @@ def verify_files(
     return QuickCheck(against_base=base is not None, bytes_compared=compared, tensors=checks, failures=tuple(problems))
 
 
-def find_local_base(record: AbliterationRecord) -> Checkpoint | None:
-    """Return the base that the record names if that is a directory and still what was edited, else None."""
-    base = record.content["base"]
-    path = Path(str(base["model"]))
-    if base.get("revision") or not is_base(path, record):
-        return None
-    try:
-        return open_checkpoint(path)
-    except CheckpointError:
-        return None
+def compare_with_base(
+    record: AbliterationRecord, *, base: Checkpoint, progress: ProgressReporter = SILENT
+) -> tuple[tuple[str, ...], int]:
+    """Hold an edited checkpoint against its base: all that was not edited, byte for byte.
+
+    Args:
+        record: The record of the checkpoint.
+        base: What it was made from.
+        progress: Shown the bytes compared.
+
+    Returns:
+        What differs, a line each, and how many bytes of tensors had to be the same.
+
+    Raises:
+        InputError: The record is malformed.
+        CheckpointError: A checkpoint cannot be read.
+    """
+    problems, compared = _against_base(_open_files(record, base, progress), base)
+    return tuple(problems), compared
 
 
-def is_base(path: Path, record: AbliterationRecord) -> bool:
-    """Return whether the config.json in a directory is the one of the model that was edited."""
-    config = path / CONFIG_NAME
-    recorded = record.content["base"].get("config_sha256")
-    return config.is_file() and hashlib.sha256(config.read_bytes()).hexdigest() == recorded
+def _open_files(record: AbliterationRecord, base: Checkpoint | None, progress: ProgressReporter) -> _Files:
+    return _Files(
+        record=record,
+        base=base,
+        edited=open_checkpoint(record.directory),
+        tensors=recorded_tensors(record),
+        options=recorded_options(record),
+        subspace=recorded_subspace(record),
+        progress=progress,
+    )
 
 
 def _against_base(files: _Files, base: Checkpoint) -> tuple[list[str], int]:

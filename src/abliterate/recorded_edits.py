@@ -13,7 +13,7 @@ from torch import Tensor
 from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, decode_subspace
 from abliterate.checkpoint import Checkpoint
 from abliterate.edit_plan import EditOptions, select_writers
-from abliterate.errors import InputError, UnsupportedArchitectureError
+from abliterate.errors import InputError
 from abliterate.residual_writers import PostNorm, map_stream
 from abliterate.tied_embeddings import edits_of_writers
 
@@ -94,12 +94,7 @@ def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[
     if options.add is not None:
         return [f"{record.directory}: tensor {name} is no addition" for name, kind in named.items() if kind != "added"]
     tensors = tuple(base.tensors())
-    try:
-        stream = map_stream(config=base.config, tensors=tensors, path=base.path)
-    except UnsupportedArchitectureError:
-        if options.unverified:
-            return []
-        raise
+    stream = map_stream(config=base.config, tensors=tensors, path=base.path, unverified=options.unverified)
     planned = edits_of_writers(
         select_writers(stream, options=options, model=str(base.path)),
         stream=stream,

@@ -65,6 +65,7 @@ class StreamMap:
         head: Name of the output head's tensor, stored or (tied) not; None where the class has no head.
         writers: Every tensor that writes to the residual stream, in file order; of a tied pair, all that is stored.
         left_alone: What could be taken for a writer and is none.
+        verified: The architecture is in the table; otherwise it was mapped by the rules common to all.
     """
 
     model_type: str
@@ -76,6 +77,7 @@ class StreamMap:
     head: str | None
     writers: tuple[ResidualWriter, ...]
     left_alone: tuple[LeftAlone, ...]
+    verified: bool = True
 
 
 def map_stream(
@@ -142,6 +144,7 @@ class _Mapper:
             head=self.head,
             writers=tuple(writers),
             left_alone=tuple(left_alone),
+            verified=self.model.verified,
         )
 
     def _embedding_and_head(self) -> tuple[str, str | None]:

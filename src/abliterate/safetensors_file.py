@@ -1,25 +1,27 @@
-"""One safetensors file: its header, its tensors, and a copy of it in which some tensors are edited.
+"""One safetensors file: its header and its tensors.
 
 A file is 8 bytes of length, a JSON header, which names every tensor with its dtype, shape and byte range, and
 the bytes of the tensors. No tensor is read before one is asked for, and no file is ever changed in place.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
 
+from abliterate.checkpoint_paths import open_regular
 from abliterate.errors import CheckpointError
-from abliterate.hashed_files import HashingWriter, WrittenFile
-from abliterate.progress import Advance
+from abliterate.strict_json import parse_json, shown
 
 _LENGTH_BYTES = 8
+# As torch holds sizes; more axes than it takes.
+_MAX_SIZE, _MAX_AXES = 1 << 63, 64
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _CHUNK_BYTES = 16 << 20
 _DTYPE_BITS = {
@@ -64,16 +66,44 @@ def read_shard(path: Path) -> Shard:
         CheckpointError: The file is truncated, is not safetensors, or its header contradicts itself.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(_LENGTH_BYTES)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-                raise damaged_file(path, f"its header claims {length} bytes, the file has {size}")
-            header_bytes = prefix + file.read(length)
+            header_bytes = prefix + file.read(header_end(path, prefix, size=size) - len(prefix))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    header = _parse_header(path, header_bytes[_LENGTH_BYTES:])
+    return parse_shard(path, header_bytes, size=size)
+
+
+def header_end(path: Path, beginning: bytes, *, size: int) -> int:
+    """Return where in a file its header ends and its tensors begin, which its first 8 bytes tell.
+
+    Args:
+        path: The file, for messages.
+        beginning: Its first bytes, or all of a shorter file.
+        size: Its size.
+
+    Raises:
+        CheckpointError: The header would be longer than the file, or than the format allows.
+    """
+    length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
+    if len(beginning) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+        raise damaged_file(path, f"its header claims {length} bytes, the file has {size}")
+    return _LENGTH_BYTES + length
+
+
+def parse_shard(path: Path, header_bytes: bytes, *, size: int) -> Shard:
+    """Read what stands before a file's tensors, and check it against the file's size.
+
+    Args:
+        path: The file; its last part names the shard.
+        header_bytes: Its length and header.
+        size: Its size.
+
+    Raises:
+        CheckpointError: The header is not one, or contradicts itself or the size.
+    """
+    header = parse_object(header_bytes[_LENGTH_BYTES:], path=path, what="its header")
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise damaged_file(path, "its __metadata__ is not a map of strings")
@@ -121,76 +151,22 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def hash_range(directory: Path, info: TensorInfo) -> str:
-    """Return the SHA-256 of one tensor's bytes, reread from its shard in `directory`."""
-    digest = hashlib.sha256()
-    with (directory / info.shard).open("rb") as file:
-        file.seek(info.start)
-        left = info.end - info.start
-        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewTensor:
-    """A tensor that a copy of a shard has besides; `make` returns it when its turn to be written comes."""
-
-    info: TensorInfo
-    make: Callable[[], Tensor]
-
-
-def rewrite_shard(
-    shard: Shard,
-    *,
-    source: Path,
-    target: Path,
-    edits: Mapping[str, Callable[[Tensor], Tensor]],
-    added: Sequence[NewTensor] = (),
-    advance: Advance,
-) -> WrittenFile:
-    """Copy a shard byte for byte, except for the tensors that `edits` names.
-
-    Unless tensors are added, which are put behind the others, the header is written as it was read, so names,
-    order, dtypes, offsets and metadata stay; an edit must give back the shape and dtype it was given. Memory:
-    one edited tensor and its arithmetic.
-
-    Args:
-        shard: The shard, as `read_shard` read it.
-        source: Directory to read from.
-        target: Directory to write to; the file must not be there.
-        edits: Tensor name -> function from the stored tensor to the new one.
-        added: Tensors that the shard does not have.
-        advance: Told the bytes written.
+def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:
+    """Read some rows (along the first axis) of one floating-point tensor, in the order given, and no others.
 
     Raises:
-        CheckpointError: The source changed since its header was read.
+        CheckpointError: The file cannot be read or has become shorter.
     """
-    path = source / shard.file_name
-    with path.open("rb") as reader, (target / shard.file_name).open("xb") as file:
-        writer = HashingWriter(file)
-        if reader.read(len(shard.header_bytes)) != shard.header_bytes:
-            raise damaged_file(path, "it was changed while it was being read")
-        writer.write(_extended_header(shard, added) if added else shard.header_bytes)
-        for info in shard.tensors:
-            edit = edits.get(info.name)
-            if edit is None:
-                _copy_bytes(reader, writer, path, info.end - info.start, advance)
-                continue
-            old = _read_tensor(reader, path, info)
-            new = edit(old)
-            if new.shape != old.shape or new.dtype != old.dtype:
-                raise CheckpointError(f"{path}: the edit of {info.name} changed its shape or dtype")
-            writer.write(tensor_bytes(new))
-            advance(info.end - info.start)
-        for tensor in added:
-            new = tensor.make()
-            if tuple(new.shape) != tensor.info.shape or new.dtype != TORCH_DTYPES[tensor.info.dtype]:
-                raise CheckpointError(f"{path}: the new tensor {tensor.info.name} has another shape or dtype")
-            writer.write(tensor_bytes(new))
-            advance(new.nbytes)
-        return writer.finish()
+    size = (info.end - info.start) // info.shape[0]
+    row = replace(info, shape=info.shape[1:])
+    path = directory / info.shard
+    try:
+        with path.open("rb") as file:
+            places = ((info.start + index * size) for index in rows)
+            parts = [_read_tensor(file, path, replace(row, start=start, end=start + size)) for start in places]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return torch.stack(parts)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -199,11 +175,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return data
 
 
-def _extended_header(shard: Shard, added: Sequence[NewTensor]) -> bytes:
+def extended_header(shard: Shard, added: Sequence[TensorInfo]) -> bytes:
+    """Return the length and header of a shard that has more tensors behind its own.
+
+    Args:
+        shard: The shard as it is.
+        added: The tensors it gets besides, in this order; their offsets mean nothing.
+    """
     header = json.loads(shard.header_bytes[_LENGTH_BYTES:])
     position = shard.size - len(shard.header_bytes)
-    for tensor in added:
-        info = tensor.info
+    for info in added:
         size = math.prod(info.shape) * _DTYPE_BITS[info.dtype] // 8
         header[info.name] = {
             "dtype": info.dtype,
@@ -217,16 +198,6 @@ def _extended_header(shard: Shard, added: Sequence[NewTensor]) -> bytes:
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _copy_bytes(reader: BinaryIO, writer: HashingWriter, path: Path, count: int, advance: Advance) -> None:
-    while count:
-        chunk = reader.read(min(count, _CHUNK_BYTES))
-        if not chunk:
-            raise damaged_file(path, "it became shorter while it was being read")
-        writer.write(chunk)
-        advance(len(chunk))
-        count -= len(chunk)
-
-
 def _read_tensor(reader: BinaryIO, path: Path, info: TensorInfo) -> Tensor:
     data = bytearray(info.end - info.start)
     reader.seek(info.start)
@@ -238,31 +209,18 @@ def _read_tensor(reader: BinaryIO, path: Path, info: TensorInfo) -> Tensor:
     return torch.frombuffer(data, dtype=dtype).view(info.shape)
 
 
-def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(pairs) != len({name for name, _ in pairs}):
-            raise ValueError("a name occurs twice")
-        return dict(pairs)
-
-    try:
-        header = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise damaged_file(path, f"its header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise damaged_file(path, "its header is not a JSON object")
-    return header
-
-
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise damaged_file(path, f"the header's entry of {name} is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
-        raise damaged_file(path, f"tensor {name} has the unknown dtype {dtype!r}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise damaged_file(path, f"tensor {name} has the unknown dtype {shown(dtype)}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > _MAX_AXES:
         raise damaged_file(path, f"tensor {name} has a malformed shape or data_offsets")
     if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
-        raise damaged_file(path, f"tensor {name} ({dtype} {shape}) does not fill its {offsets[1] - offsets[0]} bytes")
+        raise damaged_file(
+            path, f"tensor {name} ({dtype} {shown(shape)}) does not fill its {offsets[1] - offsets[0]} bytes"
+        )
     start, end = offsets
     return TensorInfo(
         name=name,
@@ -275,7 +233,28 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
+
+
+def parse_object(data: bytes, *, path: Path, what: str = "it", infinities: bool = False) -> dict[str, Any]:
+    """Return the JSON object that a file of a checkpoint, or a part of it, must be.
+
+    Args:
+        data: The JSON document.
+        path: The file, for messages.
+        what: The part of it, for messages.
+        infinities: See `strict_json.parse_json`.
+
+    Raises:
+        CheckpointError: It is none, or means different things to different programs.
+    """
+    try:
+        value = parse_json(data, infinities=infinities)
+    except ValueError as error:
+        raise damaged_file(path, f"{what} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise damaged_file(path, f"{what} is not a JSON object")
+    return value
 
 
 def damaged_file(path: Path, reason: str) -> CheckpointError:

@@ -30,6 +30,7 @@ class ScoreTable:
         baseline_harmless: the same on harmless ones.
         tokens: texts of the post-instruction tokens, first to last.
         title: the model's name.
+        recipe: how the candidates were made, in words.
     """
 
     scores: Sequence[CandidateScore]
@@ -40,6 +41,7 @@ class ScoreTable:
     baseline_harmless: float
     tokens: Sequence[str]
     title: str
+    recipe: str = "difference in means"
 
 
 def require_plots() -> None:
@@ -72,6 +74,7 @@ def _write_json(table: ScoreTable, directory: Path) -> Path:
 
     document = {
         "model": table.title,
+        "recipe": table.recipe,
         "thresholds": dataclasses.asdict(table.thresholds),
         "baseline": {"harmful": table.baseline_harmful, "harmless": table.baseline_harmless},
         "post_instruction_tokens": list(table.tokens),

@@ -38,6 +38,10 @@ class Scorer(Protocol):
         """Return the values of a score for each candidate, prompt by prompt."""
         ...
 
+    def score_together(self, basis: Tensor) -> PromptScores:
+        """Return bypass and KL, prompt by prompt, with what `basis` [k, d_model] spans ablated."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringRun:
@@ -50,7 +54,7 @@ class ScoringRun:
         thresholds: see `Thresholds`.
         n_layers: number of decoder blocks.
         exhaustive: score every candidate below the layer limit, not only those the choice depends on.
-        n_needed: how many passing candidates the choice needs.
+        enough: tells whether the candidates known to pass, the best first, are all that the choice needs.
         prompt_scores: filled with every score computed, by name and candidate, prompt by prompt.
     """
 
@@ -60,6 +64,7 @@ class ScoringRun:
     n_layers: int
     ranks: Ranks = field(default_factory=Ranks)
     exhaustive: bool = False
+    enough: Callable[[Sequence[CandidateScore]], bool] = bool
     progress: ProgressReporter = SILENT
     prompt_scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = field(default_factory=dict)
 
@@ -96,10 +101,21 @@ class ScoringRun:
                     n_layers=self.n_layers,
                     compute=compute,
                     kl_at_once=None if at_once is None else max(at_once, self.ranks.count),
+                    enough=self.enough,
                 )
             advance(3 * len(able) - n_done)
         scored = {(score.position, score.layer): score for score in scores}
         return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]
+
+    def scores_by_candidate(self) -> dict[Candidate, PromptScores]:
+        """Return bypass, induce and KL, prompt by prompt, of every candidate that has all three, in their order."""
+        names: tuple[ScoreName, ...] = ("bypass", "induce", "kl")
+        keys = sorted({key for _, key in self.prompt_scores})
+        return {
+            key: {name: self.prompt_scores[name, key] for name in names}
+            for key in keys
+            if all((name, key) in self.prompt_scores for name in names)
+        }
 
     def _compute(
         self, name: ScoreName, keys: Sequence[Candidate], advance: Callable[[int], None]

@@ -119,11 +119,12 @@ def score_lazily(
     n_layers: int,
     compute: ComputeScores,
     kl_at_once: int | None = 1,
+    enough: Callable[[Sequence[CandidateScore]], bool] = bool,
 ) -> list[CandidateScore]:
     """Compute only the scores that the choice depends on; choosing from them equals choosing from all scores.
 
     Every candidate below the layer limit gets its induce score, those that reach the threshold their bypass
-    score, and KL is computed in the order of bypass until one candidate passes.
+    score, and KL is computed in the order of bypass until one candidate passes, or as many as are asked for.
 
     Args:
         candidates: (position, layer) in the order that breaks ties.
@@ -132,6 +133,7 @@ def score_lazily(
         compute: computes scores of some candidates.
         kl_at_once: for how many candidates KL is computed before looking whether one passes; None: together with
             bypass, for all that induce.
+        enough: tells whether the candidates that are known to pass, the best first, are all that is needed.
     """
     scores = {key: CandidateScore(position=key[0], layer=key[1]) for key in candidates}
 
@@ -152,7 +154,7 @@ def score_lazily(
     for start in range(0, len(ordered), kl_at_once):
         keys = ordered[start : start + kl_at_once]
         add("kl", keys)
-        if any(not failed_thresholds(scores[key], thresholds, n_layers) for key in keys):
+        if enough(passing_candidates(scores.values(), thresholds=thresholds, n_layers=n_layers)):
             break
     return list(scores.values())
 

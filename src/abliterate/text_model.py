@@ -19,6 +19,7 @@ from abliterate.architectures import (
 from abliterate.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 from abliterate.refused_architectures import REFUSED, refusal
+from abliterate.strict_json import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class TextModel:
         n_experts: Number of routed experts of a layer; None if the config names none.
         tied_embeddings: Whether the output head shares the token embedding's rows.
         has_towers: Parts for images or sound may lie beside the text model.
-        verified: The model type is in the table.
+        verified: The model type is in the table, and so is that of its text model.
     """
 
     model_type: str
@@ -67,6 +68,8 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
         size_keys = [SIZE_KEYS[0]]
     model_type = str(config.get("model_type"))
     tied = config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise _wrong_value("tie_word_embeddings", tied, "true or false", path)
     default = WRAPPERS[model_type].tied_by_default if model_type in WRAPPERS else row.tied_by_default
     model = TextModel(
         model_type=model_type,
@@ -75,9 +78,9 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
         d_model=_size(text, size_keys[0], path) if size_keys else None,
         n_layers=_depth(text, row, path, required=not section),
         n_experts=_expert_count(text),
-        tied_embeddings=default if tied is None else bool(tied),
+        tied_embeddings=default if tied is None else tied,
         has_towers=row.towers or bool(section) or model_type in WRAPPERS,
-        verified=row.model_type in ARCHITECTURES,
+        verified=row.model_type in ARCHITECTURES and (model_type in ARCHITECTURES or model_type in WRAPPERS),
     )
     _check_conditions(text, model, path)
     return model
@@ -87,28 +90,45 @@ def _row_and_section(
     config: Mapping[str, Any], path: Path, *, unverified: bool
 ) -> tuple[Architecture, tuple[str, ...]]:
     top = config.get("model_type")
+    is_unknown = unverified and isinstance(top, str) and top not in ARCHITECTURES
+    is_wrapper = is_unknown or (isinstance(top, str) and top in WRAPPERS)
+    for key in TEXT_SECTIONS if is_wrapper else ():
+        if not isinstance(config.get(key), (Mapping, type(None))):
+            raise _wrong_value(key, config[key], "an object", path)
     sections = [key for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)]
     wrapper = WRAPPERS.get(top) if isinstance(top, str) else None
     if wrapper is not None:
         section = tuple(sections[:1])
         text_type = _at(config, section).get("model_type", wrapper.text_type) if section else wrapper.text_type
     else:
-        section = tuple(sections[:1]) if unverified and top not in ARCHITECTURES else ()
+        section = tuple(sections[:1]) if is_unknown else ()
         text_type = _at(config, section).get("model_type", top)
     row = ARCHITECTURES.get(text_type) if isinstance(text_type, str) else None
     refused = [name for name in (top, text_type) if str(name) in REFUSED]
+    is_accepted = row is None and unverified and isinstance(top, str)
+    if not refused and (is_accepted or (is_unknown and wrapper is None)):
+        _refuse_own_code(config, section, path)
     if row is not None and not refused:
         return row, section
-    if unverified and isinstance(top, str) and not refused:
+    if is_accepted and not refused:
         # Every rule is open to it: what they find is proved, or not, on a tiny twin.
         return Architecture(
             model_type=str(text_type), post_norm=True, single=True, latent_experts=True, positions=True
         ), section
     name = refused[0] if refused else (top if wrapper is None else text_type)
+    hint = "" if refused else ", and --unverified tries the edit on a tiny model of this one first"
     raise UnsupportedArchitectureError(
-        f"{path / CONFIG_NAME}: model type {name!r} cannot be orthogonalized: {refusal(name)}; "
-        "docs/architectures.md lists the types that can"
+        f"{path / CONFIG_NAME}: model type {shown(name)} cannot be orthogonalized: {refusal(name)}; "
+        f"docs/architectures.md lists the types that can{hint}"
     )
+
+
+def _refuse_own_code(config: Mapping[str, Any], section: tuple[str, ...], path: Path) -> None:
+    if config.get("auto_map") or _at(config, section).get("auto_map"):
+        raise UnsupportedArchitectureError(
+            f"{path / CONFIG_NAME}: its auto_map names Python code that comes with the checkpoint, which is never run, "
+            "so an unknown model type cannot be tried; use a release that transformers itself can load"
+        )
 
 
 def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any]:
@@ -120,11 +140,15 @@ def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any
 def _size(text: Mapping[str, Any], key: str, path: Path) -> int:
     value = text.get(key)
     if type(value) is not int or value <= 0:
-        raise CheckpointError(
-            f"{path / CONFIG_NAME}: {key} is {value!r}, expected a positive integer; "
-            "take config.json from the model's original release"
-        )
+        raise _wrong_value(key, value, "a positive integer", path)
     return value
+
+
+def _wrong_value(key: str, value: Any, expected: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path / CONFIG_NAME}: {key} is {shown(value)}, expected {expected}; take config.json from the model's "
+        "original release"
+    )
 
 
 def _depth(text: Mapping[str, Any], row: Architecture, path: Path, *, required: bool) -> int | None:
@@ -154,6 +178,6 @@ def _check_conditions(text: Mapping[str, Any], model: TextModel, path: Path) -> 
         exact = [model.d_model if allowed is SIZE else allowed for allowed in condition.exact]
         if value not in exact:
             raise UnsupportedArchitectureError(
-                f"{path / CONFIG_NAME}: model type {model.row.model_type!r} with {condition.key} = {value!r} cannot be "
-                f"orthogonalized: {condition.reason}; use another model"
+                f"{path / CONFIG_NAME}: model type {model.row.model_type!r} with {condition.key} = {shown(value)} "
+                f"cannot be orthogonalized: {condition.reason}; use another model"
             )

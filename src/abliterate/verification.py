@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, read_record
-from abliterate.checkpoint import CONFIG_NAME, open_checkpoint
+from abliterate.checkpoint import open_checkpoint
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import InputError, ModelError
-from abliterate.hub import ModelSource, resolve_model
+from abliterate.hub import ModelSource
 from abliterate.interventions import ablate_subspace
 from abliterate.model import ChatModel, ModelOptions, load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import orthonormalize
 from abliterate.prompt_sets import Kind, load_prompt_set
-from abliterate.quick_verification import QuickCheck, is_base, verify_files
+from abliterate.quick_verification import QuickCheck, verify_files
+from abliterate.recorded_base import find_base
 from abliterate.recorded_edits import recorded_options, recorded_subspace
 from abliterate.stream_checks import LogitComparison, StreamComponents, run_prompts
 from abliterate.verification_report import (
@@ -82,7 +83,7 @@ def verify_checkpoint(
         progress: Where to show progress.
 
     Raises:
-        InputError: There is no record, or the base is not there or not the one that was edited.
+        InputError: There is no record, it is of an adapter, or the base is not there or not the one that was edited.
         CheckpointError: A checkpoint cannot be read.
         ModelError: A model does not load or run.
         HubError: The base cannot be fetched.
@@ -90,6 +91,11 @@ def verify_checkpoint(
     """
     options = options or VerificationOptions()
     record = read_record(checkpoint)
+    if record.is_adapter:
+        raise InputError(
+            f"{checkpoint}: is an adapter, which was merged and measured when it was written and holds no weights to "
+            "verify; orthogonalize its base without --format adapter and verify that"
+        )
     subspace = recorded_subspace(record)
     failures = _compare_directions(record, subspace, directions)
     source = find_base(record, base)
@@ -124,34 +130,6 @@ def verify_checkpoint(
         failures=tuple(failures),
         passed=not failures,
     )
-
-
-def find_base(record: AbliterationRecord, given: ModelSource | Path | str | None) -> ModelSource:
-    """Return the base model: the one given, or the one that the record names; it must be the one that was edited.
-
-    Raises:
-        InputError: It is not there, or its config.json is not the one that was edited.
-        HubError: It cannot be fetched.
-    """
-    named, revision = str(record.content["base"]["model"]), record.content["base"].get("revision")
-    if isinstance(given, ModelSource):
-        source = given
-    elif given is not None:
-        # Of the same repository, what was edited is the commit in the record and not what `main` is today.
-        source = resolve_model(str(given), revision=revision if str(given) == named else None)
-    elif revision or (Path(named) / CONFIG_NAME).is_file():
-        source = resolve_model(named, revision=revision)
-    else:
-        raise InputError(
-            f"{record.directory / RECORD_NAME}: names the base model {named}, which is not there; "
-            "name a directory or a Hub id that holds it with --base"
-        )
-    if not is_base(source.path, record):
-        raise InputError(
-            f"{source.name}: is not the model that was edited: its config.json is not the one in "
-            f"{record.directory / RECORD_NAME}; name the right one with --base"
-        )
-    return source
 
 
 def _compare_directions(

@@ -9,6 +9,7 @@ from abliterate.architectures import Architecture
 from abliterate.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
+from abliterate.strict_json import shown
 from abliterate.tensor_names import Role, TensorName
 
 _SUBLAYERS: dict[Role, str] = {"attn": "attention (or another mixer)", "mlp": "an MLP"}
@@ -24,6 +25,7 @@ def refuse_quantization_config(config: Mapping[str, Any], tensors: Sequence[Tens
         found = config.get(key)
         if found:
             method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+            method = method if isinstance(method, str) and method.isprintable() else shown(method)
             plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
             example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
             raise QuantizedCheckpointError(

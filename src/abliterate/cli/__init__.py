@@ -1,6 +1,7 @@
 """The command line: registration, `--version`, and the one error boundary."""
 
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated
@@ -17,14 +18,16 @@ from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.cli.plan import plan
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
+from abliterate.cli.revert import revert
 from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, Terminated
 from abliterate.ranks import in_first_process
+from abliterate.strict_json import printable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a known error or a failed verification; 2 wrong usage; "
-    "3 no candidate direction passes the selection; 130 interrupted."
+    "3 no candidate direction passes the selection; 130 interrupted; 143 terminated."
 )
 
 app = typer.Typer(
@@ -37,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _command in (extract, plan, orthogonalize, verify, evaluate, audit, trace, chat, push, prompts, demo):
+for _command in (extract, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, prompts, demo):
     app.command(epilog=EXIT_CODES)(_command)
 
 
@@ -68,6 +71,7 @@ def _global_options(
 
 def main() -> None:
     """Run the command line; each error becomes one line on stderr and its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
     try:
         app()
@@ -81,8 +85,12 @@ def main() -> None:
         _fail(f"unexpected {type(error).__name__}: {error} (run again with `abliterate -v ...` for details)", 1)
 
 
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated
+
+
 def _fail(message: str, exit_code: int) -> None:
     sys.stdout.flush()
     if in_first_process():
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        print("error:", printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(exit_code)

@@ -1,5 +1,6 @@
 """`abliterate extract`: find the refusal direction of a model."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,19 @@ from abliterate.cli.output import Output, command_line
 if TYPE_CHECKING:
     from abliterate.extraction_report import ExtractionReport, NoCandidatePassesError
     from abliterate.selection import CandidateScore
+
+
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model."""
+
+    auto = "auto"
+
+
+class Variant(StrEnum):
+    """How candidates are made of means."""
+
+    difference = "difference"
+    projected = "projected"
 
 
 def extract(
@@ -56,9 +70,52 @@ def extract(
         bool,
         typer.Option("--exhaustive", help="Score all candidates, also those that cannot change the choice."),
     ] = False,
+    variant: Annotated[
+        Variant,
+        typer.Option(
+            "--variant",
+            help="Candidates: the difference in means (the paper's), or projected: without the harmless mean in it.",
+        ),
+    ] = Variant.difference,
+    winsorize: Annotated[
+        float | None,
+        typer.Option(
+            "--winsorize", metavar="Q", help="Clip each coordinate at its Q and 1-Q quantiles before taking means."
+        ),
+    ] = None,
+    rank: Annotated[
+        int,
+        typer.Option(
+            "--rank",
+            metavar="K",
+            min=1,
+            help="Choose K independent candidates that pass; writes NAME.1.safetensors ...",
+        ),
+    ] = 1,
+    bootstrap: Annotated[
+        int,
+        typer.Option(
+            "--bootstrap",
+            metavar="N",
+            min=0,
+            help="Resample the prompts N times: how the direction turns, what else would be chosen. Scores everything.",
+        ),
+    ] = 0,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = "auto",
+    device_map: Annotated[
+        DeviceMap | None,
+        typer.Option(
+            "--device-map", help="auto: spread the model over GPUs, memory and disk, in its stored number format."
+        ),
+    ] = None,
+    stream_layers: Annotated[
+        bool,
+        typer.Option(
+            "--stream-layers", help="Read one decoder layer at a time: for models that do not fit into memory."
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write an HTML page, scores (JSON, CSV) and plots (PNG) here."),
@@ -75,7 +132,16 @@ def extract(
     Recordings and scores are kept in OUTPUT.work until the file is written: an interrupted extraction, or one with
     other thresholds after exit code 3, goes on from there. `accelerate launch --num_processes N --module abliterate
     extract ...` shares the work between N processes.
+
+    --stream-layers needs the memory of one layer (or of the output head) and reads the weights four times, whatever the
+    number of prompts and candidates: for the first tokens, the means, induce, and bypass with KL; eight times where
+    every answer starts alike, once more with --rank. What does not fit into memory lies in files beside OUTPUT.
+
+    --variant, --winsorize and --rank depart from the paper; each file says which were used. With --rank K there are K
+    files, NAME.1.safetensors (the best) to NAME.K.safetensors: `orthogonalize` projects them out together when each is
+    given with a --direction of its own.
     """
+    from abliterate.direction_recipes import DirectionRecipe
     from abliterate.extraction import extract_direction
     from abliterate.extraction_page import write_extraction_page
     from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
@@ -85,6 +151,8 @@ def extract(
     from abliterate.score_report import require_plots, write_score_report
     from abliterate.selection import Thresholds
 
+    if stream_layers and device_map:
+        raise typer.BadParameter("cannot go with --stream-layers", param_hint="'--device-map'")
     output = Output.of(context, json_output=json_output)
     options = ExtractionOptions(
         n_train=n_train,
@@ -94,6 +162,9 @@ def extract(
         refusal_tokens=tuple(refusal_token or ()),
         filter_prompts=not no_filter,
         exhaustive=exhaustive,
+        recipe=DirectionRecipe(variant=variant.value, winsorize=winsorize),
+        rank=rank,
+        n_bootstrap=bootstrap,
     )
     model_options = ModelOptions(
         dtype=dtype.value,
@@ -101,6 +172,8 @@ def extract(
         batch_size=parse_batch_size(batch_size),
         system_prompt=system_prompt,
         trust_remote_code=trust_remote_code,
+        device_map=device_map.value if device_map else None,
+        stream_layers=stream_layers,
     )
     if report is not None:
         require_plots()
@@ -123,14 +196,37 @@ def extract(
         raise
     if not in_first_process():
         return
-    extraction.direction.save(output_file)
+    files = _file_names(output_file, rank)
+    for file, direction in zip(files, extraction.directions, strict=True):
+        direction.save(file)
     if report is not None:
         write_score_report(extraction.score_table, report)
         write_extraction_page(extraction.score_table, report, command=command_line(), report=extraction.report)
     output.report(
-        {"direction_file": output_file, **output.plain(extraction.report)},
-        tables=lambda: [_summary(extraction.report), f"direction written to {output_file}"],
+        {"direction_file": files[0], "direction_files": files, **output.plain(extraction.report)},
+        tables=lambda: [*_tables(extraction.report), f"direction written to {', '.join(map(str, files))}"],
     )
+
+
+def _file_names(output_file: Path, rank: int) -> list[Path]:
+    if rank == 1:
+        return [output_file]
+    return [output_file.with_name(f"{output_file.stem}.{i}{output_file.suffix}") for i in range(1, rank + 1)]
+
+
+def _tables(report: "ExtractionReport") -> list[Table]:
+    tables = [_summary(report)]
+    if (found := report.robustness) is not None:
+        table = Table("position", "layer", "chosen in", title=f"{found.n_resamples} resamplings of the prompts")
+        for winner in found.winners[:5]:
+            table.add_row(str(winner.position), str(winner.layer), f"{winner.share:.1%}")
+        table.add_row("nothing passes", "", f"{found.share_none:.1%}")
+        table.caption = (
+            f"cosine with the direction of resampled training prompts: mean {found.mean_cosine:.4f}, "
+            f"5 % {found.low_cosine:.4f}, 95 % {found.high_cosine:.4f}"
+        )
+        tables.append(table)
+    return tables
 
 
 def _number(value: float | None) -> str:
@@ -143,13 +239,16 @@ def _row(score: "CandidateScore") -> list[str]:
 
 def _summary(report: "ExtractionReport") -> Table:
     table = Table("position", "layer", "bypass", "induce", "KL", title=f"Refusal direction of {report.model}")
-    table.add_row(*_row(report.selected))
+    for score in (report.selected, *report.further):
+        table.add_row(*_row(score))
+    if report.together is not None:
+        table.add_row("together", "", _number(report.together.bypass), "", _number(report.together.kl))
     kept = ", ".join(f"{c.kept}/{c.sampled} {name.replace('_', ' ')}" for name, c in report.counts.items())
     tokens = " ".join(repr(token.text) for token in report.refusal_tokens)
     table.caption = (
         f"{report.n_passing} of {report.n_scored} scored candidates known to pass; unchanged model: "
         f"{report.baseline.harmful:.2f} on harmful, {report.baseline.harmless:.2f} on harmless prompts; "
-        f"refusal tokens {tokens}; prompts kept: {kept}"
+        f"candidates: {report.recipe.in_words}; refusal tokens {tokens}; prompts kept: {kept}"
     )
     return table
 

@@ -42,6 +42,13 @@ LayersOption = Annotated[
         help="Edit layers A to B-1 only; the embeddings are edited only if A is 0. Default: everything.",
     ),
 ]
+UnverifiedOption = Annotated[
+    bool,
+    typer.Option(
+        "--unverified",
+        help="Accept a model type that is not known, if a tiny model of its config, edited the same way, proves clean.",
+    ),
+]
 HarmfulOption = Annotated[
     str,
     typer.Option("--harmful", metavar="SPEC", help="Harmful prompts: bundled, a file, or a Hub dataset."),

@@ -1,7 +1,9 @@
 """`abliterate orthogonalize`: project a direction out of a checkpoint's weights."""
 
 import math
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,7 @@ from abliterate.cli.options import (
     LayersOption,
     ModelArg,
     RevisionOption,
+    UnverifiedOption,
     parse_components,
     parse_layers,
 )
@@ -24,6 +27,13 @@ from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
     from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport
+
+
+class Format(StrEnum):
+    """What is written."""
+
+    checkpoint = "checkpoint"
+    adapter = "adapter"
 
 
 class Tied(StrEnum):
@@ -68,8 +78,29 @@ def orthogonalize(
             "bias: 1 induces refusal, -1 takes it away.",
         ),
     ] = None,
+    output_format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="A whole checkpoint, or the same edit as a LoRA adapter for PEFT to merge: megabytes. Without "
+            "--preserve-norms, --add and --tied untie.",
+        ),
+    ] = Format.checkpoint,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint or empty.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint, an adapter or empty.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted run left beside OUT, after checking it.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Threads; each needs about 100 MB. Default: the cores this process may use."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where the arithmetic is done: cpu, cuda, cuda:N.")] = "cpu",
+    unverified: UnverifiedOption = False,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -78,6 +109,10 @@ def orthogonalize(
     Every tensor that writes to the residual stream is projected, W <- W - r (r^T W); all else is copied byte
     for byte. Give --direction several times to project out what several directions span. What was written is
     reread and checked before OUT appears, whole or not at all, with a complete record in abliteration.json.
+
+    A run that is interrupted, or finds the disk full, keeps its finished shards in .OUT.partial beside OUT, and
+    --resume goes on from there. `torchrun --nproc-per-node N -m abliterate orthogonalize ...`, or another launcher
+    of torch.distributed, shares the files out among N processes on one file system.
     """
     roles, layer_range = parse_components(components), parse_layers(layers)
     if output_directory is None and not dry_run:
@@ -95,13 +130,36 @@ def orthogonalize(
                 param_hint="'--add'",
             )
 
+    if output_format is Format.adapter and (workers is not None or device != "cpu" or resume):
+        raise typer.BadParameter(
+            "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
+        )
+
     from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
-    from abliterate.orthogonalization import orthogonalize_checkpoint
+
+    write: Callable[..., OrthogonalizationReport]
+    if output_format is Format.adapter:
+        from abliterate.adapting import write_adapter
+
+        write = write_adapter
+    else:
+        from abliterate.orthogonalization import orthogonalize_checkpoint
+        from abliterate.ranks import find_ranks
+        from abliterate.write_options import WriteOptions
+
+        writing = WriteOptions(workers=workers, device=device, resume=resume)
+        write = partial(orthogonalize_checkpoint, writing=writing, processes=find_ranks(device="cpu"))
 
     output = Output.of(context, json_output=json_output)
-    report = orthogonalize_checkpoint(
-        source=resolve_model(model, revision=revision),
+    source = resolve_model(model, revision=revision)
+    if unverified:
+        from abliterate.planning import read_layout
+        from abliterate.tiny_twin import prove_on_tiny_twin
+
+        prove_on_tiny_twin(layout=read_layout(model=str(source.path)), progress=output.progress)
+    report = write(
+        source=source,
         direction=directions,
         output=output_directory,
         options=EditOptions(
@@ -111,6 +169,7 @@ def orthogonalize(
             tied=tied.value,
             preserve_norms=preserve_norms,
             add=add,
+            unverified=unverified,
         ),
         dry_run=dry_run,
         overwrite=overwrite,
@@ -136,7 +195,21 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
     megabytes = f"{report.bytes_edited / 1e6:.1f} of {report.bytes_total / 1e6:.1f} MB"
     if report.dry_run:
         return [table, *report.notes, f"Dry run: {megabytes} would be edited; nothing was written."]
-    return [table, f"{megabytes} edited; written to {report.output}"]
+    if report.format == "adapter":
+        size = sum(file.bytes for file in report.shards.values()) / 1e6
+        return [
+            table,
+            f"{megabytes} would be edited by merging; an adapter of {size:.2f} MB written to {report.output}",
+        ]
+    lines = [f"{megabytes} edited; written to {report.output}"]
+    if report.work is not None:
+        work = report.work
+        lines.append(
+            f"{work.seconds:.1f} s with {work.workers} workers, {work.cpu_seconds:.1f} s of CPU; "
+            f"{work.bytes_copied / 1e6:.1f} MB copied by the kernel, {work.bytes_read / 1e6:.1f} MB read, "
+            f"{work.bytes_written / 1e6:.1f} MB written"
+        )
+    return [table, *lines]
 
 
 def _largest(tensors: "list[EditedTensor]", field: str) -> str:

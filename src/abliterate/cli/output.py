@@ -28,6 +28,7 @@ from rich.text import Text
 
 from abliterate.progress import SILENT, Advance, ProgressReporter
 from abliterate.ranks import in_first_process
+from abliterate.strict_json import printable
 
 
 def command_line() -> str:
@@ -52,6 +53,14 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+class SafeConsole(Console):
+    """A console on which texts of others, as in a config or a direction file, cannot act on the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text, what a terminal acts on written as escapes."""
+        return super().render_str(printable(text), **options)
+
+
 class Output:
     """One command's output: `report` writes the result to stdout, the rest goes to stderr."""
 
@@ -59,7 +68,7 @@ class Output:
         self.json_output = json_output
         self.quiet = quiet
         self.verbose = verbose
-        self.stderr = Console(stderr=True, highlight=False)
+        self.stderr = SafeConsole(stderr=True, highlight=False)
 
     @classmethod
     def of(cls, context: typer.Context, *, json_output: bool) -> "Output":
@@ -73,7 +82,7 @@ class Output:
         if self.json_output:
             sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=False) + "\n")
             return
-        console = Console(highlight=False)
+        console = SafeConsole(highlight=False)
         for part in tables():
             # Text is for scripts too: nothing in it is markup, and no line of it is broken.
             is_text = isinstance(part, str | Text)

@@ -12,6 +12,7 @@ from abliterate.cli.options import (
     LayersOption,
     ModelArg,
     RevisionOption,
+    UnverifiedOption,
     parse_components,
     parse_layers,
 )
@@ -26,6 +27,7 @@ def plan(
     model: ModelArg,
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
+    unverified: UnverifiedOption = False,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -36,10 +38,16 @@ def plan(
     roles, layer_range = parse_components(components), parse_layers(layers)
 
     from abliterate.edit_plan import EditOptions
-    from abliterate.planning import plan_edit
+    from abliterate.planning import plan_layout, read_layout
 
     output = Output.of(context, json_output=json_output)
-    report = plan_edit(model=model, revision=revision, options=EditOptions(components=roles, layers=layer_range))
+    layout = read_layout(model=model, revision=revision)
+    if unverified:
+        from abliterate.tiny_twin import prove_on_tiny_twin
+
+        prove_on_tiny_twin(layout=layout, progress=output.progress)
+    options = EditOptions(components=roles, layers=layer_range, unverified=unverified)
+    report = plan_layout(layout, options=options)
     output.report(report, tables=lambda: _tables(report))
 
 
@@ -59,7 +67,7 @@ def _tables(report: "PlanReport") -> list[Table | str]:
             " > ".join(group.norms) or "-",
             f"{group.bytes / 1e6:.2f}",
         )
-    return [edited, *_left_alone(report), *_facts(report)]
+    return [edited, *_left_alone(report), *_facts(report), *report.notes]
 
 
 def _left_alone(report: "PlanReport") -> list[Table | str]:

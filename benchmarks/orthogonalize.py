@@ -1,0 +1,215 @@
+"""Editing a checkpoint beside copying it, and beside loading, editing and saving it with transformers.
+
+Makes a llama checkpoint with the shapes of an 8B model (bf16, random weights, as many layers as `--size` takes) and
+runs, one after another and `--runs` times round, each in a process of its own:
+
+* `cp -r`, and `cp -r` followed by a flush to the disk, which is what ours ends with;
+* `abliterate orthogonalize`, with the files in the page cache and without, and shared out between two processes;
+* transformers: from_pretrained, the same projection in float32 on each weight, save_pretrained.
+
+Prints the median of wall time, CPU time and peak resident memory, and the ratios to `cp -r`. The machine may be
+shared, so the ratios count.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported by the process that makes the checkpoint alone: what a child process has at its peak begins with
+# what its parent had.
+D_MODEL, D_MLP, D_KV, VOCABULARY, SHARD_BYTES = 4096, 14336, 1024, 128256, 1 << 30
+LAYER = {
+    "input_layernorm.weight": (D_MODEL,),
+    "mlp.down_proj.weight": (D_MODEL, D_MLP),
+    "mlp.gate_proj.weight": (D_MLP, D_MODEL),
+    "mlp.up_proj.weight": (D_MLP, D_MODEL),
+    "post_attention_layernorm.weight": (D_MODEL,),
+    "self_attn.k_proj.weight": (D_KV, D_MODEL),
+    "self_attn.o_proj.weight": (D_MODEL, D_MODEL),
+    "self_attn.q_proj.weight": (D_MODEL, D_MODEL),
+    "self_attn.v_proj.weight": (D_KV, D_MODEL),
+}
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from abliterate.directions import load_direction
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+r = load_direction(sys.argv[2]).vector.float()
+with torch.no_grad():
+    model.model.embed_tokens.weight.copy_((lambda w: w - (w @ r)[:, None] * r)(model.model.embed_tokens.weight.float()))
+    for layer in model.model.layers:
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            module.weight.copy_((lambda w: w - torch.outer(r, r @ w))(module.weight.float()))
+model.save_pretrained(sys.argv[3])
+"""
+
+
+def tensor_shapes(size: float) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a checkpoint of about `size` GB."""
+    ends = {"model.embed_tokens.weight": (VOCABULARY, D_MODEL), "lm_head.weight": (VOCABULARY, D_MODEL)}
+    layer = sum(2 * math.prod(shape) for shape in LAYER.values())
+    left = size * 1e9 - sum(2 * math.prod(shape) for shape in ends.values())
+    n_layers = max(1, round(left / layer))
+    shapes = {"model.embed_tokens.weight": ends["model.embed_tokens.weight"]}
+    for index in range(n_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in LAYER.items()}
+    return shapes | {"model.norm.weight": (D_MODEL,), "lm_head.weight": ends["lm_head.weight"]}
+
+
+def make_checkpoint(path: Path, size: float) -> None:
+    """Write the checkpoint, tensor by tensor, and a direction beside it."""
+    import torch
+
+    from abliterate.directions import make_direction
+
+    path.mkdir(parents=True)
+    direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
+    make_direction(mean_difference=direction).save(path.parent / "refusal.safetensors")
+    shapes = tensor_shapes(size)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        if sum(2 * math.prod(each) for each in shards[-1].values()) >= SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = shape
+    weight_map = {}
+    noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file_name)
+        write_shard(path / file_name, shard, noise)
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": D_MODEL,
+        "intermediate_size": D_MLP, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": VOCABULARY,
+        "num_hidden_layers": sum(name.endswith("o_proj.weight") for name in shapes), "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def write_shard(path: Path, shard: dict[str, tuple[int, ...]], noise: "torch.Tensor") -> None:
+    """Write one safetensors file of noise."""
+    import torch
+
+    header, position = {}, 0
+    for name, shape in shard.items():
+        end = position + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in shard.values():
+            left, shift = math.prod(shape), 0
+            while left:
+                part = noise.roll(shift)[: min(left, len(noise))] if shift else noise[: min(left, len(noise))]
+                file.write(part.view(torch.uint8).numpy().data)
+                left -= len(part)
+                shift += 1
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def in_cache(path: Path, *, wanted: bool) -> None:
+    """Bring a directory's files into the page cache, or out of it."""
+    for file in sorted(path.rglob("*")):
+        with file.open("rb", buffering=0) as reader:
+            if not wanted:
+                os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                continue
+            buffer = bytearray(1 << 22)
+            while reader.readinto(buffer):
+                pass
+
+
+def timed(command: list[str]) -> dict[str, float]:
+    """Run a command and return its wall and CPU time in seconds and its peak resident memory in MB."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    message = process.stderr.read() if process.stderr else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{command}: {message}")
+    return {"wall": seconds, "cpu": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
+
+
+def ways_of(source: Path, out: Path, direction: Path, *, workers: int | None) -> dict[str, tuple[list[str], bool]]:
+    """Return the commands, and whether each finds the source in the page cache."""
+    arguments = ["-q", "orthogonalize", str(source), "--direction", str(direction), "-o", str(out)]
+    ours = [sys.executable, "-m", "abliterate", *arguments, *(["--workers", str(workers)] if workers else [])]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "abliterate", *arguments]
+    copy = ["cp", "-r", str(source), str(out)]
+    flush = ["sh", "-c", f"cp -r {source} {out} && sync {out}/*"]
+    return {
+        "cp -r, cold": (copy, False), "cp -r, warm": (copy, True), "cp -r and sync, cold": (flush, False),
+        "ours, cold": (ours, False), "ours, warm": (ours, True), "ours, two processes, warm": (two, True),
+        "transformers, cold": ([sys.executable, "-c", TRANSFORMERS, str(source), str(direction), str(out)], False),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Make the checkpoint, run every way several times in turn, and print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=4.0, help="GB of weights")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--directory", type=Path, default=Path("build/benchmark-orthogonalize"))
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="ways with one of these words in their name")
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    directory = arguments.directory / f"{arguments.size:g}"
+    source, out, direction = directory / "base", directory / "out", directory / "refusal.safetensors"
+    if arguments.make:
+        make_checkpoint(source, arguments.size)
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    maker = [sys.executable, __file__, "--make", "--size", str(arguments.size), "--directory", str(arguments.directory)]
+    subprocess.run(maker, check=True)
+    ways = ways_of(source, out, direction, workers=arguments.workers)
+    if arguments.only:
+        ways = {way: each for way, each in ways.items() if any(word in way for word in arguments.only)}
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(arguments.runs):
+        for way, (command, warm) in ways.items():
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            in_cache(source, wanted=warm)
+            results[way].append(timed(command))
+            print(f"{way}: {results[way][-1]}", file=sys.stderr, flush=True)
+    shutil.rmtree(directory)
+    show(results, size=sum(2 * math.prod(shape) for shape in tensor_shapes(arguments.size).values()))
+
+
+def show(results: dict[str, list[dict[str, float]]], *, size: int) -> None:
+    """Print the medians, and each way's wall time as a multiple of `cp -r` under the same conditions."""
+    medians = {
+        way: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for way, runs in results.items()
+    }
+    print(f"{size / 1e9:.2f} GB, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
+    print("| way | wall / cp -r | wall, s (least, median, greatest) | CPU, s | peak MB |\n|---|---|---|---|---|")
+    for way, median in medians.items():
+        walls = [run["wall"] for run in results[way]]
+        base = medians["cp -r, warm" if way.endswith("warm") else "cp -r, cold"]["wall"]
+        print(
+            f"| {way} | {median['wall'] / base:.2f} | {min(walls):.1f}, {median['wall']:.1f}, {max(walls):.1f} "
+            f"| {median['cpu']:.1f} | {median['peak_mb']:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

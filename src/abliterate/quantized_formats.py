@@ -1,0 +1,364 @@
+"""Weights stored in eight or four bits with scales: decoded, and edited so that rounding does not undo the edit.
+
+A stored matrix is codes, each of a sign and a magnitude, and a scale for each block of them: for 128 x 128 entries, a
+row, or the whole tensor (FP8, e4m3), or for 32 entries of a row (MXFP4: e2m1, two codes a byte, and the exponents of
+powers of two as scales).
+
+The change that takes a direction out of a column is far less than half a step of such a grid, so plain rounding takes
+most of it back: at d_model 4096 it leaves 0.4 of the component in FP8 and more than 0.9 in MXFP4. Here rounding is fed
+back first, as in `projection`: T <- T - U^T (U Q - wanted), Q <- round(T), the best Q kept for each column. What that
+leaves is about the smallest effect of a single step, so single entries are then moved to a neighbour on the grid, in
+each column the one that takes most away, until next to nothing is left.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Number = Literal["fp8", "fp4"]
+
+# Elements of a matrix that are worked on at a time: 4 MiB of float32.
+_BLOCK_ELEMENTS = 1 << 20
+_MOST_ROUNDS = 60
+_LEAST_GAIN = 0.1
+# Of a column at most 24 entries are moved, and at most one in 16: each moves by a whole step of the grid.
+_MOST_STEPS = 24
+_LARGEST_MOVED_SHARE = 1 / 16
+# Steps end in a column when of the component of a random column this share is left.
+_TOLERANCE = 2e-5
+
+_FP8_MAGNITUDES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+_FP4_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_MAGNITUDES = {"fp8": _FP8_MAGNITUDES, "fp4": _FP4_MAGNITUDES}
+_SIGN_BITS = {"fp8": 0x80, "fp4": 0x08}
+_EXPONENT_BIAS = 127
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedLayout:
+    """How a matrix is stored.
+
+    Attributes:
+        number: fp8: one code of e4m3 a byte, a tensor of dtype float8_e4m3fn. fp4: two codes of e2m1 a byte, the
+            first in the low four bits, a tensor [rows, groups, bytes] of dtype uint8.
+        block: Rows and columns that share a scale.
+        power_of_two: Whether scales are powers of two; of dtype uint8 they are then biased exponents.
+    """
+
+    number: Number
+    block: tuple[int, int]
+    power_of_two: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requantized:
+    """An edited matrix as it is stored, and how much of the directions it has; Frobenius norms in float64.
+
+    Attributes:
+        codes: Of the shape and dtype of the old ones.
+        scales: The same; only those of blocks whose values do not fit any more differ.
+        before: |U W| and |W| of the decoded old matrix.
+        after: |U W'| and |W'| of the decoded new one.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    before: tuple[float, float]
+    after: tuple[float, float]
+
+
+def decode(codes: Tensor, scales: Tensor, *, layout: QuantizedLayout) -> Tensor:
+    """Return the numbers that are stored, float32.
+
+    Args:
+        codes: [..., rows, columns] of dtype float8_e4m3fn, or [..., rows, groups, bytes] of dtype uint8.
+        scales: [..., block rows, block columns], or one number for each matrix.
+        layout: How they are stored.
+    """
+    levels = _levels(codes, layout)
+    factors = _scale_numbers(scales, layout).reshape(*levels.shape[:-2], *_scale_shape(levels, layout))
+    rows, columns = _block_indices(levels.shape[-2], levels.shape[-1], layout)
+    return _numbers(levels, layout.number) * factors[..., rows, :][..., columns]
+
+
+def encode(values: Tensor, *, layout: QuantizedLayout, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantise a matrix anew: each block's scale such that its largest entry fits, each entry to the nearest code.
+
+    Args:
+        values: [rows, columns]; for fp4 the columns must fill whole groups.
+        layout: How it is to be stored.
+        scale_dtype: Of the scales; uint8 for biased exponents.
+
+    Returns:
+        Codes and scales, as `decode` takes them.
+    """
+    wide = values.float()
+    largest = _largest_in_blocks(wide, layout)
+    scales = _store_scales(_needed_scales(largest, layout), layout, scale_dtype)
+    rows, columns = _block_indices(wide.shape[0], wide.shape[1], layout)
+    factors = _scale_numbers(scales, layout)[rows, :][:, columns]
+    return _codes(_nearest(wide / factors, layout.number), layout), scales
+
+
+def refitted_scales(
+    codes: Tensor, scales: Tensor, *, layout: QuantizedLayout, directions: Tensor, strength: float = 1.0
+) -> Tensor:
+    """Return the scales that `requantize` stores: the old ones but for blocks that the edited values do not fit.
+
+    Args:
+        codes: One matrix, [d_model, n] or [d_model, groups, bytes].
+        scales: Its scales.
+        layout: How they are stored.
+        directions: U, [k, d_model], orthonormal rows.
+        strength: Share of the component that is removed.
+    """
+    old = _scale_numbers(scales, layout).reshape(_scale_shape(_levels(codes, layout), layout))
+    largest = torch.zeros_like(old)
+    for chunk in _Chunk.cut(codes, old, layout):
+        exact, _ = _projected(chunk.values, directions, strength)
+        chunk.gather_largest(exact, largest)
+    magnitudes = _MAGNITUDES[layout.number]
+    # What rounds to the greatest magnitude still fits.
+    limit = magnitudes[-1] + (magnitudes[-1] - magnitudes[-2]) / 2
+    fits = largest <= limit * old
+    needed = _store_scales(_needed_scales(largest, layout), layout, scales.dtype)
+    return torch.where(
+        fits.reshape(scales.shape), scales.view(_bits(scales)), needed.reshape(scales.shape).view(_bits(scales))
+    ).view(scales.dtype)
+
+
+def requantize(
+    codes: Tensor, scales: Tensor, *, layout: QuantizedLayout, directions: Tensor, strength: float = 1.0
+) -> Requantized:
+    """Project directions out of a stored matrix and store it again in the same layout.
+
+    Args:
+        codes: One matrix whose rows index the residual stream: [d_model, n] or [d_model, groups, bytes].
+        scales: Its scales.
+        layout: How they are stored.
+        directions: U, [k, d_model], orthonormal rows.
+        strength: Share of the component that is removed.
+
+    Raises:
+        ValueError: It holds NaN or infinite values.
+    """
+    new_scales = refitted_scales(codes, scales, layout=layout, directions=directions, strength=strength)
+    shape = _scale_shape(_levels(codes, layout), layout)
+    old_numbers, new_numbers = (_scale_numbers(each, layout).reshape(shape) for each in (scales, new_scales))
+    new_levels = torch.empty_like(_levels(codes, layout))
+    sums = torch.zeros(4, dtype=torch.float64)
+    basis = directions.float()
+    for chunk in _Chunk.cut(codes, old_numbers, layout):
+        exact, wanted = _projected(chunk.values, basis, strength)
+        if not bool(torch.isfinite(exact).all()):
+            raise ValueError("the matrix holds NaN or infinite values")
+        factors = chunk.factors_of(new_numbers)
+        levels = _round_apart(exact, factors, basis, wanted, layout.number)
+        new_levels[:, chunk.columns] = levels
+        new = _numbers(levels, layout.number) * factors
+        for index, value in enumerate((chunk.values, new)):
+            sums[2 * index] += (directions.double() @ value.double()).square().sum()
+            sums[2 * index + 1] += value.double().square().sum()
+    along, norm, along_after, norm_after = sums.sqrt().tolist()
+    return Requantized(
+        codes=_replaced(codes, new_levels, layout),
+        scales=new_scales,
+        before=(along, norm),
+        after=(along_after, norm_after),
+    )
+
+
+def _projected(values: Tensor, directions: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    basis = directions.to(values.dtype)
+    before = basis @ values
+    return values - strength * (basis.T @ before), (1 - strength) * before
+
+
+def _round_apart(exact: Tensor, factors: Tensor, basis: Tensor, wanted: Tensor, number: Number) -> Tensor:
+    """Return levels [d_model, n] whose numbers, times `factors`, have the components `wanted` [k, n] and are near."""
+    share = (len(basis) / exact.shape[0]) ** 0.5
+    goal = (_TOLERANCE * share * torch.linalg.vector_norm(exact, dim=0)).square()
+    target = exact.clone()
+    levels = _nearest(target / factors, number)
+    error = basis @ (_numbers(levels, number) * factors) - wanted
+    sizes = error.square().sum(dim=0)
+    best, best_error, best_sizes = levels.clone(), error.clone(), sizes.clone()
+    for _ in range(_MOST_ROUNDS):
+        before = float(best_sizes.sum())
+        if not bool((best_sizes > goal).any()):
+            break
+        target -= basis.T @ error
+        levels = _nearest(target / factors, number)
+        error = basis @ (_numbers(levels, number) * factors) - wanted
+        sizes = error.square().sum(dim=0)
+        better = sizes < best_sizes
+        best = torch.where(better, levels, best)
+        best_error = torch.where(better, error, best_error)
+        best_sizes = torch.where(better, sizes, best_sizes)
+        if float(best_sizes.sum()) > (1 - _LEAST_GAIN) ** 2 * before:
+            break
+    _step_towards(best, best_error, factors, basis, goal, number)
+    return best
+
+
+def _step_towards(levels: Tensor, error: Tensor, factors: Tensor, basis: Tensor, goal: Tensor, number: Number) -> None:
+    """Move single entries of `levels` to a neighbour, in place, while that brings U Q closer to what it must be."""
+    lengths = basis.square().sum(dim=0).unsqueeze(1)
+    top = len(_MAGNITUDES[number]) - 1
+    factors = factors.expand_as(levels)
+    for _ in range(min(_MOST_STEPS, math.ceil(_LARGEST_MOVED_SHARE * len(levels)))):
+        open_columns = (error.square().sum(dim=0) > goal).nonzero().squeeze(1)
+        if not len(open_columns):
+            return
+        here, scale = levels[:, open_columns], factors[:, open_columns]
+        numbers = _numbers(here, number)
+        slope = 2 * (basis.T @ error[:, open_columns])
+        steps = torch.stack([(_numbers((here + way).clamp(-top, top), number) - numbers) * scale for way in (1, -1)])
+        # What |U Q - wanted|^2 gains by each step: s^2 |u_i|^2 + 2 s u_i . error.
+        gains = steps * (slope + steps * lengths)
+        best, entry = gains.flatten(0, 1).min(dim=0)
+        helps = best < 0
+        columns, entry = open_columns[helps], entry[helps]
+        if not len(columns):
+            return
+        way, row = entry // len(levels), entry % len(levels)
+        step = steps[way, row, helps.nonzero().squeeze(1)]
+        levels[row, columns] += torch.where(way == 0, 1, -1).to(levels.dtype)
+        error[:, columns] += basis[:, row] * step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chunk:
+    """Some columns of a stored matrix, decoded."""
+
+    columns: slice
+    values: Tensor
+    rows_of: Tensor
+    columns_of: Tensor
+
+    @classmethod
+    def cut(cls, codes: Tensor, factors: Tensor, layout: QuantizedLayout) -> "Iterator[_Chunk]":
+        levels = _levels(codes, layout)
+        rows, columns = _block_indices(levels.shape[0], levels.shape[1], layout)
+        width = max(1, _BLOCK_ELEMENTS // levels.shape[0])
+        for first in range(0, levels.shape[1], width):
+            part = slice(first, first + width)
+            scale = factors[rows, :][:, columns[part]]
+            yield cls(
+                columns=part,
+                values=_numbers(levels[:, part], layout.number) * scale,
+                rows_of=rows,
+                columns_of=columns[part],
+            )
+
+    def factors_of(self, scales: Tensor) -> Tensor:
+        return scales[self.rows_of, :][:, self.columns_of]
+
+    def gather_largest(self, values: Tensor, largest: Tensor) -> None:
+        """Raise the entries of `largest`, one a block, to the greatest magnitude of the block's entries in here."""
+        index = self.rows_of.unsqueeze(1) * largest.shape[1] + self.columns_of.unsqueeze(0)
+        flat = largest.view(-1)
+        flat.scatter_reduce_(0, index.flatten(), values.abs().flatten(), reduce="amax")
+
+
+def _levels(codes: Tensor, layout: QuantizedLayout) -> Tensor:
+    """Return signed magnitudes, int16 [..., rows, columns]: 0 for both zeros, 1 for the least positive number."""
+    if layout.number == "fp4":
+        pairs = torch.stack([codes & 0x0F, codes >> 4], dim=-1)
+        plain = pairs.flatten(start_dim=-3).short()
+    else:
+        plain = codes.view(torch.uint8).short()
+    sign = _SIGN_BITS[layout.number]
+    magnitude = plain & (sign - 1)
+    return torch.where(plain >= sign, -magnitude, magnitude)
+
+
+def _codes(levels: Tensor, layout: QuantizedLayout) -> Tensor:
+    plain = torch.where(levels < 0, _SIGN_BITS[layout.number] - levels, levels).to(torch.uint8)
+    if layout.number == "fp8":
+        return plain.view(torch.float8_e4m3fn)
+    pairs = plain.reshape(*plain.shape[:-1], -1, layout.block[1] // 2, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def _replaced(codes: Tensor, levels: Tensor, layout: QuantizedLayout) -> Tensor:
+    # An entry that stays keeps its code: there are two zeros.
+    new = _codes(levels, layout)
+    if layout.number == "fp8":
+        same = _levels(codes, layout) == levels
+        return torch.where(same, codes.view(torch.uint8), new.view(torch.uint8)).view(codes.dtype)
+    low, high = (_levels(codes, layout) == levels).reshape(*codes.shape, 2).unbind(dim=-1)
+    kept = low.to(torch.uint8) * 0x0F + high.to(torch.uint8) * 0xF0
+    return (codes & kept) | (new & ~kept)
+
+
+def _numbers(levels: Tensor, number: Number) -> Tensor:
+    magnitudes = _MAGNITUDES[number].to(levels.device)
+    table = torch.cat([-magnitudes[1:].flip(0), magnitudes])
+    beyond = levels.abs() >= len(magnitudes)
+    found = table[(levels.long() + len(magnitudes) - 1).clamp(0, len(table) - 1)]
+    # e4m3 has one code of each sign that is no number.
+    return torch.where(beyond, torch.nan, found) if number == "fp8" else found
+
+
+def _nearest(values: Tensor, number: Number) -> Tensor:
+    """Return the level of the nearest number of the grid, ties to the even one; beyond its end, the last."""
+    if number == "fp8":
+        coded = values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8).short()
+        magnitude = coded & 0x7F
+        return torch.where(coded >= 0x80, -magnitude, magnitude)
+    magnitudes = _FP4_MAGNITUDES.to(values.device)
+    between = (magnitudes[1:] + magnitudes[:-1]) / 2
+    size = values.abs()
+    low = torch.bucketize(size, between, right=False)
+    high = torch.bucketize(size, between, right=True)
+    level = torch.where(low % 2 == 0, low, high).short()
+    return torch.where(values < 0, -level, level)
+
+
+def _scale_numbers(scales: Tensor, layout: QuantizedLayout) -> Tensor:
+    if scales.dtype == torch.uint8:
+        return torch.exp2(scales.float() - _EXPONENT_BIAS) if layout.power_of_two else scales.float()
+    return scales.float()
+
+
+def _needed_scales(largest: Tensor, layout: QuantizedLayout) -> Tensor:
+    scales = largest / _MAGNITUDES[layout.number][-1]
+    scales = torch.where(scales > 0, scales, 1.0)
+    return torch.exp2(torch.ceil(torch.log2(scales))) if layout.power_of_two else scales
+
+
+def _store_scales(numbers: Tensor, layout: QuantizedLayout, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.uint8:
+        return (torch.log2(numbers).round() + _EXPONENT_BIAS).clamp(0, 254).to(torch.uint8)
+    stored = numbers.to(dtype)
+    if not layout.power_of_two and dtype != torch.float32:
+        # Never below what the largest entry needs.
+        step = 1 + torch.finfo(dtype).eps
+        stored = torch.where(stored.float() < numbers, (numbers * step).to(dtype), stored)
+    return stored
+
+
+def _scale_shape(levels: Tensor, layout: QuantizedLayout) -> tuple[int, int]:
+    rows, columns = levels.shape[-2:]
+    return -(-rows // layout.block[0]), -(-columns // layout.block[1])
+
+
+def _block_indices(rows: int, columns: int, layout: QuantizedLayout) -> tuple[Tensor, Tensor]:
+    return torch.arange(rows) // layout.block[0], torch.arange(columns) // layout.block[1]
+
+
+def _largest_in_blocks(values: Tensor, layout: QuantizedLayout) -> Tensor:
+    rows, columns = _block_indices(values.shape[0], values.shape[1], layout)
+    largest = torch.zeros(_scale_shape(values, layout))
+    index = rows.unsqueeze(1) * largest.shape[1] + columns.unsqueeze(0)
+    largest.view(-1).scatter_reduce_(0, index.flatten(), values.abs().flatten(), reduce="amax")
+    return largest
+
+
+def _bits(tensor: Tensor) -> torch.dtype:
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]

@@ -1,0 +1,209 @@
+"""`abliterate extract` as a user and a script see it."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from abliterate.cli import main
+from abliterate.directions import load_direction
+from abliterate.model import ModelOptions, load_chat_model
+from abliterate.prompt_sets import split_for_extraction
+
+TINY = ["--n-train", "8", "--n-val", "3", "--no-filter", "--refusal-token", "I"]
+ANY = ["--kl-threshold", "1e9", "--induce-threshold", "-1e9"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_directory: Path, tmp_path: Path):
+    def call(*arguments: object, command: str = "extract") -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["abliterate", command, str(llama_directory), *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def recorded_means(directory: Path, layer: int, position: int) -> list[np.ndarray]:
+    """Per-prompt activations through `output_hidden_states`, harmful and harmless."""
+    prompts = split_for_extraction("bundled", "bundled", n_train=8, n_val=3, seed=42)
+    chat = load_chat_model(directory, name="x", options=ModelOptions())
+    with torch.inference_mode():
+        return [
+            np.stack(
+                [
+                    chat.model(torch.tensor([row]), output_hidden_states=True)
+                    .hidden_states[layer][0, position]
+                    .double()
+                    .numpy()
+                    for row in chat.encode(part.texts)
+                ]
+            )
+            for part in (prompts.harmful_train, prompts.harmless_train)
+        ]
+
+
+def test_projected_and_winsorised_together(run, llama_directory: Path, tmp_path: Path) -> None:
+    options = ("--variant", "projected", "--winsorize", "0.2", "--json", "--report", tmp_path / "report")
+    code, out, error = run("-o", "r.safetensors", *TINY, *ANY, *options)
+    assert code == 0, error
+    document = json.loads(out)
+    assert document["recipe"] == {"variant": "projected", "winsorize": 0.2}
+    assert document["direction_files"] == [document["direction_file"]] == ["r.safetensors"]
+    direction = load_direction(tmp_path / "r.safetensors")
+    assert direction.metadata["recipe"] == document["recipe"]
+    assert (direction.metadata["number"], direction.metadata["rank"]) == (1, 1)
+    chosen = document["selected"]
+    means = [
+        np.clip(values, *np.quantile(values, [0.2, 0.8], axis=0)).mean(0)
+        for values in recorded_means(llama_directory, chosen["layer"], chosen["position"])
+    ]
+    unit = means[1] / np.linalg.norm(means[1])
+    expected = means[0] - means[1] - ((means[0] - means[1]) @ unit) * unit
+    np.testing.assert_allclose(direction.mean_difference.double().numpy(), expected, atol=1e-4)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "difference in means without the harmless mean, winsorised at 0.2" in page
+    scores = json.loads((tmp_path / "report" / "scores.json").read_text())
+    assert scores["recipe"].endswith("winsorised at 0.2")
+
+
+def test_the_table_names_the_recipe_and_the_default_is_the_papers(run) -> None:
+    code, out, _ = run("-o", "r.safetensors", *TINY, *ANY)
+    assert code == 0
+    assert "candidates: difference in means;" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("exhaustive", [(), ("--exhaustive",)])
+def test_rank_writes_files_that_orthogonalize_projects_together(run, tmp_path: Path, exhaustive) -> None:
+    code, out, error = run(
+        "-o", "r.safetensors", *TINY, *ANY, "--rank", 3, "--json", "--report", tmp_path / "report", *exhaustive
+    )
+    assert code == 0, error
+    document = json.loads(out)
+    names = [f"r.{i}.safetensors" for i in (1, 2, 3)]
+    assert document["direction_files"] == names
+    assert not (tmp_path / "r.safetensors").exists()
+    directions = [load_direction(tmp_path / name) for name in names]
+    chosen = [document["selected"], *document["further"]]
+    for number, (direction, score) in enumerate(zip(directions, chosen, strict=True), 1):
+        assert (direction.metadata["number"], direction.metadata["rank"]) == (number, 3)
+        assert (direction.metadata["position"], direction.metadata["layer"]) == (score["position"], score["layer"])
+        candidate = direction.candidates[score["position"], score["layer"]]
+        torch.testing.assert_close(direction.vector, candidate / candidate.norm())
+    assert [score["bypass"] for score in chosen] == sorted(score["bypass"] for score in chosen)
+    vectors = torch.stack([direction.vector for direction in directions])
+    assert torch.linalg.svdvals(vectors).min() > 0.2
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "direction 3" in page
+    assert "all together" in page
+    given = [part for name in names for part in ("--direction", name)]
+    code, out, error = run(*given, "-o", "edited", "--json", command="orthogonalize")
+    assert code == 0, error
+    assert json.loads(out)["subspace"]["k"] == 3
+    base, edited = (load_chat_model(tmp_path / name, name=name, options=ModelOptions()) for name in (
+        "tiny-llama", "edited",
+    ))  # fmt: skip
+    basis = torch.linalg.qr(vectors.T).Q.T
+    rows = base.encode(["How do locks work?"])
+    states = {
+        name: torch.stack(
+            chat.model(torch.tensor(rows), output_hidden_states=True).hidden_states[:-1]
+        ).detach()  # the last one is behind the final norm
+        for name, chat in (("base", base), ("edited", edited))
+    }
+    assert (states["edited"] @ basis.T).abs().max() < 1e-4 < 0.1 < (states["base"] @ basis.T).abs().max()
+
+
+def test_the_scores_of_all_together_are_those_of_the_ablated_model(run, llama_directory: Path, tmp_path: Path) -> None:
+    from abliterate.candidate_scoring import kl_divergence
+    from abliterate.interventions import ablate_direction
+    from abliterate.refusal_metric import refusal_metric
+
+    code, out, _ = run("-o", "r.safetensors", *TINY, *ANY, "--rank", 2, "--json")
+    assert code == 0
+    document = json.loads(out)
+    prompts = split_for_extraction("bundled", "bundled", n_train=8, n_val=3, seed=42)
+    chat = load_chat_model(llama_directory, name="x", options=ModelOptions())
+    token = [document["refusal_tokens"][0]["token_id"]]
+    first, second = (load_direction(tmp_path / f"r.{i}.safetensors").vector for i in (1, 2))
+    rest = second - (second @ first) * first
+    harmful, harmless = (chat.encode(part.texts) for part in (prompts.harmful_validation, prompts.harmless_validation))
+    base = chat.last_logits(harmless)
+    with ablate_direction(chat, first), ablate_direction(chat, rest):
+        bypass = refusal_metric(chat.last_logits(harmful), token_ids=token).mean()
+        kl = kl_divergence(base, chat.last_logits(harmless)).mean()
+    assert document["together"]["bypass"] == pytest.approx(float(bypass), abs=1e-4)
+    assert document["together"]["kl"] == pytest.approx(float(kl), abs=1e-4)
+
+
+def test_more_directions_than_are_independent_is_exit_code_three(run, tmp_path: Path) -> None:
+    code, _, error = run("-o", "r.safetensors", *TINY, *ANY, "--rank", 30)
+    assert code == 3
+    assert "independent of each other; ask for fewer with --rank" in error
+    assert not list(tmp_path.glob("r*.safetensors"))
+
+
+def test_other_recipes_are_not_scored_from_saved_work(run, tmp_path: Path) -> None:
+    impossible = ("--kl-threshold", "1e-9", "--induce-threshold", "-1e9")
+    assert run("-o", "r.safetensors", *TINY, *impossible)[0] == 3
+    code, _, error = run("-o", "r.safetensors", *TINY, *impossible, "--variant", "projected")
+    assert code == 3
+    assert "starting anew: recipe changed" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--winsorize", "0.5"), "--winsorize 0.5"), (("--winsorize", "-0.1"), "--winsorize -0.1")],
+)
+def test_quantiles_that_leave_nothing_are_refused(run, options, message: str) -> None:
+    code, out, error = run("-o", "r.safetensors", *TINY, *options)
+    assert (code, out) == (1, "")
+    assert message in error
+
+
+def test_bootstrap_is_in_the_report_the_file_the_page_and_the_table(run, tmp_path: Path) -> None:
+    thresholds = ("--kl-threshold", "1e9", "--induce-threshold", "-12")
+    options = ("-o", "r.safetensors", *TINY, *thresholds, "--bootstrap", 50)
+    code, out, error = run(*options, "--json", "--report", tmp_path / "report")
+    assert code == 0, error
+    document = json.loads(out)
+    found = document["robustness"]
+    assert found["n_resamples"] == 50
+    assert -1 <= found["low_cosine"] <= found["mean_cosine"] <= found["high_cosine"] <= 1
+    assert sum(winner["share"] for winner in found["winners"]) + found["share_none"] == pytest.approx(1)
+    assert document["exhaustive"] is True
+    assert sum(score["kl"] is not None for score in document["scores"]) == document["n_scored"] > 1
+    assert load_direction(tmp_path / "r.safetensors").metadata["robustness"] == found
+    assert "How much hangs on the prompts" in (tmp_path / "report" / "index.html").read_text()
+    code, out, _ = run(*options)
+    assert code == 0
+    assert "50 resamplings of the prompts" in out
+    assert f"mean {found['mean_cosine']:.4f}" in out
+
+
+def test_without_bootstrap_nothing_is_resampled(run, tmp_path: Path) -> None:
+    code, out, _ = run("-o", "r.safetensors", *TINY, *ANY, "--json")
+    assert (code, json.loads(out)["robustness"]) == (0, None)
+
+
+def test_streamed_layers_choose_what_the_model_in_memory_chooses(run, tmp_path: Path) -> None:
+    options = (*TINY, "--kl-threshold", "1e9", "--induce-threshold", "-12", "--json")
+    (code, out, _), (streamed_code, streamed_out, error) = (
+        run("-o", "a.safetensors", *options),
+        run("-o", "b.safetensors", *options, "--stream-layers"),
+    )
+    assert (code, streamed_code) == (0, 0)
+    one, other = (json.loads(text)["selected"] for text in (out, streamed_out))
+    assert (one["position"], one["layer"]) == (other["position"], other["layer"])
+    assert "the weights were read 4 times" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "tiny-llama"]

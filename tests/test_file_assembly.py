@@ -1,0 +1,94 @@
+import hashlib
+import os
+import threading
+
+import pytest
+
+import abliterate.stretches
+from abliterate.byte_ranges import SourceFile
+from abliterate.errors import CheckpointError, VerificationError
+from abliterate.file_assembly import NewFile, assemble_files
+from abliterate.stretches import GivenBytes, copied_ranges
+
+CONTENT = os.urandom(10_000)
+
+
+def new_file(tmp_path, name: str) -> NewFile:
+    """A file of a given head and a copied tail."""
+    if not (tmp_path / "source").exists():
+        (tmp_path / "source").write_bytes(CONTENT)
+    source = SourceFile(tmp_path / "source")
+    head = GivenBytes(start=0, data=name.encode(), name="head")
+    tail = copied_ranges(source, start=100, end=9_900, offset=head.end, describe=lambda at: f"byte {at}")
+    return NewFile(name=name, sources=(source,), stretches=(head, *tail))
+
+
+@pytest.fixture
+def short_stretches(monkeypatch):
+    monkeypatch.setattr(abliterate.stretches, "_COPY_BYTES", 700)
+    monkeypatch.setattr(abliterate.stretches, "_CHECK_BYTES", 64)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_files_come_out_whole_with_their_hash_whatever_the_number_of_threads(tmp_path, short_stretches, workers):
+    names = [f"file-{index}" for index in range(6)] + ["below/file"]
+    (tmp_path / "out").mkdir()
+    done, seen = {}, []
+    traffic = assemble_files(
+        (new_file(tmp_path, name) for name in names),
+        target=tmp_path / "out",
+        workers=workers,
+        done=lambda file, written: done.__setitem__(file.name, written),
+        advance=seen.append,
+    )
+    for name in names:
+        expected = name.encode() + CONTENT[100:9_900]
+        assert (tmp_path / "out" / name).read_bytes() == expected
+        assert done[name].sha256 == hashlib.sha256(expected).hexdigest()
+        assert done[name].bytes == len(expected)
+    total = sum(len(name) + 9_800 for name in names)
+    assert sum(seen) == total
+    assert traffic.copied + traffic.written == total
+    assert threading.active_count() == 1
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "empty").touch()
+    source = SourceFile(tmp_path / "empty")
+    file = NewFile(
+        name="copy", sources=(source,), stretches=tuple(copied_ranges(source, start=0, end=0, offset=0, describe=str))
+    )
+    done = []
+    assemble_files([file], target=tmp_path, workers=2, done=lambda *each: done.append(each), advance=lambda _: None)
+    assert (tmp_path / "copy").read_bytes() == b""
+    assert done[0][1].sha256 == hashlib.sha256().hexdigest()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_of_one_thread_stops_all_and_closes_the_files(tmp_path, workers):
+    class Failing(GivenBytes):
+        def check(self, written, *, offset, worker):
+            raise VerificationError("wrong")
+
+    opened = len(os.listdir("/proc/self/fd"))
+    good = new_file(tmp_path, "good")
+    bad = NewFile(name="bad", sources=(), stretches=(Failing(start=0, data=b"x", name="bad"),))
+    with pytest.raises(VerificationError, match="wrong"):
+        assemble_files([bad, good], target=tmp_path, workers=workers, done=lambda *_: None, advance=lambda _: None)
+    if workers == 1:
+        good.sources[0].close()  # it was never asked for
+        assert len(os.listdir("/proc/self/fd")) == opened
+    assert threading.active_count() == 1
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
+    file = new_file(tmp_path, "copy")
+
+    class Meddling(GivenBytes):
+        def finish(self):
+            (tmp_path / "source").write_bytes(CONTENT + b"!")
+
+    head = Meddling(start=0, data=b"copy", name="head")
+    meddled = NewFile(name="copy", sources=file.sources, stretches=(head, *file.stretches[1:]))
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        assemble_files([meddled], target=tmp_path, workers=1, done=lambda *_: None, advance=lambda _: None)
