@@ -4,71 +4,30 @@ What is not edited is copied by the kernel, each edited tensor is written once i
 back once, which gives its hash and proves its bytes (see `stretches` and `file_assembly`).
 """
 
-import bisect
 import json
 import math
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME
-from abliterate.byte_ranges import SourceFile, became_shorter
+from abliterate.byte_ranges import SourceFile
 from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, with_changes
 from abliterate.checkpoint_checks import directions_through
 from abliterate.edit_plan import EditPlan
-from abliterate.errors import InputError
+from abliterate.edited_shard import EditedShard
 from abliterate.file_assembly import NewFile, assemble_files
 from abliterate.hashed_files import WrittenFile
+from abliterate.journal import Entry
 from abliterate.progress import Advance
-from abliterate.projected_stretch import ProjectedTensor, Projection
-from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import (
-    TORCH_DTYPES,
-    Shard,
-    damaged_file,
-    extended_header,
-    read_tensor,
-    tensor_bytes,
-)
-from abliterate.stretches import GivenBytes, Stretch, Traffic, copied_ranges
+from abliterate.projected_stretch import ProjectedTensor
+from abliterate.safetensors_file import Shard, extended_header
+from abliterate.stretches import GivenBytes, Traffic, copied_ranges
 from abliterate.tensor_edits import TensorEdit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteOptions:
-    """How a checkpoint is written; none of it changes what is written.
-
-    Attributes:
-        workers: Threads; None: the cores this process may use.
-        device: Where the arithmetic is done, as torch names it.
-
-    Raises:
-        InputError: A number of workers that is none, or a device that is not there.
-    """
-
-    workers: int | None = None
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise InputError(f"workers is {self.workers}; give 1 or more")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {self.device} is not there; use cpu, cuda, cuda:N or mps") from error
-
-    @property
-    def n_workers(self) -> int:
-        """The number of threads."""
-        if self.workers is not None:
-            return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +50,21 @@ class FinishedFile:
     written: WrittenFile
     edits: dict[str, MadeEdit]
 
+    def entry(self) -> Entry:
+        """Return what a journal holds of it."""
+        edits = {name: [edit.before, edit.after] for name, edit in self.edits.items()}
+        return {"sha256": self.written.sha256, "bytes": self.written.bytes, "edits": edits}
+
+    @classmethod
+    def from_entry(cls, entry: Entry) -> Self:
+        """Return what `entry` made a journal hold."""
+
+        def pair(values: Any) -> tuple[float, float] | None:
+            return None if values is None else (float(values[0]), float(values[1]))
+
+        edits = {name: MadeEdit(before=pair(both[0]), after=pair(both[1])) for name, both in entry["edits"].items()}
+        return cls(written=WrittenFile(sha256=entry["sha256"], bytes=entry["bytes"]), edits=edits)
+
 
 class EditedFiles:
     """The files that a plan makes of its checkpoint, all but the record.
@@ -112,6 +86,22 @@ class EditedFiles:
         left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in plan.checkpoint.side_files else set()
         self.shard_names = tuple(self._shards)
         self.side_names = tuple(name for name in plan.checkpoint.side_files if name not in left_out)
+
+    @property
+    def label(self) -> str:
+        """What the files are made from, for a progress bar."""
+        return self._plan.source.name
+
+    @property
+    def largest(self) -> Path:
+        """The largest shard of the original."""
+        shards = self._plan.checkpoint.shards
+        return self._plan.checkpoint.path / max(shards, key=lambda shard: shard.size).file_name
+
+    @property
+    def bytes_edited(self) -> int:
+        """Bytes of all edited tensors."""
+        return sum(edit.nbytes for edit in self._plan.edits)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file, shards first."""
@@ -167,7 +157,7 @@ class EditedFiles:
             return NewFile(name=name, sources=(), stretches=(data,)), {}
         directory = self._plan.checkpoint.path
         if name in self._shards:
-            shard = _EditedShard(self._shards[name], self._plan, self._directions, device=self._device)
+            shard = EditedShard(self._shards[name], self._plan, self._directions, device=self._device)
             return shard.file(added=self._added(self._shards[name])), shard.edits
         source = SourceFile(directory / name)
         copied = copied_ranges(source, start=0, end=source.size, offset=0, describe=lambda at: f"{name}: byte {at}")
@@ -180,96 +170,6 @@ class EditedFiles:
 
     def _added(self, shard: Shard) -> list[TensorEdit]:
         return [edit for edit in self._plan.edits if edit.is_new and edit.info.shard == shard.file_name]
-
-
-class _EditedShard:
-    """One shard of the new checkpoint.
-
-    Attributes:
-        edits: Name of each edited tensor in it -> what projects it, or None where nothing is projected.
-    """
-
-    def __init__(
-        self, shard: Shard, plan: EditPlan, directions: Mapping[tuple[PostNorm, ...], Tensor], *, device: str
-    ) -> None:
-        self.edits: dict[str, ProjectedTensor | None] = {}
-        self._shard, self._plan, self._directions, self._device = shard, plan, directions, device
-        self._opened: dict[str, SourceFile] = {}
-        self._stretches: list[Stretch] = []
-
-    def file(self, *, added: Sequence[TensorEdit]) -> NewFile:
-        """Return it with `added` behind its own tensors."""
-        shard = self._shard
-        header = extended_header(shard, [edit.info for edit in added]) if added else shard.header_bytes
-        self._add(GivenBytes(start=0, data=header, name=f"{shard.file_name}: the header"))
-        edits = {edit.name: edit for edit in self._plan.edits if not edit.is_new}
-        position = len(shard.header_bytes)
-        for info in shard.tensors:
-            if info.name in edits:
-                self._copy(shard.file_name, position, info.start)
-                self._edit(edits[info.name])
-                position = info.end
-        self._copy(shard.file_name, position, shard.size)
-        for edit in added:
-            self._edit(edit)
-        return NewFile(name=shard.file_name, sources=tuple(self._opened.values()), stretches=tuple(self._stretches))
-
-    @property
-    def _end(self) -> int:
-        return self._stretches[-1].end if self._stretches else 0
-
-    def _add(self, *stretches: Stretch) -> None:
-        self._stretches.extend(stretches)
-
-    def _copy(self, shard_name: str, start: int, end: int) -> None:
-        if start < end:
-            source = self._source(shard_name)
-            self._add(*copied_ranges(source, start=start, end=end, offset=self._end, describe=self._describe))
-
-    def _edit(self, edit: TensorEdit) -> None:
-        self.edits[edit.name] = None
-        path, source = self._plan.checkpoint.path, edit.source
-        name = f"{edit.info.shard}: tensor {edit.name}"
-        if source is not None and edit.project:
-            projected = ProjectedTensor(
-                start=self._end,
-                source=self._source(source.shard),
-                info=source,
-                name=name,
-                projection=Projection(
-                    directions=self._directions[edit.norm_chain],
-                    residual_axis=edit.residual_axis,
-                    strength=self._plan.options.strength,
-                    preserve_norms=self._plan.options.preserve_norms,
-                    device=self._device,
-                ),
-            )
-            self.edits[edit.name] = projected
-            self._add(projected)
-        elif source is not None and edit.dose is None:
-            self._copy(source.shard, source.start, source.end)
-        else:
-            # A bias and its dose are added in float64: one rounding, and nothing else.
-            dtype = TORCH_DTYPES[edit.info.dtype]
-            old = torch.zeros(edit.info.shape, dtype=dtype) if source is None else read_tensor(path, source)
-            new = old if edit.dose is None else (old.double() + edit.dose).to(dtype)
-            self._add(GivenBytes(start=self._end, data=bytes(tensor_bytes(new)), name=name))
-
-    def _source(self, shard_name: str) -> SourceFile:
-        if shard_name not in self._opened:
-            shard = next(each for each in self._plan.checkpoint.shards if each.file_name == shard_name)
-            self._opened[shard_name] = source = SourceFile(self._plan.checkpoint.path / shard_name)
-            header = memoryview(bytearray(len(shard.header_bytes)))
-            source.read_into(header, 0)
-            if header != shard.header_bytes or source.size > shard.size:
-                raise damaged_file(source.path, "it was changed while it was being read")
-            if source.size < shard.size:
-                raise became_shorter(source.path)
-        return self._opened[shard_name]
-
-    def _describe(self, offset: int) -> str:
-        starts = [info.start for info in self._shard.tensors]
-        return f"{self._shard.file_name}: tensor {self._shard.tensors[bisect.bisect(starts, offset) - 1].name}"
 
 
 @contextmanager
