@@ -5,6 +5,7 @@ have, reread from the disk. Each check returns what it found as plain values or 
 `orthogonalize` runs them on what it wrote before it appears, `verify` on what lies there.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 from abliterate.checkpoint import Checkpoint, with_changes
 from abliterate.errors import CheckpointError
 from abliterate.progress import Advance
-from abliterate.projection import NormFactor, component_and_norm, effective_directions
+from abliterate.projection import NormFactor, component_and_norm, effective_directions, residue_bound
+from abliterate.quantized_formats import largest_residue
 from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import TensorInfo, read_tensor
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 
 _CHUNK_BYTES = 4 << 20
 
@@ -68,6 +70,32 @@ class Survivor:
     def ratio(self) -> float | None:
         """|U W'| / |U W|: 0 where there was nothing along the directions, None without a base."""
         return None if self.along_before is None else ratio(self.along_after, self.along_before)
+
+
+def rounding_bound(
+    info: TensorInfo, *, residual_axis: int, k: int, strength: float, before: tuple[float, float], after: float
+) -> float:
+    """Return how far rounding may leave |U W'| from what was to be left of it.
+
+    Args:
+        info: The edited tensor.
+        residual_axis: Its axis that indexes the residual stream.
+        k: Number of directions.
+        strength: Share of the component that was removed.
+        before: |U W| and |W|.
+        after: |W'|.
+    """
+    d_model = info.shape[residual_axis]
+    if info.encoding is not None:
+        along, norm = before
+        return max(1.0, strength) * largest_residue(info.encoding.layout, d_model=d_model, k=k, along=along, norm=norm)
+    return residue_bound(
+        TORCH_DTYPES.get(info.dtype, torch.float32),
+        d_model=d_model,
+        elements=math.prod(info.shape),
+        before=max(1.0, strength) * before[1],
+        after=after,
+    )
 
 
 def ratio(part: float, whole: float) -> float:

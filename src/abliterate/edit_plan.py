@@ -16,6 +16,7 @@ from abliterate.directions import Direction, load_direction
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.hub import ModelSource
 from abliterate.projection import orthonormalize
+from abliterate.quantized_view import QUANTIZED_POLICIES, QuantizedPolicy, plain_view
 from abliterate.residual_writers import (
     ROLES,
     ResidualWriter,
@@ -25,7 +26,7 @@ from abliterate.residual_writers import (
 )
 from abliterate.safetensors_file import TORCH_DTYPES
 from abliterate.strict_json import shown
-from abliterate.tensor_edits import TensorEdit
+from abliterate.tensor_edits import TensorEdit, check_codes
 from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
@@ -46,6 +47,8 @@ class EditOptions:
             or skip it.
         preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
         add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
+        quantized: What happens to a quantised checkpoint: refuse it, or requantize: edit what its numbers mean and
+            store that in the layout they had (see `quantized_formats`).
         unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
             edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
 
@@ -59,6 +62,7 @@ class EditOptions:
     tied: TiedPolicy = "edit"
     preserve_norms: bool = False
     add: float | None = None
+    quantized: QuantizedPolicy = "refuse"
     unverified: bool = False
 
     def __post_init__(self) -> None:
@@ -71,11 +75,15 @@ class EditOptions:
             raise InputError(f"strength is {self.strength}; give a positive number, 1 removes the direction")
         if self.tied not in TIED_POLICIES:
             raise InputError(f"tied is {self.tied!r}; give one of {', '.join(TIED_POLICIES)}")
+        if self.quantized not in QUANTIZED_POLICIES:
+            raise InputError(f"quantized is {self.quantized!r}; give one of {', '.join(QUANTIZED_POLICIES)}")
+        if self.quantized == "requantize" and self.preserve_norms:
+            raise InputError("lengths cannot be restored on the grid of a quantised weight; leave out --preserve-norms")
         if self.add is None:
             return
         if not math.isfinite(self.add) or self.add == 0:
             raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
-        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified):
+        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified, quantized=self.quantized):
             raise InputError(
                 "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
                 "go with it; make two runs, one on the output of the other"
@@ -98,6 +106,7 @@ class EditPlan:
     Attributes:
         source: The model as it was named.
         checkpoint: Its layout.
+        view: The same with the tensors that are stored quantised as plain ones, where they are to be edited.
         stream: What its tensors do to the residual stream.
         directions: What is projected out, one or several.
         subspace: R, [k, d_model] float64, orthonormal rows that span the directions, in their order.
@@ -109,6 +118,7 @@ class EditPlan:
 
     source: ModelSource
     checkpoint: Checkpoint
+    view: Checkpoint
     stream: StreamMap
     directions: tuple[Direction, ...]
     subspace: Tensor
@@ -167,19 +177,22 @@ def make_edit_plan(
     """
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
+    view = checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
     stream = map_stream(
-        config=checkpoint.config,
-        tensors=tuple(checkpoint.tensors()),
-        path=checkpoint.path,
+        config=view.config,
+        tensors=tuple(view.tensors()),
+        path=view.path,
         unverified=options.unverified,
     )
     options = dataclasses.replace(options, unverified=not stream.verified)
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
-    planned = _plan_edits(checkpoint, stream, directions, options, model=model.name)
+    planned = _plan_edits(view, stream, directions, options, model=model.name)
+    check_codes(planned.edits, path=view.path)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
+        view=view,
         stream=stream,
         directions=directions,
         subspace=_span(directions, given),

@@ -27,10 +27,12 @@ from abliterate.file_assembly import NewFile, assemble_files
 from abliterate.hashed_files import WrittenFile
 from abliterate.progress import Advance
 from abliterate.projected_stretch import ProjectedTensor, Projection
+from abliterate.requantized_stretch import Requantization, RequantizedStretch
 from abliterate.residual_writers import PostNorm
 from abliterate.safetensors_file import (
     TORCH_DTYPES,
     Shard,
+    TensorInfo,
     damaged_file,
     extended_header,
     read_tensor,
@@ -202,12 +204,15 @@ class _EditedShard:
         shard = self._shard
         header = extended_header(shard, [edit.info for edit in added]) if added else shard.header_bytes
         self._add(GivenBytes(start=0, data=header, name=f"{shard.file_name}: the header"))
-        edits = {edit.name: edit for edit in self._plan.edits if not edit.is_new}
+        edits = {name: edit for edit in self._plan.edits if not edit.is_new for name in edit.stored_as or (edit.name,)}
         position = len(shard.header_bytes)
         for info in shard.tensors:
             if info.name in edits:
                 self._copy(shard.file_name, position, info.start)
-                self._edit(edits[info.name])
+                if edits[info.name].stored_as:
+                    self._requantize(edits[info.name], info)
+                else:
+                    self._edit(edits[info.name])
                 position = info.end
         self._copy(shard.file_name, position, shard.size)
         for edit in added:
@@ -254,6 +259,28 @@ class _EditedShard:
             old = torch.zeros(edit.info.shape, dtype=dtype) if source is None else read_tensor(path, source)
             new = old if edit.dose is None else (old.double() + edit.dose).to(dtype)
             self._add(GivenBytes(start=self._end, data=bytes(tensor_bytes(new)), name=name))
+
+    def _requantize(self, edit: TensorEdit, stored: TensorInfo) -> None:
+        requantization = Requantization(
+            path=self._plan.checkpoint.path,
+            info=edit.info,
+            directions=self._directions[edit.norm_chain],
+            strength=self._plan.options.strength,
+        )
+        for each in (requantization.encoding.codes, requantization.encoding.scales):
+            self._source(each.shard)
+        is_codes = stored.name == requantization.encoding.codes.name
+        if is_codes:
+            self.edits[edit.name] = None
+        self._add(
+            RequantizedStretch(
+                start=self._end,
+                info=stored,
+                make=requantization.edit if is_codes else requantization.refit,
+                matrices=requantization.matrices,
+                name=f"{stored.shard}: tensor {stored.name}",
+            )
+        )
 
     def _source(self, shard_name: str) -> SourceFile:
         if shard_name not in self._opened:

@@ -16,7 +16,7 @@ from pathlib import Path
 from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, Work, write_record
 from abliterate.atomic_directory import published_directory
 from abliterate.checkpoint import open_checkpoint
-from abliterate.checkpoint_checks import compare_layouts, ratio
+from abliterate.checkpoint_checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit, WriteOptions
@@ -24,8 +24,7 @@ from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
 from abliterate.planned_report import check_output, planned_report
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.projection import residue_bound
-from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.quantized_view import plain_view
 from abliterate.tensor_edits import TensorEdit
 
 
@@ -92,6 +91,7 @@ def _write(
             sizes, target=partial, workers=writing.n_workers, done=finished.__setitem__, advance=advance
         )
     made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
+    made |= _measure_requantized(plan, partial, progress)
     _check_written(plan, partial, made)
     report = dataclasses.replace(
         report,
@@ -122,6 +122,30 @@ def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:
     )
 
 
+def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReporter) -> dict[str, MadeEdit]:
+    """Measure the tensors that are stored quantised, decoded from what lies in the new directory."""
+    edits = [edit for edit in plan.edits if edit.stored_as]
+    if not edits:
+        return {}
+    writers = [
+        EditedWriter(name=edit.name, residual_axis=edit.residual_axis, norm_chain=edit.norm_chain) for edit in edits
+    ]
+    with progress.task("Decoding", total=sum(edit.nbytes for edit in edits), unit="bytes") as advance:
+        found = measure_survivors(
+            plain_view(open_checkpoint(partial)),
+            base=plan.view,
+            writers=writers,
+            subspace=plan.subspace,
+            advance=advance,
+        )
+        return {
+            each.name: MadeEdit(
+                before=(each.along_before or 0.0, each.norm_before or 0.0), after=(each.along_after, each.norm_after)
+            )
+            for each in found
+        }
+
+
 def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit]) -> None:
     """Check that all was done that was planned and nothing else; every byte has been reread while it was written."""
     missed = sorted({edit.name for edit in plan.edits} - made.keys())
@@ -144,11 +168,12 @@ def _check_survivor(plan: EditPlan, edit: TensorEdit, made: MadeEdit) -> None:
         return
     (along, norm), (along_after, norm_after) = made.before, made.after
     strength = plan.options.strength
-    bound = residue_bound(
-        TORCH_DTYPES[edit.info.dtype],
-        d_model=plan.stream.d_model,
-        elements=math.prod(edit.info.shape),
-        before=max(1.0, strength) * norm,
+    bound = rounding_bound(
+        edit.info,
+        residual_axis=edit.residual_axis,
+        k=len(plan.subspace),
+        strength=strength,
+        before=(along, norm),
         after=norm_after,
     )
     # Lengths that are restored scale what a strength other than 1 leaves, by a factor per column.

@@ -83,8 +83,9 @@ def planned_report(
                 layer=edit.layer,
                 residual_axis=edit.residual_axis,
                 shape=edit.info.shape,
-                dtype=edit.info.dtype,
+                dtype=edit.info.encoding.codes.dtype if edit.info.encoding else edit.info.dtype,
                 shard=edit.info.shard,
+                stored_as=edit.stored_as,
                 norm_chain=edit.norm_chain,
                 kind=edit.kind,
             )

@@ -21,11 +21,12 @@ from abliterate.checkpoint_checks import (
     compare_layouts,
     measure_survivors,
     ratio,
+    rounding_bound,
 )
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.projection import residue_bound
+from abliterate.quantized_view import plain_view
 from abliterate.recorded_edits import (
     RecordedTensor,
     differences_from_plan,
@@ -171,7 +172,7 @@ def _open_files(record: AbliterationRecord, base: Checkpoint | None, progress: P
 
 def _against_base(files: _Files, base: Checkpoint) -> tuple[list[str], int]:
     names = {tensor.name for tensor in base.tensors()}
-    changed = {tensor.name for tensor in files.tensors}
+    changed = {name for tensor in files.tensors for name in tensor.stored_as or (tensor.name,)}
     added = changed - names
     config_changes = files.record.content.get("config_changes") or {}
     own = {RECORD_NAME, EVALUATION_NAME}
@@ -224,8 +225,10 @@ def _addition_problems(files: _Files, base: Checkpoint) -> list[str]:
 
 
 def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
-    infos = {tensor.name: tensor for tensor in files.edited.tensors()}
-    in_base = set() if files.base is None else {tensor.name for tensor in files.base.tensors()}
+    edited = _view(files.edited, files.options)
+    base = None if files.base is None else _view(files.base, files.options)
+    infos = {tensor.name: tensor for tensor in edited.tensors()}
+    in_base = set() if base is None else {tensor.name for tensor in base.tensors()}
     projected = [tensor for tensor in files.tensors if tensor.is_projected]
     writers = [
         EditedWriter(
@@ -238,13 +241,16 @@ def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
     ]
     total = sum(infos[tensor.name].end - infos[tensor.name].start for tensor in projected if tensor.name in infos)
     with files.progress.task("Measuring the edited tensors", total=total, unit="bytes") as advance:
-        found = measure_survivors(
-            files.edited, base=files.base, writers=writers, subspace=files.subspace, advance=advance
-        )
+        found = measure_survivors(edited, base=base, writers=writers, subspace=files.subspace, advance=advance)
         return tuple(
             _tensor_check(files, tensor, survivor, infos[tensor.name])
             for tensor, survivor in zip(projected, found, strict=True)
         )
+
+
+def _view(checkpoint: Checkpoint, options: EditOptions) -> Checkpoint:
+    """Return a checkpoint as its numbers are meant, where it was edited quantised."""
+    return checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
 
 
 def _tensor_check(files: _Files, tensor: RecordedTensor, found: Survivor, info: TensorInfo) -> TensorCheck:
@@ -257,11 +263,12 @@ def _tensor_check(files: _Files, tensor: RecordedTensor, found: Survivor, info: 
         rest = 1.0 - share**2 * (1.0 - (1.0 - options.strength) ** 2)
         norm = found.norm_after if options.preserve_norms or rest <= 0 else found.norm_after / math.sqrt(rest)
         along = share * norm
-    bound = residue_bound(
-        TORCH_DTYPES.get(info.dtype, torch.float32),
-        d_model=info.shape[tensor.residual_axis],
-        elements=math.prod(info.shape),
-        before=max(1.0, options.strength) * norm,
+    bound = rounding_bound(
+        info,
+        residual_axis=tensor.residual_axis,
+        k=len(files.subspace),
+        strength=options.strength,
+        before=(along, norm),
         after=found.norm_after,
     )
     # Restored lengths scale what another strength leaves, by a factor of its own for each vector.

@@ -36,6 +36,13 @@ class Format(StrEnum):
     adapter = "adapter"
 
 
+class Quantized(StrEnum):
+    """What is done about weights that are stored in few bits."""
+
+    refuse = "refuse"
+    requantize = "requantize"
+
+
 class Tied(StrEnum):
     """What is done about tied embeddings."""
 
@@ -78,6 +85,14 @@ def orthogonalize(
             "bias: 1 induces refusal, -1 takes it away.",
         ),
     ] = None,
+    quantized: Annotated[
+        Quantized,
+        typer.Option(
+            "--quantized",
+            help="A quantised MODEL (FP8, MXFP4, float-quantized of compressed-tensors): refuse it, because plain "
+            "rounding would undo the edit, or requantize in the same layout with rounding that keeps it.",
+        ),
+    ] = Quantized.refuse,
     output_format: Annotated[
         Format,
         typer.Option(
@@ -158,6 +173,7 @@ def orthogonalize(
             tied=tied.value,
             preserve_norms=preserve_norms,
             add=add,
+            quantized=quantized.value,
             unverified=unverified,
         ),
         dry_run=dry_run,

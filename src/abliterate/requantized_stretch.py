@@ -1,0 +1,130 @@
+"""A quantised tensor that is edited on its way into a new file: its codes, and apart from them its scales.
+
+The two may lie in different files, in either order, so each computes what it needs by itself: the scales take a pass
+over the decoded numbers, the codes that pass and the edit.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from abliterate.byte_ranges import TargetFile
+from abliterate.errors import CheckpointError, VerificationError
+from abliterate.quantized_formats import refitted_scales, requantize
+from abliterate.safetensors_file import Encoding, TensorInfo, read_tensor, tensor_bytes
+from abliterate.stretches import Fill, Stretch, Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requantization:
+    """What is done to a quantised tensor.
+
+    Attributes:
+        path: The directory of the checkpoint it is read from.
+        info: The tensor, with its encoding.
+        directions: U, [k, d_model] float64, orthonormal rows.
+        strength: Share of the component that is removed.
+    """
+
+    path: Path
+    info: TensorInfo
+    directions: Tensor
+    strength: float
+
+    @property
+    def encoding(self) -> Encoding:
+        """How it is stored."""
+        if self.info.encoding is None:
+            raise TypeError(f"{self.info.name} is stored as it is")
+        return self.info.encoding
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it is a stack of."""
+        return self.info.shape[0] if len(self.info.shape) == 3 else 1
+
+    def stored(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return codes and scales of one matrix as they are stored in the checkpoint."""
+        codes, scales = (self._matrix(info, index) for info in (self.encoding.codes, self.encoding.scales))
+        return read_tensor(self.path, codes), read_tensor(self.path, scales)
+
+    def _matrix(self, info: TensorInfo, index: int) -> TensorInfo:
+        if self.matrices == 1 and len(self.info.shape) == 2:
+            return info
+        size = (info.end - info.start) // self.matrices
+        start = info.start + index * size
+        return replace(info, shape=info.shape[1:], start=start, end=start + size)
+
+    def refit(self, index: int) -> Tensor:
+        """Return the new scales of one matrix."""
+        codes, scales = self.stored(index)
+        return refitted_scales(
+            codes, scales, layout=self.encoding.layout, directions=self.directions, strength=self.strength
+        )
+
+    def edit(self, index: int) -> Tensor:
+        """Return the new codes of one matrix.
+
+        Raises:
+            CheckpointError: It holds NaN or infinite values.
+        """
+        codes, scales = self.stored(index)
+        try:
+            return requantize(
+                codes, scales, layout=self.encoding.layout, directions=self.directions, strength=self.strength
+            ).codes
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {self.encoding.codes.name} holds NaN or infinite values; "
+                "download the checkpoint again"
+            ) from error
+
+
+class RequantizedStretch(Stretch):
+    """The codes or the scales of an edited quantised tensor, made matrix by matrix.
+
+    Args:
+        start: Where they begin in the new file.
+        info: The stored tensor that they take the place of.
+        make: Index of a matrix -> its new codes or scales, of the stored dtype.
+        matrices: How many there are.
+        name: What the tensor is called in the new file, with the shard.
+    """
+
+    def __init__(
+        self, *, start: int, info: TensorInfo, make: Callable[[int], Tensor], matrices: int, name: str
+    ) -> None:
+        super().__init__(start=start, end=start + info.end - info.start)
+        self._make, self._name = make, name
+        self._matrix_bytes = (info.end - info.start) // matrices
+        self._sums: list[int | None] = [None] * matrices
+
+    @property
+    def check_bytes(self) -> int:
+        """See `Stretch.check_bytes`: a matrix."""
+        return self._matrix_bytes
+
+    def fills(self) -> Sequence[Fill]:
+        """See `Stretch.fills`: a task a matrix."""
+
+        def fill_of(index: int) -> Fill:
+            return lambda target, worker: self._fill(index, target, worker)
+
+        return [fill_of(index) for index in range(len(self._sums))]
+
+    def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
+        """See `Stretch.check`."""
+        if zlib.crc32(written) != self._sums[offset // self._matrix_bytes]:
+            raise VerificationError(
+                f"{self._name}, reread, is not what was written; disk or memory may be faulty, run again"
+            )
+
+    def _fill(self, index: int, target: TargetFile, worker: Worker) -> None:
+        data = tensor_bytes(self._make(index))
+        self._sums[index] = zlib.crc32(data)
+        target.write(data, self.start + index * self._matrix_bytes)
+        worker.traffic.read += len(data)
+        worker.traffic.written += len(data)
