@@ -32,7 +32,7 @@ def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--exhaustive",)])
+@pytest.mark.parametrize("options", [(), ("--exhaustive",), ("--stream-layers",)])
 def test_several_processes_choose_what_one_chooses(llama_directory: Path, tmp_path: Path, options) -> None:
     one, _ = extract(llama_directory, tmp_path / "1", 1, *options)
     for n in (2, 3):

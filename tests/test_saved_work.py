@@ -12,6 +12,7 @@ import torch
 from abliterate.errors import InputError, NoDirectionError
 from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions
+from abliterate.model import ModelOptions
 from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.selection import Thresholds
 
@@ -78,6 +79,30 @@ def test_killed_and_resumed_gives_the_same_bytes(llama_directory: Path, tmp_path
     resumed.direction.save(tmp_path / "resumed")
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
     assert not work.exists()
+
+
+def test_streamed_layers_go_on_where_they_stopped(llama_directory: Path, tmp_path: Path, monkeypatch) -> None:
+    from abliterate.streamed_scoring import StreamedScorer
+
+    streamed = ModelOptions(stream_layers=True)
+    given = {"model": llama_directory, "options": OPTIONS, "model_options": streamed}
+    extract_direction(**given).direction.save(tmp_path / "undisturbed")
+    score = StreamedScorer.score
+
+    def interrupted(self, name, candidates):
+        if name == "ablated":
+            raise KeyboardInterrupt
+        return score(self, name, candidates)
+
+    monkeypatch.setattr(StreamedScorer, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract_direction(**given, work_directory=tmp_path / "work")
+    monkeypatch.setattr(StreamedScorer, "score", score)
+    messages = Messages()
+    extract_direction(**given, work_directory=tmp_path / "work", progress=messages).direction.save(tmp_path / "resumed")
+    # One reading for the first tokens, one for bypass and KL; what was recorded and added is there.
+    assert messages.said[-1] == "the weights were read 2 times"
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
 
 
 def test_other_thresholds_go_on_with_the_same_scores(llama_directory: Path, tmp_path: Path, monkeypatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.activations import Recording, record
+from abliterate.activations import Recording
 from abliterate.candidate_scoring import CandidateScorer
 from abliterate.direction_recipes import candidate_directions, independent_candidates, spanning_basis
 from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
@@ -32,21 +32,24 @@ from abliterate.model import (
     load_chat_model,
     with_response_prefix,
 )
-from abliterate.progress import SILENT, Advance, ProgressReporter
+from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extraction
 from abliterate.ranks import Ranks, find_ranks
+from abliterate.recording_run import PARTS, RecordingRun
 from abliterate.refusal_behaviour import refusal_tokens_of
 from abliterate.refusal_metric import refusal_metric, require_both_behaviours
 from abliterate.resampling import Robustness, measure_robustness
 from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.score_report import ScoreTable
-from abliterate.scoring_run import ScoringRun
+from abliterate.scoring_run import Scorer, ScoringRun
 from abliterate.selection import CandidateScore, passing_candidates
+from abliterate.streamed_loading import load_streamed_model
+from abliterate.streamed_model import StreamedChat
+from abliterate.streamed_scoring import StreamedScorer
 
 MIN_PROMPTS = 8
 """Fewer prompts than this on one side after filtering are too few to take a mean of."""
 N_PREFIX_PROMPTS = 8
-PARTS = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
 
 
 def extract_direction(
@@ -86,7 +89,8 @@ def extract_direction(
         progress.message(note)
     model_options = model_options or ModelOptions()
     ranks = find_ranks(device=model_options.device)
-    source, chat = _load(model, model_options, progress)
+    spill = None if work_directory is None else work_directory.absolute().parent
+    source, chat = _load(model, model_options, progress, spill)
     chat = _force_response_prefix(chat, prompts, progress)
     saved = SavedWork(
         work_directory if source is not None and ranks.is_first else None,
@@ -101,6 +105,8 @@ def extract_direction(
         saved.discard()
         raise
     saved.discard()
+    if isinstance(chat, StreamedChat):
+        progress.message(f"the weights were read {chat.weights.reads} times")
     return extraction
 
 
@@ -132,11 +138,18 @@ def _check_options(options: ExtractionOptions) -> None:
 
 
 def _load(
-    model: "str | Path | ModelSource | ChatModel", options: ModelOptions, progress: ProgressReporter
+    model: "str | Path | ModelSource | ChatModel",
+    options: ModelOptions,
+    progress: ProgressReporter,
+    spill_directory: Path | None,
 ) -> tuple[ModelSource | None, ChatModel]:
     if isinstance(model, ChatModel):
         return None, model
     source = model if isinstance(model, ModelSource) else resolve_model(str(model))
+    if options.stream_layers:
+        return source, load_streamed_model(
+            source.path, name=source.name, options=options, spill_directory=spill_directory, progress=progress
+        )
     with progress.task("Loading the model", total=1) as advance:
         chat = load_chat_model(source.path, name=source.name, options=options)
         advance(1)
@@ -164,7 +177,9 @@ class _Run:
 
     def extract(self, source: ModelSource | None) -> Extraction:
         """Record, filter, take the means, score and choose."""
-        recordings = self._record()
+        recordings = RecordingRun(
+            chat=self.chat, prompts=self.prompts, saved=self.saved, ranks=self.ranks, progress=self.progress
+        ).record()
         harmful, harmless = recordings["harmful_train"], recordings["harmless_train"]
         tokens = refusal_tokens_of(
             chat=self.chat,
@@ -172,18 +187,13 @@ class _Run:
             harmful=harmful,
             harmless=harmless,
             named=self.options.refusal_tokens,
+            describe=not isinstance(self.chat, StreamedChat),
         )
         token_ids = [token.token_id for token in tokens]
         training, counts = self._training(harmful, harmless, token_ids)
         candidates = candidate_directions(**training, recipe=self.options.recipe)
-        rows, baseline = self._validation(recordings, token_ids, counts)
-        scorer = CandidateScorer(
-            chat=self.chat,
-            candidates=candidates,
-            harmful_rows=rows["harmful"],
-            harmless_rows=rows["harmless"],
-            token_ids=token_ids,
-        )
+        rows, base_logits, baseline = self._validation(recordings, token_ids, counts)
+        scorer = self._scorer(candidates, rows, base_logits, token_ids)
         thresholds, n_layers = self.options.thresholds, self.chat.n_layers
         scoring = ScoringRun(
             scorer=scorer,
@@ -193,7 +203,8 @@ class _Run:
             n_layers=n_layers,
             exhaustive=self.options.scores_all,
             enough=lambda passing: len(self._choose(candidates, passing)) == self.options.rank,
-            progress=self.progress,
+            # Streamed layers show their own progress.
+            progress=SILENT if isinstance(self.chat, StreamedChat) else self.progress,
         )
         scores = scoring.score(candidates)
         passing = passing_candidates(scores, thresholds=thresholds, n_layers=n_layers)
@@ -244,6 +255,20 @@ class _Run:
         )
         return Extraction(directions=directions, report=report, score_table=table)
 
+    def _scorer(
+        self, candidates: Tensor, rows: dict[str, list[list[int]]], base_logits: Tensor, token_ids: Sequence[int]
+    ) -> Scorer:
+        prompts = {"harmful_rows": rows["harmful"], "harmless_rows": rows["harmless"]}
+        if isinstance(self.chat, StreamedChat):
+            return StreamedScorer(
+                chat=self.chat,
+                candidates=candidates,
+                base_harmless_logits=base_logits,
+                token_ids=token_ids,
+                **prompts,
+            )
+        return CandidateScorer(chat=self.chat, candidates=candidates, token_ids=token_ids, **prompts)
+
     def _choose(self, candidates: Tensor, passing: Sequence[CandidateScore]) -> list[CandidateScore]:
         by_key = {(score.position, score.layer): score for score in passing}
         return [by_key[key] for key in independent_candidates(candidates, list(by_key), rank=self.options.rank)]
@@ -256,7 +281,7 @@ class _Run:
             )
 
     @staticmethod
-    def _together(scorer: CandidateScorer, candidates: Tensor, chosen: Sequence[CandidateScore]) -> JointScores | None:
+    def _together(scorer: Scorer, candidates: Tensor, chosen: Sequence[CandidateScore]) -> JointScores | None:
         if len(chosen) == 1:
             return None
         vectors = torch.stack([candidates[score.position, score.layer] for score in chosen])
@@ -291,29 +316,6 @@ class _Run:
             "harmless_train": PromptCounts(sampled=len(keep_harmless), kept=int(keep_harmless.sum())),
         }
 
-    def _record(self) -> dict[str, Recording]:
-        """Record all four sets of prompts, each taken from the saved work where it is there."""
-        recordings = {}
-        for name in PARTS:
-            prompts: PromptSet = getattr(self.prompts, name)
-            saved = self.ranks.first_says(self.saved.recording(name))
-            if saved is None:
-                rows = self.chat.encode(prompts.texts)
-                with self.progress.task(f"Recording {prompts.name}", total=len(rows)) as advance:
-                    saved = self._record_rows(rows, advance)
-                if self.ranks.is_first:
-                    self.saved.save_recording(name, saved)
-            recordings[name] = Recording(**saved)
-        return recordings
-
-    def _record_rows(self, rows: list[list[int]], advance: Advance) -> dict[str, Tensor]:
-        def compute(part: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
-            recording = record(self.chat, part, advance=lambda n: advance(n * self.ranks.count))
-            return list(zip(recording.activations, recording.logits, strict=True))
-
-        activations, logits = zip(*self.ranks.share(rows, compute), strict=True)
-        return {"activations": torch.stack(activations), "logits": torch.stack(logits)}
-
     def _keep(self, logits: Tensor, token_ids: Sequence[int], *, sign: int) -> Tensor:
         if not self.options.filter_prompts:
             return torch.ones(len(logits), dtype=torch.bool)
@@ -331,7 +333,8 @@ class _Run:
 
     def _validation(
         self, recordings: dict[str, Recording], token_ids: Sequence[int], counts: dict[str, PromptCounts]
-    ) -> tuple[dict[str, list[list[int]]], Baseline]:
+    ) -> tuple[dict[str, list[list[int]]], Tensor, Baseline]:
+        """Filter the validation prompts; return their rows, the harmless ones' logits, and the baseline."""
         kept: dict[str, list[list[int]]] = {}
         keeps: dict[str, Tensor] = {}
         means: dict[str, float] = {}
@@ -345,4 +348,4 @@ class _Run:
             counts[name] = PromptCounts(sampled=len(rows), kept=len(kept[kind]))
             means[kind] = float(refusal_metric(logits[keeps[kind]], token_ids=token_ids).mean())
         self._require(keeps["harmful"], keeps["harmless"], minimum=MIN_PROMPTS, part="validation")
-        return kept, Baseline(**means)
+        return kept, recordings["harmless_validation"].logits[keeps["harmless"]], Baseline(**means)

@@ -7,7 +7,8 @@ positions (equation 3). *Affine* editing sets the component instead of removing 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,10 @@ def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
 @contextmanager
 def ablate_in_block(chat: ChatModel, block: nn.Module, direction: Tensor) -> Iterator[int]:
     """Remove `direction` at one block's input and after its attention and MLP; see `ablate_direction`."""
-    unit = _unit(direction, chat)
+    placed = _placed(_unit(direction, chat))
 
     def ablate(hidden: Tensor) -> Tensor:
+        unit = placed(hidden.device)
         if unit.dim() == 1:
             return hidden - (hidden @ unit).unsqueeze(-1) * unit
         # Some mixtures of experts hand on all tokens of a batch in one axis, row after row.
@@ -99,16 +101,24 @@ def ablate_subspace(chat: ChatModel, basis: Tensor) -> Iterator[int]:
     Yields:
         how many hooks are attached (three a block).
     """
+    with ExitStack() as stack:
+        yield sum(stack.enter_context(ablate_subspace_in_block(chat, block, basis)) for block in chat.blocks)
+
+
+@contextmanager
+def ablate_subspace_in_block(chat: ChatModel, block: nn.Module, basis: Tensor) -> Iterator[int]:
+    """Remove several directions together at one block's input and after its attention and MLP."""
     if basis.dim() != 2 or basis.shape[1] != chat.d_model:
         raise ModelError(f"basis has shape {tuple(basis.shape)}; the model's width is {chat.d_model}")
-    rows = basis.to(chat.device, chat.model.dtype)
+    placed = _placed(basis.to(chat.device, chat.model.dtype))
 
     def ablate(hidden: Tensor) -> Tensor:
+        rows = placed(hidden.device)
         ablated: Tensor = hidden - (hidden @ rows.T) @ rows
         return ablated
 
-    with ExitStack() as stack:
-        yield sum(stack.enter_context(_edit_writes(block, ablate)) for block in chat.blocks)
+    with _edit_writes(block, ablate) as n_hooks:
+        yield n_hooks
 
 
 @contextmanager
@@ -118,8 +128,7 @@ def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: f
     `vector` is [d_model], or [batch, d_model] with a vector of its own for each row of the batch.
     """
     dose = (coefficient * vector).to(chat.device, chat.model.dtype)
-    dose = dose.unsqueeze(1) if dose.dim() == 2 else dose
-    handle = _edit_input(chat.blocks[layer], lambda hidden: hidden + dose)
+    handle = _edit_input(chat.blocks[layer], _adding(dose.unsqueeze(1) if dose.dim() == 2 else dose))
     try:
         yield 1
     finally:
@@ -146,7 +155,7 @@ def set_component(chat: ChatModel, direction: Tensor, components: Sequence[float
     with ablate_direction(chat, direction) as n_hooks, ExitStack() as stack:
         for block, component in zip(chat.blocks, components, strict=True):
             # Hooks run in the order they were attached: the component is first removed, then set.
-            stack.callback(_edit_input(block, (component * unit).add).remove)
+            stack.callback(_edit_input(block, _adding(component * unit)).remove)
         yield n_hooks + chat.n_layers
 
 
@@ -196,16 +205,28 @@ def start_at_block(chat: ChatModel, hidden: Tensor, *, layer: int, tuple_output:
     The model must be run on token ids of the same shape, so that positions and masks are the right ones.
     `tuple_output` says whether this model's blocks return a tuple.
     """
-    skipped = chat.blocks[:layer]
     handle = _edit_input(chat.blocks[layer], lambda _ignored: hidden)
     try:
-        for block in skipped:
-            block.forward = _pass_through(tuple_output)
+        with ExitStack() as stack:
+            for block in chat.blocks[:layer]:
+                stack.enter_context(replaced_forward(block, _pass_through(tuple_output)))
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module call `forward` instead of its own, which may itself stand in for another (as accelerate's do)."""
+    before = module.__dict__.get("forward")
+    cast(Any, module).forward = forward
+    try:
         yield
     finally:
-        for block in skipped:
-            del block.forward
-        handle.remove()
+        if before is None:
+            del module.forward
+        else:
+            cast(Any, module).forward = before
 
 
 def _pass_through(tuple_output: bool) -> Callable[..., Any]:
@@ -230,6 +251,16 @@ def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
     double = direction.to(torch.float64)
     unit: Tensor = (double / double.norm(dim=-1, keepdim=True).clamp(min=1e-8)).to(chat.device, chat.model.dtype)
     return unit
+
+
+def _adding(dose: Tensor) -> Callable[[Tensor], Tensor]:
+    placed = _placed(dose)
+    return lambda hidden: hidden + placed(hidden.device)
+
+
+def _placed(tensor: Tensor) -> Callable[[torch.device], Tensor]:
+    """Return the tensor on any device that is asked for: blocks may lie on several."""
+    return cache(tensor.to)
 
 
 def _first(children: dict[str, nn.Module], names: tuple[str, ...]) -> nn.Module | None:

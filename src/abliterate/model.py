@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from abliterate.batching import BatchLimits, plan_batches
 from abliterate.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
 from abliterate.errors import InputError, ModelError
+from abliterate.memory_estimate import check_memory
 from abliterate.prefix_cache import PrefixCache, empty_cache, shared_prefix_length
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class ModelOptions:
         batch_size: prompts per forward pass, or None to size batches by tokens.
         system_prompt: the system message, or None for what the chat template does by default.
         trust_remote_code: run Python code that comes with the model.
+        device_map: auto spreads the model over GPUs, memory and disk (accelerate), in the stored number format unless
+            `dtype` names another; None puts all of it on `device`.
+        stream_layers: read one decoder layer at a time instead of loading the model; for `extract` only.
     """
 
     dtype: str = "auto"
@@ -44,6 +48,8 @@ class ModelOptions:
     batch_size: int | None = None
     system_prompt: str | None = None
     trust_remote_code: bool = False
+    device_map: str | None = None
+    stream_layers: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +83,9 @@ class ChatModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.model.device
+        device = self.model.device
+        # What accelerate has put aside is on the meta device until it is run, on the CPU if there is no GPU.
+        return torch.device("cpu") if device.type == "meta" else device
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Render prompts with the chat template and return token ids, each with exactly one BOS if there is one.
@@ -192,7 +200,7 @@ class ChatModel:
         from transformers import GenerationConfig
 
         model = cast(Any, self.model)
-        stops = _stop_tokens(self.model, self.tokenizer)
+        stops = stop_tokens(self.model, self.tokenizer)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -250,7 +258,7 @@ class ChatModel:
             ModelError: a single row does not fit.
         """
         key = "generate" if generating else "forward"
-        pending = plan_batches(lengths, limits=self._batch_limits(key))
+        pending = plan_batches(lengths, limits=self.batch_limits(key))
         while pending:
             batch = pending[0]
             try:
@@ -264,7 +272,7 @@ class ChatModel:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 left = sorted(i for batch in pending for i in batch)
-                plan = plan_batches([lengths[i] for i in left], limits=self._batch_limits(key))
+                plan = plan_batches([lengths[i] for i in left], limits=self.batch_limits(key))
                 pending = [[left[i] for i in batch] for batch in plan]
                 continue
             pending = pending[1:]
@@ -279,7 +287,8 @@ class ChatModel:
         """How many tokens one forward pass takes at most, padding included."""
         return self._limit.get("forward", TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"]))
 
-    def _batch_limits(self, key: str) -> BatchLimits:
+    def batch_limits(self, key: str = "forward") -> BatchLimits:
+        """Return how large batches may be; `key` is forward or generate."""
         kind = self.device.type if self.device.type in TOKENS_PER_BATCH else "cuda"
         # A decoded token of a row is computed alone: twice as many rows keep the device as busy.
         tokens = TOKENS_PER_BATCH[kind] * (2 if key == "generate" else 1)
@@ -313,28 +322,47 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_templ
         needs_template: refuse a model without a chat template; else it is given prompts as they are.
 
     Raises:
-        ModelError: the files do not load as such a model.
+        ModelError: the files do not load as such a model, or it does not fit into memory.
         InputError: the device is not there.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = _choose_device(options.device)
+    device = choose_device(options.device)
+    if options.device_map is None:
+        check_memory(path, name=name, dtype=options.dtype, device=device)
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     trust = options.trust_remote_code
+    tokenizer = load_tokenizer(path, name=name, options=options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = auto_class(path, trust_remote_code=trust).from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+        model = auto_class(path, trust_remote_code=trust).from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map
+        )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name} does not load as a causal language model: {reason}") from error
-    if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
-        model = model.float()
-    return make_chat_model(
-        cast(Any, model).to(device), tokenizer, name=name, options=options, needs_template=needs_template
-    )
+    if options.device_map is None:
+        if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
+            model = model.float()
+        model = cast(Any, model).to(device)
+    return make_chat_model(model, tokenizer, name=name, options=options, needs_template=needs_template)
+
+
+def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelError: the files do not load as one.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
+    return cast("PreTrainedTokenizerBase", loaded)
 
 
 def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -388,7 +416,7 @@ def make_chat_model(
     return ChatModel(
         model=model,
         tokenizer=tokenizer,
-        blocks=_find_blocks(model, n_layers, name),
+        blocks=find_blocks(model, n_layers, name),
         d_model=int(text_config.hidden_size),
         chat_format=find_chat_format(tokenizer, system_prompt=options.system_prompt, name=name)
         if has_template
@@ -419,7 +447,11 @@ def find_response_prefix(chat: ChatModel, prompts: Sequence[str]) -> str:
         chat: the model.
         prompts: harmful and harmless prompts together.
     """
-    answers = chat.generate(chat.encode(prompts), max_new_tokens=4)
+    rows = chat.encode(prompts)
+    starts = chat.generate(rows, max_new_tokens=1)
+    if len(set(map(tuple, starts))) > 1 and not _may_be_thoughts(chat, starts):
+        return ""
+    answers = chat.generate(rows, max_new_tokens=4)
     decoded = [chat.decode(answer, skip_special_tokens=False) for answer in answers]
     for opener, closer in THOUGHT_CLOSERS.items():
         if all(text.lstrip().startswith(opener) for text in decoded):
@@ -428,7 +460,17 @@ def find_response_prefix(chat: ChatModel, prompts: Sequence[str]) -> str:
     return chat.decode([column[0] for column in shared], skip_special_tokens=False)
 
 
-def _find_blocks(model: nn.Module, n_layers: int, name: str) -> tuple[nn.Module, ...]:
+def _may_be_thoughts(chat: ChatModel, starts: Sequence[Sequence[int]]) -> bool:
+    texts = [chat.decode(start, skip_special_tokens=False).lstrip() for start in starts]
+    return any(all(t.startswith(opener) or opener.startswith(t) for t in texts) for opener in THOUGHT_CLOSERS)
+
+
+def find_blocks(model: nn.Module, n_layers: int, name: str) -> tuple[nn.Module, ...]:
+    """Return a model's decoder blocks, in order.
+
+    Raises:
+        ModelError: there is no list of that many modules.
+    """
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
     lists = [
         module
@@ -442,7 +484,8 @@ def _find_blocks(model: nn.Module, n_layers: int, name: str) -> tuple[nn.Module,
     return tuple(lists[0])
 
 
-def _stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the tokens that end an answer."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
@@ -452,7 +495,12 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error).lower()
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Return the device that `--device` names; auto takes a GPU when there is one.
+
+    Raises:
+        InputError: it is not there.
+    """
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

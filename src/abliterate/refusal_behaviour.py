@@ -20,6 +20,7 @@ def refusal_tokens_of(
     harmful: Recording,
     harmless: Recording,
     named: Sequence[str] = (),
+    describe: bool = True,
 ) -> list[RefusalToken]:
     """Return the tokens that start refusals: those named, or those that tell harmful from harmless prompts.
 
@@ -29,6 +30,7 @@ def refusal_tokens_of(
         harmful: recording of the harmful training prompts.
         harmless: recording of the harmless training prompts.
         named: token texts given by the user.
+        describe: say by completions what the model does when there are no such tokens.
 
     Raises:
         InputError: a named text is not one token.
@@ -39,9 +41,10 @@ def refusal_tokens_of(
     else:
         found = find_refusal_tokens(harmful_logits=harmful.logits, harmless_logits=harmless.logits)
     if not found:
+        does = f": {describe_behaviour(chat, prompts)}" if describe else ""
         raise RefusalBehaviourError(
-            "no first token tells harmful from harmless prompts: " + describe_behaviour(chat, prompts) + "; if it "
-            "refuses in words of its own, name the first token with --refusal-token"
+            f"no first token tells harmful from harmless prompts{does}; if it refuses in words of its own, name the "
+            "first token with --refusal-token"
         )
     return [
         RefusalToken(

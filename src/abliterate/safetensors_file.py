@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -180,6 +180,7 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+<<<<<<< HEAD
 def read_codes(directory: Path, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """Read codes and scales as they are stored.
 
@@ -188,6 +189,24 @@ def read_codes(directory: Path, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """
     codes, scales = (read_tensor(directory, each) for each in (encoding.codes, encoding.scales))
     return codes, scales
+=======
+def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:
+    """Read some rows (along the first axis) of one floating-point tensor, in the order given, and no others.
+
+    Raises:
+        CheckpointError: The file cannot be read or has become shorter.
+    """
+    size = (info.end - info.start) // info.shape[0]
+    row = replace(info, shape=info.shape[1:])
+    path = directory / info.shard
+    try:
+        with path.open("rb") as file:
+            places = ((info.start + index * size) for index in rows)
+            parts = [_read_tensor(file, path, replace(row, start=start, end=start + size)) for start in places]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return torch.stack(parts)
+>>>>>>> main
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

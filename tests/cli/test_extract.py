@@ -194,3 +194,16 @@ def test_bootstrap_is_in_the_report_the_file_the_page_and_the_table(run, tmp_pat
 def test_without_bootstrap_nothing_is_resampled(run, tmp_path: Path) -> None:
     code, out, _ = run("-o", "r.safetensors", *TINY, *ANY, "--json")
     assert (code, json.loads(out)["robustness"]) == (0, None)
+
+
+def test_streamed_layers_choose_what_the_model_in_memory_chooses(run, tmp_path: Path) -> None:
+    options = (*TINY, "--kl-threshold", "1e9", "--induce-threshold", "-12", "--json")
+    (code, out, _), (streamed_code, streamed_out, error) = (
+        run("-o", "a.safetensors", *options),
+        run("-o", "b.safetensors", *options, "--stream-layers"),
+    )
+    assert (code, streamed_code) == (0, 0)
+    one, other = (json.loads(text)["selected"] for text in (out, streamed_out))
+    assert (one["position"], one["layer"]) == (other["position"], other["layer"])
+    assert "the weights were read 4 times" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "tiny-llama"]

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from abliterate.selection import CandidateScore
 
 
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model."""
+
+    auto = "auto"
+
+
 class Variant(StrEnum):
     """How candidates are made of means."""
 
@@ -98,6 +104,18 @@ def extract(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = "auto",
+    device_map: Annotated[
+        DeviceMap | None,
+        typer.Option(
+            "--device-map", help="auto: spread the model over GPUs, memory and disk, in its stored number format."
+        ),
+    ] = None,
+    stream_layers: Annotated[
+        bool,
+        typer.Option(
+            "--stream-layers", help="Read one decoder layer at a time: for models that do not fit into memory."
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write an HTML page, scores (JSON, CSV) and plots (PNG) here."),
@@ -115,6 +133,10 @@ def extract(
     other thresholds after exit code 3, goes on from there. `accelerate launch --num_processes N --module abliterate
     extract ...` shares the work between N processes.
 
+    --stream-layers needs the memory of one layer (or of the output head) and reads the weights four times, whatever the
+    number of prompts and candidates: for the first tokens, the means, induce, and bypass with KL; eight times where
+    every answer starts alike, once more with --rank. What does not fit into memory lies in files beside OUTPUT.
+
     --variant, --winsorize and --rank depart from the paper; each file says which were used. With --rank K there are K
     files, NAME.1.safetensors (the best) to NAME.K.safetensors: `orthogonalize` projects them out together when each is
     given with a --direction of its own.
@@ -129,6 +151,8 @@ def extract(
     from abliterate.score_report import require_plots, write_score_report
     from abliterate.selection import Thresholds
 
+    if stream_layers and device_map:
+        raise typer.BadParameter("cannot go with --stream-layers", param_hint="'--device-map'")
     output = Output.of(context, json_output=json_output)
     options = ExtractionOptions(
         n_train=n_train,
@@ -148,6 +172,8 @@ def extract(
         batch_size=parse_batch_size(batch_size),
         system_prompt=system_prompt,
         trust_remote_code=trust_remote_code,
+        device_map=device_map.value if device_map else None,
+        stream_layers=stream_layers,
     )
     if report is not None:
         require_plots()

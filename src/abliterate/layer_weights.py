@@ -1,0 +1,161 @@
+"""The weights of a model that has none in memory: read from the checkpoint for a module, and let go again.
+
+The model is built on the meta device; a parameter is found by its own name. What transformers stores under another
+name than the model's (experts that are merged when they are loaded) is refused rather than guessed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from abliterate.checkpoint import Checkpoint
+from abliterate.errors import ModelError
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_rows, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LayerWeights:
+    """Fills modules of a model on the meta device with what the checkpoint holds, for as long as a `with` lasts.
+
+    Args:
+        model: the model. Parameters that are not on the meta device are left alone.
+        blocks: its decoder blocks.
+        checkpoint: where the weights are.
+        device: where they go.
+
+    Raises:
+        ModelError: a parameter of a block or of the input embedding is not in the checkpoint under its own name.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: "PreTrainedModel",
+        blocks: Sequence[nn.Module],
+        checkpoint: Checkpoint | None,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self.reads = 0
+        self._model = model
+        self._checkpoint = checkpoint
+        self._stored = {} if checkpoint is None else {info.name: info for info in checkpoint.tensors()}
+        self._path = {id(module): name for name, module in model.named_modules()}
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+        self._embedding = model.get_input_embeddings()
+        inside = {id(module) for block in blocks for module in block.modules()} | {id(self._embedding)}
+        self._outside = [module for module in model.modules() if id(module) not in inside and _own(module)]
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
+        # What is missing is found out now, not after hours.
+        needed = [self._embedding, *(module for block in blocks for module in block.modules())]
+        if (head := model.get_output_embeddings()) is not None:
+            needed.append(head)
+        for module in needed:
+            for name, weight in module._parameters.items():
+                if weight is not None and weight.is_meta:
+                    self._find(module, name, weight)
+
+    @contextmanager
+    def of_block(self, block: nn.Module) -> Iterator[None]:
+        """Hold a decoder block's weights."""
+        with ExitStack() as stack:
+            for module in block.modules():
+                stack.callback(self._fill(module))
+            yield
+
+    @contextmanager
+    def outside_of_blocks(self) -> Iterator[None]:
+        """Hold the weights of those modules outside the blocks that are called, the input embedding excepted."""
+        with ExitStack() as stack:
+
+            def fill(module: nn.Module, _args: Any) -> None:
+                if any(tensor is not None and tensor.is_meta for tensor in module._parameters.values()):
+                    stack.callback(self._fill(module))
+
+            for module in self._outside:
+                stack.callback(module.register_forward_pre_hook(fill).remove)
+            yield
+
+    @contextmanager
+    def of_embedding(self, token_ids: Iterable[int]) -> Iterator[None]:
+        """Hold those rows of the input embedding that some tokens need."""
+        embedding = cast(nn.Embedding, self._embedding)
+        weight = embedding._parameters["weight"]
+        if weight is None or not weight.is_meta or self._checkpoint is None:
+            yield
+            return
+        ids = sorted(set(token_ids))
+        rows = read_rows(self._checkpoint.path, self._find(embedding, "weight", weight), ids)
+        place = torch.zeros(weight.shape[0], dtype=torch.long, device=self.device)
+        place[ids] = torch.arange(len(ids), device=self.device)
+        padding, embedding.padding_idx = embedding.padding_idx, None
+        embedding._parameters["weight"] = self._placed(rows, weight)
+        handle = embedding.register_forward_pre_hook(lambda _module, args: (place[args[0]], *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+            embedding._parameters["weight"], embedding.padding_idx = weight, padding
+
+    def _fill(self, module: nn.Module) -> Callable[[], None]:
+        """Fill a module's own parameters and stored buffers; return what empties it again."""
+        parameters, buffers = dict(module._parameters), dict(module._buffers)
+        for name, parameter in parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = self._placed(self._read(self._find(module, name, parameter)), parameter)
+        for name, buffer in buffers.items():
+            info = self._stored_as(self._full_name(module, name))
+            if buffer is not None and name not in module._non_persistent_buffers_set and info is not None:
+                module._buffers[name] = self._read(info).to(self.device, buffer.dtype)
+
+        def empty() -> None:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+        return empty
+
+    def _placed(self, tensor: Tensor, like: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        assert self._checkpoint is not None
+        return read_tensor(self._checkpoint.path, info)
+
+    def _full_name(self, module: nn.Module, name: str) -> str:
+        path = self._path[id(module)]
+        return f"{path}.{name}" if path else name
+
+    def _find(self, module: nn.Module, name: str, parameter: Tensor) -> TensorInfo:
+        full_name = self._full_name(module, name)
+        # A tied parameter has several names, of which the checkpoint has one.
+        for each in (full_name, *self._names.get(id(parameter), [])):
+            info = self._stored_as(each)
+            if info is None:
+                continue
+            same_rows = module is self._embedding and info.shape[1:] == tuple(parameter.shape[1:])
+            if info.dtype in TORCH_DTYPES and (info.shape == tuple(parameter.shape) or same_rows):
+                return info
+        model_type = self._model.config.model_type
+        raise ModelError(
+            f"the checkpoint does not hold {full_name} as the model {model_type} has it (other names, merged or "
+            "quantised tensors); --stream-layers does not support that; load the model, with --device-map auto"
+        )
+
+    def _stored_as(self, name: str) -> TensorInfo | None:
+        prefix = f"{self._model.base_model_prefix}."
+        names = (name, name.removeprefix(prefix), prefix + name)
+        return next((self._stored[each] for each in names if each in self._stored), None)
+
+
+def _own(module: nn.Module) -> bool:
+    return any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
