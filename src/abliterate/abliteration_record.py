@@ -115,7 +115,7 @@ class OrthogonalizationReport:
         directions: sha256, d_model and metadata of each direction.
         subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
         options: What was asked for.
-        config_changes: Dotted path in config.json -> the value it has instead of the base's.
+        config_changes: Dotted path in config.json -> the value it has instead of the base's; None: it is not there.
         tensors: Every edited tensor, in file order.
         shards: File name -> SHA-256 and size of each shard written; empty in a dry run.
         side_files: The same for every other file.

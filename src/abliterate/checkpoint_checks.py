@@ -20,7 +20,7 @@ from abliterate.progress import Advance
 from abliterate.projection import NormFactor, component_and_norm, effective_directions, residue_bound
 from abliterate.quantized_formats import largest_residue
 from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor, tensor_bytes
 
 _CHUNK_BYTES = 4 << 20
 
@@ -309,6 +309,12 @@ def _index_differences(base: Checkpoint, edited: Checkpoint, added: Collection[s
 
 
 def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
+    if old.encoding is not None:
+        plain = tensor_bytes(read_tensor(old_path, old).bfloat16())
+        advance(old.end - old.start)
+        with (new_path / new.shard).open("rb") as file:
+            file.seek(new.start)
+            return file.read(new.end - new.start) == plain
     left = old.end - old.start
     if left != new.end - new.start:
         return False

@@ -95,7 +95,10 @@ def _config_changes(record: dict[str, Any]) -> str:
     changes = mapping(record.get("config_changes"))
     if not changes:
         return ""
-    values = ", ".join(code(f"{key}: {str(value).lower()}") for key, value in changes.items())
+    values = ", ".join(
+        f"{code(key)}, which is gone" if value is None else code(f"{key}: {str(value).lower()}")
+        for key, value in changes.items()
+    )
     return f" `config.json` is the base model's but for {values}."
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from abliterate.activation_addition import Addition, plan_addition
 from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.dequantized_layout import dequantized_config_changes, dequantized_layout, plain_info
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.hub import ModelSource
@@ -47,8 +48,8 @@ class EditOptions:
             or skip it.
         preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
         add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
-        quantized: What happens to a quantised checkpoint: refuse it, or requantize: edit what its numbers mean and
-            store that in the layout they had (see `quantized_formats`).
+        quantized: What happens to a quantised checkpoint: refuse it; requantize: edit what its numbers mean and
+            store that in the layout they had (see `quantized_formats`); or dequantize: store all of it in bfloat16.
         unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
             edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
 
@@ -127,6 +128,16 @@ class EditPlan:
     config_changes: dict[str, Any]
     edit_notes: tuple[str, ...]
 
+    @property
+    def layout(self) -> Checkpoint:
+        """What will be on disk, but for tensors that are new: the checkpoint's own layout unless it is dequantised."""
+        return dequantized_layout(self.view) if self.is_dequantized else self.checkpoint
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether a quantised checkpoint becomes a plain one."""
+        return self.options.quantized == "dequantize" and self.view is not self.checkpoint
+
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about this edit."""
         model_type = self.stream.model_type
@@ -188,7 +199,11 @@ def make_edit_plan(
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
     planned = _plan_edits(view, stream, directions, options, model=model.name)
-    check_codes(planned.edits, path=view.path)
+    edits, config_changes = planned.edits, planned.config_changes
+    if options.quantized == "dequantize":
+        edits = tuple(dataclasses.replace(edit, info=plain_info(edit.info)) for edit in edits)
+        config_changes = config_changes | dequantized_config_changes(checkpoint.config)
+    check_codes(edits, path=view.path)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
@@ -197,8 +212,8 @@ def make_edit_plan(
         directions=directions,
         subspace=_span(directions, given),
         options=options,
-        edits=planned.edits,
-        config_changes=planned.config_changes,
+        edits=edits,
+        config_changes=config_changes,
         edit_notes=planned.notes,
     )
 

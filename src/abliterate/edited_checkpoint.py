@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME
 from abliterate.byte_ranges import SourceFile, became_shorter
-from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, with_changes
+from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
 from abliterate.checkpoint_checks import directions_through
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import InputError
@@ -27,7 +27,7 @@ from abliterate.file_assembly import NewFile, assemble_files
 from abliterate.hashed_files import WrittenFile
 from abliterate.progress import Advance
 from abliterate.projected_stretch import ProjectedTensor, Projection
-from abliterate.requantized_stretch import Requantization, RequantizedStretch
+from abliterate.requantized_stretch import MadeMatrices, QuantizedEdit
 from abliterate.residual_writers import PostNorm
 from abliterate.safetensors_file import (
     TORCH_DTYPES,
@@ -108,7 +108,9 @@ class EditedFiles:
     def __init__(self, plan: EditPlan, *, device: str = "cpu") -> None:
         self._plan, self._device = plan, device
         self._shards = {shard.file_name: shard for shard in plan.checkpoint.shards}
-        self._new_content = _changed_side_files(plan)
+        self._layout = plan.layout
+        self._layouts = {shard.file_name: shard for shard in self._layout.shards}
+        self._new_content = _changed_side_files(plan, self._layout)
         chains = {edit.norm_chain for edit in plan.edits if edit.project}
         self._directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
         left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in plan.checkpoint.side_files else set()
@@ -117,7 +119,7 @@ class EditedFiles:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file, shards first."""
-        sizes = {name: shard.size + self._growth(shard) for name, shard in self._shards.items()}
+        sizes = {name: shard.size + self._growth(shard) for name, shard in self._layouts.items()}
         for name in self.side_names:
             content = self._new_content.get(name)
             sizes[name] = (self._plan.checkpoint.path / name).stat().st_size if content is None else len(content)
@@ -170,7 +172,10 @@ class EditedFiles:
         directory = self._plan.checkpoint.path
         if name in self._shards:
             shard = _EditedShard(self._shards[name], self._plan, self._directions, device=self._device)
-            return shard.file(added=self._added(self._shards[name])), shard.edits
+            added = self._added(self._shards[name])
+            if self._plan.is_dequantized:
+                return shard.dequantized_file(self._layouts[name], added=added), shard.edits
+            return shard.file(added=added), shard.edits
         source = SourceFile(directory / name)
         copied = copied_ranges(source, start=0, end=source.size, offset=0, describe=lambda at: f"{name}: byte {at}")
         return NewFile(name=name, sources=(source,), stretches=tuple(copied)), {}
@@ -219,6 +224,23 @@ class _EditedShard:
             self._edit(edit)
         return NewFile(name=shard.file_name, sources=tuple(self._opened.values()), stretches=tuple(self._stretches))
 
+    def dequantized_file(self, layout: Shard, *, added: Sequence[TensorEdit]) -> NewFile:
+        """Return it with every number plain, laid out as `layout` says, and `added` behind its own tensors."""
+        header = extended_header(layout, [edit.info for edit in added]) if added else layout.header_bytes
+        self._add(GivenBytes(start=0, data=header, name=f"{layout.file_name}: the header"))
+        edits = {edit.name: edit for edit in self._plan.edits if not edit.is_new}
+        seen = next(shard for shard in self._plan.view.shards if shard.file_name == layout.file_name)
+        for info in seen.tensors:
+            if info.name in edits:
+                self._edit(edits[info.name])
+            elif info.encoding is not None:
+                self._decode(info, None)
+            else:
+                self._copy(info.shard, info.start, info.end)
+        for edit in added:
+            self._edit(edit)
+        return NewFile(name=layout.file_name, sources=tuple(self._opened.values()), stretches=tuple(self._stretches))
+
     @property
     def _end(self) -> int:
         return self._stretches[-1].end if self._stretches else 0
@@ -235,7 +257,9 @@ class _EditedShard:
         self.edits[edit.name] = None
         path, source = self._plan.checkpoint.path, edit.source
         name = f"{edit.info.shard}: tensor {edit.name}"
-        if source is not None and edit.project:
+        if source is not None and source.encoding is not None:
+            self._decode(source, edit)
+        elif source is not None and edit.project:
             projected = ProjectedTensor(
                 start=self._end,
                 source=self._source(source.shard),
@@ -261,26 +285,46 @@ class _EditedShard:
             self._add(GivenBytes(start=self._end, data=bytes(tensor_bytes(new)), name=name))
 
     def _requantize(self, edit: TensorEdit, stored: TensorInfo) -> None:
-        requantization = Requantization(
-            path=self._plan.checkpoint.path,
-            info=edit.info,
-            directions=self._directions[edit.norm_chain],
-            strength=self._plan.options.strength,
-        )
-        for each in (requantization.encoding.codes, requantization.encoding.scales):
-            self._source(each.shard)
-        is_codes = stored.name == requantization.encoding.codes.name
+        made = self._quantized_edit(edit.info, edit)
+        is_codes = stored.name == made.encoding.codes.name
         if is_codes:
             self.edits[edit.name] = None
         self._add(
-            RequantizedStretch(
+            MadeMatrices(
                 start=self._end,
-                info=stored,
-                make=requantization.edit if is_codes else requantization.refit,
-                matrices=requantization.matrices,
+                nbytes=stored.end - stored.start,
+                make=made.edit if is_codes else made.refit,
+                matrices=made.matrices,
                 name=f"{stored.shard}: tensor {stored.name}",
             )
         )
+
+    def _decode(self, source: TensorInfo, edit: TensorEdit | None) -> None:
+        made = self._quantized_edit(source, edit)
+        name = source.name if edit is None else edit.name
+        self._add(
+            MadeMatrices(
+                start=self._end,
+                nbytes=source.plain_bytes,
+                make=made.decoded,
+                matrices=made.matrices,
+                name=f"{source.shard}: tensor {name}",
+            )
+        )
+
+    def _quantized_edit(self, source: TensorInfo, edit: TensorEdit | None) -> QuantizedEdit:
+        options = self._plan.options
+        made = QuantizedEdit(
+            path=self._plan.checkpoint.path,
+            info=source,
+            directions=self._directions[edit.norm_chain] if edit is not None and edit.project else None,
+            residual_axis=0 if edit is None else edit.residual_axis,
+            strength=options.strength,
+            preserve_norms=options.preserve_norms,
+        )
+        for each in (made.encoding.codes, made.encoding.scales):
+            self._source(each.shard)
+        return made
 
     def _source(self, shard_name: str) -> SourceFile:
         if shard_name not in self._opened:
@@ -310,13 +354,13 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _changed_side_files(plan: EditPlan) -> dict[str, bytes]:
+def _changed_side_files(plan: EditPlan, layout: Checkpoint) -> dict[str, bytes]:
     checkpoint = plan.checkpoint
     changed = {}
     if plan.config_changes:
         changed[CONFIG_NAME] = json.dumps(with_changes(checkpoint.config, plan.config_changes), indent=2) + "\n"
-    if checkpoint.index is not None and any(edit.is_new for edit in plan.edits):
-        changed[INDEX_NAME] = json.dumps(_extended_index(plan, checkpoint.index), indent=2) + "\n"
+    if layout.index is not None and (layout.index is not checkpoint.index or any(edit.is_new for edit in plan.edits)):
+        changed[INDEX_NAME] = json.dumps(_extended_index(plan, layout.index), indent=2) + "\n"
     return {name: text.encode() for name, text in changed.items()}
 
 

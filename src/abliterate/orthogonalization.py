@@ -123,12 +123,18 @@ def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:
 
 
 def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReporter) -> dict[str, MadeEdit]:
-    """Measure the tensors that are stored quantised, decoded from what lies in the new directory."""
-    edits = [edit for edit in plan.edits if edit.stored_as]
+    """Measure what was made of tensors that are stored quantised, decoded from what lies in the new directory."""
+    edits = [edit for edit in plan.edits if edit.project and edit.source is not None and edit.source.encoding]
     if not edits:
         return {}
     writers = [
-        EditedWriter(name=edit.name, residual_axis=edit.residual_axis, norm_chain=edit.norm_chain) for edit in edits
+        EditedWriter(
+            name=edit.name,
+            residual_axis=edit.residual_axis,
+            norm_chain=edit.norm_chain,
+            base_name=edit.source.name if edit.source else None,
+        )
+        for edit in edits
     ]
     with progress.task("Decoding", total=sum(edit.nbytes for edit in edits), unit="bytes") as advance:
         found = measure_survivors(
@@ -152,7 +158,7 @@ def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit]) 
     if missed:
         raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
     problems = compare_layouts(
-        plan.checkpoint,
+        dataclasses.replace(plan.layout, config=plan.checkpoint.config),
         open_checkpoint(partial),
         added={edit.name for edit in plan.edits if edit.is_new},
         config_changes=plan.config_changes,

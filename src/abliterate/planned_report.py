@@ -53,7 +53,6 @@ def planned_report(
         dry_run: Whether nothing will be written.
         format: Whether a whole checkpoint or an adapter is made.
     """
-    checkpoint = plan.checkpoint
     edits = plan.edits
     roles = [edit.role for edit in edits]
     return OrthogonalizationReport(
@@ -95,7 +94,7 @@ def planned_report(
         side_files={},
         counts={role: roles.count(role) for role in ROLES if role in roles},
         bytes_edited=sum(edit.nbytes for edit in edits),
-        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
+        bytes_total=sum(shard.size for shard in plan.layout.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),
     )
 

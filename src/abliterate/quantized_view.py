@@ -14,8 +14,8 @@ from abliterate.errors import CheckpointError, QuantizedCheckpointError
 from abliterate.quantized_formats import QuantizedLayout
 from abliterate.safetensors_file import Encoding, Shard, TensorInfo
 
-QuantizedPolicy = Literal["refuse", "requantize"]
-QUANTIZED_POLICIES: tuple[QuantizedPolicy, ...] = ("refuse", "requantize")
+QuantizedPolicy = Literal["refuse", "requantize", "dequantize"]
+QUANTIZED_POLICIES: tuple[QuantizedPolicy, ...] = ("refuse", "requantize", "dequantize")
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 

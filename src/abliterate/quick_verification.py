@@ -7,7 +7,7 @@ And every file has the hash that the record gives.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from abliterate.checkpoint_checks import (
     ratio,
     rounding_bound,
 )
+from abliterate.dequantized_layout import dequantized_layout
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.quantized_view import plain_view
+from abliterate.quantized_view import plain_view, quantization_of
 from abliterate.recorded_edits import (
     RecordedTensor,
     differences_from_plan,
@@ -171,17 +172,21 @@ def _open_files(record: AbliterationRecord, base: Checkpoint | None, progress: P
 
 
 def _against_base(files: _Files, base: Checkpoint) -> tuple[list[str], int]:
+    layout = base
+    if files.options.quantized == "dequantize" and quantization_of(base.config) is not None:
+        layout = replace(dequantized_layout(plain_view(base)), config=base.config)
+        base = plain_view(base)
     names = {tensor.name for tensor in base.tensors()}
     changed = {name for tensor in files.tensors for name in tensor.stored_as or (tensor.name,)}
     added = changed - names
     config_changes = files.record.content.get("config_changes") or {}
     own = {RECORD_NAME, EVALUATION_NAME}
-    rewritten = ({CONFIG_NAME} if config_changes else set()) | ({INDEX_NAME} if added else set())
+    rewritten = ({CONFIG_NAME} if config_changes else set()) | ({INDEX_NAME} if added or layout != base else set())
     side_files = (set(base.side_files) | files.record.content["side_files"].keys()) - own - rewritten
     copies = {tensor.name: files.tied_tensor for tensor in files.tensors if _is_copy(tensor)}
     total = sum(tensor.end - tensor.start for tensor in base.tensors() if tensor.name not in changed)
     problems = differences_from_plan(files.record, base)
-    problems += compare_layouts(base, files.edited, added=added, config_changes=config_changes)
+    problems += compare_layouts(layout, files.edited, added=added, config_changes=config_changes)
     if copies.keys() - added or set(copies.values()) - names:
         problems.append(f"{files.record.directory / RECORD_NAME}: names no tied tensor of the base; {_AGAIN}")
     if not problems:

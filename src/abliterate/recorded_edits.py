@@ -106,7 +106,7 @@ def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[
         policy=options.tied,
     )
     wanted = {edit.name: edit.kind for edit in planned.edits}
-    stored = {edit.name: edit.stored_as for edit in planned.edits}
+    stored = {edit.name: () if options.quantized == "dequantize" else edit.stored_as for edit in planned.edits}
     problems = [
         f"{record.directory}: tensor {tensor.name} is stored as {tensor.stored_as or 'itself'} according to "
         f"{RECORD_NAME}, and must be as {stored[tensor.name] or 'itself'}; {_AGAIN}"

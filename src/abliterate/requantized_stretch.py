@@ -1,7 +1,7 @@
-"""A quantised tensor that is edited on its way into a new file: its codes, and apart from them its scales.
+"""A quantised tensor on its way into a new file: edited in its own layout, or dequantised.
 
-The two may lie in different files, in either order, so each computes what it needs by itself: the scales take a pass
-over the decoded numbers, the codes that pass and the edit.
+Codes and scales may lie in different files, in either order, so each computes what it needs by itself: new scales take
+a pass over the decoded numbers, new codes that pass and the edit.
 """
 
 import zlib
@@ -9,30 +9,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from abliterate.byte_ranges import TargetFile
 from abliterate.errors import CheckpointError, VerificationError
-from abliterate.quantized_formats import refitted_scales, requantize
+from abliterate.projection import project_out
+from abliterate.quantized_formats import decode, refitted_scales, requantize
 from abliterate.safetensors_file import Encoding, TensorInfo, read_tensor, tensor_bytes
 from abliterate.stretches import Fill, Stretch, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Requantization:
+class QuantizedEdit:
     """What is done to a quantised tensor.
 
     Attributes:
         path: The directory of the checkpoint it is read from.
         info: The tensor, with its encoding.
-        directions: U, [k, d_model] float64, orthonormal rows.
+        directions: U, [k, d_model] float64, orthonormal rows; None decodes it and takes nothing out.
+        residual_axis: Its axis that indexes the residual stream.
         strength: Share of the component that is removed.
+        preserve_norms: See `projection.project_out`; of a dequantised tensor only.
     """
 
     path: Path
     info: TensorInfo
-    directions: Tensor
-    strength: float
+    directions: Tensor | None = None
+    residual_axis: int = 0
+    strength: float = 1.0
+    preserve_norms: bool = False
 
     @property
     def encoding(self) -> Encoding:
@@ -58,11 +64,32 @@ class Requantization:
         start = info.start + index * size
         return replace(info, shape=info.shape[1:], start=start, end=start + size)
 
+    def decoded(self, index: int) -> Tensor:
+        """Return one matrix in bfloat16, the directions projected out if there are any.
+
+        Raises:
+            CheckpointError: It holds NaN or infinite values.
+        """
+        codes, scales = self.stored(index)
+        numbers = decode(codes, scales, layout=self.encoding.layout).bfloat16()
+        matrix = (numbers.T if self.encoding.turned else numbers).contiguous()
+        if not bool(torch.isfinite(matrix).all()):
+            raise self._not_finite()
+        if self.directions is None:
+            return matrix
+        return project_out(
+            matrix,
+            directions=self.directions,
+            residual_axis=self.residual_axis - len(self.info.shape) + 2,
+            strength=self.strength,
+            preserve_norms=self.preserve_norms,
+        )
+
     def refit(self, index: int) -> Tensor:
         """Return the new scales of one matrix."""
         codes, scales = self.stored(index)
         return refitted_scales(
-            codes, scales, layout=self.encoding.layout, directions=self.directions, strength=self.strength
+            codes, scales, layout=self.encoding.layout, directions=self._basis, strength=self.strength
         )
 
     def edit(self, index: int) -> Tensor:
@@ -74,32 +101,39 @@ class Requantization:
         codes, scales = self.stored(index)
         try:
             return requantize(
-                codes, scales, layout=self.encoding.layout, directions=self.directions, strength=self.strength
+                codes, scales, layout=self.encoding.layout, directions=self._basis, strength=self.strength
             ).codes
         except ValueError as error:
-            raise CheckpointError(
-                f"{self.path}: tensor {self.encoding.codes.name} holds NaN or infinite values; "
-                "download the checkpoint again"
-            ) from error
+            raise self._not_finite() from error
+
+    @property
+    def _basis(self) -> Tensor:
+        if self.directions is None:
+            raise TypeError(f"{self.info.name}: there is nothing to take out")
+        return self.directions
+
+    def _not_finite(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: tensor {self.encoding.codes.name} holds NaN or infinite values; "
+            "download the checkpoint again"
+        )
 
 
-class RequantizedStretch(Stretch):
-    """The codes or the scales of an edited quantised tensor, made matrix by matrix.
+class MadeMatrices(Stretch):
+    """A tensor that is made matrix by matrix: new codes or scales, or the numbers they mean.
 
     Args:
-        start: Where they begin in the new file.
-        info: The stored tensor that they take the place of.
-        make: Index of a matrix -> its new codes or scales, of the stored dtype.
+        start: Where it begins in the new file.
+        nbytes: Its size.
+        make: Index of a matrix -> the matrix, of the dtype that is stored.
         matrices: How many there are.
         name: What the tensor is called in the new file, with the shard.
     """
 
-    def __init__(
-        self, *, start: int, info: TensorInfo, make: Callable[[int], Tensor], matrices: int, name: str
-    ) -> None:
-        super().__init__(start=start, end=start + info.end - info.start)
+    def __init__(self, *, start: int, nbytes: int, make: Callable[[int], Tensor], matrices: int, name: str) -> None:
+        super().__init__(start=start, end=start + nbytes)
         self._make, self._name = make, name
-        self._matrix_bytes = (info.end - info.start) // matrices
+        self._matrix_bytes = nbytes // matrices
         self._sums: list[int | None] = [None] * matrices
 
     @property

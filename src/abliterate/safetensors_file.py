@@ -51,6 +51,11 @@ class TensorInfo:
     end: int
     encoding: "Encoding | None" = None
 
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of a tensor of this dtype and shape."""
+        return math.prod(self.shape) * _DTYPE_BITS[self.dtype] // 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
@@ -215,6 +220,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return data
 
 
+def new_header(metadata: Mapping[str, str] | None, tensors: Sequence[TensorInfo]) -> bytes:
+    """Return the length and header of a shard that holds these tensors one behind the other.
+
+    Args:
+        metadata: What stands in the header besides; None for nothing.
+        tensors: In file order; their offsets mean nothing.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    return _header_with(header, tensors, position=0)
+
+
 def extended_header(shard: Shard, added: Sequence[TensorInfo]) -> bytes:
     """Return the length and header of a shard that has more tensors behind its own.
 
@@ -223,7 +239,10 @@ def extended_header(shard: Shard, added: Sequence[TensorInfo]) -> bytes:
         added: The tensors it gets besides, in this order; their offsets mean nothing.
     """
     header = json.loads(shard.header_bytes[_LENGTH_BYTES:])
-    position = shard.size - len(shard.header_bytes)
+    return _header_with(header, added, position=shard.size - len(shard.header_bytes))
+
+
+def _header_with(header: dict[str, Any], added: Sequence[TensorInfo], *, position: int) -> bytes:
     for info in added:
         size = math.prod(info.shape) * _DTYPE_BITS[info.dtype] // 8
         header[info.name] = {

@@ -29,7 +29,7 @@ def refuse_quantization_config(config: Mapping[str, Any], tensors: Sequence[Tens
             method = method if isinstance(method, str) and method.isprintable() else shown(method)
             plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
             example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
-            way_out = ", or edit it as it is with --quantized requantize" if is_handled(config) else ""
+            way_out = ", or give --quantized requantize or --quantized dequantize" if is_handled(config) else ""
             raise QuantizedCheckpointError(
                 f"{path / CONFIG_NAME}: the checkpoint is quantised ({key}, method "
                 f"{method}{example}), where rounding would undo the edit; {base_in_words(config)}{way_out}"

@@ -41,6 +41,7 @@ class Quantized(StrEnum):
 
     refuse = "refuse"
     requantize = "requantize"
+    dequantize = "dequantize"
 
 
 class Tied(StrEnum):
@@ -90,7 +91,8 @@ def orthogonalize(
         typer.Option(
             "--quantized",
             help="A quantised MODEL (FP8, MXFP4, float-quantized of compressed-tensors): refuse it, because plain "
-            "rounding would undo the edit, or requantize in the same layout with rounding that keeps it.",
+            "rounding would undo the edit; requantize in the same layout with rounding that keeps it; or dequantize "
+            "all of it to bfloat16, two to four times the size.",
         ),
     ] = Quantized.refuse,
     output_format: Annotated[
