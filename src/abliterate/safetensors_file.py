@@ -185,7 +185,6 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-<<<<<<< HEAD
 def read_codes(directory: Path, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """Read codes and scales as they are stored.
 
@@ -194,7 +193,8 @@ def read_codes(directory: Path, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """
     codes, scales = (read_tensor(directory, each) for each in (encoding.codes, encoding.scales))
     return codes, scales
-=======
+
+
 def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:
     """Read some rows (along the first axis) of one floating-point tensor, in the order given, and no others.
 
@@ -211,7 +211,6 @@ def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     return torch.stack(parts)
->>>>>>> main
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
