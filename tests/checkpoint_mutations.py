@@ -68,7 +68,7 @@ def break_checkpoint(directory: Path, random: Random) -> list[str]:
     """Break a checkpoint in one to three ways, and return their names."""
     ways: list[Callable[[Path, Random], object]] = [
         _header_bytes, _header_length, _header_structure, _header_structure, _file_size, _index, _config, _config,
-        _config_bytes, _replace_file, _shards, _tensor, _tensor, _tensor, _tensor_bytes,
+        _config_bytes, _replace_file, _shards, _tensor, _tensor, _tensor, _tensor_bytes, _side_file,
     ]  # fmt: skip
     chosen = [random.choice(ways) for _ in range(random.choice((1, 1, 1, 2, 3)))]
     for way in chosen:
@@ -137,6 +137,33 @@ def _tensor(directory: Path, random: Random) -> None:
     if _is_plain(index):
         old, changed = json.dumps(name).encode(), json.dumps(new).encode()
         index.write_bytes(index.read_bytes().replace(old + b":", changed + b":", 1))
+
+
+def _side_file(directory: Path, random: Random) -> None:
+    """Put a file or link of an odd name or content beside the weights."""
+    names: list[bytes] = [
+        b"README.md", b"abliteration.json", b"evaluation.json", b"\xff.txt", b"a\nb\x1b[31m.txt", b"n" * 255,
+        b".hidden", b"model.safetensors.tmp", b"modeling.py", b"adapter_config.json", b"sub", b"config.json.partial",
+    ]  # fmt: skip
+    path = os.path.join(os.fsencode(directory), random.choice(names))
+    contents = (
+        b"",
+        b"{}",
+        b"[" * 2000,
+        b"---\nlicense: [\n---\n",
+        b'---\nlicense: "\\e[1m"\n---\n',
+        b"raise SystemExit",
+    )
+    if os.path.lexists(path):
+        return
+    kind = random.randrange(4)
+    if kind == 0:
+        os.symlink(random.choice((b"config.json", b"../" + HARMLESS.encode() + b"/config.json", b"/dev/null")), path)
+    elif kind == 1:
+        os.makedirs(os.path.join(path, b"deep", b"\xe9"))
+        Path(os.fsdecode(path), "deep", "file.txt").write_text("x")
+    else:
+        Path(os.fsdecode(path)).write_bytes(random.choice(contents))
 
 
 def _product(shape: list[int]) -> int:

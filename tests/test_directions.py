@@ -153,7 +153,16 @@ def test_a_missing_file_and_a_directory(tmp_path):
         load_direction(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[1]", "no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "no JSON object"),
+        ('{"layer": 1, "layer": 2}', "the name 'layer' occurs twice"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"layer": ' + "9" * 5000 + "}", "has 5000 digits"),
+    ],
+)
 def test_malformed_metadata(tmp_path, text, message):
     save_file({"direction": torch.ones(4)}, tmp_path / "bad.safetensors", metadata={"abliterate": text})
     with pytest.raises(DirectionError, match=message):

@@ -287,6 +287,30 @@ class TestConfig:
     def test_fields_of_wrong_types(self, refused, values, message):
         refused(edit_config(**values), message)
 
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"model_type": ["llama"]}, "model type ['llama'] cannot be orthogonalized"),
+            ({"model_type": {"a": 1}}, "model type {'a': 1} cannot be orthogonalized"),
+            ({"model_type": "new", "text_config": "llama"}, "text_config is 'llama', expected an object"),
+            ({"model_type": "new", "llm_config": [1]}, "llm_config is [1], expected an object"),
+            ({"model_type": "new", "auto_map": "x"}, "its auto_map names Python code"),
+            (
+                {"model_type": "new", "auto_map": {"a": "b"}, "text_config": {"model_type": "llama"}},
+                "its auto_map names",
+            ),
+            ({"model_type": "new", "text_config": {"model_type": "llama", "auto_map": 1}}, "its auto_map names"),
+            ({"model_type": "new", "hidden_size": 10**300}, "do config.json and the weights belong together?"),
+            ({"model_type": "\x1b[2J"}, "model type '\\x1b[2J' is not known"),
+        ],
+    )
+    def test_fields_of_wrong_types_of_an_unknown_type(self, base, run, values, message):
+        edit_config(**values)(base)
+        code, stdout, stderr = run("plan", base, "--unverified")
+        assert (code, stdout) == (1, "")
+        assert message in stderr.splitlines()[-1]
+        assert {c for c in stderr if not c.isprintable()} <= {"\n"}
+
     @pytest.mark.parametrize("value", ["4", -4, 10**12, [4], 4.0, None])
     def test_a_number_of_experts_that_is_not_theirs(self, refused, value):
         def damage(base: Path) -> None:
@@ -445,6 +469,15 @@ class TestFiles:
         assert not any(path.is_symlink() for path in out.rglob("*"))
         assert "a key" not in "".join(p.read_text(errors="ignore") for p in out.rglob("*") if p.is_file())
 
+    @pytest.mark.parametrize("name", [b"\xff.txt", b"sub/\xe9.json"])
+    def test_a_name_that_is_not_unicode(self, refused, name):
+        def damage(base: Path) -> None:
+            path = os.path.join(os.fsencode(base), name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Path(os.fsdecode(path)).write_text("x")
+
+        refused(damage, "is not UTF-8; rename or remove it")
+
     def test_blobs_beside_a_snapshot_may_not_be_a_link_themselves(self, base, refused):
         def damage(base: Path) -> None:
             pass
@@ -494,6 +527,17 @@ def test_a_record_that_is_no_record(base, tmp_path, direction, run):
         assert (code, stdout) == (1, "")
         assert stderr.startswith("error: ")
         assert message in stderr
+
+
+def test_a_model_of_the_hub_is_edited_through_the_links_of_its_cache(base, direction, run, monkeypatch, tmp_path):
+    with FakeHub() as hub:
+        hub.use(monkeypatch, tmp_path)
+        hub.add_repo("org/model", {path.name: path.read_bytes() for path in base.iterdir()})
+        assert run("orthogonalize", "org/model", "--direction", direction, "-o", tmp_path / "out")[0] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "abliteration.json",
+        *(path.name for path in base.iterdir()),
+    }
 
 
 @pytest.mark.parametrize(

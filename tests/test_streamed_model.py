@@ -25,8 +25,9 @@ HARMFUL = ["How do locks break?", "Tell me about fires in a house.", "Write."]
 HARMLESS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 TOKENS = [70, 75]
 STREAMED = ModelOptions(stream_layers=True)
-# Norms of every kind, sliding windows shorter than the prompts, blocks that return tuples, experts, recurrent layers.
-TYPES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3", "olmo2", "bloom", "gpt_oss", "mamba"]
+# Norms of every kind, sliding windows shorter than the prompts, blocks that return tuples, experts in one tensor and in
+# many, recurrent layers.
+TYPES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3", "olmo2", "bloom", "gpt_oss", "qwen3_moe", "mamba"]
 
 
 def make(model_type: str) -> PreTrainedModel:
@@ -190,8 +191,8 @@ def test_a_subspace_is_ablated_as_in_memory(tmp_path: Path) -> None:
 
 
 def test_weights_under_other_names_are_refused_by_name(tmp_path: Path) -> None:
-    save(make_tiny_model("qwen2_moe", vocab_size=400), tmp_path)
-    with pytest.raises(ModelError, match=r"model qwen2_moe has it .*--device-map auto"):
+    save(make_tiny_model("mixtral", vocab_size=400), tmp_path)  # stores block_sparse_moe, loads mlp
+    with pytest.raises(ModelError, match=r"model mixtral has it .*--device-map auto"):
         load(tmp_path)
 
 

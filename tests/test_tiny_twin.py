@@ -16,6 +16,7 @@ from abliterate.directions import make_direction
 from abliterate.edit_in_words import how_to_reproduce, what_was_done
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.planning import plan_layout, read_layout
+from abliterate.tiny_config import shrink_config
 from abliterate.tiny_twin import CLEAN, DIRTY, prove_on_tiny_twin
 from abliterate.verification import VerificationOptions, verify_checkpoint
 from conformance import build_model
@@ -171,6 +172,12 @@ def test_a_config_that_transformers_does_not_take(unknown, refused):
 def test_a_config_that_does_not_shrink(unknown, refused, monkeypatch):
     monkeypatch.setattr(tiny_twin, "_MAX_PARAMETERS", 1000)
     refused(unknown, "its config does not shrink")
+
+
+def test_a_depth_that_no_model_has_does_not_hang(unknown):
+    change_config(unknown, vision_config={"num_hidden_layers": 10**12, "hidden_size": 10**12})
+    assert prove_on_tiny_twin(layout=read_layout(model=str(unknown))) is not None
+    assert shrink_config({"num_hidden_layers": 10**12})["num_hidden_layers"] == 3
 
 
 def test_a_tie_that_only_the_config_class_knows_of(refused, tmp_path, monkeypatch):

@@ -75,6 +75,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     shards = tuple(read_shard(path / name) for name in shard_names)
     check_tensor_names(path, shards, index)
     others = sorted(entry for entry in regular_files(path) if entry[0] not in set(shard_names))
+    for name, _ in others:
+        if not _is_unicode(name):
+            raise CheckpointError(f"{path}: the name of the file {shown(name)} is not UTF-8; rename or remove it")
     return Checkpoint(
         path=path,
         config=config,
@@ -134,6 +137,11 @@ def _is_shard_name(name: Any) -> bool:
         and len(name.encode()) <= _MAX_FILE_NAME
         and not set(name) & set("/\\")
     )
+
+
+def _is_unicode(name: str) -> bool:
+    # Bytes that are no UTF-8 come as halves of surrogate pairs, which no JSON file, as the record is one, can hold.
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _read_small(path: Path) -> bytes:

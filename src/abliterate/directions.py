@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import DirectionError
+from abliterate.strict_json import parse_json
 
 METADATA_KEY = "abliterate"
 SCORE_NAMES = ("bypass", "induce", "kl")
@@ -168,8 +169,8 @@ def _parse_metadata(raw: Mapping[str, str], path: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        metadata = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        metadata = parse_json(text.encode())
+    except ValueError as error:
         raise DirectionError(
             f"{path}: its metadata key `{METADATA_KEY}` is not JSON ({error}); extract the direction again"
         ) from error

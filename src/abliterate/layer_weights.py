@@ -1,7 +1,8 @@
 """The weights of a model that has none in memory: read from the checkpoint for a module, and let go again.
 
-The model is built on the meta device; a parameter is found by its own name. What transformers stores under another
-name than the model's (experts that are merged when they are loaded) is refused rather than guessed.
+The model is built on the meta device; a parameter is found by its own name, or, where the experts of a mixture are one
+tensor in the model and many in the checkpoint, by theirs. What is stored under any other name than the model's is
+refused rather than guessed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,13 @@ from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_rows, rea
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Stored = tuple[tuple[TensorInfo, ...], ...]
+"""What a parameter is made of: one tensor, or for each expert those that are put below each other."""
+
+_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Parameters of merged experts, [n_experts, out, in], and the parts of each expert on disk."""
 
 
 class LayerWeights:
@@ -95,7 +103,8 @@ class LayerWeights:
             yield
             return
         ids = sorted(set(token_ids))
-        rows = read_rows(self._checkpoint.path, self._find(embedding, "weight", weight), ids)
+        ((info,),) = self._find(embedding, "weight", weight)
+        rows = read_rows(self._checkpoint.path, info, ids)
         place = torch.zeros(weight.shape[0], dtype=torch.long, device=self.device)
         place[ids] = torch.arange(len(ids), device=self.device)
         padding, embedding.padding_idx = embedding.padding_idx, None
@@ -116,7 +125,7 @@ class LayerWeights:
         for name, buffer in buffers.items():
             info = self._stored_as(self._full_name(module, name))
             if buffer is not None and name not in module._non_persistent_buffers_set and info is not None:
-                module._buffers[name] = self._read(info).to(self.device, buffer.dtype)
+                module._buffers[name] = self._read(((info,),)).to(self.device, buffer.dtype)
 
         def empty() -> None:
             module._parameters.update(parameters)
@@ -127,15 +136,18 @@ class LayerWeights:
     def _placed(self, tensor: Tensor, like: Tensor) -> nn.Parameter:
         return nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
 
-    def _read(self, info: TensorInfo) -> Tensor:
+    def _read(self, stored: Stored) -> Tensor:
         assert self._checkpoint is not None
-        return read_tensor(self._checkpoint.path, info)
+        path = self._checkpoint.path
+        if len(stored) == 1:
+            return read_tensor(path, stored[0][0])
+        return torch.stack([torch.cat([read_tensor(path, part) for part in expert]) for expert in stored])
 
     def _full_name(self, module: nn.Module, name: str) -> str:
         path = self._path[id(module)]
         return f"{path}.{name}" if path else name
 
-    def _find(self, module: nn.Module, name: str, parameter: Tensor) -> TensorInfo:
+    def _find(self, module: nn.Module, name: str, parameter: Tensor) -> Stored:
         full_name = self._full_name(module, name)
         # A tied parameter has several names, of which the checkpoint has one.
         for each in (full_name, *self._names.get(id(parameter), [])):
@@ -144,12 +156,30 @@ class LayerWeights:
                 continue
             same_rows = module is self._embedding and info.shape[1:] == tuple(parameter.shape[1:])
             if info.dtype in TORCH_DTYPES and (info.shape == tuple(parameter.shape) or same_rows):
-                return info
+                return ((info,),)
+        if name in _EXPERTS and parameter.dim() == 3 and (experts := self._experts(full_name, parameter)):
+            return experts
         model_type = self._model.config.model_type
         raise ModelError(
-            f"the checkpoint does not hold {full_name} as the model {model_type} has it (other names, merged or "
-            "quantised tensors); --stream-layers does not support that; load the model, with --device-map auto"
+            f"the checkpoint does not hold {full_name} as the model {model_type} has it (other names, or quantised "
+            "tensors); --stream-layers does not support that; load the model, with --device-map auto"
         )
+
+    def _experts(self, full_name: str, parameter: Tensor) -> Stored | None:
+        path, _, name = full_name.rpartition(".")
+        n_experts, n_out, n_in = parameter.shape
+        experts = []
+        for i in range(n_experts):
+            parts = [self._stored_as(f"{path}.{i}.{part}.weight") for part in _EXPERTS[name]]
+            known = tuple(part for part in parts if part is not None and part.dtype in TORCH_DTYPES)
+            shapes = [part.shape for part in known]
+            if len(known) < len(parts) or any(len(shape) != 2 or shape[1] != n_in for shape in shapes):
+                return None
+            if sum(shape[0] for shape in shapes) != n_out or len(set(shapes)) > 1:
+                return None
+            experts.append(known)
+        # One expert alone would look like a tensor that is not merged.
+        return tuple(experts) if n_experts > 1 else None
 
     def _stored_as(self, name: str) -> TensorInfo | None:
         prefix = f"{self._model.base_model_prefix}."

@@ -44,8 +44,7 @@ def estimate_bytes(path: Path, *, dtype: str, device: torch.device) -> int:
         dtype: auto, float32, bfloat16 or float16.
         device: where the model is to go.
     """
-    files = list(path.glob("*.safetensors")) or list(path.glob("pytorch_model*.bin"))
-    stored = sum(file.stat().st_size for file in files)
+    stored = sum(file.stat().st_size for file in _weight_files(path))
     config = _read(path / "config.json")
     if config.get("quantization_config"):
         return stored
@@ -66,6 +65,16 @@ def free_bytes(device: torch.device) -> int | None:
         return 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
     except (OSError, KeyError, ValueError, IndexError):
         return None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    # Some repositories hold the weights a second time in a layout of their own, which is not what is loaded.
+    named = _read(path / "model.safetensors.index.json").get("weight_map")
+    if isinstance(named, dict):
+        return [path / str(name) for name in sorted(set(named.values())) if (path / str(name)).is_file()]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    return list(path.glob("pytorch_model*.bin"))
 
 
 def _stored_dtype(config: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ _WORKSPACE_BYTES = 40_000_000
 # Most headers are shorter, so that one request does; and requests at a time.
 _FIRST_RANGE = 100_000
 _CONNECTIONS = 8
+_CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +213,7 @@ def _read_local(path: Path, name: str) -> Layout:
         revision=None,
         config=checkpoint.config,
         shards=checkpoint.shards,
-        card=read_card_facts(path / "README.md") or CardFacts(),
+        card=(read_card_facts(path / _CARD) if _CARD in checkpoint.side_files else None) or CardFacts(),
         gated=None,
         download_bytes=0,
         disk_bytes=sum(sizes),

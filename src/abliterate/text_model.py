@@ -90,7 +90,8 @@ def _row_and_section(
     config: Mapping[str, Any], path: Path, *, unverified: bool
 ) -> tuple[Architecture, tuple[str, ...]]:
     top = config.get("model_type")
-    is_wrapper = isinstance(top, str) and (top in WRAPPERS or (unverified and top not in ARCHITECTURES))
+    is_unknown = unverified and isinstance(top, str) and top not in ARCHITECTURES
+    is_wrapper = is_unknown or (isinstance(top, str) and top in WRAPPERS)
     for key in TEXT_SECTIONS if is_wrapper else ():
         if not isinstance(config.get(key), (Mapping, type(None))):
             raise _wrong_value(key, config[key], "an object", path)
@@ -100,14 +101,16 @@ def _row_and_section(
         section = tuple(sections[:1])
         text_type = _at(config, section).get("model_type", wrapper.text_type) if section else wrapper.text_type
     else:
-        section = tuple(sections[:1]) if unverified and top not in ARCHITECTURES else ()
+        section = tuple(sections[:1]) if is_unknown else ()
         text_type = _at(config, section).get("model_type", top)
     row = ARCHITECTURES.get(text_type) if isinstance(text_type, str) else None
     refused = [name for name in (top, text_type) if str(name) in REFUSED]
+    is_accepted = row is None and unverified and isinstance(top, str)
+    if not refused and (is_accepted or (is_unknown and wrapper is None)):
+        _refuse_own_code(config, section, path)
     if row is not None and not refused:
         return row, section
-    if unverified and isinstance(top, str) and not refused:
-        _refuse_own_code(config, section, path)
+    if is_accepted and not refused:
         # Every rule is open to it: what they find is proved, or not, on a tiny twin.
         return Architecture(
             model_type=str(text_type), post_norm=True, single=True, latent_experts=True, positions=True

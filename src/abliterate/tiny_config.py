@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MIN_LAYERS = 3
+# A config that says more lies; going through its layers one by one would not end.
+_MAX_LAYERS = 10_000
 
 _SIZES_AND_NAMES = """
 64: hidden_size n_embd d_model emb_dim embedding_dim dim embed_dim lru_width word_embed_proj_dim mamba_d_ssm
@@ -91,7 +93,7 @@ def _shrink(name: str, value: Any, layers: Sequence[int] | None, depth: int | No
     if type(value) is not int or value <= 0:
         return value
     if name in _DEPTHS:
-        return len(layers) if layers else value
+        return len(layers) if layers else value if value <= _MAX_LAYERS else _MIN_LAYERS
     if name in _PERIODS:
         return 2
     if name.endswith("token_id"):
@@ -101,7 +103,7 @@ def _shrink(name: str, value: Any, layers: Sequence[int] | None, depth: int | No
 
 def _depth(config: Mapping[str, Any]) -> int | None:
     depth = next((config[name] for name in _DEPTHS if name in config), None)
-    return depth if type(depth) is int and depth > 0 else None
+    return depth if type(depth) is int and 0 < depth <= _MAX_LAYERS else None
 
 
 def _kept_layers(config: Mapping[str, Any]) -> list[int] | None:
