@@ -4,7 +4,7 @@ Makes a llama checkpoint with the shapes of an 8B model (bf16, random weights, a
 runs, one after another and `--runs` times round, each in a process of its own:
 
 * `cp -r`, and `cp -r` followed by a flush to the disk, which is what ours ends with;
-* `abliterate orthogonalize`, with the files in the page cache and without;
+* `abliterate orthogonalize`, with the files in the page cache and without, and shared out between two processes;
 * transformers: from_pretrained, the same projection in float32 on each weight, save_pretrained.
 
 Prints the median of wall time, CPU time and peak resident memory, and the ratios to `cp -r`. The machine may be
@@ -13,17 +13,21 @@ shared, so the ratios count.
 
 import argparse
 import json
+import math
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
+# torch is imported by the process that makes the checkpoint alone: what a child process has at its peak begins with
+# what its parent had.
 D_MODEL, D_MLP, D_KV, VOCABULARY, SHARD_BYTES = 4096, 14336, 1024, 128256, 1 << 30
 LAYER = {
     "input_layernorm.weight": (D_MODEL,),
@@ -54,8 +58,8 @@ model.save_pretrained(sys.argv[3])
 def tensor_shapes(size: float) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a checkpoint of about `size` GB."""
     ends = {"model.embed_tokens.weight": (VOCABULARY, D_MODEL), "lm_head.weight": (VOCABULARY, D_MODEL)}
-    layer = sum(2 * torch.Size(shape).numel() for shape in LAYER.values())
-    left = size * 1e9 - sum(2 * torch.Size(shape).numel() for shape in ends.values())
+    layer = sum(2 * math.prod(shape) for shape in LAYER.values())
+    left = size * 1e9 - sum(2 * math.prod(shape) for shape in ends.values())
     n_layers = max(1, round(left / layer))
     shapes = {"model.embed_tokens.weight": ends["model.embed_tokens.weight"]}
     for index in range(n_layers):
@@ -64,12 +68,18 @@ def tensor_shapes(size: float) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(path: Path, size: float) -> None:
-    """Write the checkpoint, tensor by tensor."""
+    """Write the checkpoint, tensor by tensor, and a direction beside it."""
+    import torch
+
+    from abliterate.directions import make_direction
+
     path.mkdir(parents=True)
+    direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
+    make_direction(mean_difference=direction).save(path.parent / "refusal.safetensors")
     shapes = tensor_shapes(size)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes.items():
-        if sum(2 * torch.Size(each).numel() for each in shards[-1].values()) >= SHARD_BYTES:
+        if sum(2 * math.prod(each) for each in shards[-1].values()) >= SHARD_BYTES:
             shards.append({})
         shards[-1][name] = shape
     weight_map = {}
@@ -78,7 +88,7 @@ def make_checkpoint(path: Path, size: float) -> None:
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file_name)
         write_shard(path / file_name, shard, noise)
-    total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
@@ -90,11 +100,13 @@ def make_checkpoint(path: Path, size: float) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
-def write_shard(path: Path, shard: dict[str, tuple[int, ...]], noise: torch.Tensor) -> None:
+def write_shard(path: Path, shard: dict[str, tuple[int, ...]], noise: "torch.Tensor") -> None:
     """Write one safetensors file of noise."""
+    import torch
+
     header, position = {}, 0
     for name, shape in shard.items():
-        end = position + 2 * torch.Size(shape).numel()
+        end = position + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
@@ -102,7 +114,7 @@ def write_shard(path: Path, shard: dict[str, tuple[int, ...]], noise: torch.Tens
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shard.values():
-            left, shift = torch.Size(shape).numel(), 0
+            left, shift = math.prod(shape), 0
             while left:
                 part = noise.roll(shift)[: min(left, len(noise))] if shift else noise[: min(left, len(noise))]
                 file.write(part.view(torch.uint8).numpy().data)
@@ -126,15 +138,28 @@ def in_cache(path: Path, *, wanted: bool) -> None:
 
 def timed(command: list[str]) -> dict[str, float]:
     """Run a command and return its wall and CPU time in seconds and its peak resident memory in MB."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     message = process.stderr.read() if process.stderr else ""
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     if status:
         raise SystemExit(f"{command}: {message}")
-    del before
     return {"wall": seconds, "cpu": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
+
+
+def ways_of(source: Path, out: Path, direction: Path, *, workers: int | None) -> dict[str, tuple[list[str], bool]]:
+    """Return the commands, and whether each finds the source in the page cache."""
+    arguments = ["-q", "orthogonalize", str(source), "--direction", str(direction), "-o", str(out)]
+    ours = [sys.executable, "-m", "abliterate", *arguments, *(["--workers", str(workers)] if workers else [])]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "abliterate", *arguments]
+    copy = ["cp", "-r", str(source), str(out)]
+    flush = ["sh", "-c", f"cp -r {source} {out} && sync {out}/*"]
+    return {
+        "cp -r, cold": (copy, False), "cp -r, warm": (copy, True), "cp -r and sync, cold": (flush, False),
+        "ours, cold": (ours, False), "ours, warm": (ours, True), "ours, two processes, warm": (two, True),
+        "transformers, cold": ([sys.executable, "-c", TRANSFORMERS, str(source), str(direction), str(out)], False),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -144,27 +169,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--directory", type=Path, default=Path("build/benchmark-orthogonalize"))
-    parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="ways with one of these words in their name")
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     directory = arguments.directory / f"{arguments.size:g}"
-    shutil.rmtree(directory, ignore_errors=True)
     source, out, direction = directory / "base", directory / "out", directory / "refusal.safetensors"
-    make_checkpoint(source, arguments.size)
-
-    from abliterate.directions import make_direction
-
-    make_direction(mean_difference=torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))).save(direction)
-    ours = [sys.executable, "-m", "abliterate", "-q", "orthogonalize", str(source), "--direction", str(direction)]
-    ours += ["-o", str(out), *(["--workers", str(arguments.workers)] if arguments.workers else [])]
-    copy = ["cp", "-r", str(source), str(out)]
-    flush = ["sh", "-c", f"cp -r {source} {out} && sync {out}/*"]
-    ways = {
-        "cp -r, cold": (copy, False), "cp -r, warm": (copy, True), "cp -r and sync, cold": (flush, False),
-        "ours, cold": (ours, False), "ours, warm": (ours, True),
-        "transformers, cold": ([sys.executable, "-c", TRANSFORMERS, str(source), str(direction), str(out)], False),
-    }  # fmt: skip
-    if arguments.without_transformers:
-        del ways["transformers, cold"]
+    if arguments.make:
+        make_checkpoint(source, arguments.size)
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    maker = [sys.executable, __file__, "--make", "--size", str(arguments.size), "--directory", str(arguments.directory)]
+    subprocess.run(maker, check=True)
+    ways = ways_of(source, out, direction, workers=arguments.workers)
+    if arguments.only:
+        ways = {way: each for way, each in ways.items() if any(word in way for word in arguments.only)}
     results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(arguments.runs):
         for way, (command, warm) in ways.items():
@@ -174,7 +192,7 @@ def main() -> None:
             results[way].append(timed(command))
             print(f"{way}: {results[way][-1]}", file=sys.stderr, flush=True)
     shutil.rmtree(directory)
-    show(results, size=sum(2 * torch.Size(shape).numel() for shape in tensor_shapes(arguments.size).values()))
+    show(results, size=sum(2 * math.prod(shape) for shape in tensor_shapes(arguments.size).values()))
 
 
 def show(results: dict[str, list[dict[str, float]]], *, size: int) -> None:

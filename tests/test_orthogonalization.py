@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import abliterate.edited_checkpoint
+import abliterate.edited_shard
 import abliterate.file_assembly
 import abliterate.projected_stretch
 import abliterate.projection
@@ -21,18 +21,20 @@ from abliterate.abliteration_record import OrthogonalizationReport, decode_subsp
 from abliterate.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
-from abliterate.edited_checkpoint import WriteOptions
 from abliterate.errors import (
+    AbliterateError,
     CheckpointError,
     DirectionError,
     InputError,
     QuantizedCheckpointError,
+    Terminated,
     UnsupportedArchitectureError,
     VerificationError,
 )
 from abliterate.hub import ModelSource
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.projection import component_norm, project_out
+from abliterate.write_options import WriteOptions
 from loaded_models import ablated, load, logits, stored, stream_component, tree
 from tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
@@ -445,28 +447,35 @@ class _FailingProgress:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_interrupted_run_leaves_nothing_and_the_old_output_as_it_was(llama, tmp_path, direction, overwrite):
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; .*out was left as it was"),
+        (Terminated(), 143, "terminated; .*out was left as it was"),
+        (OSError(28, "No space left on device"), 1, "No space left on device; .*out was left as it was"),
+    ],
+)
+def test_a_run_that_is_stopped_leaves_the_old_output_as_it_was(
+    llama, tmp_path, direction, overwrite, error, code, message
+):
     out = tmp_path / "new" / "out"
     if overwrite:
         orthogonalize_checkpoint(source=llama, direction=direction, output=out)
     before = tree(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(AbliterateError, match=message) as raised:
         orthogonalize_checkpoint(
             source=llama,
             direction=direction,
             output=out,
             overwrite=overwrite,
-            progress=_FailingProgress("Writing", KeyboardInterrupt()),
+            progress=_FailingProgress("Writing", error),
         )
+    assert raised.value.exit_code == code
+    assert "\n" not in str(raised.value)
+    # It came with the first bytes, before anything was finished.
+    assert "nothing was kept" in str(raised.value)
     assert tree(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["new"] if overwrite else [])
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(llama, tmp_path, direction):
-    full = _FailingProgress("Writing", OSError(28, "No space left on device"))
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        orthogonalize_checkpoint(source=llama, direction=direction, output=tmp_path / "out", progress=full)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -484,7 +493,7 @@ def test_what_is_written_is_verified(single, tmp_path, direction, monkeypatch, n
 
 
 def test_a_planned_edit_that_no_shard_consumed_is_an_error(single, tmp_path, direction, monkeypatch):
-    edit_one = abliterate.edited_checkpoint._EditedShard._edit
+    edit_one = abliterate.edited_shard.EditedShard._edit
 
     def forget(self, edit):
         if edit.name == "model.layers.1.mlp.down_proj.weight":
@@ -492,7 +501,7 @@ def test_a_planned_edit_that_no_shard_consumed_is_an_error(single, tmp_path, dir
         else:
             edit_one(self, edit)
 
-    monkeypatch.setattr(abliterate.edited_checkpoint._EditedShard, "_edit", forget)
+    monkeypatch.setattr(abliterate.edited_shard.EditedShard, "_edit", forget)
     with pytest.raises(VerificationError, match=r"were not made, first model\.layers\.1\.mlp\.down_proj"):
         orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -84,7 +84,8 @@ class Work:
         bytes_read: Into the process, checks included.
         bytes_written: Out of the process.
         bytes_copied: By the kernel, from file to file.
-        workers: Threads.
+        workers: Threads of each process.
+        processes: Processes; CPU time is that of the first.
     """
 
     seconds: float
@@ -93,6 +94,7 @@ class Work:
     bytes_written: int
     bytes_copied: int
     workers: int
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ It is written beside its target under a hidden name and gets its own name by one
 before leaves nothing behind, and the older directory as it was.
 """
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from pathlib import Path
 from abliterate.errors import CheckpointError, InputError
 
 # What tells a checkpoint or an adapter, which may be replaced, from a directory that was named by mistake.
-_MARKERS = ("config.json", "adapter_config.json")
+MARKERS = ("config.json", "adapter_config.json")
+
+# Of the system call renameat2, which Python does not have.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def check_output_directory(output: Path, *, overwrite: bool) -> None:
@@ -28,9 +32,9 @@ def check_output_directory(output: Path, *, overwrite: bool) -> None:
         raise InputError(f"{output}: exists; choose another directory, or replace it with --overwrite")
     if output.is_symlink() or not output.is_dir():
         raise InputError(f"{output}: exists and is not a directory, so it is not replaced; choose another path")
-    if not any((output / marker).is_file() for marker in _MARKERS) and any(output.iterdir()):
+    if not any((output / marker).is_file() for marker in MARKERS) and any(output.iterdir()):
         raise InputError(
-            f"{output}: exists and holds no {_MARKERS[0]}, so it is no checkpoint and is not replaced; "
+            f"{output}: exists and holds no {MARKERS[0]}, so it is no checkpoint and is not replaced; "
             "choose another directory"
         )
 
@@ -54,7 +58,7 @@ def published_directory(output: Path) -> Iterator[Path]:
         raise InputError(f"{partial}: cannot be made: {error.strerror or error}; choose another place") from error
     try:
         yield partial
-        _publish(partial, output)
+        publish(partial, output)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or output}: {error.strerror or error}; {output} was left as it was"
@@ -66,19 +70,41 @@ def published_directory(output: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _publish(partial: Path, output: Path) -> None:
-    _sync_directory(partial)
+def publish(partial: Path, output: Path) -> None:
+    """Give a whole directory its name by one rename; an older one of that name is gone afterwards.
+
+    Raises:
+        OSError: It could not be done, and the older one is as it was.
+    """
+    for directory, _, _ in os.walk(partial):
+        _sync_directory(Path(directory))
+    if not output.exists():
+        partial.rename(output)
+    elif _exchange(partial, output):
+        _sync_directory(output.parent)
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        _replace(partial, output)
+    _sync_directory(output.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places at once; False where kernel or file system cannot do that."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    answer = library.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(answer == 0)
+
+
+def _replace(partial: Path, output: Path) -> None:
     replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-    had_output = output.exists()
-    if had_output:
-        output.rename(replaced)
+    output.rename(replaced)
     try:
         partial.rename(output)
     except BaseException:
-        if had_output:
-            replaced.rename(output)
+        replaced.rename(output)
         raise
-    _sync_directory(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ passes through this process, and shares its blocks with the original where the f
 """
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,9 @@ from typing import Self
 from abliterate.errors import CheckpointError
 
 _CHUNK_BYTES = 4 << 20
+
+# Of ioctl, in linux/fs.h: let one file have the blocks of another.
+_FICLONE = 0x40049409
 
 # What a kernel or file system answers that cannot copy this way, or not between these two files.
 _CANNOT_COPY = {errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ETXTBSY, errno.EPERM}
@@ -168,6 +172,22 @@ class TargetFile(SourceFile):
 
     def _named(self, error: OSError) -> OSError:
         return OSError(error.errno, error.strerror, str(self.path))
+
+
+def can_share_blocks(source: Path, directory: Path) -> bool:
+    """Return whether a file in `directory` can share its blocks with `source`, so that a copy takes no space.
+
+    Tried with a file that is removed again.
+    """
+    trial = directory / f".shared-{os.getpid()}"
+    try:
+        with source.open("rb") as reader, trial.open("xb") as writer:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+    except OSError:
+        return False
+    finally:
+        trial.unlink(missing_ok=True)
+    return True
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -12,6 +12,7 @@
     ├── VerificationError               what was written is not what was asked for
     ├── HubError                        the Hub refused, or could not be reached
     ├── MissingDependencyError          an optional package is not installed
+    ├── InterruptedRunError             exit code 130, after SIGTERM 143: a signal stopped the run
     └── NoDirectionError                exit code 3: no candidate direction passes the selection
 
 Each message says what is wrong and where, the likely cause, and what to do about it.
@@ -66,6 +67,23 @@ class HubError(AbliterateError):
 
 class MissingDependencyError(AbliterateError):
     """An optional package is needed and not installed."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it is to be handled as an interruption from the keyboard is."""
+
+
+class InterruptedRunError(AbliterateError):
+    """A signal stopped the run; the message says what became of its work.
+
+    Args:
+        message: The message.
+        exit_code: 130 after SIGINT, 143 after SIGTERM.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class NoDirectionError(AbliterateError):

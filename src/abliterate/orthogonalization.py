@@ -14,18 +14,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, Work, write_record
-from abliterate.atomic_directory import published_directory
 from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint_checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
+from abliterate.checkpoint_run import write_together
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
-from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit, WriteOptions
+from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit
 from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
+from abliterate.plan_key import plan_key
 from abliterate.planned_report import check_output, planned_report
+from abliterate.processes import Alone, Processes
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.quantized_view import plain_view
+from abliterate.stretches import Traffic
 from abliterate.tensor_edits import TensorEdit
+from abliterate.write_options import WriteOptions
 
 
 def orthogonalize_checkpoint(
@@ -37,6 +41,7 @@ def orthogonalize_checkpoint(
     dry_run: bool = False,
     overwrite: bool = False,
     writing: WriteOptions | None = None,
+    processes: Processes | None = None,
     progress: ProgressReporter = SILENT,
 ) -> OrthogonalizationReport:
     """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
@@ -52,17 +57,20 @@ def orthogonalize_checkpoint(
         options: What to edit, and how; all residual writers at strength 1 by default.
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
-        writing: How to write: threads, device.
+        writing: How to write: threads, device, whether to go on with what an interrupted run left.
+        processes: The processes that each call this and share the work; None: this one does it alone.
         progress: Shown the bytes written and checked.
 
     Returns:
-        The report; `abliteration.json` in `output` is made from it.
+        The report; `abliteration.json` in `output` is made from it. In other processes than the first, what was
+        planned.
 
     Raises:
         InputError: `output` cannot be used, or the options select nothing.
         DirectionError: A direction is malformed, has another width than the model, or adds nothing to the others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or writing failed.
         VerificationError: What was written, reread, still has the direction in it.
+        InterruptedRunError: SIGINT or SIGTERM came; the message says what is kept.
     """
     plan = make_edit_plan(source=source, direction=direction, options=options or EditOptions())
     if output is None and not dry_run:
@@ -75,40 +83,53 @@ def orthogonalize_checkpoint(
         return report
     for note in report.notes:
         progress.message(note)
-    with published_directory(target) as partial:
-        return _write(plan, report, partial, writing or WriteOptions(), progress)
+    return _write(plan, report, target, writing or WriteOptions(), processes or Alone(), progress)
 
 
 def _write(
-    plan: EditPlan, report: OrthogonalizationReport, partial: Path, writing: WriteOptions, progress: ProgressReporter
+    plan: EditPlan,
+    report: OrthogonalizationReport,
+    target: Path,
+    writing: WriteOptions,
+    processes: Processes,
+    progress: ProgressReporter,
 ) -> OrthogonalizationReport:
     started, cpu = time.perf_counter(), time.process_time()
     files = EditedFiles(plan, device=writing.device)
-    sizes = files.sizes()
-    finished: dict[str, FinishedFile] = {}
-    with progress.task(f"Writing {report.output}", total=sum(sizes.values()), unit="bytes") as advance:
-        traffic = files.write(
-            sizes, target=partial, workers=writing.n_workers, done=finished.__setitem__, advance=advance
+
+    def conclude(partial: Path, finished: dict[str, FinishedFile], traffic: Traffic) -> OrthogonalizationReport:
+        made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
+        made |= _measure_requantized(plan, partial, progress)
+        _check_written(plan, partial, made)
+        written = dataclasses.replace(
+            report,
+            shards={name: finished[name].written for name in files.shard_names},
+            side_files={name: finished[name].written for name in files.side_names},
+            tensors=tuple(_measured(tensor, made[tensor.name]) for tensor in report.tensors),
+            work=Work(
+                seconds=time.perf_counter() - started,
+                cpu_seconds=time.process_time() - cpu,
+                bytes_read=traffic.read,
+                bytes_written=traffic.written,
+                bytes_copied=traffic.copied,
+                workers=writing.n_workers,
+                processes=processes.count,
+            ),
         )
-    made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
-    made |= _measure_requantized(plan, partial, progress)
-    _check_written(plan, partial, made)
-    report = dataclasses.replace(
-        report,
-        shards={name: finished[name].written for name in files.shard_names},
-        side_files={name: finished[name].written for name in files.side_names},
-        tensors=tuple(_measured(tensor, made[tensor.name]) for tensor in report.tensors),
-        work=Work(
-            seconds=time.perf_counter() - started,
-            cpu_seconds=time.process_time() - cpu,
-            bytes_read=traffic.read,
-            bytes_written=traffic.written,
-            bytes_copied=traffic.copied,
-            workers=writing.n_workers,
-        ),
+        write_record(written, partial)
+        return written
+
+    key = plan_key(plan, device=writing.device)
+    written = write_together(
+        files,
+        target=target,
+        key=key,
+        conclude=conclude,
+        writing=writing,
+        processes=processes,
+        progress=progress,
     )
-    write_record(report, partial)
-    return report
+    return written or report
 
 
 def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:

@@ -1,4 +1,4 @@
-"""Several processes that share the work of one extraction, as `accelerate launch --num_processes N` starts them."""
+"""Several processes that share the work of one command, as `accelerate launch --num_processes N` starts them."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -37,16 +37,18 @@ class Ranks:
         if self.count == 1:
             return own
         results: list[Any] = [None] * len(items)
-        for index, part in enumerate(self._gather(own)):
+        for index, part in enumerate(self.gather(own)):
             results[index :: self.count] = part
         return results
 
     def first_says(self, value: Item) -> Item:
         """Return the first process's value in every process."""
-        return value if self.count == 1 else self._gather(value)[0]
+        return self.gather(value)[0]
 
-    @staticmethod
-    def _gather(value: Item) -> list[Item]:
+    def gather(self, value: Item) -> list[Item]:
+        """Return the values of all processes, in every process, by number."""
+        if self.count == 1:
+            return [value]
         from accelerate.utils import gather_object
 
         gathered: list[Item] = gather_object([value])
@@ -62,7 +64,7 @@ def find_ranks(*, device: str = "auto") -> Ranks:
     """Join the other processes if a launcher started several; gloo on a CPU, nccl on GPUs.
 
     Args:
-        device: the `--device` of the extraction.
+        device: where the command computes; what the processes tell one another goes the same way.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Ranks()

@@ -14,7 +14,7 @@ from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 
 # What is held of a tensor at a time, as it is stored. It must not depend on the number of workers: it decides
 # together with `projection.block_width` which vectors are rounded together.
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 112 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

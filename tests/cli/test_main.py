@@ -57,6 +57,7 @@ def test_help_is_light_and_documents_the_exit_codes() -> None:
         "prompts",
         "demo",
         "130 interrupted",
+        "143 terminated",
         "3 no candidate",
     ):
         assert text in " ".join(done.stdout.split())

@@ -1,6 +1,7 @@
 """The command line: registration, `--version`, and the one error boundary."""
 
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated
@@ -20,13 +21,13 @@ from abliterate.cli.push import push
 from abliterate.cli.revert import revert
 from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, Terminated
 from abliterate.ranks import in_first_process
 from abliterate.strict_json import printable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a known error or a failed verification; 2 wrong usage; "
-    "3 no candidate direction passes the selection; 130 interrupted."
+    "3 no candidate direction passes the selection; 130 interrupted; 143 terminated."
 )
 
 app = typer.Typer(
@@ -70,6 +71,7 @@ def _global_options(
 
 def main() -> None:
     """Run the command line; each error becomes one line on stderr and its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
     try:
         app()
@@ -81,6 +83,10 @@ def main() -> None:
         if verbose:
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (run again with `abliterate -v ...` for details)", 1)
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated
 
 
 def _fail(message: str, exit_code: int) -> None:

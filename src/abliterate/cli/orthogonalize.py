@@ -107,6 +107,9 @@ def orthogonalize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint, an adapter or empty.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted run left beside OUT, after checking it.")
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -123,6 +126,10 @@ def orthogonalize(
     Every tensor that writes to the residual stream is projected, W <- W - r (r^T W); all else is copied byte
     for byte. Give --direction several times to project out what several directions span. What was written is
     reread and checked before OUT appears, whole or not at all, with a complete record in abliteration.json.
+
+    A run that is interrupted, or finds the disk full, keeps its finished shards in .OUT.partial beside OUT, and
+    --resume goes on from there. `torchrun --nproc-per-node N -m abliterate orthogonalize ...`, or another launcher
+    of torch.distributed, shares the files out among N processes on one file system.
     """
     roles, layer_range = parse_components(components), parse_layers(layers)
     if output_directory is None and not dry_run:
@@ -140,8 +147,10 @@ def orthogonalize(
                 param_hint="'--add'",
             )
 
-    if output_format is Format.adapter and (workers is not None or device != "cpu"):
-        raise typer.BadParameter("adapter takes no --workers and no --device; leave them out", param_hint="'--format'")
+    if output_format is Format.adapter and (workers is not None or device != "cpu" or resume):
+        raise typer.BadParameter(
+            "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
+        )
 
     from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
@@ -152,10 +161,12 @@ def orthogonalize(
 
         write = write_adapter
     else:
-        from abliterate.edited_checkpoint import WriteOptions
         from abliterate.orthogonalization import orthogonalize_checkpoint
+        from abliterate.ranks import find_ranks
+        from abliterate.write_options import WriteOptions
 
-        write = partial(orthogonalize_checkpoint, writing=WriteOptions(workers=workers, device=device))
+        writing = WriteOptions(workers=workers, device=device, resume=resume)
+        write = partial(orthogonalize_checkpoint, writing=writing, processes=find_ranks(device="cpu"))
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)

@@ -1,0 +1,216 @@
+"""A directory that is written over a long time, survives a crash, and appears whole or not at all.
+
+It lies beside its target as `.NAME.partial`, locked by the run that writes it. Each finished file is journalled. A run
+that is interrupted leaves it, and one that resumes believes nothing: it hashes every journalled file, and removes the
+rest.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from abliterate.atomic_directory import MARKERS, publish
+from abliterate.byte_ranges import can_share_blocks
+from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated
+from abliterate.hashed_files import hash_file
+from abliterate.journal import Entry, Journal, Key, read_journals
+from abliterate.progress import ProgressReporter
+
+_OWN = ".abliterate"
+_LOCK = "lock"
+_JOURNALS = "journal-*.jsonl"
+
+
+class PartialDirectory:
+    """The unfinished directory of one run, or of one process of a run.
+
+    Attributes:
+        path: Where it is.
+        kept: Entries of files that an earlier run finished, which were hashed again and are what they were.
+        journal: Where this process says what it has finished.
+    """
+
+    def __init__(self, path: Path, *, key: Key, rank: int = 0, kept: Mapping[str, Entry] | None = None) -> None:
+        self.path = path
+        self.kept = dict(kept or {})
+        self.journal = Journal(path / _OWN / _JOURNALS.replace("*", str(rank)), key=key)
+        for name, entry in self.kept.items():
+            self.journal.add(name, entry)
+
+    def has_finished_files(self) -> bool:
+        """Return whether there is anything to go on from."""
+        return bool(read_journals(self.path / _OWN, pattern=_JOURNALS)[1])
+
+
+class PartialRun:
+    """A run that writes a directory: it has the lock, and publishes or gives up in the end.
+
+    Args:
+        output: The directory to be.
+        key: What the run makes it from, part by part.
+        resume: Go on with what an earlier run with the same key has finished.
+        workers: Threads that hash what is there.
+        progress: Told what is found and removed.
+
+    Raises:
+        InputError: Nothing can be written beside `output`, or another run is writing it.
+    """
+
+    def __init__(self, output: Path, *, key: Key, resume: bool, workers: int, progress: ProgressReporter) -> None:
+        self._output = output
+        self._new_parents = [parent for parent in output.parents if not parent.exists()]
+        path = partial_path(output)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path, output)
+            kept = _what_is_there(path, key=key, resume=resume, workers=workers, progress=progress)
+            self.directory = PartialDirectory(path, key=key, kept=kept)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be made: {error.strerror or error}; choose another place") from error
+
+    def check_space(self, sizes: Mapping[str, int], *, source: Path, edited: int) -> None:
+        """Check that what will be written finds room.
+
+        Args:
+            sizes: Name -> bytes of every file.
+            source: One of the files that are copied.
+            edited: Bytes that are written in any case; the others take none where files can share their blocks.
+
+        Raises:
+            CheckpointError: There is less room.
+        """
+        path, kept = self.directory.path, self.directory.kept
+        needed = sum(size for name, size in sizes.items() if name not in kept)
+        free = shutil.disk_usage(path).free
+        if free < needed and can_share_blocks(source, path):
+            needed = min(needed, edited)
+        if free < needed:
+            raise CheckpointError(
+                f"{path.parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or "
+                "choose another place"
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def publish(self) -> None:
+        """Let the directory appear.
+
+        Raises:
+            OSError: It cannot be; what is finished is kept.
+        """
+        shutil.rmtree(self.directory.path / _OWN)
+        publish(self.directory.path, self._output)
+        os.close(self._lock)
+
+    def give_up(self, error: BaseException) -> BaseException:
+        """Keep what a later run can go on with, or remove everything, and return the error that says so."""
+        path = self.directory.path
+        stopped = isinstance(error, KeyboardInterrupt)
+        if not is_worth_keeping(error):
+            # What was read or computed is wrong, and would be again.
+            self._remove()
+            return error
+        if self.directory.has_finished_files():
+            os.close(self._lock)
+            left = f"what is finished is kept in {path}: the same command goes on from there with --resume"
+        else:
+            self._remove()
+            left = "nothing was kept"
+        if stopped:
+            is_term = isinstance(error, Terminated)
+            reason, code = ("terminated", 143) if is_term else ("interrupted", 130)
+            return InterruptedRunError(f"{reason}; {self._output} was left as it was, and {left}", exit_code=code)
+        if isinstance(error, OSError):
+            where = error.filename or self._output
+            return CheckpointError(f"{where}: {error.strerror or error}; {self._output} was left as it was, and {left}")
+        return CheckpointError(f"{error}; {self._output} was left as it was, and {left}")
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.directory.path, ignore_errors=True)
+        os.close(self._lock)
+        for parent in self._new_parents:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def partial_path(output: Path) -> Path:
+    """Return where a directory is while it is not whole."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def is_worth_keeping(error: BaseException) -> bool:
+    """Return whether a run that failed so may go on later: a signal or the system stopped it, and not what it read."""
+    return isinstance(error, (KeyboardInterrupt, OSError)) or isinstance(error.__cause__, OSError)
+
+
+def _lock(path: Path, output: Path) -> int:
+    """Make the directory if it is not there, and lock it for as long as the returned file is open."""
+    is_foreign = (
+        path.is_dir()
+        and not (path / _OWN).is_dir()
+        and not any((path / each).exists() for each in MARKERS)
+        and any(path.iterdir())
+    )
+    if path.is_symlink() or is_foreign:
+        raise InputError(f"{path}: is where {output} would be written, and is something else; move it away")
+    while True:
+        (path / _OWN).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / _OWN / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise InputError(
+                f"{output}: another run is writing it, in {path}; wait for that one, or choose another directory"
+            ) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / _OWN / _LOCK)):
+                return descriptor
+        # The other run published or removed the directory between the two calls.
+        os.close(descriptor)
+
+
+def _what_is_there(path: Path, *, key: Key, resume: bool, workers: int, progress: ProgressReporter) -> dict[str, Entry]:
+    """Return the entries of files that are whole, and remove all else."""
+    found_key, entries = read_journals(path / _OWN, pattern=_JOURNALS)
+    files = [file for file in path.rglob("*") if file.is_file() and file.parent != path / _OWN]
+    changed = [part for part in key if found_key is None or found_key.get(part) != key[part]]
+    if not resume and (files or entries):
+        progress.message(f"{path}: left by an interrupted run, removed; --resume would have gone on with it")
+    elif resume and found_key is None:
+        progress.message(f"{path}: nothing to resume; everything is written from the beginning")
+    elif resume and changed:
+        progress.message(
+            f"{path}: what an interrupted run left is from another {', '.join(changed)}, so it was removed and "
+            "everything is written from the beginning"
+        )
+    kept = _whole_files(path, entries, workers, progress) if resume and not changed else {}
+    for file in files:
+        if file.relative_to(path).as_posix() not in kept:
+            file.unlink()
+    for journal in (path / _OWN).glob(_JOURNALS):
+        journal.unlink()
+    return kept
+
+
+def _whole_files(
+    path: Path, entries: Mapping[str, Entry], workers: int, progress: ProgressReporter
+) -> dict[str, Entry]:
+    total = sum(entry.get("bytes", 0) for entry in entries.values())
+
+    with progress.task("Checking what is there", total=total, unit="bytes") as advance:
+
+        def is_whole(name: str) -> bool:
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entries[name].get("bytes"):
+                return False
+            return hash_file(file, advance=advance) == entries[name].get("sha256")
+
+        with ThreadPoolExecutor(workers) as pool:
+            whole = list(pool.map(is_whole, entries))
+    kept = {name: entry for (name, entry), good in zip(entries.items(), whole, strict=True) if good}
+    progress.message(f"{path}: {len(kept)} files are finished and were checked")
+    return kept

@@ -1,0 +1,145 @@
+"""One, two and three processes write the same bytes, and one that is killed can be made up for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abliterate.directions import make_direction
+from abliterate.errors import InputError
+from abliterate.orthogonalization import orthogonalize_checkpoint
+from abliterate.processes import Alone, share_by_size
+from test_resuming import content
+from tiny_models import random_direction, save_tiny_model
+
+REPOSITORY = Path(__file__).parents[1]
+# Process 1 kills itself when it has finished so many files.
+DYING = """
+import os, signal
+import abliterate.journal
+from abliterate.cli import main
+add = abliterate.journal.Journal.add
+def add_and_die(self, name, entry):
+    add(self, name, entry)
+    if os.environ.get("RANK") == "1" and self.n_entries == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+abliterate.journal.Journal.add = add_and_die
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base") / "llama", dtype=torch.bfloat16, max_shard_size="8KB")
+
+
+@pytest.fixture(scope="module")
+def direction(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("direction") / "refusal.safetensors"
+    make_direction(mean_difference=random_direction()).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(base, direction, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    orthogonalize_checkpoint(source=base, direction=direction, output=out)
+    return content(out)
+
+
+def launch(n: int, program: list[str], *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", *program]
+    return subprocess.run(
+        [*command, "orthogonalize", *map(str, options)],
+        env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_processes_write_the_bytes_of_one(base, direction, alone, tmp_path, n):
+    out = tmp_path / "out"
+    done = launch(n, ["-m", "abliterate"], base, "--direction", direction, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"bytes_total"') == 1
+    assert f'"processes": {n}' in done.stdout
+    assert content(out) == alone
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_fails_all_and_the_work_goes_on_later(base, direction, alone, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "dying.py").write_text(DYING)
+    died = launch(2, [str(tmp_path / "dying.py")], base, "--direction", direction, "-o", out)
+    assert died.returncode != 0
+    assert not out.exists()
+    journals = sorted((tmp_path / ".out.partial" / ".abliterate").glob("journal-*.jsonl"))
+    assert [path.read_text().count("\n") > 2 for path in journals] == [True, True]
+    done = launch(2, ["-m", "abliterate"], base, "--direction", direction, "-o", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "files are finished and were checked" in done.stderr
+    assert content(out) == alone
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "dying.py"}
+
+
+class Two(Alone):
+    """The first of two processes, of which the other did what it is told here."""
+
+    count = 2
+
+    def __init__(self, theirs) -> None:
+        self.theirs = theirs
+
+    def gather(self, value):
+        if isinstance(self.theirs, RuntimeError):
+            raise self.theirs
+        return [value, type(value)(finished={}, traffic=type(value.traffic)(), **self.theirs)]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message", "is_kept"),
+    [
+        ({"error": "disk full"}, "disk full; .*--resume", True),
+        ({"error": "NaN", "is_worth_keeping": False}, "NaN", False),
+        (
+            RuntimeError("connection closed"),
+            "another process of this run ended before its part was done.*--resume",
+            True,
+        ),
+    ],
+)
+def test_the_failure_of_another_process_is_ours(base, direction, tmp_path, theirs, message, is_kept):
+    with pytest.raises(Exception, match=message):
+        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", processes=Two(theirs))
+    assert [path.name for path in tmp_path.iterdir()] == ([".out.partial"] if is_kept else [])
+
+
+def test_what_stops_the_first_process_stops_the_others(base, direction, tmp_path):
+    class Second(Alone):
+        index, count = 1, 2
+
+        def first_says(self, value):
+            return InputError("another run is writing it")
+
+    with pytest.raises(InputError, match="another run"):
+        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", processes=Second())
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.dictionaries(st.text(min_size=1), st.integers(0, 1000)), st.integers(1, 5))
+def test_shares_are_disjoint_complete_and_even(sizes, count):
+    shares = [share_by_size(sizes, index=index, count=count) for index in range(count)]
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    loads = [sum(sizes[name] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes.values(), default=0)
