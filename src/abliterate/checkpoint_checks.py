@@ -20,7 +20,7 @@ from abliterate.progress import Advance
 from abliterate.projection import NormFactor, component_and_norm, effective_directions, residue_bound
 from abliterate.quantized_formats import largest_residue
 from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor, tensor_bytes
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, encoded_matrices, read_tensor, tensor_bytes
 
 _CHUNK_BYTES = 4 << 20
 
@@ -266,8 +266,14 @@ def measure_survivors(
 
 
 def _measure(checkpoint: Checkpoint, info: TensorInfo, basis: Tensor, residual_axis: int) -> tuple[float, float]:
-    weight = read_tensor(checkpoint.path, info)
-    return component_and_norm(weight, directions=basis, residual_axis=residual_axis)
+    # Of a quantised stack one matrix at a time: decoded it has four to eight times the size.
+    matrices = encoded_matrices(info)
+    axis = residual_axis - (len(info.shape) - len(matrices[0].shape))
+    parts = [
+        component_and_norm(read_tensor(checkpoint.path, matrix), directions=basis, residual_axis=axis)
+        for matrix in matrices
+    ]
+    return math.hypot(*(along for along, _ in parts)), math.hypot(*(norm for _, norm in parts))
 
 
 def _find(infos: Mapping[str, TensorInfo], name: str, checkpoint: Checkpoint) -> TensorInfo:
@@ -308,13 +314,24 @@ def _index_differences(base: Checkpoint, edited: Checkpoint, added: Collection[s
     return []
 
 
-def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
-    if old.encoding is not None:
-        plain = tensor_bytes(read_tensor(old_path, old).bfloat16())
-        advance(old.end - old.start)
+def _are_decoded(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
+    """Return whether `new` is stored as what `old` means, in bfloat16."""
+    try:
         with (new_path / new.shard).open("rb") as file:
             file.seek(new.start)
-            return file.read(new.end - new.start) == plain
+            for matrix in encoded_matrices(old):
+                plain = tensor_bytes(read_tensor(old_path, matrix).bfloat16())
+                if file.read(len(plain)) != plain:
+                    return False
+                advance(matrix.end - matrix.start)
+            return file.tell() == new.end
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or new_path}: cannot be read: {error.strerror or error}") from error
+
+
+def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
+    if old.encoding is not None:
+        return _are_decoded(old_path, new_path, old, new, advance)
     left = old.end - old.start
     if left != new.end - new.start:
         return False

@@ -6,7 +6,7 @@ a pass over the decoded numbers, new codes that pass and the edit.
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from abliterate.byte_ranges import TargetFile
 from abliterate.errors import CheckpointError, VerificationError
 from abliterate.projection import project_out
 from abliterate.quantized_formats import decode, refitted_scales, requantize
-from abliterate.safetensors_file import Encoding, TensorInfo, read_tensor, tensor_bytes
+from abliterate.safetensors_file import Encoding, TensorInfo, encoded_matrices, read_codes, tensor_bytes
 from abliterate.stretches import Fill, Stretch, Worker
 
 
@@ -54,15 +54,8 @@ class QuantizedEdit:
 
     def stored(self, index: int) -> tuple[Tensor, Tensor]:
         """Return codes and scales of one matrix as they are stored in the checkpoint."""
-        codes, scales = (self._matrix(info, index) for info in (self.encoding.codes, self.encoding.scales))
-        return read_tensor(self.path, codes), read_tensor(self.path, scales)
-
-    def _matrix(self, info: TensorInfo, index: int) -> TensorInfo:
-        if self.matrices == 1 and len(self.info.shape) == 2:
-            return info
-        size = (info.end - info.start) // self.matrices
-        start = info.start + index * size
-        return replace(info, shape=info.shape[1:], start=start, end=start + size)
+        matrix = encoded_matrices(self.info)[index]
+        return read_codes(self.path, matrix.encoding or self.encoding)
 
     def decoded(self, index: int) -> Tensor:
         """Return one matrix in bfloat16, the directions projected out if there are any.

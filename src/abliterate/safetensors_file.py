@@ -185,6 +185,30 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def encoded_matrices(info: TensorInfo) -> list[TensorInfo]:
+    """Return the matrices that a tensor with an encoding is a stack of, each as a tensor of its own; itself if one."""
+    encoding = info.encoding
+    if encoding is None or len(info.shape) < 3:
+        return [info]
+    parts = (_slices(each, info.shape[0]) for each in (encoding.codes, encoding.scales))
+    return [
+        replace(
+            info,
+            shape=info.shape[1:],
+            start=codes.start,
+            end=codes.end,
+            encoding=replace(encoding, codes=codes, scales=scales),
+        )
+        for codes, scales in zip(*parts, strict=True)
+    ]
+
+
+def _slices(info: TensorInfo, count: int) -> list[TensorInfo]:
+    size = (info.end - info.start) // count
+    starts = range(info.start, info.start + count * size, size)
+    return [replace(info, shape=info.shape[1:], start=start, end=start + size) for start in starts]
+
+
 def read_codes(directory: Path, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """Read codes and scales as they are stored.
 
