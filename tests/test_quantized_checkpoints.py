@@ -13,7 +13,6 @@ from abliterate.adapting import write_adapter
 from abliterate.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
-from abliterate.edited_checkpoint import WriteOptions
 from abliterate.errors import CheckpointError, InputError, QuantizedCheckpointError, VerificationError
 from abliterate.model import ModelOptions
 from abliterate.orthogonalization import orthogonalize_checkpoint
@@ -21,6 +20,7 @@ from abliterate.quantized_view import plain_view
 from abliterate.reverting import revert_checkpoint
 from abliterate.safetensors_file import read_tensor, tensor_bytes
 from abliterate.verification import VerificationOptions, VerificationReport, verify_checkpoint
+from abliterate.write_options import WriteOptions
 from loaded_models import stored, stream_component, tree
 from quantized_models import FP8_FORMATS, save_fp8_llama, save_mxfp4_gpt_oss
 from tiny_models import random_direction, save_tiny_llama
