@@ -90,11 +90,6 @@ class EditedFiles:
         self.side_names = tuple(name for name in plan.checkpoint.side_files if name not in left_out)
 
     @property
-    def label(self) -> str:
-        """What the files are made from, for a progress bar."""
-        return self._plan.source.name
-
-    @property
     def largest(self) -> Path:
         """The largest shard of the original."""
         shards = self._plan.checkpoint.shards
