@@ -19,6 +19,7 @@ from abliterate.abliteration_record import (
 )
 from abliterate.atomic_directory import check_output_directory
 from abliterate.checkpoint import CONFIG_NAME, read_json_object
+from abliterate.checkpoint_paths import has_file
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import InputError
 from abliterate.residual_writers import ROLES
@@ -112,7 +113,7 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
         stored = {tensor.name for tensor in checkpoint.tensors()}
         is_embedding = plan.stream.embedding in stored
         base["tied_tensor"] = plan.stream.embedding if is_embedding else plan.stream.head
-    if RECORD_NAME in checkpoint.side_files:
+    if has_file(checkpoint.path, RECORD_NAME):
         earlier = read_json_object(checkpoint.path / RECORD_NAME)
         base["abliteration"] = {key: earlier.get(key) for key in ("base", "directions", "options")}
     return base
