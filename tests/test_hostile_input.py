@@ -469,6 +469,21 @@ class TestFiles:
         assert not any(path.is_symlink() for path in out.rglob("*"))
         assert "a key" not in "".join(p.read_text(errors="ignore") for p in out.rglob("*") if p.is_file())
 
+    def test_an_addition_beside_a_matrix_that_is_missing(self, base, tmp_path, run):
+        tensors: dict[str, torch.Tensor] = {}
+        for shard in base.glob("*.safetensors"):
+            tensors |= load_file(shard)
+            shard.unlink()
+        (base / INDEX).unlink()
+        del tensors["model.layers.0.mlp.gate_proj.weight"]
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        path = tmp_path / "layer-1.safetensors"
+        make_direction(mean_difference=random_direction(), metadata={"layer": 1}).save(path)
+        code, stdout, stderr = run("orthogonalize", base, "--direction", path, "-o", base.parent / "out", "--add", "1")
+        assert (code, stdout) == (1, "")
+        assert "model.layers.0.mlp.gate_proj.weight must be a matrix" in stderr
+        assert [path.name for path in base.parent.iterdir()] == ["base"]
+
     @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
     def test_a_directory_in_the_place_of_the_record(self, base, direction, run, dry_run):
         (base / "abliteration.json").mkdir()

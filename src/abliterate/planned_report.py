@@ -54,7 +54,6 @@ def planned_report(
         dry_run: Whether nothing will be written.
         format: Whether a whole checkpoint or an adapter is made.
     """
-    checkpoint = plan.checkpoint
     edits = plan.edits
     roles = [edit.role for edit in edits]
     return OrthogonalizationReport(
@@ -84,8 +83,9 @@ def planned_report(
                 layer=edit.layer,
                 residual_axis=edit.residual_axis,
                 shape=edit.info.shape,
-                dtype=edit.info.dtype,
+                dtype=edit.info.encoding.codes.dtype if edit.info.encoding else edit.info.dtype,
                 shard=edit.info.shard,
+                stored_as=edit.stored_as,
                 norm_chain=edit.norm_chain,
                 kind=edit.kind,
             )
@@ -95,7 +95,7 @@ def planned_report(
         side_files={},
         counts={role: roles.count(role) for role in ROLES if role in roles},
         bytes_edited=sum(edit.nbytes for edit in edits),
-        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
+        bytes_total=sum(shard.size for shard in plan.layout.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),
     )
 
