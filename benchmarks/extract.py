@@ -201,14 +201,16 @@ def show(results: list[dict[str, Any]]) -> None:
     """Print the table, relative to the first result, whose scores are the reference."""
     first = results[0]
     print(
-        "| | wall s | faster | CPU s | million token-layers | peak RSS MB | scores computed | chosen | scores differ |"
+        "| | wall s | faster | CPU s | less CPU | million token-layers | peak RSS MB | scores computed | chosen "
+        "| scores differ |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for result in results:
         n_scores = sum(value is not None for row in result["scores"] for value in row[2:])
         print(
             f"| {result['way']} | {result['seconds']:.1f} | {first['seconds'] / result['seconds']:.2f} x "
-            f"| {result['cpu_seconds']:.1f} | {result['token_layers'] / 1e6:.2f} | {result['peak_rss_mb']:.0f} "
+            f"| {result['cpu_seconds']:.1f} | {first['cpu_seconds'] / result['cpu_seconds']:.2f} x "
+            f"| {result['token_layers'] / 1e6:.2f} | {result['peak_rss_mb']:.0f} "
             f"| {n_scores} | {result['selected']} | {largest_difference(result, first):.1e} |"
         )
 

@@ -4,7 +4,7 @@
 
 Each variant is extracted with the same prompts, projected out of the weights, and evaluated on test prompts that no
 extraction saw. Scores are of the directions chosen (all together for a rank above one); rates carry Wilson intervals.
-The table goes to standard output as it grows; docs/variants.md holds one.
+The table goes to standard output as it grows.
 """
 
 import argparse

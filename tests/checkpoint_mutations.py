@@ -144,6 +144,7 @@ def _side_file(directory: Path, random: Random) -> None:
     names: list[bytes] = [
         b"README.md", b"abliteration.json", b"evaluation.json", b"\xff.txt", b"a\nb\x1b[31m.txt", b"n" * 255,
         b".hidden", b"model.safetensors.tmp", b"modeling.py", b"adapter_config.json", b"sub", b"config.json.partial",
+        b".abliterate",
     ]  # fmt: skip
     path = os.path.join(os.fsencode(directory), random.choice(names))
     contents = (
@@ -286,9 +287,12 @@ def _break_json_file(path: Path, random: Random) -> None:
 
 
 def _break_json(value: Any, random: Random) -> bytes:
-    for _ in range(random.choice((1, 1, 1, 2, 4))):
-        value = _break_value(value, random)
-    text = json.dumps(value)
+    try:
+        for _ in range(random.choice((1, 1, 1, 2, 4))):
+            value = _break_value(value, random)
+        text = json.dumps(value)
+    except RecursionError:  # nested again and again
+        text = '{"a": ' * 1500 + "1" + "}" * 1500
     if random.random() < 0.1:
         # A name that occurs twice.
         text = text.replace("{", '{"' + random.choice(_KEYS) + '": 1, "' + random.choice(_KEYS) + '": 2, ', 1)

@@ -469,6 +469,38 @@ class TestFiles:
         assert not any(path.is_symlink() for path in out.rglob("*"))
         assert "a key" not in "".join(p.read_text(errors="ignore") for p in out.rglob("*") if p.is_file())
 
+    def test_an_addition_beside_a_matrix_that_is_missing(self, base, tmp_path, run):
+        tensors: dict[str, torch.Tensor] = {}
+        for shard in base.glob("*.safetensors"):
+            tensors |= load_file(shard)
+            shard.unlink()
+        (base / INDEX).unlink()
+        del tensors["model.layers.0.mlp.gate_proj.weight"]
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        path = tmp_path / "layer-1.safetensors"
+        make_direction(mean_difference=random_direction(), metadata={"layer": 1}).save(path)
+        code, stdout, stderr = run("orthogonalize", base, "--direction", path, "-o", base.parent / "out", "--add", "1")
+        assert (code, stdout) == (1, "")
+        assert "model.layers.0.mlp.gate_proj.weight must be a matrix" in stderr
+        assert [path.name for path in base.parent.iterdir()] == ["base"]
+
+    @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+    def test_a_directory_in_the_place_of_the_record(self, base, direction, run, dry_run):
+        (base / "abliteration.json").mkdir()
+        (base / "abliteration.json" / "x").write_text("x")
+        out = base.parent / "out"
+        code, stdout, stderr = run("orthogonalize", base, "--direction", direction, "-o", out, *dry_run)
+        assert (code, stdout) == (1, "")
+        assert "abliteration.json: is a directory, where a file is expected" in stderr
+        assert [path.name for path in base.parent.iterdir()] == ["base"]
+
+    def test_what_a_run_keeps_for_itself_is_not_taken_from_the_base(self, base, direction, run):
+        (base / ".abliterate").mkdir()
+        (base / ".abliterate" / "journal-0.jsonl").write_text("{}")
+        out = base.parent / "out"
+        assert run("orthogonalize", base, "--direction", direction, "-o", out)[0] == 0
+        assert not (out / ".abliterate").exists()
+
     @pytest.mark.parametrize("name", [b"\xff.txt", b"sub/\xe9.json"])
     def test_a_name_that_is_not_unicode(self, refused, name):
         def damage(base: Path) -> None:

@@ -178,6 +178,16 @@ def test_an_answer_that_always_starts_alike_is_forced(tmp_path: Path) -> None:
     assert said[-1] == "the weights were read 8 times"
 
 
+def test_weights_are_read_in_parts(tmp_path: Path, monkeypatch) -> None:
+    from abliterate import layer_weights
+
+    save(tiny_llama().to(torch.bfloat16), tmp_path)
+    rows = load(tmp_path).encode(HARMLESS)
+    expected = load(tmp_path).last_logits(rows)
+    monkeypatch.setattr(layer_weights, "_READ_BYTES", 200)  # three rows of 32, and less than one of 64
+    assert torch.equal(load(tmp_path).last_logits(rows), expected)
+
+
 def test_a_subspace_is_ablated_as_in_memory(tmp_path: Path) -> None:
     save(tiny_llama(tied=True), tmp_path)
     chat, streamed = load_chat_model(tmp_path, name="tiny", options=ModelOptions()), load(tmp_path)

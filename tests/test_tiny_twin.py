@@ -113,6 +113,12 @@ def test_it_is_edited_after_the_proof_and_every_place_says_so(unknown, edit, tmp
     assert any(dropped["name"] in failure for failure in failed.failures)
 
 
+def test_the_result_is_verified_by_running_it(tmp_path, edit, llama_directory, monkeypatch):
+    monkeypatch.delitem(ARCHITECTURES, "llama")
+    assert edit(llama_directory).exit_code == 0
+    assert verify_checkpoint(checkpoint=tmp_path / "out", options=VerificationOptions(n_prompts=1)).passed
+
+
 def test_plan_proves_it_too_and_says_so(unknown, run):
     result = run("plan", unknown, "--unverified")
     assert result.exit_code == 0

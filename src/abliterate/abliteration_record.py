@@ -47,8 +47,9 @@ class EditedTensor:
         layer: Its decoder block; None for embeddings.
         residual_axis: The axis of the stored tensor that indexes the residual stream.
         shape: Its shape.
-        dtype: Its dtype, as safetensors names it.
+        dtype: Its dtype, as safetensors names it; of a quantised tensor that of its codes.
         shard: The file it is in.
+        stored_as: Of a quantised tensor the two that are stored: codes and scales.
         norm_chain: Norms between it and the stream, innermost first.
         kind: projected; untied: a copy of the tied matrix that got a tensor of its own (projected where the
             component is given); added: a bias of an activation addition.
@@ -65,6 +66,7 @@ class EditedTensor:
     shape: tuple[int, ...]
     dtype: str
     shard: str
+    stored_as: tuple[str, ...] = ()
     norm_chain: "tuple[PostNorm, ...]" = ()
     kind: "Kind" = "projected"
     component_before: float | None = None
@@ -115,7 +117,7 @@ class OrthogonalizationReport:
         directions: sha256, d_model and metadata of each direction.
         subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
         options: What was asked for.
-        config_changes: Dotted path in config.json -> the value it has instead of the base's.
+        config_changes: Dotted path in config.json -> the value it has instead of the base's; None: it is not there.
         tensors: Every edited tensor, in file order.
         shards: File name -> SHA-256 and size of each shard written; empty in a dry run.
         side_files: The same for every other file.

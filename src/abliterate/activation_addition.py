@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.directions import Direction
-from abliterate.errors import DirectionError, InputError, UnsupportedArchitectureError
+from abliterate.errors import CheckpointError, DirectionError, InputError, UnsupportedArchitectureError
 from abliterate.residual_writers import ResidualWriter, StreamMap
-from abliterate.safetensors_file import TensorInfo
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.strict_json import shown
 from abliterate.tensor_edits import TensorEdit
 
@@ -107,6 +107,7 @@ def plan_addition(
         DirectionError: The direction does not say how much to add, or where.
         InputError: Its layer is 0, before which there is no block, or not one of this model's.
         UnsupportedArchitectureError: The architecture cannot express the addition.
+        CheckpointError: A matrix that gets a bias beside it is missing or malformed.
     """
     layer, mean_difference = _where_and_what(direction, stream)
     rule, weight = _out_projection(stream, layer=layer, path=path)
@@ -126,7 +127,7 @@ def plan_addition(
             f"{path}: {bias} is not stored, and config.json of {stream.model_type} cannot switch it on alone; "
             "an addition to its activations needs hooks"
         )
-    edits = _switched_on(rule, weight, stream=stream, tensors=tensors, bias=bias, dose=dose)
+    edits = _switched_on(rule, weight, stream=stream, tensors=tensors, bias=bias, dose=dose, path=path)
     switch = ".".join((*stream.text_section, rule.switch))
     note = f"{rule.switch} is switched on in config.json, and {len(edits) - 1} of the {len(edits)} new biases are zero"
     return Addition(layer=layer, edits=edits, config_changes={switch: True}, notes=(note,))
@@ -177,6 +178,7 @@ def _switched_on(
     tensors: Mapping[str, TensorInfo],
     bias: str,
     dose: Tensor,
+    path: Path,
 ) -> tuple[TensorEdit, ...]:
     leaf = weight.tensor_name.removesuffix(".weight").rpartition(".")[2]
     edits = []
@@ -185,7 +187,13 @@ def _switched_on(
             continue
         mlp = writer.tensor_name.removesuffix(f"{leaf}.weight")
         for module in (*rule.modules, leaf):
-            beside = tensors[f"{mlp}{module}.weight"]
+            beside = tensors.get(f"{mlp}{module}.weight")
+            if beside is None or len(beside.shape) != 2 or beside.dtype not in TORCH_DTYPES:
+                found = "missing" if beside is None else f"{beside.dtype} {list(beside.shape)}"
+                raise CheckpointError(
+                    f"{path}: {mlp}{module}.weight must be a matrix of floating-point numbers for {rule.switch} to be "
+                    f"switched on, but it is {found}; download the checkpoint again"
+                )
             info = replace(beside, name=f"{mlp}{module}.bias", shape=beside.shape[:1])
             is_dose = info.name == bias
             edits.append(_bias_edit(info, None, layer=writer.layer, dose=dose if is_dose else None))

@@ -90,6 +90,8 @@ def _check_options(options: EditOptions) -> None:
         raise InputError(f"an addition makes biases that the base may not have, and no adapter adds one; {way_out}")
     if options.preserve_norms:
         raise InputError(f"restoring lengths scales every column, which is no low-rank change; {way_out}")
+    if options.quantized != "refuse":
+        raise InputError(f"an adapter is merged into plain weights, so --quantized does not go with it; {way_out}")
     if options.tied == "untie":
         raise InputError(
             "an adapter cannot untie: merged by PEFT, the output head is edited with the embedding it shares; "

@@ -136,11 +136,11 @@ class TargetFile(SourceFile):
             OSError: The disk is full or faulty; the error names the file.
         """
         done = 0
-        while done < count:
+        # Linux alone has it.
+        by_kernel = getattr(os, "copy_file_range", None)
+        while by_kernel is not None and done < count:
             try:
-                copied = os.copy_file_range(
-                    source.descriptor, self.descriptor, count - done, start + done, offset + done
-                )
+                copied = by_kernel(source.descriptor, self.descriptor, count - done, start + done, offset + done)
             except OSError as error:
                 if error.errno not in _CANNOT_COPY:
                     raise self._named(error) from error

@@ -156,7 +156,10 @@ def _read_small(path: Path) -> bytes:
 
 
 def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a config in which each dotted path (`text_config.tie_word_embeddings`) has its new value."""
+    """Return a copy of a config in which each dotted path (`text_config.tie_word_embeddings`) has its new value.
+
+    A value of None takes the key away.
+    """
     changed = dict(config)
     for path, value in changes.items():
         section = changed
@@ -165,6 +168,8 @@ def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str
             section[parent] = dict(section.get(parent) or {})
             section = section[parent]
         section[key] = value
+        if value is None:
+            del section[key]
     return changed
 
 

@@ -5,6 +5,7 @@ have, reread from the disk. Each check returns what it found as plain values or 
 `orthogonalize` runs them on what it wrote before it appears, `verify` on what lies there.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 from abliterate.checkpoint import Checkpoint, with_changes
 from abliterate.errors import CheckpointError
 from abliterate.progress import Advance
-from abliterate.projection import NormFactor, component_and_norm, effective_directions
+from abliterate.projection import NormFactor, component_and_norm, effective_directions, residue_bound
+from abliterate.quantized_formats import largest_residue
 from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import TensorInfo, read_tensor
+from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, encoded_matrices, read_tensor, tensor_bytes
 
 _CHUNK_BYTES = 4 << 20
 
@@ -68,6 +70,32 @@ class Survivor:
     def ratio(self) -> float | None:
         """|U W'| / |U W|: 0 where there was nothing along the directions, None without a base."""
         return None if self.along_before is None else ratio(self.along_after, self.along_before)
+
+
+def rounding_bound(
+    info: TensorInfo, *, residual_axis: int, k: int, strength: float, before: tuple[float, float], after: float
+) -> float:
+    """Return how far rounding may leave |U W'| from what was to be left of it.
+
+    Args:
+        info: The edited tensor.
+        residual_axis: Its axis that indexes the residual stream.
+        k: Number of directions.
+        strength: Share of the component that was removed.
+        before: |U W| and |W|.
+        after: |W'|.
+    """
+    d_model = info.shape[residual_axis]
+    if info.encoding is not None:
+        along, norm = before
+        return max(1.0, strength) * largest_residue(info.encoding.layout, d_model=d_model, k=k, along=along, norm=norm)
+    return residue_bound(
+        TORCH_DTYPES.get(info.dtype, torch.float32),
+        d_model=d_model,
+        elements=math.prod(info.shape),
+        before=max(1.0, strength) * before[1],
+        after=after,
+    )
 
 
 def ratio(part: float, whole: float) -> float:
@@ -238,8 +266,14 @@ def measure_survivors(
 
 
 def _measure(checkpoint: Checkpoint, info: TensorInfo, basis: Tensor, residual_axis: int) -> tuple[float, float]:
-    weight = read_tensor(checkpoint.path, info)
-    return component_and_norm(weight, directions=basis, residual_axis=residual_axis)
+    # Of a quantised stack one matrix at a time: decoded it has four to eight times the size.
+    matrices = encoded_matrices(info)
+    axis = residual_axis - (len(info.shape) - len(matrices[0].shape))
+    parts = [
+        component_and_norm(read_tensor(checkpoint.path, matrix), directions=basis, residual_axis=axis)
+        for matrix in matrices
+    ]
+    return math.hypot(*(along for along, _ in parts)), math.hypot(*(norm for _, norm in parts))
 
 
 def _find(infos: Mapping[str, TensorInfo], name: str, checkpoint: Checkpoint) -> TensorInfo:
@@ -280,7 +314,24 @@ def _index_differences(base: Checkpoint, edited: Checkpoint, added: Collection[s
     return []
 
 
+def _are_decoded(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
+    """Return whether `new` is stored as what `old` means, in bfloat16."""
+    try:
+        with (new_path / new.shard).open("rb") as file:
+            file.seek(new.start)
+            for matrix in encoded_matrices(old):
+                plain = tensor_bytes(read_tensor(old_path, matrix).bfloat16())
+                if file.read(len(plain)) != plain:
+                    return False
+                advance(matrix.end - matrix.start)
+            return file.tell() == new.end
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or new_path}: cannot be read: {error.strerror or error}") from error
+
+
 def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
+    if old.encoding is not None:
+        return _are_decoded(old_path, new_path, old, new, advance)
     left = old.end - old.start
     if left != new.end - new.start:
         return False

@@ -13,7 +13,9 @@ from typing import BinaryIO
 
 from abliterate.errors import CheckpointError
 
-_SKIPPED_DIRECTORIES = {".git", ".cache"}
+# Where an unfinished directory of this tool keeps its journal.
+_OWN = ".abliterate"
+_SKIPPED_DIRECTORIES = {".git", ".cache", _OWN}
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
@@ -75,14 +77,14 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def regular_files(directory: Path) -> Iterator[tuple[str, bool]]:
-    """Walk over all files below a directory, Git's and the Hub's own left out; directories are not followed.
+    """Walk over all files below a directory, but not through links to directories, nor into what tools keep there.
 
     Yields:
         Relative POSIX path, and whether the file may be read: False for a link that leads out of the directory.
     """
     for parent, subdirectories, files in os.walk(directory):
         subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
-        for name in files:
+        for name in sorted(set(files) - {_OWN}):
             path = Path(parent) / name
             if path.is_file():
                 yield path.relative_to(directory).as_posix(), stays_inside(directory, path)

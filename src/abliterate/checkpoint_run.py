@@ -72,11 +72,13 @@ def write_together(
         raise opened
     if run is None:
         directory = PartialDirectory(partial_path(target), key=key, rank=processes.index)
-        _join(_write_part(files, directory, opened, writing, processes, progress), processes)
+        _join(_write_part(files, target, directory, opened, writing, processes, progress), processes)
         return None
     try:
         run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited)
-        finished, traffic = _join(_write_part(files, run.directory, opened, writing, processes, progress), processes)
+        finished, traffic = _join(
+            _write_part(files, target, run.directory, opened, writing, processes, progress), processes
+        )
         result = conclude(run.directory.path, opened | finished, traffic)
         run.publish()
     except BaseException as error:
@@ -89,6 +91,7 @@ def write_together(
 
 def _write_part(
     files: EditedFiles,
+    target: Path,
     directory: PartialDirectory,
     kept: dict[str, FinishedFile],
     writing: WriteOptions,
@@ -106,7 +109,7 @@ def _write_part(
 
     total = sum(sizes[name] for name in own)
     try:
-        with progress.task(f"Writing {files.label}", total=total, unit="bytes") as advance:
+        with progress.task(f"Writing {target}", total=total, unit="bytes") as advance:
             traffic = files.write(own, target=directory.path, workers=writing.n_workers, done=done, advance=advance)
     except Exception as error:
         if processes.count == 1:

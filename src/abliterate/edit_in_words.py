@@ -40,6 +40,8 @@ def what_was_done(record: dict[str, Any]) -> str:
         text += _THROUGH_NORMS
     if options.get("preserve_norms"):
         text += _PRESERVED
+    if any(tensor.get("stored_as") for tensor in tensors):
+        text += _REQUANTIZED
     if record.get("format") == "adapter":
         text += _AS_ADAPTER
     return (
@@ -67,6 +69,10 @@ _THROUGH_NORMS = (
     "r times their weights."
 )
 _PRESERVED = " What each input writes was then scaled back to its length."
+_REQUANTIZED = (
+    " Weights that are quantised in the base are so here: the numbers they mean were edited and stored in the same "
+    "layout, rounded so that the part stays removed; rounding moves each number by up to a step of its grid."
+)
 _AS_ADAPTER = (
     " The adapter holds the change alone, two factors for each matrix and each bias whole; the shares below are those "
     "that merging leaves, rounded once to the base's number format."
@@ -89,7 +95,10 @@ def _config_changes(record: dict[str, Any]) -> str:
     changes = mapping(record.get("config_changes"))
     if not changes:
         return ""
-    values = ", ".join(code(f"{key}: {str(value).lower()}") for key, value in changes.items())
+    values = ", ".join(
+        f"{code(key)}, which is gone" if value is None else code(f"{key}: {str(value).lower()}")
+        for key, value in changes.items()
+    )
     return f" `config.json` is the base model's but for {values}."
 
 
@@ -193,6 +202,7 @@ def _edit_options(options: dict[str, Any]) -> list[Any]:
         *("--strength", options.get("strength", 1.0)),
         *(["--tied", tied] if tied != "edit" else []),
         *(["--preserve-norms"] if options.get("preserve_norms") else []),
+        *(["--quantized", options["quantized"]] if options.get("quantized", "refuse") != "refuse" else []),
         *unverified,
     ]
 

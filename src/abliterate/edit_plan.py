@@ -12,10 +12,12 @@ from torch import Tensor
 
 from abliterate.activation_addition import Addition, plan_addition
 from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.dequantized_layout import dequantized_config_changes, dequantized_layout, plain_info
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.hub import ModelSource
 from abliterate.projection import orthonormalize
+from abliterate.quantized_view import QUANTIZED_POLICIES, QuantizedPolicy, plain_view
 from abliterate.residual_writers import (
     ROLES,
     ResidualWriter,
@@ -25,7 +27,7 @@ from abliterate.residual_writers import (
 )
 from abliterate.safetensors_file import TORCH_DTYPES
 from abliterate.strict_json import shown
-from abliterate.tensor_edits import TensorEdit
+from abliterate.tensor_edits import TensorEdit, check_codes
 from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
@@ -46,6 +48,8 @@ class EditOptions:
             or skip it.
         preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
         add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
+        quantized: What happens to a quantised checkpoint: refuse it; requantize: edit what its numbers mean and
+            store that in the layout they had (see `quantized_formats`); or dequantize: store all of it in bfloat16.
         unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
             edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
 
@@ -59,6 +63,7 @@ class EditOptions:
     tied: TiedPolicy = "edit"
     preserve_norms: bool = False
     add: float | None = None
+    quantized: QuantizedPolicy = "refuse"
     unverified: bool = False
 
     def __post_init__(self) -> None:
@@ -71,11 +76,15 @@ class EditOptions:
             raise InputError(f"strength is {self.strength}; give a positive number, 1 removes the direction")
         if self.tied not in TIED_POLICIES:
             raise InputError(f"tied is {self.tied!r}; give one of {', '.join(TIED_POLICIES)}")
+        if self.quantized not in QUANTIZED_POLICIES:
+            raise InputError(f"quantized is {self.quantized!r}; give one of {', '.join(QUANTIZED_POLICIES)}")
+        if self.quantized == "requantize" and self.preserve_norms:
+            raise InputError("lengths cannot be restored on the grid of a quantised weight; leave out --preserve-norms")
         if self.add is None:
             return
         if not math.isfinite(self.add) or self.add == 0:
             raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
-        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified):
+        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified, quantized=self.quantized):
             raise InputError(
                 "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
                 "go with it; make two runs, one on the output of the other"
@@ -98,6 +107,7 @@ class EditPlan:
     Attributes:
         source: The model as it was named.
         checkpoint: Its layout.
+        view: The same with the tensors that are stored quantised as plain ones, where they are to be edited.
         stream: What its tensors do to the residual stream.
         directions: What is projected out, one or several.
         subspace: R, [k, d_model] float64, orthonormal rows that span the directions, in their order.
@@ -109,6 +119,7 @@ class EditPlan:
 
     source: ModelSource
     checkpoint: Checkpoint
+    view: Checkpoint
     stream: StreamMap
     directions: tuple[Direction, ...]
     subspace: Tensor
@@ -116,6 +127,16 @@ class EditPlan:
     edits: tuple[TensorEdit, ...]
     config_changes: dict[str, Any]
     edit_notes: tuple[str, ...]
+
+    @property
+    def layout(self) -> Checkpoint:
+        """What will be on disk, but for tensors that are new: the checkpoint's own layout unless it is dequantised."""
+        return dequantized_layout(self.view) if self.is_dequantized else self.checkpoint
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether a quantised checkpoint becomes a plain one."""
+        return self.options.quantized == "dequantize" and self.view is not self.checkpoint
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about this edit."""
@@ -167,25 +188,32 @@ def make_edit_plan(
     """
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
+    view = checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
     stream = map_stream(
-        config=checkpoint.config,
-        tensors=tuple(checkpoint.tensors()),
-        path=checkpoint.path,
+        config=view.config,
+        tensors=tuple(view.tensors()),
+        path=view.path,
         unverified=options.unverified,
     )
     options = dataclasses.replace(options, unverified=not stream.verified)
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
-    planned = _plan_edits(checkpoint, stream, directions, options, model=model.name)
+    planned = _plan_edits(view, stream, directions, options, model=model.name)
+    edits, config_changes = planned.edits, planned.config_changes
+    if options.quantized == "dequantize":
+        edits = tuple(dataclasses.replace(edit, info=plain_info(edit.info)) for edit in edits)
+        config_changes = config_changes | dequantized_config_changes(checkpoint.config)
+    check_codes(edits, path=view.path)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
+        view=view,
         stream=stream,
         directions=directions,
         subspace=_span(directions, given),
         options=options,
-        edits=planned.edits,
-        config_changes=planned.config_changes,
+        edits=edits,
+        config_changes=config_changes,
         edit_notes=planned.notes,
     )
 

@@ -16,7 +16,7 @@ import torch
 
 from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME
 from abliterate.byte_ranges import SourceFile
-from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, with_changes
+from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
 from abliterate.checkpoint_checks import directions_through
 from abliterate.edit_plan import EditPlan
 from abliterate.edited_shard import EditedShard
@@ -80,17 +80,14 @@ class EditedFiles:
     def __init__(self, plan: EditPlan, *, device: str = "cpu") -> None:
         self._plan, self._device = plan, device
         self._shards = {shard.file_name: shard for shard in plan.checkpoint.shards}
-        self._new_content = _changed_side_files(plan)
+        layout = plan.layout
+        self._layouts = {shard.file_name: shard for shard in layout.shards}
+        self._new_content = _changed_side_files(plan, layout)
         chains = {edit.norm_chain for edit in plan.edits if edit.project}
         self._directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
         left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in plan.checkpoint.side_files else set()
         self.shard_names = tuple(self._shards)
         self.side_names = tuple(name for name in plan.checkpoint.side_files if name not in left_out)
-
-    @property
-    def label(self) -> str:
-        """What the files are made from, for a progress bar."""
-        return self._plan.source.name
 
     @property
     def largest(self) -> Path:
@@ -105,7 +102,7 @@ class EditedFiles:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file, shards first."""
-        sizes = {name: shard.size + self._growth(shard) for name, shard in self._shards.items()}
+        sizes = {name: shard.size + self._growth(shard) for name, shard in self._layouts.items()}
         for name in self.side_names:
             content = self._new_content.get(name)
             sizes[name] = (self._plan.checkpoint.path / name).stat().st_size if content is None else len(content)
@@ -158,7 +155,10 @@ class EditedFiles:
         directory = self._plan.checkpoint.path
         if name in self._shards:
             shard = EditedShard(self._shards[name], self._plan, self._directions, device=self._device)
-            return shard.file(added=self._added(self._shards[name])), shard.edits
+            added = self._added(self._shards[name])
+            if self._plan.is_dequantized:
+                return shard.dequantized_file(self._layouts[name], added=added), shard.edits
+            return shard.file(added=added), shard.edits
         source = SourceFile(directory / name)
         copied = copied_ranges(source, start=0, end=source.size, offset=0, describe=lambda at: f"{name}: byte {at}")
         return NewFile(name=name, sources=(source,), stretches=tuple(copied)), {}
@@ -183,13 +183,13 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _changed_side_files(plan: EditPlan) -> dict[str, bytes]:
+def _changed_side_files(plan: EditPlan, layout: Checkpoint) -> dict[str, bytes]:
     checkpoint = plan.checkpoint
     changed = {}
     if plan.config_changes:
         changed[CONFIG_NAME] = json.dumps(with_changes(checkpoint.config, plan.config_changes), indent=2) + "\n"
-    if checkpoint.index is not None and any(edit.is_new for edit in plan.edits):
-        changed[INDEX_NAME] = json.dumps(_extended_index(plan, checkpoint.index), indent=2) + "\n"
+    if layout.index is not None and (layout.index is not checkpoint.index or any(edit.is_new for edit in plan.edits)):
+        changed[INDEX_NAME] = json.dumps(_extended_index(plan, layout.index), indent=2) + "\n"
     return {name: text.encode() for name, text in changed.items()}
 
 

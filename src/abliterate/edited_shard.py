@@ -10,10 +10,12 @@ from abliterate.byte_ranges import SourceFile, became_shorter
 from abliterate.edit_plan import EditPlan
 from abliterate.file_assembly import NewFile
 from abliterate.projected_stretch import ProjectedTensor, Projection
+from abliterate.requantized_stretch import MadeMatrices, QuantizedEdit
 from abliterate.residual_writers import PostNorm
 from abliterate.safetensors_file import (
     TORCH_DTYPES,
     Shard,
+    TensorInfo,
     damaged_file,
     extended_header,
     read_tensor,
@@ -53,17 +55,41 @@ class EditedShard:
         shard = self._shard
         header = extended_header(shard, [edit.info for edit in added]) if added else shard.header_bytes
         self._add(GivenBytes(start=0, data=header, name=f"{shard.file_name}: the header"))
-        edits = {edit.name: edit for edit in self._plan.edits if not edit.is_new}
+        edits = {name: edit for edit in self._plan.edits if not edit.is_new for name in edit.stored_as or (edit.name,)}
         position = len(shard.header_bytes)
         for info in shard.tensors:
             if info.name in edits:
                 self._copy(shard.file_name, position, info.start)
-                self._edit(edits[info.name])
+                if edits[info.name].stored_as:
+                    self._requantize(edits[info.name], info)
+                else:
+                    self._edit(edits[info.name])
                 position = info.end
         self._copy(shard.file_name, position, shard.size)
         for edit in added:
             self._edit(edit)
         return NewFile(name=shard.file_name, sources=tuple(self._opened.values()), stretches=tuple(self._stretches))
+
+    def dequantized_file(self, layout: Shard, *, added: Sequence[TensorEdit]) -> NewFile:
+        """Return it with every number plain, laid out as `layout` says, and `added` behind its own tensors.
+
+        Raises:
+            CheckpointError: The original cannot be read, or is not what it was when the plan was made.
+        """
+        header = extended_header(layout, [edit.info for edit in added]) if added else layout.header_bytes
+        self._add(GivenBytes(start=0, data=header, name=f"{layout.file_name}: the header"))
+        edits = {edit.name: edit for edit in self._plan.edits if not edit.is_new}
+        seen = next(shard for shard in self._plan.view.shards if shard.file_name == layout.file_name)
+        for info in seen.tensors:
+            if info.name in edits:
+                self._edit(edits[info.name])
+            elif info.encoding is not None:
+                self._decode(info, None)
+            else:
+                self._copy(info.shard, info.start, info.end)
+        for edit in added:
+            self._edit(edit)
+        return NewFile(name=layout.file_name, sources=tuple(self._opened.values()), stretches=tuple(self._stretches))
 
     @property
     def _end(self) -> int:
@@ -81,7 +107,9 @@ class EditedShard:
         self.edits[edit.name] = None
         path, source = self._plan.checkpoint.path, edit.source
         name = f"{edit.info.shard}: tensor {edit.name}"
-        if source is not None and edit.project:
+        if source is not None and source.encoding is not None:
+            self._decode(source, edit)
+        elif source is not None and edit.project:
             projected = ProjectedTensor(
                 start=self._end,
                 source=self._source(source.shard),
@@ -105,6 +133,48 @@ class EditedShard:
             old = torch.zeros(edit.info.shape, dtype=dtype) if source is None else read_tensor(path, source)
             new = old if edit.dose is None else (old.double() + edit.dose).to(dtype)
             self._add(GivenBytes(start=self._end, data=bytes(tensor_bytes(new)), name=name))
+
+    def _requantize(self, edit: TensorEdit, stored: TensorInfo) -> None:
+        made = self._quantized_edit(edit.info, edit)
+        is_codes = stored.name == made.encoding.codes.name
+        if is_codes:
+            self.edits[edit.name] = None
+        self._add(
+            MadeMatrices(
+                start=self._end,
+                nbytes=stored.end - stored.start,
+                make=made.edit if is_codes else made.refit,
+                matrices=made.matrices,
+                name=f"{stored.shard}: tensor {stored.name}",
+            )
+        )
+
+    def _decode(self, source: TensorInfo, edit: TensorEdit | None) -> None:
+        made = self._quantized_edit(source, edit)
+        name = source.name if edit is None else edit.name
+        self._add(
+            MadeMatrices(
+                start=self._end,
+                nbytes=source.plain_bytes,
+                make=made.decoded,
+                matrices=made.matrices,
+                name=f"{source.shard}: tensor {name}",
+            )
+        )
+
+    def _quantized_edit(self, source: TensorInfo, edit: TensorEdit | None) -> QuantizedEdit:
+        options = self._plan.options
+        made = QuantizedEdit(
+            path=self._plan.checkpoint.path,
+            info=source,
+            directions=self._directions[edit.norm_chain] if edit is not None and edit.project else None,
+            residual_axis=0 if edit is None else edit.residual_axis,
+            strength=options.strength,
+            preserve_norms=options.preserve_norms,
+        )
+        for each in (made.encoding.codes, made.encoding.scales):
+            self._source(each.shard)
+        return made
 
     def _source(self, shard_name: str) -> SourceFile:
         if shard_name not in self._opened:

@@ -7,6 +7,7 @@ refused rather than guessed.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,6 +26,9 @@ Stored = tuple[tuple[TensorInfo, ...], ...]
 
 _EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Parameters of merged experts, [n_experts, out, in], and the parts of each expert on disk."""
+
+
+_READ_BYTES = 16 << 20
 
 
 class LayerWeights:
@@ -121,11 +125,12 @@ class LayerWeights:
         parameters, buffers = dict(module._parameters), dict(module._buffers)
         for name, parameter in parameters.items():
             if parameter is not None and parameter.is_meta:
-                module._parameters[name] = self._placed(self._read(self._find(module, name, parameter)), parameter)
+                tensor = self._read(self._find(module, name, parameter), parameter.dtype)
+                module._parameters[name] = self._placed(tensor, parameter)
         for name, buffer in buffers.items():
             info = self._stored_as(self._full_name(module, name))
             if buffer is not None and name not in module._non_persistent_buffers_set and info is not None:
-                module._buffers[name] = self._read(((info,),)).to(self.device, buffer.dtype)
+                module._buffers[name] = self._read(((info,),), buffer.dtype).to(self.device)
 
         def empty() -> None:
             module._parameters.update(parameters)
@@ -136,12 +141,26 @@ class LayerWeights:
     def _placed(self, tensor: Tensor, like: Tensor) -> nn.Parameter:
         return nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
 
-    def _read(self, stored: Stored) -> Tensor:
-        assert self._checkpoint is not None
-        path = self._checkpoint.path
+    def _read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         if len(stored) == 1:
-            return read_tensor(path, stored[0][0])
-        return torch.stack([torch.cat([read_tensor(path, part) for part in expert]) for expert in stored])
+            return self._read_as(stored[0][0], dtype)
+        return torch.stack([torch.cat([self._read_as(part, dtype) for part in expert]) for expert in stored])
+
+    def _read_as(self, info: TensorInfo, dtype: torch.dtype) -> Tensor:
+        """Read a tensor in another format, some rows at a time: an output head in both formats would be the peak."""
+        assert self._checkpoint is not None
+        n_bytes = info.end - info.start
+        if not info.shape or n_bytes <= _READ_BYTES:
+            return read_tensor(self._checkpoint.path, info).to(dtype)
+        read = torch.empty(info.shape, dtype=dtype)
+        size = n_bytes // info.shape[0]
+        for first in range(0, info.shape[0], step := max(1, _READ_BYTES // size)):
+            end = min(info.shape[0], first + step)
+            rows = replace(
+                info, shape=(end - first, *info.shape[1:]), start=info.start + first * size, end=info.start + end * size
+            )
+            read[first:end] = read_tensor(self._checkpoint.path, rows)
+        return read
 
     def _full_name(self, module: nn.Module, name: str) -> str:
         path = self._path[id(module)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, Work, write_record
 from abliterate.checkpoint import open_checkpoint
-from abliterate.checkpoint_checks import compare_layouts, ratio
+from abliterate.checkpoint_checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
 from abliterate.checkpoint_run import write_together
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
@@ -26,8 +26,7 @@ from abliterate.plan_key import plan_key
 from abliterate.planned_report import check_output, planned_report
 from abliterate.processes import Alone, Processes
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.projection import residue_bound
-from abliterate.safetensors_file import TORCH_DTYPES
+from abliterate.quantized_view import plain_view
 from abliterate.stretches import Traffic
 from abliterate.tensor_edits import TensorEdit
 from abliterate.write_options import WriteOptions
@@ -100,6 +99,7 @@ def _write(
 
     def conclude(partial: Path, finished: dict[str, FinishedFile], traffic: Traffic) -> OrthogonalizationReport:
         made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
+        made |= _measure_requantized(plan, partial, progress)
         _check_written(plan, partial, made)
         written = dataclasses.replace(
             report,
@@ -143,13 +143,43 @@ def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:
     )
 
 
+def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReporter) -> dict[str, MadeEdit]:
+    """Measure what was made of tensors that are stored quantised, decoded from what lies in the new directory."""
+    edits = [edit for edit in plan.edits if edit.project and edit.source is not None and edit.source.encoding]
+    if not edits:
+        return {}
+    writers = [
+        EditedWriter(
+            name=edit.name,
+            residual_axis=edit.residual_axis,
+            norm_chain=edit.norm_chain,
+            base_name=edit.source.name if edit.source else None,
+        )
+        for edit in edits
+    ]
+    with progress.task("Decoding", total=sum(edit.nbytes for edit in edits), unit="bytes") as advance:
+        found = measure_survivors(
+            plain_view(open_checkpoint(partial)),
+            base=plan.view,
+            writers=writers,
+            subspace=plan.subspace,
+            advance=advance,
+        )
+        return {
+            each.name: MadeEdit(
+                before=(each.along_before or 0.0, each.norm_before or 0.0), after=(each.along_after, each.norm_after)
+            )
+            for each in found
+        }
+
+
 def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit]) -> None:
     """Check that all was done that was planned and nothing else; every byte has been reread while it was written."""
     missed = sorted({edit.name for edit in plan.edits} - made.keys())
     if missed:
         raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
     problems = compare_layouts(
-        plan.checkpoint,
+        dataclasses.replace(plan.layout, config=plan.checkpoint.config),
         open_checkpoint(partial),
         added={edit.name for edit in plan.edits if edit.is_new},
         config_changes=plan.config_changes,
@@ -165,11 +195,12 @@ def _check_survivor(plan: EditPlan, edit: TensorEdit, made: MadeEdit) -> None:
         return
     (along, norm), (along_after, norm_after) = made.before, made.after
     strength = plan.options.strength
-    bound = residue_bound(
-        TORCH_DTYPES[edit.info.dtype],
-        d_model=plan.stream.d_model,
-        elements=math.prod(edit.info.shape),
-        before=max(1.0, strength) * norm,
+    bound = rounding_bound(
+        edit.info,
+        residual_axis=edit.residual_axis,
+        k=len(plan.subspace),
+        strength=strength,
+        before=(along, norm),
         after=norm_after,
     )
     # Lengths that are restored scale what a strength other than 1 leaves, by a factor per column.

@@ -19,6 +19,7 @@ from abliterate.abliteration_record import (
 )
 from abliterate.atomic_directory import check_output_directory
 from abliterate.checkpoint import CONFIG_NAME, read_json_object
+from abliterate.checkpoint_paths import has_file
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import InputError
 from abliterate.residual_writers import ROLES
@@ -53,7 +54,6 @@ def planned_report(
         dry_run: Whether nothing will be written.
         format: Whether a whole checkpoint or an adapter is made.
     """
-    checkpoint = plan.checkpoint
     edits = plan.edits
     roles = [edit.role for edit in edits]
     return OrthogonalizationReport(
@@ -83,8 +83,9 @@ def planned_report(
                 layer=edit.layer,
                 residual_axis=edit.residual_axis,
                 shape=edit.info.shape,
-                dtype=edit.info.dtype,
+                dtype=edit.info.encoding.codes.dtype if edit.info.encoding else edit.info.dtype,
                 shard=edit.info.shard,
+                stored_as=edit.stored_as,
                 norm_chain=edit.norm_chain,
                 kind=edit.kind,
             )
@@ -94,7 +95,7 @@ def planned_report(
         side_files={},
         counts={role: roles.count(role) for role in ROLES if role in roles},
         bytes_edited=sum(edit.nbytes for edit in edits),
-        bytes_total=sum(shard.size for shard in checkpoint.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
+        bytes_total=sum(shard.size for shard in plan.layout.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),
     )
 
@@ -112,7 +113,7 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
         stored = {tensor.name for tensor in checkpoint.tensors()}
         is_embedding = plan.stream.embedding in stored
         base["tied_tensor"] = plan.stream.embedding if is_embedding else plan.stream.head
-    if RECORD_NAME in checkpoint.side_files:
+    if has_file(checkpoint.path, RECORD_NAME):
         earlier = read_json_object(checkpoint.path / RECORD_NAME)
         base["abliteration"] = {key: earlier.get(key) for key in ("base", "directions", "options")}
     return base

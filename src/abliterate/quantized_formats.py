@@ -25,6 +25,9 @@ Number = Literal["fp8", "fp4"]
 _BLOCK_ELEMENTS = 1 << 20
 _MOST_ROUNDS = 60
 _LEAST_GAIN = 0.1
+# What of a component may survive requantising; what does is far less, but for matrices of a few dozen rows.
+_MOST_LEFT = {"fp8": 0.005, "fp4": 0.05}
+
 # Of a column at most 24 entries are moved, and at most one in 16: each moves by a whole step of the grid.
 _MOST_STEPS = 24
 _LARGEST_MOVED_SHARE = 1 / 16
@@ -170,6 +173,19 @@ def requantize(
         before=(along, norm),
         after=(along_after, norm_after),
     )
+
+
+def largest_residue(layout: QuantizedLayout, *, d_model: int, k: int, along: float, norm: float) -> float:
+    """Return the largest |U W'| that `requantize` may leave behind with strength 1.
+
+    Args:
+        layout: How the weight is stored.
+        d_model: Length of the residual axis.
+        k: Number of directions.
+        along: |U W| before the edit.
+        norm: |W|; where W has less of U than a random weight has, that is what counts.
+    """
+    return _MOST_LEFT[layout.number] * max(along, math.sqrt(k / d_model) * norm)
 
 
 def _projected(values: Tensor, directions: Tensor, strength: float) -> tuple[Tensor, Tensor]:

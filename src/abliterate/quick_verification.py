@@ -7,7 +7,7 @@ And every file has the hash that the record gives.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ from abliterate.checkpoint_checks import (
     compare_layouts,
     measure_survivors,
     ratio,
+    rounding_bound,
 )
+from abliterate.dequantized_layout import dequantized_layout
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.projection import residue_bound
+from abliterate.quantized_view import plain_view, quantization_of
 from abliterate.recorded_edits import (
     RecordedTensor,
     differences_from_plan,
@@ -170,17 +172,21 @@ def _open_files(record: AbliterationRecord, base: Checkpoint | None, progress: P
 
 
 def _against_base(files: _Files, base: Checkpoint) -> tuple[list[str], int]:
+    layout = base
+    if files.options.quantized == "dequantize" and quantization_of(base.config) is not None:
+        layout = replace(dequantized_layout(plain_view(base)), config=base.config)
+        base = plain_view(base)
     names = {tensor.name for tensor in base.tensors()}
-    changed = {tensor.name for tensor in files.tensors}
+    changed = {name for tensor in files.tensors for name in tensor.stored_as or (tensor.name,)}
     added = changed - names
     config_changes = files.record.content.get("config_changes") or {}
     own = {RECORD_NAME, EVALUATION_NAME}
-    rewritten = ({CONFIG_NAME} if config_changes else set()) | ({INDEX_NAME} if added else set())
+    rewritten = ({CONFIG_NAME} if config_changes else set()) | ({INDEX_NAME} if added or layout != base else set())
     side_files = (set(base.side_files) | files.record.content["side_files"].keys()) - own - rewritten
     copies = {tensor.name: files.tied_tensor for tensor in files.tensors if _is_copy(tensor)}
     total = sum(tensor.end - tensor.start for tensor in base.tensors() if tensor.name not in changed)
     problems = differences_from_plan(files.record, base)
-    problems += compare_layouts(base, files.edited, added=added, config_changes=config_changes)
+    problems += compare_layouts(layout, files.edited, added=added, config_changes=config_changes)
     if copies.keys() - added or set(copies.values()) - names:
         problems.append(f"{files.record.directory / RECORD_NAME}: names no tied tensor of the base; {_AGAIN}")
     if not problems:
@@ -224,8 +230,10 @@ def _addition_problems(files: _Files, base: Checkpoint) -> list[str]:
 
 
 def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
-    infos = {tensor.name: tensor for tensor in files.edited.tensors()}
-    in_base = set() if files.base is None else {tensor.name for tensor in files.base.tensors()}
+    edited = _view(files.edited, files.options)
+    base = None if files.base is None else _view(files.base, files.options)
+    infos = {tensor.name: tensor for tensor in edited.tensors()}
+    in_base = set() if base is None else {tensor.name for tensor in base.tensors()}
     projected = [tensor for tensor in files.tensors if tensor.is_projected]
     writers = [
         EditedWriter(
@@ -238,13 +246,16 @@ def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
     ]
     total = sum(infos[tensor.name].end - infos[tensor.name].start for tensor in projected if tensor.name in infos)
     with files.progress.task("Measuring the edited tensors", total=total, unit="bytes") as advance:
-        found = measure_survivors(
-            files.edited, base=files.base, writers=writers, subspace=files.subspace, advance=advance
-        )
+        found = measure_survivors(edited, base=base, writers=writers, subspace=files.subspace, advance=advance)
         return tuple(
             _tensor_check(files, tensor, survivor, infos[tensor.name])
             for tensor, survivor in zip(projected, found, strict=True)
         )
+
+
+def _view(checkpoint: Checkpoint, options: EditOptions) -> Checkpoint:
+    """Return a checkpoint as its numbers are meant, where it was edited quantised."""
+    return checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
 
 
 def _tensor_check(files: _Files, tensor: RecordedTensor, found: Survivor, info: TensorInfo) -> TensorCheck:
@@ -257,11 +268,12 @@ def _tensor_check(files: _Files, tensor: RecordedTensor, found: Survivor, info: 
         rest = 1.0 - share**2 * (1.0 - (1.0 - options.strength) ** 2)
         norm = found.norm_after if options.preserve_norms or rest <= 0 else found.norm_after / math.sqrt(rest)
         along = share * norm
-    bound = residue_bound(
-        TORCH_DTYPES.get(info.dtype, torch.float32),
-        d_model=info.shape[tensor.residual_axis],
-        elements=math.prod(info.shape),
-        before=max(1.0, options.strength) * norm,
+    bound = rounding_bound(
+        info,
+        residual_axis=tensor.residual_axis,
+        k=len(files.subspace),
+        strength=options.strength,
+        before=(along, norm),
         after=found.norm_after,
     )
     # Restored lengths scale what another strength leaves, by a factor of its own for each vector.

@@ -14,6 +14,7 @@ from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, deco
 from abliterate.checkpoint import Checkpoint
 from abliterate.edit_plan import EditOptions, select_writers
 from abliterate.errors import InputError
+from abliterate.quantized_view import plain_view
 from abliterate.residual_writers import PostNorm, map_stream
 from abliterate.tied_embeddings import edits_of_writers
 
@@ -33,6 +34,7 @@ class RecordedTensor:
     norm_chain: tuple[PostNorm, ...]
     component_before: float | None
     component_after: float | None
+    stored_as: tuple[str, ...] = ()
 
     @property
     def is_projected(self) -> bool:
@@ -93,6 +95,8 @@ def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[
     named = {tensor.name: tensor.kind for tensor in recorded_tensors(record)}
     if options.add is not None:
         return [f"{record.directory}: tensor {name} is no addition" for name, kind in named.items() if kind != "added"]
+    if options.quantized != "refuse":
+        base = plain_view(base)
     tensors = tuple(base.tensors())
     stream = map_stream(config=base.config, tensors=tensors, path=base.path, unverified=options.unverified)
     planned = edits_of_writers(
@@ -102,7 +106,13 @@ def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[
         policy=options.tied,
     )
     wanted = {edit.name: edit.kind for edit in planned.edits}
-    problems = []
+    stored = {edit.name: () if options.quantized == "dequantize" else edit.stored_as for edit in planned.edits}
+    problems = [
+        f"{record.directory}: tensor {tensor.name} is stored as {tensor.stored_as or 'itself'} according to "
+        f"{RECORD_NAME}, and must be as {stored[tensor.name] or 'itself'}; {_AGAIN}"
+        for tensor in recorded_tensors(record)
+        if tensor.stored_as != stored.get(tensor.name, tensor.stored_as)
+    ]
     for name in [*wanted, *(name for name in named if name not in wanted)]:
         if wanted.get(name) != named.get(name):
             problems.append(
@@ -125,6 +135,7 @@ def _read_tensor(entry: Mapping[str, Any]) -> RecordedTensor:
         norm_chain=tuple(PostNorm(**norm) for norm in entry["norm_chain"]),
         component_before=None if before is None else float(before),
         component_after=None if after is None else float(after),
+        stored_as=tuple(str(name) for name in entry.get("stored_as", ())),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from abliterate.checkpoint_paths import open_regular
 from abliterate.errors import CheckpointError
+from abliterate.quantized_formats import QuantizedLayout, decode
 from abliterate.strict_json import parse_json, shown
 
 _LENGTH_BYTES = 8
@@ -29,12 +30,18 @@ _DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
+# Of codes and scales; by name, because a torch that lacks one must still do the rest.
+_CODE_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "U8": "uint8"}
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One tensor as its shard's header describes it; `start` and `end` are byte offsets in the file."""
+    """One tensor as its shard's header describes it; `start` and `end` are byte offsets in the file.
+
+    With an `encoding` it stands for the numbers that two stored tensors, codes and scales, mean; name, dtype and shape
+    are then those that it would have as a plain tensor, and the offsets those of the codes.
+    """
 
     name: str
     shard: str
@@ -42,6 +49,29 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    encoding: "Encoding | None" = None
+
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of a tensor of this dtype and shape."""
+        return math.prod(self.shape) * _DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How a tensor is stored in few bits.
+
+    Attributes:
+        codes: The stored tensor that holds the codes.
+        scales: The stored tensor that holds the scales.
+        layout: How they are to be read.
+        turned: Whether the codes' matrices lie the other way round than the plain tensor's.
+    """
+
+    codes: TensorInfo
+    scales: TensorInfo
+    layout: QuantizedLayout
+    turned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,17 +168,55 @@ def describe_tensors(path: Path, header: Mapping[str, Any], *, data_start: int) 
 
 
 def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
-    """Read one floating-point tensor from its shard in `directory`.
+    """Read one floating-point tensor from its shard in `directory`; one with an encoding is decoded to float32.
 
     Raises:
         CheckpointError: The file cannot be read or has become shorter.
     """
+    if info.encoding is not None:
+        codes, scales = read_codes(directory, info.encoding)
+        numbers = decode(codes, scales, layout=info.encoding.layout)
+        return numbers.transpose(-1, -2) if info.encoding.turned else numbers
     path = directory / info.shard
     try:
         with path.open("rb") as file:
             return _read_tensor(file, path, info)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def encoded_matrices(info: TensorInfo) -> list[TensorInfo]:
+    """Return the matrices that a tensor with an encoding is a stack of, each as a tensor of its own; itself if one."""
+    encoding = info.encoding
+    if encoding is None or len(info.shape) < 3:
+        return [info]
+    parts = (_slices(each, info.shape[0]) for each in (encoding.codes, encoding.scales))
+    return [
+        replace(
+            info,
+            shape=info.shape[1:],
+            start=codes.start,
+            end=codes.end,
+            encoding=replace(encoding, codes=codes, scales=scales),
+        )
+        for codes, scales in zip(*parts, strict=True)
+    ]
+
+
+def _slices(info: TensorInfo, count: int) -> list[TensorInfo]:
+    size = (info.end - info.start) // count
+    starts = range(info.start, info.start + count * size, size)
+    return [replace(info, shape=info.shape[1:], start=start, end=start + size) for start in starts]
+
+
+def read_codes(directory: Path, encoding: Encoding) -> tuple[Tensor, Tensor]:
+    """Read codes and scales as they are stored.
+
+    Raises:
+        CheckpointError: A file cannot be read or has become shorter.
+    """
+    codes, scales = (read_tensor(directory, each) for each in (encoding.codes, encoding.scales))
+    return codes, scales
 
 
 def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:
@@ -175,6 +243,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return data
 
 
+def new_header(metadata: Mapping[str, str] | None, tensors: Sequence[TensorInfo]) -> bytes:
+    """Return the length and header of a shard that holds these tensors one behind the other.
+
+    Args:
+        metadata: What stands in the header besides; None for nothing.
+        tensors: In file order; their offsets mean nothing.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    return _header_with(header, tensors, position=0)
+
+
 def extended_header(shard: Shard, added: Sequence[TensorInfo]) -> bytes:
     """Return the length and header of a shard that has more tensors behind its own.
 
@@ -183,7 +262,10 @@ def extended_header(shard: Shard, added: Sequence[TensorInfo]) -> bytes:
         added: The tensors it gets besides, in this order; their offsets mean nothing.
     """
     header = json.loads(shard.header_bytes[_LENGTH_BYTES:])
-    position = shard.size - len(shard.header_bytes)
+    return _header_with(header, added, position=shard.size - len(shard.header_bytes))
+
+
+def _header_with(header: dict[str, Any], added: Sequence[TensorInfo], *, position: int) -> bytes:
     for info in added:
         size = math.prod(info.shape) * _DTYPE_BITS[info.dtype] // 8
         header[info.name] = {
@@ -203,7 +285,7 @@ def _read_tensor(reader: BinaryIO, path: Path, info: TensorInfo) -> Tensor:
     reader.seek(info.start)
     if reader.readinto(data) != len(data):  # type: ignore[attr-defined]
         raise damaged_file(path, "it became shorter while it was being read")
-    dtype = TORCH_DTYPES[info.dtype]
+    dtype = TORCH_DTYPES.get(info.dtype) or getattr(torch, _CODE_DTYPES[info.dtype])
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).view(info.shape)

@@ -1,11 +1,14 @@
 """What happens to one tensor of a checkpoint: the unit that plans are made of and that the writer carries out."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
+from abliterate.errors import QuantizedCheckpointError
 from abliterate.residual_writers import PostNorm, ResidualWriter, Role
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 
@@ -49,9 +52,34 @@ class TensorEdit:
         return self.source is None or self.source.name != self.info.name
 
     @property
+    def stored_as(self) -> tuple[str, ...]:
+        """Of a quantised tensor the names of the two that are stored, codes and scales; else empty."""
+        encoding = self.info.encoding
+        return () if encoding is None else (encoding.codes.name, encoding.scales.name)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes it takes up in its shard."""
+        """Bytes it takes up in its shard; of a tensor that is stored quantised those of its codes."""
+        if self.info.encoding is not None:
+            return self.info.end - self.info.start
         return math.prod(self.info.shape) * TORCH_DTYPES[self.info.dtype].itemsize
+
+
+def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
+    """Check that each edit of a quantised tensor is one that `quantized_formats` makes.
+
+    Raises:
+        QuantizedCheckpointError: A matrix is stored with the residual stream along its rows, or is to be untied.
+    """
+    for edit in edits:
+        if edit.info.encoding is None:
+            continue
+        rows = len(edit.info.shape) - (1 if edit.info.encoding.turned else 2)
+        if edit.residual_axis != rows or edit.is_new:
+            raise QuantizedCheckpointError(
+                f"{path / edit.info.shard}: tensor {edit.name} is stored quantised along the residual stream and not "
+                "across it, so it cannot be edited; use the model it was quantised from"
+            )
 
 
 def projection_of(writer: ResidualWriter, info: TensorInfo) -> TensorEdit:

@@ -8,6 +8,7 @@ from typing import Any
 from abliterate.architectures import Architecture
 from abliterate.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
+from abliterate.quantized_view import CONFIG_KEYS, base_in_words, is_handled
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.strict_json import shown
 from abliterate.tensor_names import Role, TensorName
@@ -16,21 +17,22 @@ _SUBLAYERS: dict[Role, str] = {"attn": "attention (or another mixer)", "mlp": "a
 
 
 def refuse_quantization_config(config: Mapping[str, Any], tensors: Sequence[TensorInfo], path: Path) -> None:
-    """Raise if config.json says that the checkpoint is quantised.
+    """Raise if config.json says that the checkpoint is quantised, and say what can be done about it.
 
     Raises:
         QuantizedCheckpointError: It does.
     """
-    for key in ("quantization_config", "compression_config"):
+    for key in CONFIG_KEYS:
         found = config.get(key)
         if found:
             method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
             method = method if isinstance(method, str) and method.isprintable() else shown(method)
             plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
             example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
+            way_out = ", or give --quantized requantize or --quantized dequantize" if is_handled(config) else ""
             raise QuantizedCheckpointError(
                 f"{path / CONFIG_NAME}: the checkpoint is quantised ({key}, method "
-                f"{method}{example}), where rounding would undo the edit; use the model it was quantised from"
+                f"{method}{example}), where rounding would undo the edit; {base_in_words(config)}{way_out}"
             )
 
 

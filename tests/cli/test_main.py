@@ -236,3 +236,14 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch: pytest.MonkeyPatch, tmp
     code, out, error = run("demo", tmp_path / "x")
     assert (code, out) == (130, "")
     assert "Traceback" not in error
+
+
+def test_a_termination_has_its_own_exit_code_in_every_command():
+    program = (
+        "import os, signal, sys; import abliterate.cli as cli; "
+        "cli.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGTERM)); "
+        "sys.argv = ['abliterate', 'wait']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 143
+    assert "Traceback" not in done.stderr

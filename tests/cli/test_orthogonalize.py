@@ -76,6 +76,7 @@ def test_options_reach_the_edit(files):
         "tied": "edit",
         "preserve_norms": False,
         "add": None,
+        "quantized": "refuse",
         "unverified": False,
     }
     assert {tensor["layer"] for tensor in report["tensors"]} == {1, 2}

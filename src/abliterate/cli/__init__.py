@@ -25,6 +25,8 @@ from abliterate.errors import AbliterateError, Terminated
 from abliterate.ranks import in_first_process
 from abliterate.strict_json import printable
 
+_terminations: list[int] = []
+
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a known error or a failed verification; 2 wrong usage; "
     "3 no candidate direction passes the selection; 130 interrupted; 143 terminated."
@@ -75,6 +77,11 @@ def main() -> None:
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
     try:
         app()
+    except SystemExit:
+        # Typer takes a termination for an interruption, and says 130.
+        if _terminations:
+            sys.exit(143)
+        raise
     except AbliterateError as error:
         if verbose:
             raise
@@ -85,7 +92,8 @@ def main() -> None:
         _fail(f"unexpected {type(error).__name__}: {error} (run again with `abliterate -v ...` for details)", 1)
 
 
-def _terminate(_number: int, _frame: object) -> None:
+def _terminate(number: int, _frame: object) -> None:
+    _terminations.append(number)
     raise Terminated
 
 

@@ -36,6 +36,14 @@ class Format(StrEnum):
     adapter = "adapter"
 
 
+class Quantized(StrEnum):
+    """What is done about weights that are stored in few bits."""
+
+    refuse = "refuse"
+    requantize = "requantize"
+    dequantize = "dequantize"
+
+
 class Tied(StrEnum):
     """What is done about tied embeddings."""
 
@@ -78,6 +86,15 @@ def orthogonalize(
             "bias: 1 induces refusal, -1 takes it away.",
         ),
     ] = None,
+    quantized: Annotated[
+        Quantized,
+        typer.Option(
+            "--quantized",
+            help="A quantised MODEL (FP8, MXFP4, float-quantized of compressed-tensors): refuse it, because plain "
+            "rounding would undo the edit; requantize in the same layout with rounding that keeps it; or dequantize "
+            "all of it to bfloat16, two to four times the size.",
+        ),
+    ] = Quantized.refuse,
     output_format: Annotated[
         Format,
         typer.Option(
@@ -169,6 +186,7 @@ def orthogonalize(
             tied=tied.value,
             preserve_norms=preserve_norms,
             add=add,
+            quantized=quantized.value,
             unverified=unverified,
         ),
         dry_run=dry_run,
