@@ -204,9 +204,10 @@ def show(results: dict[str, list[dict[str, float]]], *, size: int) -> None:
     print("| way | wall / cp -r | wall, s (least, median, greatest) | CPU, s | peak MB |\n|---|---|---|---|---|")
     for way, median in medians.items():
         walls = [run["wall"] for run in results[way]]
-        base = medians["cp -r, warm" if way.endswith("warm") else "cp -r, cold"]["wall"]
+        base = medians.get("cp -r, warm" if way.endswith("warm") else "cp -r, cold")
+        ratio = f"{median['wall'] / base['wall']:.2f}" if base else "-"
         print(
-            f"| {way} | {median['wall'] / base:.2f} | {min(walls):.1f}, {median['wall']:.1f}, {max(walls):.1f} "
+            f"| {way} | {ratio} | {min(walls):.1f}, {median['wall']:.1f}, {max(walls):.1f} "
             f"| {median['cpu']:.1f} | {median['peak_mb']:.0f} |"
         )
 
