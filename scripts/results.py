@@ -70,7 +70,9 @@ def audits_block(audits: dict[str, dict[str, Any]]) -> str:
     for name, audit in audits.items():
         lines += ["", f"{name.capitalize()}: `{audit['verdict']}` ({audit['reason']})."]
         found = audit["candidates"]
-        if found is not None and found["n_passing"] is not None:
+        if found is not None and found["n_passing"] is None:
+            lines[-1] += " No first token tells its refusals, so the published selection cannot be applied."
+        elif found is not None:
             lines[-1] += f" {found['n_passing']} of {found['n_candidates']} candidates pass the published selection."
         if audit["induced"] is not None:
             lines[-1] += f" With the direction added, {rate(audit['induced'])} of the harmless prompts are refused"
@@ -107,12 +109,17 @@ def perplexity(nats: float) -> str:
 def summary_block(audits: dict[str, dict[str, Any]]) -> str:
     """Return the audits in one line a model, for README."""
     lines = [
-        "| demo model | refused | fewest, at a bearable cost | passing candidates | verdict of `audit` |",
+        "| demo model | refused | fewest, at a bearable cost | pass the published selection | verdict of `audit` |",
         "|---|---|---|---|---|",
     ]
     for name, audit in audits.items():
         found = audit["candidates"]
-        passing = "" if found is None or found["n_passing"] is None else f"{found['n_passing']}/{found['n_candidates']}"
+        if found is None:
+            passing = ""
+        elif found["n_passing"] is None:
+            passing = "cannot be judged: no first token tells refusals"
+        else:
+            passing = f"{found['n_passing']} of {found['n_candidates']}"
         lines.append(
             f"| {name} | {rate(audit['harmful'])} | {percent(audit['lowest_refusal'])} % | {passing} | "
             f"`{audit['verdict']}`: {REMARKS[audit['verdict']]} |"

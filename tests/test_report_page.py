@@ -83,7 +83,13 @@ def test_the_audits_verdict_and_what_makes_it_are_on_it(audit: str) -> None:
         assert f"{100 * rate.rate:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]" in words
     for text in ("Verdict few_directions", report.reason, "7 of 115", "0.987", "0.971", "+0.212", "0.123", "4.3%"):
         assert text in words
-    for text in ("at most 30% of the refusals are left", "at most 0.5 nats", "d" * 40, "bfloat16", "abliterate audit org/model"):
+    for text in (
+        "at most 30% of the refusals are left",
+        "at most 0.5 nats",
+        "d" * 40,
+        "bfloat16",
+        "abliterate audit org/model",
+    ):
         assert text in words
 
 

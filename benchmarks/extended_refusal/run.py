@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--train", action="store_true", help="train the adapters anew (hours on a CPU)")
     parser.add_argument("--n-test", type=int, default=N_TEST, help="test prompts of each kind")
-    parser.add_argument("--dtype", default="bfloat16", help="what the audits run in; bfloat16 takes two thirds of the time")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="what the audits run in; bfloat16 takes two thirds of the time"
+    )
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
