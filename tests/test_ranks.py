@@ -18,7 +18,8 @@ EXTRACT += ["--kl-threshold", "1e9", "--induce-threshold", "-12"]
 
 
 def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction, str]:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(n), "--module"] if n > 1 else ["-m"]
+    # `accelerate launch` starts one process where there is no GPU, whatever --num_processes says.
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={n}", "-m"] if n > 1 else ["-m"]
     done = subprocess.run(
         [sys.executable, *launch, "abliterate", "-q", "extract", str(model), "-o", str(output), *EXTRACT, *options],
         env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""`python -m abliterate`, and `accelerate launch --module abliterate`."""
+"""`python -m abliterate`, and `torchrun -m abliterate`."""
 
 from abliterate.cli import main
 

@@ -1,4 +1,4 @@
-"""Several processes that share the work of one command, as `accelerate launch --num_processes N` starts them."""
+"""Several processes that share the work of one command, as `torchrun` and, on GPUs, `accelerate launch` start them."""
 
 import os
 from collections.abc import Callable, Sequence

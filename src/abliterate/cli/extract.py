@@ -130,8 +130,8 @@ def extract(
     When no candidate passes the selection, the nearest ones are shown and the exit code is 3.
 
     Recordings and scores are kept in OUTPUT.work until the file is written: an interrupted extraction, or one with
-    other thresholds after exit code 3, goes on from there. `accelerate launch --num_processes N --module abliterate
-    extract ...` shares the work between N processes.
+    other thresholds after exit code 3, goes on from there. `torchrun --nproc-per-node N -m abliterate extract ...`
+    (or `accelerate launch` on GPUs) shares the work between N processes.
 
     --stream-layers needs the memory of one layer (or of the output head) and reads the weights four times, whatever the
     number of prompts and candidates: for the first tokens, the means, induce, and bypass with KL; eight times where
