@@ -64,7 +64,7 @@ def extract_direction(
 ) -> Extraction:
     """Find the direction in the residual stream that mediates refusal.
 
-    Where a launcher started several processes (`torchrun`, or `accelerate launch` on GPUs), they share the work, and each returns the whole.
+    Where a launcher started several processes (`torchrun`), they share the work, and each returns the whole.
 
     Args:
         model: a directory, a Hub id, a resolved source or a loaded model.
