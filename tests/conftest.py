@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
 sys.path.insert(0, str(Path(__file__).parent))
 
+from abliterate.directions import make_direction
 from abliterate.model import ChatModel, make_chat_model
+from abliterate.orthogonalization import orthogonalize_checkpoint
 from chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from loaded_models import content
+from tiny_models import random_direction, save_tiny_model
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -68,3 +73,26 @@ def demo_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "model"
     build_demo_model(output=directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama in bfloat16 and many shards, to be left as it is."""
+    directory = tmp_path_factory.mktemp("base") / "llama"
+    return save_tiny_model(directory, dtype=torch.bfloat16, max_shard_size="8KB")
+
+
+@pytest.fixture(scope="session")
+def direction_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random direction for `sharded`."""
+    path = tmp_path_factory.mktemp("direction") / "refusal.safetensors"
+    make_direction(mean_difference=random_direction()).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(sharded: Path, direction_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process makes of `sharded` when nothing goes wrong, as `loaded_models.content` reads it."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    orthogonalize_checkpoint(source=sharded, direction=direction_file, output=out)
+    return content(out)

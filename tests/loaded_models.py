@@ -1,5 +1,6 @@
 """Checkpoints loaded by transformers, and what is measured on them; independent of the code under test."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,13 @@ def stream_component(model: PreTrainedModel, vector: Tensor) -> float:
 
 def tree(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """The files of an edited checkpoint, but for the time in its record."""
+    files = tree(path)
+    record = json.loads(files["abliteration.json"])
+    return files | {"abliteration.json": json.dumps(record | {"created": None}).encode()}
 
 
 def stored(path: Path) -> dict[str, Tensor]:

@@ -6,16 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterate.directions import make_direction
 from abliterate.errors import InputError
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.processes import Alone, share_by_size
-from test_resuming import content
-from tiny_models import random_direction, save_tiny_model
+from abliterate.ranks import Ranks, share_by_size
+from loaded_models import content
 
 REPOSITORY = Path(__file__).parents[1]
 # Process 1 kills itself when it has finished so many files.
@@ -33,25 +30,6 @@ main()
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base") / "llama", dtype=torch.bfloat16, max_shard_size="8KB")
-
-
-@pytest.fixture(scope="module")
-def direction(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("direction") / "refusal.safetensors"
-    make_direction(mean_difference=random_direction()).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def alone(base, direction, tmp_path_factory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("alone") / "out"
-    orthogonalize_checkpoint(source=base, direction=direction, output=out)
-    return content(out)
-
-
 def launch(n: int, program: list[str], *options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", *program]
     return subprocess.run(
@@ -67,44 +45,44 @@ def launch(n: int, program: list[str], *options: object) -> subprocess.Completed
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
-def test_several_processes_write_the_bytes_of_one(base, direction, alone, tmp_path, n):
+def test_several_processes_write_the_bytes_of_one(sharded, direction_file, undisturbed, tmp_path, n):
     out = tmp_path / "out"
-    done = launch(n, ["-m", "abliterate"], base, "--direction", direction, "-o", out, "--json")
+    done = launch(n, ["-m", "abliterate"], sharded, "--direction", direction_file, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"bytes_total"') == 1
     assert f'"processes": {n}' in done.stdout
-    assert content(out) == alone
+    assert content(out) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_fails_all_and_the_work_goes_on_later(base, direction, alone, tmp_path):
+def test_a_process_that_is_killed_fails_all_and_the_work_goes_on_later(sharded, direction_file, undisturbed, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "dying.py").write_text(DYING)
-    died = launch(2, [str(tmp_path / "dying.py")], base, "--direction", direction, "-o", out)
+    died = launch(2, [str(tmp_path / "dying.py")], sharded, "--direction", direction_file, "-o", out)
     assert died.returncode != 0
     assert not out.exists()
     journals = sorted((tmp_path / ".out.partial" / ".abliterate").glob("journal-*.jsonl"))
     assert [path.read_text().count("\n") > 2 for path in journals] == [True, True]
-    done = launch(2, ["-m", "abliterate"], base, "--direction", direction, "-o", out, "--resume")
+    done = launch(2, ["-m", "abliterate"], sharded, "--direction", direction_file, "-o", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert "files are finished and were checked" in done.stderr
-    assert content(out) == alone
+    assert content(out) == undisturbed
     assert {path.name for path in tmp_path.iterdir()} == {"out", "dying.py"}
 
 
-class Two(Alone):
+def two(theirs) -> Ranks:
     """The first of two processes, of which the other did what it is told here."""
 
-    count = 2
+    def exchange(values):
+        (value,) = values
+        if not hasattr(value, "finished"):
+            return [value, {}]
+        if isinstance(theirs, RuntimeError):
+            raise theirs
+        return [value, type(value)(finished={}, traffic=type(value.traffic)(), **theirs)]
 
-    def __init__(self, theirs) -> None:
-        self.theirs = theirs
-
-    def gather(self, value):
-        if isinstance(self.theirs, RuntimeError):
-            raise self.theirs
-        return [value, type(value)(finished={}, traffic=type(value.traffic)(), **self.theirs)]
+    return Ranks(count=2, exchange=exchange)
 
 
 @pytest.mark.parametrize(
@@ -119,21 +97,16 @@ class Two(Alone):
         ),
     ],
 )
-def test_the_failure_of_another_process_is_ours(base, direction, tmp_path, theirs, message, is_kept):
+def test_the_failure_of_another_process_is_ours(sharded, direction_file, tmp_path, theirs, message, is_kept):
     with pytest.raises(Exception, match=message):
-        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", processes=Two(theirs))
+        orthogonalize_checkpoint(source=sharded, direction=direction_file, output=tmp_path / "out", ranks=two(theirs))
     assert [path.name for path in tmp_path.iterdir()] == ([".out.partial"] if is_kept else [])
 
 
-def test_what_stops_the_first_process_stops_the_others(base, direction, tmp_path):
-    class Second(Alone):
-        index, count = 1, 2
-
-        def first_says(self, value):
-            return InputError("another run is writing it")
-
+def test_what_stops_the_first_process_stops_the_others(sharded, direction_file, tmp_path):
+    second = Ranks(index=1, count=2, exchange=lambda values: [InputError("another run is writing it"), *values])
     with pytest.raises(InputError, match="another run"):
-        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", processes=Second())
+        orthogonalize_checkpoint(source=sharded, direction=direction_file, output=tmp_path / "out", ranks=second)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,11 +17,24 @@ EXTRACT = ["--n-train", "9", "--n-val", "5", "--no-filter", "--refusal-token", "
 EXTRACT += ["--kl-threshold", "1e9", "--induce-threshold", "-12"]
 
 
+# Says on stderr that it takes part, so that a launcher that starts one process for three does not pass for three.
+COUNTED = """
+import os, sys
+from abliterate.cli import main
+print(f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}", file=sys.stderr, flush=True)
+main()
+"""
+
+
 def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction, str]:
+    output.parent.joinpath("counted.py").write_text(COUNTED)
     # `accelerate launch` starts one process where there is no GPU, whatever --num_processes says.
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={n}", "-m"] if n > 1 else ["-m"]
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={n}"] if n > 1 else []
     done = subprocess.run(
-        [sys.executable, *launch, "abliterate", "-q", "extract", str(model), "-o", str(output), *EXTRACT, *options],
+        [
+            *(sys.executable, *launch, str(output.parent / "counted.py"), "-q", "extract", str(model)),
+            *("-o", str(output), *EXTRACT, *options),
+        ],
         env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
         cwd=REPOSITORY,
         check=False,
@@ -29,6 +42,7 @@ def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert [done.stderr.count(f"process {index} of {n}") for index in range(n)] == [1] * n
     return load_direction(output), done.stdout
 
 

@@ -1,7 +1,6 @@
 """Runs that are killed, find the disk full or the source gone, and what `--resume` makes of them."""
 
 import errno
-import json
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ from abliterate.edit_plan import EditOptions
 from abliterate.errors import AbliterateError, CheckpointError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.write_options import WriteOptions
-from loaded_models import tree
+from loaded_models import content, tree
 from tiny_models import random_direction, save_tiny_model
 
 REPOSITORY = Path(__file__).parents[1]
@@ -41,32 +40,6 @@ abliterate.file_assembly._Assembly._finish = finish_slowly
 print("ready", file=sys.stderr, flush=True)
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base") / "llama", dtype=torch.bfloat16, max_shard_size="8KB")
-
-
-@pytest.fixture(scope="module")
-def direction(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("direction") / "refusal.safetensors"
-    make_direction(mean_difference=random_direction()).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(base, direction, tmp_path_factory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    orthogonalize_checkpoint(source=base, direction=direction, output=out)
-    return content(out)
-
-
-def content(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, but for the time in its record."""
-    files = tree(path)
-    record = json.loads(files["abliteration.json"])
-    return files | {"abliteration.json": json.dumps(record | {"created": None}).encode()}
 
 
 def start(base: Path, direction: Path, out: Path, *options: str) -> subprocess.Popen[str]:
@@ -90,16 +63,16 @@ def wait_for_files(out: Path, count: int) -> None:
     raise AssertionError("the run never got so far")
 
 
-def test_killed_at_random_moments_and_resumed(base, direction, undisturbed, tmp_path):
+def test_killed_at_random_moments_and_resumed(sharded, direction_file, undisturbed, tmp_path):
     out, generator = tmp_path / "out", random.Random(0)
     for finished in (0, 2, 4):
-        process = start(base, direction, out, "--resume")
+        process = start(sharded, direction_file, out, "--resume")
         wait_for_files(out, finished)
         time.sleep(generator.uniform(0, 0.05))
         process.kill()
         process.communicate()
         assert not out.exists()
-    process = start(base, direction, out, "--resume")
+    process = start(sharded, direction_file, out, "--resume")
     _, messages = process.communicate()
     assert process.returncode == 0, messages
     assert "files are finished and were checked" in messages
@@ -110,9 +83,9 @@ def test_killed_at_random_moments_and_resumed(base, direction, undisturbed, tmp_
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "term")]
 )
-def test_a_signal_is_one_line_and_its_exit_code(base, direction, tmp_path, number, code, word):
-    before = tree(base)
-    process = start(base, direction, tmp_path / "out")
+def test_a_signal_is_one_line_and_its_exit_code(sharded, direction_file, tmp_path, number, code, word):
+    before = tree(sharded)
+    process = start(sharded, direction_file, tmp_path / "out")
     wait_for_files(tmp_path / "out", 1)
     process.send_signal(number)
     stdout, stderr = process.communicate()
@@ -123,14 +96,14 @@ def test_a_signal_is_one_line_and_its_exit_code(base, direction, tmp_path, numbe
     assert word in line
     assert "goes on from there with --resume" in line
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    assert tree(base) == before
+    assert tree(sharded) == before
 
 
-def test_two_runs_to_the_same_target(base, direction, undisturbed, tmp_path):
-    first = start(base, direction, tmp_path / "out")
+def test_two_runs_to_the_same_target(sharded, direction_file, undisturbed, tmp_path):
+    first = start(sharded, direction_file, tmp_path / "out")
     wait_for_files(tmp_path / "out", 1)
     first.send_signal(signal.SIGSTOP)
-    second = start(base, direction, tmp_path / "out", "--resume")
+    second = start(sharded, direction_file, tmp_path / "out", "--resume")
     _, message = second.communicate()
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 1
@@ -157,36 +130,40 @@ class Faulty:
 
 @pytest.mark.parametrize("calls", [0, 3, 5, 8, 11])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_full_disk_and_then_room(base, direction, undisturbed, tmp_path, monkeypatch, calls, overwrite):
+def test_a_full_disk_and_then_room(sharded, direction_file, undisturbed, tmp_path, monkeypatch, calls, overwrite):
     out = tmp_path / "out"
     if overwrite:
-        orthogonalize_checkpoint(source=base, direction=direction, output=out, options=EditOptions(strength=0.5))
+        orthogonalize_checkpoint(
+            source=sharded, direction=direction_file, output=out, options=EditOptions(strength=0.5)
+        )
         old = tree(out)
     monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(calls, errno.ENOSPC))
     with pytest.raises(CheckpointError, match=r"No space left on device; .* was left as it was, and") as raised:
-        orthogonalize_checkpoint(source=base, direction=direction, output=out, overwrite=overwrite)
+        orthogonalize_checkpoint(source=sharded, direction=direction_file, output=out, overwrite=overwrite)
     assert ("--resume" in str(raised.value)) == (tmp_path / ".out.partial").exists()
     assert (tree(out) == old) if overwrite else not out.exists()
     monkeypatch.undo()
     writing = WriteOptions(resume=True)
-    orthogonalize_checkpoint(source=base, direction=direction, output=out, overwrite=overwrite, writing=writing)
+    orthogonalize_checkpoint(source=sharded, direction=direction_file, output=out, overwrite=overwrite, writing=writing)
     assert content(out) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_short_writes_are_no_fault(base, direction, undisturbed, tmp_path, monkeypatch):
+def test_short_writes_are_no_fault(sharded, direction_file, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(2, None))
-    orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
+    orthogonalize_checkpoint(source=sharded, direction=direction_file, output=tmp_path / "out")
     assert content(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.parametrize(("error", "kept"), [(errno.EIO, True), (None, False)])
-def test_a_source_that_cannot_be_read_or_is_cut_while_it_is_read(base, direction, tmp_path, monkeypatch, error, kept):
+def test_a_source_that_cannot_be_read_or_is_cut_while_it_is_read(
+    sharded, direction_file, tmp_path, monkeypatch, error, kept
+):
     read, left = os.preadv, [60]
 
     def fail(descriptor, buffers, offset, *rest):
         left[0] -= 1
-        if left[0] < 0 and os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(base)):
+        if left[0] < 0 and os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(sharded)):
             if error is None:
                 return 0
             raise OSError(error, os.strerror(error))
@@ -195,19 +172,19 @@ def test_a_source_that_cannot_be_read_or_is_cut_while_it_is_read(base, direction
     monkeypatch.setattr(os, "preadv", fail)
     message = "Input/output error" if error else "became shorter"
     with pytest.raises(CheckpointError, match=message) as raised:
-        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
+        orthogonalize_checkpoint(source=sharded, direction=direction_file, output=tmp_path / "out")
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ([".out.partial"] if kept else [])
 
 
 @pytest.mark.parametrize("changed", ["model", "direction", "set of options"])
-def test_what_another_input_has_left_is_not_gone_on_with(base, direction, tmp_path, monkeypatch, changed):
+def test_what_another_input_has_left_is_not_gone_on_with(sharded, direction_file, tmp_path, monkeypatch, changed):
     source = save_tiny_model(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="8KB")
     monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(9, errno.ENOSPC))
     with pytest.raises(AbliterateError, match="--resume"):
-        orthogonalize_checkpoint(source=source, direction=direction, output=tmp_path / "out")
+        orthogonalize_checkpoint(source=source, direction=direction_file, output=tmp_path / "out")
     monkeypatch.undo()
-    options, other = EditOptions(), direction
+    options, other = EditOptions(), direction_file
     if changed == "model":
         (source / "generation_config.json").write_text("{}")
     elif changed == "direction":

@@ -9,8 +9,8 @@ from abliterate.edited_checkpoint import EditedFiles, FinishedFile
 from abliterate.errors import AbliterateError, CheckpointError, VerificationError
 from abliterate.journal import Key
 from abliterate.partial_directory import PartialDirectory, PartialRun, is_worth_keeping, partial_path
-from abliterate.processes import Processes, share_by_size
 from abliterate.progress import ProgressReporter
+from abliterate.ranks import Ranks, share_by_size
 from abliterate.stretches import Traffic
 from abliterate.write_options import WriteOptions
 
@@ -35,7 +35,7 @@ def write_together(
     key: Key,
     conclude: Conclude[Result],
     writing: WriteOptions,
-    processes: Processes,
+    ranks: Ranks,
     progress: ProgressReporter,
 ) -> Result | None:
     """Write the files of a checkpoint into a directory that appears when they are whole.
@@ -50,7 +50,7 @@ def write_together(
         conclude: Called by the first process with the unfinished directory when all files are whole: checks them and
             adds what is left to add.
         writing: How to write.
-        processes: Who works together.
+        ranks: Who works together.
         progress: Shown the bytes written.
 
     Returns:
@@ -61,24 +61,22 @@ def write_together(
     """
     run: PartialRun | None = None
     opened: dict[str, FinishedFile] | AbliterateError
-    if processes.index == 0:
+    if ranks.is_first:
         try:
             run = PartialRun(target, key=key, resume=writing.resume, workers=writing.n_workers, progress=progress)
             opened = {name: FinishedFile.from_entry(entry) for name, entry in run.directory.kept.items()}
         except AbliterateError as error:
             opened = error
-    opened = processes.first_says(opened if processes.index == 0 else {})
+    opened = ranks.first_says(opened if ranks.is_first else {})
     if isinstance(opened, AbliterateError):
         raise opened
     if run is None:
-        directory = PartialDirectory(partial_path(target), key=key, rank=processes.index)
-        _join(_write_part(files, target, directory, opened, writing, processes, progress), processes)
+        directory = PartialDirectory(partial_path(target), key=key, rank=ranks.index)
+        _join(_write_part(files, target, directory, opened, writing, ranks, progress), ranks)
         return None
     try:
         run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited)
-        finished, traffic = _join(
-            _write_part(files, target, run.directory, opened, writing, processes, progress), processes
-        )
+        finished, traffic = _join(_write_part(files, target, run.directory, opened, writing, ranks, progress), ranks)
         result = conclude(run.directory.path, opened | finished, traffic)
         run.publish()
     except BaseException as error:
@@ -95,12 +93,12 @@ def _write_part(
     directory: PartialDirectory,
     kept: dict[str, FinishedFile],
     writing: WriteOptions,
-    processes: Processes,
+    ranks: Ranks,
     progress: ProgressReporter,
 ) -> _Part:
     """Write this process's part; an error is kept for the others to hear, unless there are none."""
     sizes = {name: size for name, size in files.sizes().items() if name not in kept}
-    own = share_by_size(sizes, index=processes.index, count=processes.count)
+    own = share_by_size(sizes, index=ranks.index, count=ranks.count)
     finished: dict[str, FinishedFile] = {}
 
     def done(name: str, file: FinishedFile) -> None:
@@ -112,13 +110,13 @@ def _write_part(
         with progress.task(f"Writing {target}", total=total, unit="bytes") as advance:
             traffic = files.write(own, target=directory.path, workers=writing.n_workers, done=done, advance=advance)
     except Exception as error:
-        if processes.count == 1:
+        if ranks.count == 1:
             raise
         return _Part(finished=finished, traffic=Traffic(), error=str(error), is_worth_keeping=is_worth_keeping(error))
     return _Part(finished=finished, traffic=traffic)
 
 
-def _join(own: _Part, processes: Processes) -> tuple[dict[str, FinishedFile], Traffic]:
+def _join(own: _Part, ranks: Ranks) -> tuple[dict[str, FinishedFile], Traffic]:
     """Wait for the parts of all processes and put them together.
 
     Raises:
@@ -126,7 +124,7 @@ def _join(own: _Part, processes: Processes) -> tuple[dict[str, FinishedFile], Tr
         VerificationError: A process failed, and would again.
     """
     try:
-        parts = processes.gather(own)
+        parts = ranks.gather(own)
     except RuntimeError as error:
         cause = OSError(str(error))
         raise CheckpointError("another process of this run ended before its part was done") from cause

@@ -24,9 +24,9 @@ from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
 from abliterate.plan_key import plan_key
 from abliterate.planned_report import check_output, planned_report
-from abliterate.processes import Alone, Processes
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.quantized_view import plain_view
+from abliterate.ranks import Ranks
 from abliterate.stretches import Traffic
 from abliterate.tensor_edits import TensorEdit
 from abliterate.write_options import WriteOptions
@@ -41,7 +41,7 @@ def orthogonalize_checkpoint(
     dry_run: bool = False,
     overwrite: bool = False,
     writing: WriteOptions | None = None,
-    processes: Processes | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressReporter = SILENT,
 ) -> OrthogonalizationReport:
     """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
@@ -58,7 +58,7 @@ def orthogonalize_checkpoint(
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
         writing: How to write: threads, device, whether to go on with what an interrupted run left.
-        processes: The processes that each call this and share the work; None: this one does it alone.
+        ranks: The processes that each call this and share the work; None: this one does it alone.
         progress: Shown the bytes written and checked.
 
     Returns:
@@ -83,7 +83,7 @@ def orthogonalize_checkpoint(
         return report
     for note in report.notes:
         progress.message(note)
-    return _write(plan, report, target, writing or WriteOptions(), processes or Alone(), progress)
+    return _write(plan, report, target, writing or WriteOptions(), ranks or Ranks(), progress)
 
 
 def _write(
@@ -91,7 +91,7 @@ def _write(
     report: OrthogonalizationReport,
     target: Path,
     writing: WriteOptions,
-    processes: Processes,
+    ranks: Ranks,
     progress: ProgressReporter,
 ) -> OrthogonalizationReport:
     started, cpu = time.perf_counter(), time.process_time()
@@ -113,7 +113,7 @@ def _write(
                 bytes_written=traffic.written,
                 bytes_copied=traffic.copied,
                 workers=writing.n_workers,
-                processes=processes.count,
+                processes=ranks.count,
             ),
         )
         write_record(written, partial)
@@ -126,7 +126,7 @@ def _write(
         key=key,
         conclude=conclude,
         writing=writing,
-        processes=processes,
+        ranks=ranks,
         progress=progress,
     )
     return written or report

@@ -1,7 +1,10 @@
-"""Several processes that share the work of one command, as `torchrun` and, on GPUs, `accelerate launch` start them."""
+"""Several processes that share the work of one command, as `torchrun` and, on GPUs, `accelerate launch` start them.
+
+`launched_ranks` joins those that a launcher started; a `Ranks` made here without arguments is one process alone.
+"""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,15 +14,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """The processes that work together.
+    """The processes that work together; `share`, `first_says` and `gather` are called by all at the same point.
 
     Attributes:
-        index: this process's number, from 0.
+        index: this process's number, from 0; the first writes, reports and publishes.
         count: how many there are.
+        exchange: takes this process's list and returns those of all, joined, by number.
     """
 
     index: int = 0
     count: int = 1
+    exchange: Callable[[list[Any]], list[Any]] = list
 
     @property
     def is_first(self) -> bool:
@@ -34,8 +39,6 @@ class Ranks:
             compute: returns one result per item.
         """
         own = list(compute(items[self.index :: self.count])) if len(items) > self.index else []
-        if self.count == 1:
-            return own
         results: list[Any] = [None] * len(items)
         for index, part in enumerate(self.gather(own)):
             results[index :: self.count] = part
@@ -47,12 +50,7 @@ class Ranks:
 
     def gather(self, value: Item) -> list[Item]:
         """Return the values of all processes, in every process, by number."""
-        if self.count == 1:
-            return [value]
-        from accelerate.utils import gather_object
-
-        gathered: list[Item] = gather_object([value])
-        return gathered
+        return self.exchange([value])
 
 
 def in_first_process() -> bool:
@@ -60,16 +58,19 @@ def in_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def find_ranks(*, device: str = "auto") -> Ranks:
-    """Join the other processes if a launcher started several; gloo on a CPU, nccl on GPUs.
+def share_by_size(sizes: Mapping[str, int], *, index: int, count: int) -> list[str]:
+    """Return one process's part of some files, so that all have about the same number of bytes.
 
     Args:
-        device: where the command computes; what the processes tell one another goes the same way.
+        sizes: Name -> bytes; the same in every process.
+        index: The process.
+        count: How many there are.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Ranks()
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    return Ranks(index=state.process_index, count=state.num_processes)
+    shares: list[list[str]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += sizes[name]
+    order = {name: position for position, name in enumerate(sizes)}
+    return sorted(shares[index], key=order.__getitem__)

@@ -161,12 +161,12 @@ def orthogonalize(
 
         write = write_adapter
     else:
+        from abliterate.launched_ranks import find_ranks
         from abliterate.orthogonalization import orthogonalize_checkpoint
-        from abliterate.ranks import find_ranks
         from abliterate.write_options import WriteOptions
 
         writing = WriteOptions(workers=workers, device=device, resume=resume)
-        write = partial(orthogonalize_checkpoint, writing=writing, processes=find_ranks(device="cpu"))
+        write = partial(orthogonalize_checkpoint, writing=writing, ranks=find_ranks(device="cpu"))
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)
