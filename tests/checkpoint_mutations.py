@@ -83,9 +83,14 @@ def _pick_shard(directory: Path, random: Random) -> Path | None:
 
 def _header_bytes(directory: Path, random: Random) -> None:
     if path := _pick_shard(directory, random):
-        content = path.read_bytes()
-        end = min(len(content), 8 + int.from_bytes(content[:8], "little"))
+        content, end = _with_end_of_header(path)
         path.write_bytes(_break_bytes(content[:end], random) + content[end:])
+
+
+def _with_end_of_header(path: Path) -> tuple[bytes, int]:
+    """A shard's bytes, and where its header ends, by its own account but within the file."""
+    content = path.read_bytes()
+    return content, min(len(content), 8 + int.from_bytes(content[:8], "little"))
 
 
 def _header_length(directory: Path, random: Random) -> None:
@@ -99,8 +104,7 @@ def _header_structure(directory: Path, random: Random) -> None:
     path = _pick_shard(directory, random)
     if path is None:
         return
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
+    content, end = _with_end_of_header(path)
     try:
         header = json.loads(content[8:end])
     except (ValueError, RecursionError):
@@ -114,8 +118,7 @@ def _tensor(directory: Path, random: Random) -> None:
     path = _pick_shard(directory, random)
     if path is None:
         return
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
+    content, end = _with_end_of_header(path)
     try:
         header = json.loads(content[8:end])
         name = random.choice(sorted(header.keys() - {"__metadata__"}))

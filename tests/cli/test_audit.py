@@ -1,33 +1,22 @@
 """`abliterate audit` as a safety team's script sees it: one document, and the exit code as a gate."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-from abliterate.cli import main
 
 QUICK = ["--n-train", "8", "--n-val", "2", "--n-test", "4", "--screen", "3", "--candidates", "1", "--bootstrap", "3"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_directory: Path):
+def run(monkeypatch: pytest.MonkeyPatch, call_main, llama_directory: Path):
     monkeypatch.setattr("abliterate.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
 
     def call(*arguments: object, refuses: bool = True) -> tuple[int, str, str]:
         # A random model writes random text; whether that is a refusal is for the test to say.
         monkeypatch.setattr("abliterate.reply_classes.is_refusal", lambda _text: refuses)
         command = ["audit", llama_directory, *QUICK, "--max-new-tokens", "3", *arguments]
-        monkeypatch.setattr(sys, "argv", ["abliterate", *map(str, command)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return call_main(*command)
 
     return call
 

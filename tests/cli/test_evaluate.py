@@ -1,35 +1,24 @@
 """`abliterate evaluate`: pages, refusals of options that do not fit, and what stays off the disk."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from abliterate.cli import main
 from abliterate.directions import make_direction
 from abliterate.model import ChatModel
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_directory: Path, tmp_path: Path):
+def run(call_main, llama_directory: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"text": "How do locks work?", "category": "x"}, {"text": "Explain rain.", "category": "y"}]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     sets = [word for kind in ("harmful", "harmless", "borderline", "text") for word in (f"--{kind}", str(prompts))]
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        words = ["abliterate", "evaluate", str(llama_directory), *sets, "--max-new-tokens", "6", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return call_main("evaluate", llama_directory, *sets, "--max-new-tokens", "6", *arguments)
 
     return call
 

@@ -1,14 +1,12 @@
 """`abliterate extract` as a user and a script see it."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from abliterate.cli import main
 from abliterate.directions import load_direction
 from abliterate.model import ModelOptions, load_chat_model
 from abliterate.prompt_sets import split_for_extraction
@@ -18,18 +16,10 @@ ANY = ["--kl-threshold", "1e9", "--induce-threshold", "-1e9"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_directory: Path, tmp_path: Path):
+def run(monkeypatch: pytest.MonkeyPatch, call_main, llama_directory: Path, tmp_path: Path):
     def call(*arguments: object, command: str = "extract") -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["abliterate", command, str(llama_directory), *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return call_main(command, llama_directory, *arguments)
 
     return call
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.cli import main
 from abliterate.directions import make_direction
 
 TINY = ["--n-train", "8", "--n-val", "2", "--no-filter", "--refusal-token", "I"]
@@ -17,19 +16,8 @@ ANY = ["--kl-threshold", "1e9", "--induce-threshold", "-1e9"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["abliterate", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(call_main):
+    return call_main
 
 
 def assert_one_error_line(error: str) -> None:

@@ -1,18 +1,16 @@
 """`abliterate trace` as a user and a script see it."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from abliterate.cli import main
 from abliterate.directions import make_direction
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_directory: Path, tmp_path: Path):
+def run(monkeypatch: pytest.MonkeyPatch, call_main, llama_directory: Path, tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("How do locks work?\nExplain rain.\n")
     made = make_direction(mean_difference=torch.randn(32), metadata={"layer": 3})
     made.save(tmp_path / "r.safetensors")
@@ -21,15 +19,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lla
         command = ["trace", llama_directory, "--direction", tmp_path / "r.safetensors", "--prompts"]
         command += ["./prompts.txt", *arguments]
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["abliterate", *map(str, command)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return call_main(*command)
 
     return call
 
