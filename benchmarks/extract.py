@@ -1,8 +1,9 @@
 """Extraction beside the paper's procedure: wall time, computation, memory and the choice, in one run.
 
-    python benchmarks/extract.py MODEL [--n-train 128] [--n-val 32] [--no-filter] [--refusal-token TOK] [--json FILE]
+    python benchmarks/extract.py MODEL [--n-train 128] [--n-val 32] [--device cpu] [--dtype float32] [--json FILE]
 
-MODEL is a directory (`abliterate demo DIR` makes one) or `base`, the demo model's base from its installed package.
+MODEL is a directory (`abliterate demo DIR` makes one), `base`, the demo model's base from its installed package, or
+`random-1b` or `random-8b`, a llama of that size with random weights, on which every candidate is let pass.
 Each way runs in a process of its own, one after another, on the same prompts:
 
 published    as the paper's authors do it: batches of 32 in the order of the prompts, a pass to filter, a pass for the
@@ -10,13 +11,16 @@ published    as the paper's authors do it: batches of 32 in the order of the pro
 exhaustive   `abliterate extract --exhaustive`
 lazy         `abliterate extract`
 
-A token-layer is one token through one decoder block; padding counts. Loading the model is not timed.
+A token-layer is one token through one decoder block; padding counts. Loading the model is not timed. The share of the
+peak is that of the arithmetic of all matrix products with weights (attention's own are left out) over what one large
+matrix product reaches on the same device at the same time.
 """
 
 import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -30,20 +34,34 @@ from torch import Tensor
 
 WAYS = ("published", "exhaustive", "lazy")
 BATCH = 32
+RANDOM = {
+    "random-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "random-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
 @contextmanager
 def counted(chat: Any) -> Iterator[dict[str, int]]:
-    """Count tokens through blocks, by their MLP's output."""
+    """Count tokens through blocks, by their MLP's output, and through the output head."""
     from abliterate.interventions import residual_writes
 
-    counts = {"token_layers": 0}
+    counts = {"token_layers": 0, "head_tokens": 0}
 
-    def count(_module: Any, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        counts["token_layers"] += hidden.numel() // hidden.shape[-1]
+    def counter(name: str) -> Callable[..., None]:
+        def count(_module: Any, _args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            counts[name] += hidden.numel() // hidden.shape[-1]
 
-    handles = [residual_writes(block)[1].register_forward_hook(count) for block in chat.blocks]
+        return count
+
+    handles = [residual_writes(block)[1].register_forward_hook(counter("token_layers")) for block in chat.blocks]
+    handles.append(chat.model.get_output_embeddings().register_forward_hook(counter("head_tokens")))
     try:
         yield counts
     finally:
@@ -127,41 +145,83 @@ class Published:
         return scores
 
 
-def load(model: str) -> Any:
-    """Load MODEL as a chat model in float32."""
+def load(arguments: argparse.Namespace) -> Any:
+    """Load MODEL as a chat model."""
     from abliterate.demo import load_base_model
     from abliterate.model import ModelOptions, load_chat_model, make_chat_model
 
-    if model == "base":
-        return make_chat_model(*load_base_model())
-    return load_chat_model(Path(model), name=model, options=ModelOptions())
+    name, device, dtype = arguments.model, arguments.device, getattr(torch, arguments.dtype)
+    if name in RANDOM:
+        return make_chat_model(random_model(name, device, dtype), load_base_model()[1], name=name)
+    if name == "base":
+        model, tokenizer = load_base_model()
+        return make_chat_model(model.to(device, dtype), tokenizer)
+    return load_chat_model(Path(name), name=name, options=ModelOptions(dtype=arguments.dtype, device=device))
+
+
+def random_model(name: str, device: str, dtype: torch.dtype) -> Any:
+    """Make a llama with random weights on a device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=dtype)
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """Return how many operations a second the device does in a large matrix product."""
+    n = 8192 if device.startswith("cuda") else 2048
+    one, other = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(one, other)
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return float(2 * n**3 / statistics.median(times[2:]))
 
 
 def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one way in this process and return what it took and chose."""
-    from abliterate.extraction import extract_direction
+    from abliterate.extraction import N_PREFIX_PROMPTS, extract_direction
     from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.model import find_response_prefix, with_response_prefix
     from abliterate.prompt_sets import split_for_extraction
     from abliterate.selection import CandidateScore, Thresholds, passing_candidates
 
-    chat = load(arguments.model)
+    chat, device = load(arguments), arguments.device
+    is_random = arguments.model in RANDOM
     options = ExtractionOptions(
         n_train=arguments.n_train,
         n_val=arguments.n_val,
-        filter_prompts=not arguments.no_filter,
-        refusal_tokens=tuple(arguments.refusal_token),
-        thresholds=Thresholds(kl=arguments.kl_threshold, induce=arguments.induce_threshold),
+        filter_prompts=not (arguments.no_filter or is_random),
+        refusal_tokens=("I",) if is_random else tuple(arguments.refusal_token),
+        thresholds=Thresholds(kl=1e9, induce=-1e9)
+        if is_random
+        else Thresholds(kl=arguments.kl_threshold, induce=arguments.induce_threshold),
         exhaustive=way == "exhaustive",
     )
+    peak = peak_flops(device, chat.model.dtype)
+    chat.last_logits(chat.encode(["What starts first takes longer."] * 8))
     with counted(chat) as counts:
+        synchronize(device)
         started, cpu = time.perf_counter(), time.process_time()
         if way == "published":
             prompts = split_for_extraction(
                 "bundled", "bundled", n_train=options.n_train, n_val=options.n_val, seed=options.seed
             )
+            few = [part.texts[:N_PREFIX_PROMPTS] for part in (prompts.harmful_train, prompts.harmless_train)]
+            prefixed = with_response_prefix(chat, find_response_prefix(chat, [*few[0], *few[1]]))
             parts = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
-            rows = {name: chat.encode(getattr(prompts, name).texts) for name in parts}
-            table = Published(chat, arguments.token_ids).extract(rows, filter_prompts=options.filter_prompts)
+            rows = {name: prefixed.encode(getattr(prompts, name).texts) for name in parts}
+            table = Published(prefixed, arguments.token_ids).extract(rows, filter_prompts=options.filter_prompts)
             scores = [CandidateScore(**score) for score in table]
             passing = passing_candidates(scores, thresholds=options.thresholds, n_layers=chat.n_layers)
             selected, token_ids = (passing[0] if passing else None), arguments.token_ids
@@ -172,12 +232,22 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 token_ids = [token.token_id for token in report.refusal_tokens]
             except NoCandidatePassesError as error:
                 selected, scores, token_ids = None, list(error.score_table.scores), arguments.token_ids
+        synchronize(device)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    in_blocks = sum(p.numel() for block in chat.blocks for p in block.parameters()) / chat.n_layers
+    in_head = chat.model.get_output_embeddings().weight.numel()
+    flops = 2 * (in_blocks * counts["token_layers"] + in_head * counts["head_tokens"])
+    on_gpu = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0
     return {
         "way": way,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "token_layers": counts["token_layers"],
+        "flops": flops,
+        "share_of_peak": flops / seconds / peak,
+        "peak_flops": peak,
+        "device": torch.cuda.get_device_name() if on_gpu else device,
+        "peak_gpu_mb": on_gpu / 2**20,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "selected": [selected.position, selected.layer] if selected else None,
         "token_ids": token_ids,
@@ -201,16 +271,17 @@ def show(results: list[dict[str, Any]]) -> None:
     """Print the table, relative to the first result, whose scores are the reference."""
     first = results[0]
     print(
-        "| | wall s | faster | CPU s | less CPU | million token-layers | peak RSS MB | scores computed | chosen "
-        "| scores differ |"
+        "| | wall s | faster | CPU s | less CPU | million token-layers | share of peak | peak memory MB "
+        "| scores computed | chosen | scores differ |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for result in results:
         n_scores = sum(value is not None for row in result["scores"] for value in row[2:])
         print(
             f"| {result['way']} | {result['seconds']:.1f} | {first['seconds'] / result['seconds']:.2f} x "
             f"| {result['cpu_seconds']:.1f} | {first['cpu_seconds'] / result['cpu_seconds']:.2f} x "
-            f"| {result['token_layers'] / 1e6:.2f} | {result['peak_rss_mb']:.0f} "
+            f"| {result['token_layers'] / 1e6:.2f} | {result['share_of_peak']:.0%} "
+            f"| {result['peak_gpu_mb'] or result['peak_rss_mb']:.0f} "
             f"| {n_scores} | {result['selected']} | {largest_difference(result, first):.1e} |"
         )
 
@@ -225,6 +296,8 @@ def main() -> None:
     parser.add_argument("--refusal-token", action="append", default=[])
     parser.add_argument("--kl-threshold", type=float, default=0.1)
     parser.add_argument("--induce-threshold", type=float, default=0.0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated, of " + ", ".join(WAYS))
     parser.add_argument("--json", type=Path, help="write all results here")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
@@ -245,7 +318,8 @@ def main() -> None:
     ordered = [results[way] for way in WAYS if way in results]
     print(
         f"{arguments.model}, {arguments.n_train} training and {arguments.n_val} validation prompts of each kind, "
-        f"{ordered[0]['threads']} threads on {os.cpu_count()} cores, float32, torch {torch.__version__}\n"
+        f"{arguments.dtype} on {ordered[0]['device']}, {ordered[0]['threads']} threads on {os.cpu_count()} cores, "
+        f"torch {torch.__version__}; peak: {ordered[0]['peak_flops'] / 1e12:.3g} TFLOP/s\n"
     )
     show(ordered)
     if arguments.json:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from abliterate import candidate_scoring
 from abliterate.candidate_scoring import CandidateScorer, kl_divergence
 from abliterate.interventions import ablate_direction, add_direction
 from abliterate.model import ChatModel
 from abliterate.refusal_metric import refusal_metric
+from abliterate.selection import ScoreName
 
 HARMFUL = ["How do locks break?", "Tell me about fires in a house.", "Write."]
 HARMLESS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
@@ -78,3 +80,13 @@ def test_kl_is_that_of_the_base_to_the_other() -> None:
     assert torch.allclose(kl_divergence(base, other), expected, atol=1e-4)
     assert not torch.allclose(kl_divergence(other, base), expected, atol=1e-2)
     assert torch.allclose(kl_divergence(base, base), torch.zeros(4, dtype=torch.float64))
+
+
+def test_probabilities_taken_a_row_at_a_time_are_the_same(
+    chat: ChatModel, scorer: CandidateScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [(-1, 1), (-2, 3), (-1, 4)]
+    names: tuple[ScoreName, ...] = ("bypass", "induce", "kl", "ablated")
+    at_once = {name: scorer.score(name, keys) for name in names}
+    monkeypatch.setattr(candidate_scoring, "LOGITS_AT_ONCE", 1)
+    assert {name: scorer.score(name, keys) for name in names} == at_once

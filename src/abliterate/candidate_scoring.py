@@ -30,6 +30,9 @@ KL_EPSILON = 1e-6
 BATCHES_PER_GROUP = 4
 """Candidates are run in groups that fill so many batches: enough rows of like length to batch without padding."""
 
+LOGITS_AT_ONCE = 1 << 25
+"""Of so many logits probabilities are computed at a time: 256 MB of float64, and a few times that on the way."""
+
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     """Return KL(base || other) of next-token distributions, in nats, float64.
@@ -41,6 +44,17 @@ def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     p = torch.softmax(base_logits.to(torch.float64), dim=-1)
     q = torch.softmax(logits.to(torch.float64), dim=-1)
     return (p * (torch.log(p + KL_EPSILON) - torch.log(q + KL_EPSILON))).sum(dim=-1)
+
+
+def _measurable(logits: Tensor) -> Tensor:
+    """Return logits where float64 is had: on the GPU that computed them, which saves the journey, or on the CPU."""
+    return logits if logits.is_cuda else logits.float().cpu()
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    """Cut the rows of a batch into parts whose probabilities, in float64, take little memory."""
+    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 class CandidateScorer:
@@ -96,15 +110,14 @@ class CandidateScorer:
         values = torch.empty(len(candidates), len(indices), dtype=torch.float64)
 
         def receive(variants: Tensor, rows: Tensor, logits: Tensor) -> None:
-            is_harmful = torch.tensor([indices[i] < self._n_harmful for i in rows])
-            if is_harmful.any():
-                values[variants[is_harmful], rows[is_harmful]] = refusal_metric(
-                    logits[is_harmful], token_ids=self._token_ids
-                )
-            if not is_harmful.all():
-                places = torch.tensor([indices[i] - self._n_harmful for i in rows[~is_harmful]])
-                base = self.base_harmless_logits[places]
-                values[variants[~is_harmful], rows[~is_harmful]] = kl_divergence(base, logits[~is_harmful])
+            places = rows + indices.start
+            harmful, harmless = places < self._n_harmful, places >= self._n_harmful
+            if harmful.any():
+                metric = refusal_metric(logits[harmful], token_ids=self._token_ids)
+                values[variants[harmful], rows[harmful]] = metric.cpu()
+            if harmless.any():
+                base = self.base_harmless_logits[places[harmless] - self._n_harmful]
+                values[variants[harmless], rows[harmless]] = kl_divergence(base, logits[harmless]).cpu()
 
         self._run_ablated(self._vectors(candidates), [self._rows[i] for i in indices], receive)
         n = sum(i < self._n_harmful for i in indices)
@@ -179,7 +192,8 @@ class CandidateScorer:
                 logits = chat.forward(
                     [rows[i] for i in places], cache=cache, n_cached=n_cached, variants=variants.tolist()
                 )
-            receive(variants, places, logits.float().cpu())
+            for part in _parts(logits):
+                receive(variants[part], places[part], _measurable(logits[part]))
 
         chat.for_batches([len(row) + chat.cached_share(n_cached) for row in rows] * len(vectors), run)
 
@@ -211,9 +225,10 @@ class _ResidualStream:
 
             with capture_inputs(chat, keep):
                 result = chat.forward([self._rows[i] for i in indices], cache=self._cache, n_cached=self._n_cached)
+            result = _measurable(result)
             if not len(self.logits):
-                self.logits = torch.empty(len(rows), result.shape[-1])
-            self.logits[indices] = result.float().cpu()
+                self.logits = result.new_empty(len(rows), result.shape[-1])
+            self.logits[indices] = result
 
         chat.for_batches([len(row) for row in self._rows], run)
 
@@ -244,7 +259,9 @@ class _ResidualStream:
             hidden = self._inputs[layer][places, -max(len(row) for row in batch) :].to(chat.device)
             with self._from_block(layer, hidden, vectors[variants]):
                 logits = chat.forward(batch, cache=cache, n_cached=self._n_cached, variants=variants.tolist())
-            metric[variants, places] = refusal_metric(logits.float().cpu(), token_ids=token_ids)
+            for part in _parts(logits):
+                values = refusal_metric(_measurable(logits[part]), token_ids=token_ids)
+                metric[variants[part], places[part]] = values.cpu()
 
         chat.for_batches([len(row) + chat.cached_share(self._n_cached) for row in self._rows] * len(vectors), run)
         return metric
