@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from abliterate import layer_weights
 from abliterate.activations import record
 from abliterate.candidate_scoring import CandidateScorer
 from abliterate.errors import CheckpointError, ModelError
@@ -179,13 +180,32 @@ def test_an_answer_that_always_starts_alike_is_forced(tmp_path: Path) -> None:
 
 
 def test_weights_are_read_in_parts(tmp_path: Path, monkeypatch) -> None:
-    from abliterate import layer_weights
-
     save(tiny_llama().to(torch.bfloat16), tmp_path)
     rows = load(tmp_path).encode(HARMLESS)
     expected = load(tmp_path).last_logits(rows)
     monkeypatch.setattr(layer_weights, "_READ_BYTES", 200)  # three rows of 32, and less than one of 64
-    assert torch.equal(load(tmp_path).last_logits(rows), expected)
+    torch.testing.assert_close(load(tmp_path).last_logits(rows), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_output_head_stays_in_the_format_it_is_stored_in(tmp_path: Path, monkeypatch, bias: bool) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    if bias:
+        model = make_tiny_model("phi", vocab_size=400, max_position_embeddings=256, eos_token_id=2).to(torch.bfloat16)
+    save(model, tmp_path)
+    streamed, seen = load(tmp_path), []
+    whole = load_chat_model(tmp_path, name="tiny", options=ModelOptions())
+    in_parts = streamed.weights.head_in_parts
+
+    def look(self, hidden):
+        seen.append((self.plain_head.weight.dtype, self.plain_head.bias is not None))
+        return in_parts(hidden)
+
+    monkeypatch.setattr(layer_weights, "_READ_BYTES", 200)
+    monkeypatch.setattr(layer_weights.LayerWeights, "head_in_parts", look)
+    rows = streamed.encode(HARMLESS)
+    torch.testing.assert_close(streamed.last_logits(rows), whole.last_logits(rows), atol=1e-4, rtol=1e-4)
+    assert set(seen) == {(torch.bfloat16, bias)}
 
 
 def test_a_subspace_is_ablated_as_in_memory(tmp_path: Path) -> None:

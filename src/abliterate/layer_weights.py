@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from abliterate.checkpoint import Checkpoint
 from abliterate.errors import ModelError
@@ -70,8 +71,10 @@ class LayerWeights:
                     module._buffers[name] = buffer.to(device)
         # What is missing is found out now, not after hours.
         needed = [self._embedding, *(module for block in blocks for module in block.modules())]
-        if (head := model.get_output_embeddings()) is not None:
+        head = model.get_output_embeddings()
+        if head is not None:
             needed.append(head)
+        self.plain_head = head if type(head) is nn.Linear else None
         for module in needed:
             for name, weight in module._parameters.items():
                 if weight is not None and weight.is_meta:
@@ -87,7 +90,10 @@ class LayerWeights:
 
     @contextmanager
     def outside_of_blocks(self) -> Iterator[None]:
-        """Hold the weights of those modules outside the blocks that are called, the input embedding excepted."""
+        """Hold the weights of those modules outside the blocks that are called, the input embedding excepted.
+
+        An output head that is a plain linear layer is held in the format it is stored in; see `head_in_parts`.
+        """
         with ExitStack() as stack:
 
             def fill(module: nn.Module, _args: Any) -> None:
@@ -112,7 +118,7 @@ class LayerWeights:
         place = torch.zeros(weight.shape[0], dtype=torch.long, device=self.device)
         place[ids] = torch.arange(len(ids), device=self.device)
         padding, embedding.padding_idx = embedding.padding_idx, None
-        embedding._parameters["weight"] = self._placed(rows, weight)
+        embedding._parameters["weight"] = nn.Parameter(rows.to(self.device, weight.dtype), requires_grad=False)
         handle = embedding.register_forward_pre_hook(lambda _module, args: (place[args[0]], *args[1:]))
         try:
             yield
@@ -120,13 +126,24 @@ class LayerWeights:
             handle.remove()
             embedding._parameters["weight"], embedding.padding_idx = weight, padding
 
+    def head_in_parts(self, hidden: Tensor) -> Tensor:
+        """Return what `plain_head` makes of `hidden`, turning some of its rows at a time into the model's format."""
+        head = self.plain_head
+        assert head is not None
+        rows_at_once = max(1, _READ_BYTES // (head.in_features * hidden.element_size()))
+        parts = [functional.linear(hidden, rows.to(hidden.dtype)) for rows in torch.split(head.weight, rows_at_once)]
+        logits = torch.cat(parts, dim=-1)
+        return logits if head.bias is None else logits + head.bias.to(hidden.dtype)
+
     def _fill(self, module: nn.Module) -> Callable[[], None]:
         """Fill a module's own parameters and stored buffers; return what empties it again."""
         parameters, buffers = dict(module._parameters), dict(module._buffers)
         for name, parameter in parameters.items():
             if parameter is not None and parameter.is_meta:
-                tensor = self._read(self._find(module, name, parameter), parameter.dtype)
-                module._parameters[name] = self._placed(tensor, parameter)
+                stored = self._find(module, name, parameter)
+                dtype = TORCH_DTYPES[stored[0][0].dtype] if module is self.plain_head else parameter.dtype
+                tensor = self._read(stored, dtype)
+                module._parameters[name] = nn.Parameter(tensor.to(self.device), requires_grad=False)
         for name, buffer in buffers.items():
             info = self._stored_as(self._full_name(module, name))
             if buffer is not None and name not in module._non_persistent_buffers_set and info is not None:
@@ -137,9 +154,6 @@ class LayerWeights:
             module._buffers.update(buffers)
 
         return empty
-
-    def _placed(self, tensor: Tensor, like: Tensor) -> nn.Parameter:
-        return nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
 
     def _read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         if len(stored) == 1:

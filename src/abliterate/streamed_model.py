@@ -157,7 +157,12 @@ class StreamedChat(ChatModel):
             found: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
             return found.float().cpu()
 
-        with self.weights.outside_of_blocks(), self._empty_blocks(hand_on), replaced_forward(embedding, embed):
+        with ExitStack() as stack:
+            stack.enter_context(self.weights.outside_of_blocks())
+            stack.enter_context(self._empty_blocks(hand_on))
+            stack.enter_context(replaced_forward(embedding, embed))
+            if self.weights.plain_head is not None:
+                stack.enter_context(replaced_forward(self.weights.plain_head, self.weights.head_in_parts))
             for hidden in last:
                 yield torch.cat([run(part) for part in torch.split(hidden, _ROWS_AT_ONCE)])
 
