@@ -61,3 +61,22 @@ def test_extract_orthogonalize_evaluate_push(demo_directory: Path, tmp_path: Pat
         shell("abliterate push out someone/demo-abliterated --dry-run --json | python -m json.tool", tmp_path)
     )
     assert pushed["dry_run"] is True
+
+
+def test_streamed_layers_choose_what_the_model_in_memory_chooses(demo_directory: Path, tmp_path: Path) -> None:
+    # Few prompts and layers: when streamed, each candidate runs through all blocks, without a shared prefix.
+    options = "--n-train 16 --n-val 3 --no-filter --refusal-token I --prune-layers 0.8"
+    options += " --kl-threshold 1e9 --induce-threshold -1e9"
+    whole, streamed = (
+        json.loads(
+            shell(f"abliterate extract {demo_directory} -o {name} {options} --exhaustive --json {way}", tmp_path)
+        )
+        for name, way in (("whole.safetensors", ""), ("streamed.safetensors", "--stream-layers"))
+    )
+    assert {key: whole["selected"][key] for key in ("position", "layer")} == {
+        key: streamed["selected"][key] for key in ("position", "layer")
+    }
+    for one, other in zip(whole["scores"], streamed["scores"], strict=True):
+        for score in ("bypass", "induce", "kl"):
+            assert (one[score] is None) == (other[score] is None)
+            assert one[score] is None or abs(one[score] - other[score]) < 1e-3

@@ -24,6 +24,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from abliterate.extraction import extract_direction
+from abliterate.model import ModelOptions
 from abliterate.saved_work import SavedWork
 from test_saved_work import OPTIONS
 
@@ -38,7 +39,9 @@ def dying(method):
 dying.left = int(sys.argv[3])
 SavedWork.save_scores = dying(SavedWork.save_scores)
 SavedWork.save_recording = dying(SavedWork.save_recording)
-extract_direction(model=Path(sys.argv[1]), options=OPTIONS, work_directory=Path(sys.argv[2]))
+model, work, _, streamed = sys.argv[1:]
+ways = ModelOptions(stream_layers=streamed == "True")
+extract_direction(model=Path(model), options=OPTIONS, model_options=ways, work_directory=Path(work))
 """
 
 
@@ -59,12 +62,15 @@ class Messages:
         self.said.append(text)
 
 
-@pytest.mark.parametrize("n_saved", [2, 4, 6])
-def test_killed_and_resumed_gives_the_same_bytes(llama_directory: Path, tmp_path: Path, n_saved: int) -> None:
-    extract_direction(model=llama_directory, options=OPTIONS).direction.save(tmp_path / "undisturbed")
+@pytest.mark.parametrize(("n_saved", "streamed"), [(2, False), (4, False), (6, False), (2, True), (4, True), (5, True)])
+def test_killed_and_resumed_gives_the_same_bytes(
+    llama_directory: Path, tmp_path: Path, n_saved: int, streamed: bool
+) -> None:
+    given = {"model": llama_directory, "options": OPTIONS, "model_options": ModelOptions(stream_layers=streamed)}
+    extract_direction(**given).direction.save(tmp_path / "undisturbed")
     work = tmp_path / "work"
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(llama_directory), str(work), str(n_saved)],
+        [sys.executable, "-c", KILLED, str(llama_directory), str(work), str(n_saved), str(streamed)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(["src", "tests"])},
         cwd=Path(__file__).parents[1],
         check=False,
@@ -73,9 +79,10 @@ def test_killed_and_resumed_gives_the_same_bytes(llama_directory: Path, tmp_path
     assert killed.returncode == -signal.SIGKILL
     assert (work / "KEY.json").is_file()
     messages = Messages()
-    resumed = extract_direction(model=llama_directory, options=OPTIONS, work_directory=work, progress=messages)
+    resumed = extract_direction(**given, work_directory=work, progress=messages)
     assert messages.said[0].startswith("continuing")
-    assert sum("Recording" in task for task in messages.tasks) == max(0, 4 - n_saved)
+    if not streamed:
+        assert sum("Recording" in task for task in messages.tasks) == max(0, 4 - n_saved)
     resumed.direction.save(tmp_path / "resumed")
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
     assert not work.exists()

@@ -40,11 +40,13 @@ class RecordingRun:
         """Return the recordings of all parts, those that are saved from there."""
         found = {name: self.ranks.first_says(self.saved.recording(name)) for name in PARTS}
         missing = [name for name in PARTS if found[name] is None]
-        # Part by part, so that each is saved as it is done; streamed layers are read once for all of them.
-        groups = [missing] if isinstance(self.chat, StreamedChat) else [[name] for name in missing]
+        # Part by part, so that each is saved as it is done. Streamed layers are read once for all parts, and for all
+        # again if one is missing: in other batches the rest would be rounded otherwise.
+        groups = [[name] for name in missing]
+        if missing and isinstance(self.chat, StreamedChat):
+            groups = [list(PARTS)]
         for group in groups:
-            if group:
-                found |= self._record(group)
+            found |= self._record(group)
         return {name: Recording(**tensors) for name, tensors in found.items() if tensors is not None}
 
     def _record(self, group: Sequence[str]) -> dict[str, dict[str, Tensor]]:
