@@ -1,6 +1,6 @@
 """Finding the refusal direction: difference in means, filtering, scoring, selection (Arditi et al. 2024, section 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -62,6 +62,7 @@ def extract_direction(
     model_options: ModelOptions | None = None,
     progress: ProgressReporter = SILENT,
     work_directory: Path | None = None,
+    deliver: Callable[[Extraction], None] = lambda _extraction: None,
 ) -> Extraction:
     """Find the direction in the residual stream that mediates refusal.
 
@@ -76,6 +77,7 @@ def extract_direction(
         progress: where to show progress.
         work_directory: where to keep recordings and scores as they are computed; an extraction that was interrupted
             goes on from there, and the directory is deleted at the end. None, or a loaded model: nothing is kept.
+        deliver: given the result before that directory is deleted: if it cannot be saved, the work is not lost.
 
     Raises:
         NoDirectionError: no candidate passes the selection.
@@ -105,6 +107,7 @@ def extract_direction(
         # Nothing that is there would help the next attempt; after "no candidate passes" it would.
         saved.discard()
         raise
+    deliver(extraction)
     saved.discard()
     if isinstance(chat, StreamedChat):
         progress.message(f"the weights were read {chat.weights.reads} times")

@@ -329,6 +329,8 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_templ
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    from safetensors import SafetensorError
+
     device = choose_device(options.device)
     if options.device_map is None:
         check_memory(path, name=name, dtype=options.dtype, device=device)
@@ -339,6 +341,8 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_templ
         model = auto_class(path, trust_remote_code=trust).from_pretrained(
             path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map
         )
+    except SafetensorError as error:
+        raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name} does not load as a causal language model: {reason}") from error

@@ -197,3 +197,44 @@ def test_streamed_layers_choose_what_the_model_in_memory_chooses(run, tmp_path: 
     assert (one["position"], one["layer"]) == (other["position"], other["layer"])
     assert "the weights were read 4 times" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "tiny-llama"]
+
+
+def test_places_that_cannot_be_written_are_found_before_the_work(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("abliterate.extraction.extract_direction", lambda **_: pytest.fail("the work was begun"))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    for arguments, message in (
+        (("-o", "results"), "error: results: is a directory; give -o a file"),
+        (("-o", "r.safetensors", "--report", "notes.txt"), "error: notes.txt: is no directory"),
+    ):
+        code, out, error = run(*arguments, *TINY, *ANY)
+        assert (code, out) == (1, "")
+        assert error.startswith(message)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["direction", "report"])
+def test_what_cannot_be_saved_is_not_lost(run, tmp_path: Path, monkeypatch, what: str) -> None:
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device", "scores.json")
+
+    where = {"direction": "abliterate.directions._write_atomically", "report": "abliterate.score_report._write_json"}
+    with monkeypatch.context() as patch:
+        patch.setattr(where[what], full)
+        code, out, error = run("-o", "r.safetensors", *TINY, *ANY, "--report", "report")
+    assert (code, out) == (1, "")
+    assert "error: " in error
+    assert "No space left on device; choose another" in error
+    code, _, error = run("-o", "r.safetensors", *TINY, *ANY, "--report", "report")
+    assert code == 0, error
+    assert "continuing: 4 recordings" in error
+    assert not (tmp_path / "r.safetensors.work").exists()
+
+
+def test_damaged_weights_are_said_to_be(run, llama_directory: Path) -> None:
+    weights = llama_directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, error = run("-o", "r.safetensors", *TINY, *ANY)
+    assert code == 1
+    assert "the weights are damaged or incomplete" in error
+    assert "\n" not in error.strip()

@@ -84,7 +84,9 @@ def test_version(run) -> None:
 def test_wrong_usage_is_exit_code_two(run, arguments: tuple[str, ...]) -> None:
     code, out, error = run(*arguments)
     assert (code, out) == (2, "")
-    assert "Traceback" not in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "--help`" in error
 
 
 def test_extract_json(run, llama_directory: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import warnings
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from abliterate._version import __version__
 from abliterate.cli.audit import audit
@@ -37,7 +38,6 @@ app = typer.Typer(
     help="Find the refusal direction of a language model, remove it from the weights exactly, "
     "and measure what that did (arXiv 2406.11717).",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -76,12 +76,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
     try:
-        app()
-    except SystemExit:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         # Typer takes a termination for an interruption, and says 130.
-        if _terminations:
-            sys.exit(143)
-        raise
+        sys.exit(143 if _terminations else code)
+    except TyperException as error:
+        where = getattr(error, "ctx", None)
+        command = where.command_path if where else "abliterate"
+        _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", error.exit_code)
     except AbliterateError as error:
         if verbose:
             raise

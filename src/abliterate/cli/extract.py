@@ -22,9 +22,11 @@ from abliterate.cli.options import (
     parse_batch_size,
 )
 from abliterate.cli.output import Output, command_line
+from abliterate.errors import InputError
 
 if TYPE_CHECKING:
-    from abliterate.extraction_report import ExtractionReport, NoCandidatePassesError
+    from abliterate.extraction_report import Extraction, ExtractionReport, NoCandidatePassesError
+    from abliterate.score_report import ScoreTable
     from abliterate.selection import CandidateScore
 
 
@@ -177,6 +179,26 @@ def extract(
     )
     if report is not None:
         require_plots()
+    files = _file_names(output_file, rank)
+    _check_outputs(files, report)
+
+    def write_report(table: "ScoreTable", found: "ExtractionReport | None" = None) -> None:
+        if report is None:
+            return
+        try:
+            write_score_report(table, report)
+            write_extraction_page(table, report, command=command_line(), report=found)
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or report}: cannot be written: {error.strerror or error}; choose another --report"
+            ) from error
+
+    def deliver(extraction: "Extraction") -> None:
+        if in_first_process():
+            for file, direction in zip(files, extraction.directions, strict=True):
+                direction.save(file)
+            write_report(extraction.score_table, extraction.report)
+
     try:
         extraction = extract_direction(
             model=resolve_model(model, revision=revision),
@@ -186,22 +208,14 @@ def extract(
             model_options=model_options,
             progress=output.progress,
             work_directory=output_file.with_name(output_file.name + ".work"),
+            deliver=deliver,
         )
     except NoCandidatePassesError as error:
-        if report is not None and in_first_process():
-            write_score_report(error.score_table, report)
-            write_extraction_page(error.score_table, report, command=command_line())
+        if in_first_process():
+            write_report(error.score_table)
         table = _nearest_table(error)
         output.report(error.report, tables=lambda: [table])
         raise
-    if not in_first_process():
-        return
-    files = _file_names(output_file, rank)
-    for file, direction in zip(files, extraction.directions, strict=True):
-        direction.save(file)
-    if report is not None:
-        write_score_report(extraction.score_table, report)
-        write_extraction_page(extraction.score_table, report, command=command_line(), report=extraction.report)
     output.report(
         {"direction_file": files[0], "direction_files": files, **output.plain(extraction.report)},
         tables=lambda: [*_tables(extraction.report), f"direction written to {', '.join(map(str, files))}"],
@@ -212,6 +226,15 @@ def _file_names(output_file: Path, rank: int) -> list[Path]:
     if rank == 1:
         return [output_file]
     return [output_file.with_name(f"{output_file.stem}.{i}{output_file.suffix}") for i in range(1, rank + 1)]
+
+
+def _check_outputs(files: list[Path], report: Path | None) -> None:
+    """Check before hours of work what would be found after them."""
+    for file in files:
+        if file.is_dir():
+            raise InputError(f"{file}: is a directory; give -o a file to write, such as {file / 'refusal.safetensors'}")
+    if report is not None and report.exists() and not report.is_dir():
+        raise InputError(f"{report}: is no directory; give --report a directory to write")
 
 
 def _tables(report: "ExtractionReport") -> list[Table]:
