@@ -109,7 +109,7 @@ class Terminal:
             os.environ.update(TERM="dumb", COLUMNS="100")
             os.execv(COMMAND[0], [*COMMAND, *map(str, arguments)])
         self.seen = ""
-        self.deadline = time.monotonic() + 60
+        self.deadline = time.monotonic() + 240
 
     def read(self) -> bool:
         """Read what is there; return whether the other end is still open."""
