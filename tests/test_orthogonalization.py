@@ -620,7 +620,8 @@ def test_the_survivor_of_each_tensor_is_reported(tmp_path, dtype):
     before, after = stored(base), stored(tmp_path / "out")
     for tensor in report.tensors:
         old, new = (each[tensor.name].double().movedim(tensor.residual_axis, 0) for each in (before, after))
-        assert tensor.survivor == pytest.approx(float((unit @ new).norm() / (unit @ old).norm()), rel=1e-6)
+        accuracy = 1e-3 if dtype == torch.bfloat16 else 1e-6
+        assert tensor.survivor == pytest.approx(float((unit @ new).norm() / (unit @ old).norm()), rel=accuracy)
         assert tensor.survivor < 2e-3
 
 

@@ -88,7 +88,8 @@ class ProjectedTensor(Stretch):
 
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
         """See `Stretch.check`."""
-        self._meter.add(torch.frombuffer(written, dtype=self._dtype).view(-1, self._meter.row_length))
+        rows = torch.frombuffer(written, dtype=self._dtype).view(-1, self._meter.row_length)
+        self._meter.add(rows, scratch=worker.scratch)
         self._sum_read += self._sum(written)
 
     def finish(self) -> None:
@@ -102,7 +103,7 @@ class ProjectedTensor(Stretch):
         buffer = worker.buffer("block", block.nbytes)
         block.read(self._source, buffer, start=self._info.start)
         stored = torch.frombuffer(buffer, dtype=self._dtype).view(block.shape)
-        self._before[index] = self._measure(stored)
+        self._before[index] = self._measure(stored, worker)
         projection = self._projection
         moved = stored.to(projection.device)
         new = project_out(
@@ -112,6 +113,7 @@ class ProjectedTensor(Stretch):
             strength=projection.strength,
             preserve_norms=projection.preserve_norms,
             out=moved,
+            scratch=worker.scratch,
         )
         if new is not stored:
             stored.copy_(new)
@@ -120,12 +122,15 @@ class ProjectedTensor(Stretch):
         worker.traffic.read += block.nbytes
         worker.traffic.written += block.nbytes
 
-    def _measure(self, block: Tensor) -> tuple[float, float]:
-        meter = ComponentMeter(self._projection.directions, shape=block.shape, residual_axis=1)
+    def _measure(self, block: Tensor, worker: Worker) -> tuple[float, float]:
+        # What is left of the component after the edit takes float64 to measure; what there was before does not, unless
+        # the numbers themselves are finer.
+        dtype = torch.float32 if self._dtype == torch.bfloat16 else torch.float64
+        meter = ComponentMeter(self._projection.directions, shape=block.shape, residual_axis=1, dtype=dtype)
         rows = block.view(-1, meter.row_length)
         step = max(1, _METER_BYTES // (meter.row_length * self._dtype.itemsize))
         for first in range(0, len(rows), step):
-            meter.add(rows[first : first + step])
+            meter.add(rows[first : first + step], scratch=worker.scratch)
         along, norm = meter.result()
         if not math.isfinite(norm):
             raise CheckpointError(

@@ -23,7 +23,9 @@ same logits. Where the output head shares the embedding's rows, editing the embe
 
 Rounding. A stored dtype has a grid, and where W is large the change of an entry is less than half a step and
 rounds back: in bfloat16 at d_model 4096 about 1 % of the component survives. So what rounding left is fed back:
-T <- T - U^T (U Q), Q <- round(T), a few times, and the Q with the smallest |U Q| is kept.
+T <- T - U^T (U Q), Q <- round(T). What one such round leaves is so little that few entries need to be rounded
+otherwise to take it away, so the next ones feed it back to an eighth of the axis each, S, at an eighth of the cost:
+T_S <- T_S - U_S^T (U_S U_S^T)^-1 (U Q). Of all roundings that with the smallest |U Q| is kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,16 +34,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abliterate.scratch import Scratch
+
 # Elements that are held in the arithmetic's wide dtype at a time, so that memory is bounded by a block and
 # not by the tensor: 2 MiB of float32, which stays in cache with its scratch.
 _BLOCK_ELEMENTS = 1 << 19
 
 # Feedback stops when what is left of the component is this share of what a random weight of the same norm has, or
-# when a round takes away less than a quarter. Three or four rounds in bfloat16, one in float16, none in most blocks
-# of float32 and float64, where this is about the accuracy of the arithmetic itself.
+# when a round of the whole axis takes away less than a quarter. A round and two parts in bfloat16, a round and one in
+# float16, none in most blocks of float32 and float64, where this is about the accuracy of the arithmetic itself.
 _TOLERANCES = {torch.bfloat16: 4e-4, torch.float16: 1e-4, torch.float32: 5e-7, torch.float64: 1e-15}
 _MAX_ROUNDS = 8
 _LEAST_GAIN = 0.25
+
+# A part of the axis takes what is fed back only if it has at least a quarter of its share of every direction: less
+# would have to move its entries by far more than rounding does.
+_N_PARTS = 8
+_LEAST_SHARE = 0.25
 
 # A fibre of which less than this share is left has lost its direction to rounding: its norm is not restored.
 _LEAST_LEFT = 1e-3
@@ -111,6 +120,7 @@ def project_out(
     strength: float = 1.0,
     preserve_norms: bool = False,
     out: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Return W - strength * U^T (U W), rounded with feedback, with U an orthonormal basis of `directions`.
 
@@ -124,6 +134,7 @@ def project_out(
             vector as a whole keeps it orthogonal to U; scaling the other way, each output by a factor of
             its own, would put the direction back. One that lay along U altogether stays as the edit left it.
         out: Where to write the result, contiguous; `weight` itself will do. None makes a new tensor.
+        scratch: Memory to work in, for who calls again and again.
 
     Returns:
         A tensor of the shape and dtype of `weight`. Blocks of `block_width` vectors are edited one by one, so a
@@ -135,13 +146,15 @@ def project_out(
     """
     basis = _basis_for(directions, weight, residual_axis)
     edited = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
-    scratch = _Scratch(weight, residual_axis)
+    wide = _wide(weight.dtype)
+    memory = _Block(weight, residual_axis, scratch or Scratch(), wide=wide)
+    spans = _spans(basis.to(wide))
     blocks = zip(_blocks(weight, residual_axis), _blocks(edited, residual_axis), strict=True)
     for old, new in blocks:
         if not len(basis):
             new.copy_(old)
         else:
-            _project_block(old, new, basis, scratch, strength=strength, preserve_norms=preserve_norms)
+            _project_block(old, new, spans, memory, strength=strength, preserve_norms=preserve_norms)
     return edited
 
 
@@ -163,17 +176,17 @@ def component_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) ->
 def component_and_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) -> tuple[float, float]:
     """Return |U W| and |W|, Frobenius norms in float64. See `component_norm`."""
     basis = _basis_for(directions, weight, residual_axis)
-    scratch = _Scratch(weight, residual_axis, wide=torch.float64)
+    memory = _Block(weight, residual_axis, Scratch(), wide=torch.float64)
     along_squared = total_squared = 0.0
     for block in _blocks(weight, residual_axis):
-        wide = scratch.exact(block)
+        wide = memory.exact(block)
         along_squared += float((basis @ wide).square().sum())
         total_squared += float(torch.linalg.vector_norm(wide)) ** 2
     return along_squared**0.5, total_squared**0.5
 
 
 class ComponentMeter:
-    """Measures |U W| and |W| of a tensor that is given row by row in the order of its file, in float64.
+    """Measures |U W| and |W| of a tensor that is given row by row in the order of its file.
 
     Its sums do not depend on how the rows are dealt out, as long as that is done in the same way each time.
 
@@ -181,24 +194,32 @@ class ComponentMeter:
         directions: U, [k, d_model], orthonormal rows.
         shape: Shape of the tensor.
         residual_axis: The axis of it that indexes the residual stream.
+        dtype: Of the arithmetic: float64, or float32 where a component of the size of |W| is measured.
     """
 
-    def __init__(self, directions: Tensor, *, shape: Sequence[int], residual_axis: int) -> None:
-        self._basis = directions.double()
+    def __init__(
+        self,
+        directions: Tensor,
+        *,
+        shape: Sequence[int],
+        residual_axis: int,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self._basis = directions.to(dtype)
         trailing = torch.Size(shape)[residual_axis % len(shape) + 1 :].numel()
         self._is_last = trailing == 1
         self.row_length = directions.shape[1] if self._is_last else trailing
         self._row = 0
-        self._sums = torch.zeros(len(directions), trailing, dtype=torch.float64)
+        self._sums = torch.zeros(len(directions), trailing, dtype=dtype)
         self._along_squared = self._total_squared = 0.0
 
-    def add(self, rows: Tensor) -> None:
-        """Take the next rows, [n, `row_length`] of any dtype: vectors, or what one output of the writer reads."""
-        wide = rows.double()
-        flat = wide.flatten()
+    def add(self, rows: Tensor, *, scratch: Scratch) -> None:
+        """Take the next rows, [n, `row_length`]: vectors, or what one output of the writer reads."""
+        flat = scratch.take("measured", rows.numel(), dtype=self._basis.dtype, device=rows.device)
+        wide = flat.view(rows.shape).copy_(rows)
         self._total_squared += float(torch.dot(flat, flat))
         if self._is_last:
-            self._along_squared += float((wide @ self._basis.T).square().sum())
+            self._along_squared += float((wide @ self._basis.T).square().sum(dtype=torch.float64))
             return
         d_model = self._basis.shape[1]
         while len(wide):
@@ -207,7 +228,7 @@ class ComponentMeter:
             self._row += len(part)
             wide = wide[len(part) :]
             if self._row == d_model:
-                self._along_squared += float(self._sums.square().sum())
+                self._along_squared += float(self._sums.square().sum(dtype=torch.float64))
                 self._sums.zero_()
                 self._row = 0
 
@@ -266,42 +287,71 @@ def _blocks(weight: Tensor, residual_axis: int) -> Iterator[Tensor]:
             yield matrix[:, first : first + width]
 
 
-class _Scratch:
-    """Buffers for one block after another, laid out as the tensor is; making new ones costs more than the arithmetic.
+class _Block:
+    """The memory for a block [d_model, n] of a tensor, laid out as the tensor is.
 
-    The arithmetic sees nothing but these, so the bytes that come out do not depend on where a block lay.
+    The arithmetic sees nothing but this, so the bytes that come out do not depend on where a block lay.
     """
 
-    def __init__(self, weight: Tensor, residual_axis: int, *, wide: torch.dtype | None = None) -> None:
+    def __init__(self, weight: Tensor, residual_axis: int, scratch: Scratch, *, wide: torch.dtype) -> None:
         self._is_last = weight.shape[residual_axis % weight.dim() + 1 :].numel() == 1
-        self._made: dict[str, Tensor] = {}
-        self._stored = weight.dtype
-        self._wide = _wide(weight.dtype) if wide is None else wide
-        self._device = weight.device
-
-    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        d_model, n = shape
-        if name not in self._made or self._made[name].numel() < shape.numel():
-            self._made[name] = torch.empty(shape.numel(), dtype=dtype, device=self._device)
-        flat = self._made[name][: shape.numel()]
-        return flat.view(n, d_model).T if self._is_last else flat.view(d_model, n)
+        self._stored, self._wide, self._device, self._scratch = weight.dtype, wide, weight.device, scratch
 
     def exact(self, block: Tensor) -> Tensor:
-        """Return a block [d_model, n] in the wide dtype."""
-        return self._buffer("exact", block.shape, self._wide).copy_(block)
+        """Return a block in the wide dtype."""
+        return self._memory("exact", block.shape, self._wide).copy_(block)
 
     def rounded(self, exact: Tensor, *, slot: int) -> tuple[Tensor, Tensor]:
-        """Return `exact` in the stored dtype, kept until its slot is used again, and that in the wide dtype."""
-        stored = self._buffer(f"rounded {slot}", exact.shape, self._stored).copy_(exact)
-        return stored, self._buffer("widened", exact.shape, self._wide).copy_(stored)
+        """Return `exact` in the stored dtype, and that in the wide one; both last until their slot is used again."""
+        stored = self._memory(f"rounded {slot}", exact.shape, self._stored).copy_(exact)
+        return stored, self._memory(f"widened {slot}", exact.shape, self._wide).copy_(stored)
+
+    def _memory(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        d_model, n = shape
+        flat = self._scratch.take(name, shape.numel(), dtype=dtype, device=self._device)
+        return flat.view(n, d_model).T if self._is_last else flat.view(d_model, n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Span:
+    """Rows of the residual axis that take what is fed back.
+
+    Attributes:
+        rows: Which.
+        directions: U_S, [k, n], what the directions are in these rows.
+        inverse: U_S^T (U_S U_S^T)^-1, [n, k]: the least change of these rows that changes U W by a given [k].
+    """
+
+    rows: slice
+    directions: Tensor
+    inverse: Tensor
+
+
+def _spans(directions: Tensor) -> tuple[_Span, ...]:
+    """Return the whole axis, and then the parts of it that hold enough of `directions`, the one with the most first."""
+    length = directions.shape[1] // _N_PARTS
+    parts = directions[:, : _N_PARTS * length].reshape(-1, _N_PARTS, length).transpose(0, 1)
+    grams = parts @ parts.mT
+    least = torch.linalg.eigvalsh(grams).amin(dim=1).tolist() if len(directions) else []
+    usable = [index for index, share in enumerate(least) if share >= _LEAST_SHARE / _N_PARTS]
+    return (
+        _Span(rows=slice(None), directions=directions, inverse=directions.T),
+        *(
+            _Span(
+                rows=slice(index * length, (index + 1) * length),
+                directions=parts[index],
+                inverse=torch.linalg.solve(grams[index], parts[index]).T,
+            )
+            for index in sorted(usable, key=lambda index: -least[index])
+        ),
+    )
 
 
 def _project_block(
-    old: Tensor, new: Tensor, basis: Tensor, scratch: _Scratch, *, strength: float, preserve_norms: bool
+    old: Tensor, new: Tensor, spans: tuple[_Span, ...], memory: _Block, *, strength: float, preserve_norms: bool
 ) -> None:
-    wide = _wide(old.dtype)
-    directions = basis.to(wide)
-    exact = scratch.exact(old)
+    directions = spans[0].directions
+    exact = memory.exact(old)
     before = directions @ exact
     norms = torch.linalg.vector_norm(exact, dim=0) if preserve_norms else None
     wanted = (1 - strength) * before
@@ -311,28 +361,32 @@ def _project_block(
         scale = torch.where(left > _LEAST_LEFT * norms, norms / left, 1.0)
         exact *= scale
         wanted *= scale
-    new.copy_(_rounded_with_feedback(exact, scratch, directions, wanted))
+    new.copy_(_rounded_with_feedback(exact, memory, spans, wanted))
 
 
-def _rounded_with_feedback(exact: Tensor, scratch: _Scratch, directions: Tensor, wanted: Tensor) -> Tensor:
+def _rounded_with_feedback(exact: Tensor, memory: _Block, spans: tuple[_Span, ...], wanted: Tensor) -> Tensor:
     """Round `exact` [d_model, n] to Q in the stored dtype so that U Q comes closest to `wanted` [k, n]; changes it."""
+    whole = spans[0]
     slot = 0
-    best, widened = scratch.rounded(exact, slot=slot)
-    random_share = (len(directions) / exact.shape[0]) ** 0.5
+    best, widened = memory.rounded(exact, slot=slot)
+    random_share = (len(whole.directions) / len(exact)) ** 0.5
     goal = _TOLERANCES[best.dtype] * random_share * float(torch.linalg.vector_norm(exact))
-    error = directions @ widened - wanted
-    best_size = float(torch.linalg.vector_norm(error))
-    for _ in range(_MAX_ROUNDS):
-        if best_size <= goal:
+    error = whole.directions @ widened - wanted
+    size = float(torch.linalg.vector_norm(error))
+    for span in (*spans, *[whole] * (_MAX_ROUNDS - 1)):
+        if size <= goal:
             break
-        exact.addmm_(directions.T, error, alpha=-1.0)
-        rounded, widened = scratch.rounded(exact, slot=1 - slot)
-        error = directions @ widened - wanted
-        size = float(torch.linalg.vector_norm(error))
-        if not size < best_size:
-            break
-        has_converged = size > (1 - _LEAST_GAIN) * best_size
-        best, best_size, slot = rounded, size, 1 - slot
+        part = exact[span.rows].addmm_(span.inverse, error, alpha=-1.0)
+        rounded, rewidened = memory.rounded(part, slot=1 - slot)
+        left = error + span.directions @ rewidened - span.directions @ widened[span.rows]
+        left_size = float(torch.linalg.vector_norm(left))
+        has_converged = span is whole and not left_size <= (1 - _LEAST_GAIN) * size
+        if left_size < size:
+            error, size = left, left_size
+            if span is whole:
+                best, widened, slot = rounded, rewidened, 1 - slot
+            else:
+                best[span.rows], widened[span.rows] = rounded, rewidened
         if has_converged:
             break
     return best

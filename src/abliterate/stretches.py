@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from abliterate.byte_ranges import SourceFile, TargetFile
 from abliterate.errors import VerificationError
+from abliterate.scratch import Scratch
 
 _COPY_BYTES = 32 << 20
 _CHECK_BYTES = 1 << 20
@@ -32,9 +33,10 @@ class Traffic:
 
 @dataclass(slots=True, kw_only=True)
 class Worker:
-    """What one thread keeps from task to task: its buffers, and what it moved."""
+    """What one thread keeps from task to task: its buffers, the memory it computes in, and what it moved."""
 
     traffic: Traffic = field(default_factory=Traffic)
+    scratch: Scratch = field(default_factory=Scratch)
     _buffers: dict[str, bytearray] = field(default_factory=dict)
 
     def buffer(self, name: str, size: int) -> memoryview:

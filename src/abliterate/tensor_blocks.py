@@ -12,8 +12,11 @@ from abliterate.byte_ranges import SourceFile, TargetFile
 from abliterate.projection import block_width
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 
-# What is held of a tensor at a time, as it is stored. It must not depend on the number of workers: it decides
-# together with `projection.block_width` which vectors are rounded together.
+# What is held of a tensor at a time, as it is stored: what is one range of the file, little enough to stay in the cache
+# from being read to being written; columns, enough of them that a row's part is not too short to be read by itself.
+# It must not depend on the number of workers: it decides together with `projection.block_width` which vectors are
+# rounded together.
+RANGE_BYTES = 4 << 20
 BLOCK_BYTES = 112 << 20
 
 
@@ -56,7 +59,7 @@ class TensorBlock:
 
 
 def blocks_of(info: TensorInfo, *, residual_axis: int, budget: int = BLOCK_BYTES) -> tuple[TensorBlock, ...]:
-    """Cut a tensor into blocks of about `budget` bytes; more only if that does not hold `block_width` vectors.
+    """Cut a tensor into blocks of at most `budget` bytes; more only if that does not hold `block_width` vectors.
 
     Args:
         info: The tensor; it must have a floating-point dtype.
@@ -70,16 +73,20 @@ def blocks_of(info: TensorInfo, *, residual_axis: int, budget: int = BLOCK_BYTES
     if not d_model * n_matrices * n_columns:
         return ()
     width = block_width(d_model)
-    n_vectors = max(width, budget // (d_model * item) // width * width)
+
+    def n_vectors(nbytes: int) -> int:
+        return max(width, nbytes // (d_model * item) // width * width)
+
+    at_once = min(budget, RANGE_BYTES)
     if n_columns == 1:
-        counts = _counts(n_matrices, n_vectors)
+        counts = _counts(n_matrices, n_vectors(at_once))
         return tuple(
             TensorBlock(shape=(n, d_model), offset=first * d_model * item, piece_bytes=n * d_model * item)
             for first, n in counts
         )
     matrix = d_model * n_columns * item
-    if n_columns <= n_vectors:
-        counts = _counts(n_matrices, max(1, budget // matrix))
+    if n_columns <= n_vectors(budget):
+        counts = _counts(n_matrices, max(1, at_once // matrix))
         return tuple(
             TensorBlock(shape=(n, d_model, n_columns), offset=first * matrix, piece_bytes=n * matrix)
             for first, n in counts
@@ -93,7 +100,7 @@ def blocks_of(info: TensorInfo, *, residual_axis: int, budget: int = BLOCK_BYTES
             stride_bytes=n_columns * item,
         )
         for index in range(n_matrices)
-        for first, n in _counts(n_columns, n_vectors)
+        for first, n in _counts(n_columns, n_vectors(budget))
     )
 
 

@@ -24,6 +24,7 @@ from abliterate.cli.options import (
     parse_layers,
 )
 from abliterate.cli.output import Output
+from abliterate.read_ahead import read_ahead
 
 if TYPE_CHECKING:
     from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport
@@ -151,6 +152,9 @@ def orthogonalize(
         raise typer.BadParameter(
             "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
+
+    if not dry_run:
+        read_ahead(Path(model).expanduser())
 
     from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
