@@ -1,10 +1,10 @@
 """Other directions than the paper's, beside it: what each variant of `extract` removes and costs, on one model.
 
-    python benchmarks/variants.py MODEL [--n-train 48] [--n-val 12] [--kl-threshold 0.3] [--every 3] [--json FILE]
+    python benchmarks/variants.py MODEL --output FILE [--n-train 48] [--n-val 12] [--kl-threshold 0.3] [--every 3]
 
 Each variant is extracted with the same prompts, projected out of the weights, and evaluated on test prompts that no
-extraction saw. Scores are of the directions chosen (all together for a rank above one); rates carry Wilson intervals.
-The table goes to standard output as it grows.
+extraction saw. The reports go to FILE as they come; `python scripts/results.py --variants FILE` makes the table in
+docs/variants.md of them.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from typing import Any
 from abliterate.direction_recipes import DirectionRecipe
 from abliterate.errors import NoDirectionError
 from abliterate.evaluation import evaluate_model
-from abliterate.evaluation_report import EvaluationOptions, EvaluationReport
+from abliterate.evaluation_report import EvaluationOptions
 from abliterate.extraction import extract_direction
-from abliterate.extraction_report import ExtractionOptions, ExtractionReport
+from abliterate.extraction_report import ExtractionOptions
 from abliterate.model import ModelOptions, load_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.prompt_sets import load_prompt_set
@@ -34,10 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "`--rank 3`": {"rank": 3},
 }
 KINDS = ("harmful", "harmless", "borderline")
-HEADER = (
-    "| variant | position, layer | bypass | induce | KL | refuses harmful | harmless | KL, test prompts "
-    "| cross-entropy, change |"
-)
 
 
 def save_test_prompts(directory: Path, every: int) -> dict[str, str]:
@@ -51,27 +47,6 @@ def save_test_prompts(directory: Path, every: int) -> dict[str, str]:
     return specs
 
 
-def line(name: str, report: ExtractionReport, measured: EvaluationReport) -> str:
-    """Return one line of the table."""
-    together = report.together
-    bypass, kl = (together.bypass, together.kl) if together else (report.selected.bypass, report.selected.kl)
-    assert bypass is not None
-    assert kl is not None
-    induce = "-" if together else f"{report.selected.induce:.2f}"
-    chosen = " and ".join(f"{score.position}, {score.layer}" for score in (report.selected, *report.further))
-    entropy = measured.cross_entropy
-    assert entropy is not None
-    assert entropy.relative_change is not None
-    rates = [
-        f"{rate.rate:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-        for rate in (measured.rates["harmful"], measured.rates["harmless"])
-    ]
-    return (
-        f"| {name} | {chosen} | {bypass:.2f} | {induce} | {kl:.3f} | {rates[0]} | {rates[1]} "
-        f"| {measured.kl_harmless:.3f} | {entropy.base:.3f} to {entropy.model:.3f}, {entropy.relative_change:+.1%} |"
-    )
-
-
 def main() -> None:
     """Extract, edit and evaluate each variant, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,11 +56,10 @@ def main() -> None:
     parser.add_argument("--kl-threshold", type=float, default=0.3)
     parser.add_argument("--every", type=int, default=3, help="evaluate every n-th test prompt")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--json", type=Path, help="write all reports here")
+    parser.add_argument("--output", type=Path, required=True, help="write all reports here")
     arguments = parser.parse_args()
     chat = load_chat_model(arguments.model, name=str(arguments.model), options=ModelOptions())
     documents = {}
-    print(HEADER, "|---|---|---|---|---|---|---|---|---|", sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         specs = save_test_prompts(place, arguments.every)
@@ -106,11 +80,9 @@ def main() -> None:
             orthogonalize_checkpoint(source=arguments.model, direction=list(extraction.directions), output=edited)
             measured = evaluate_model(model=edited, base=arguments.model, options=evaluation)
             documents[name] = {"extraction": asdict(extraction.report), "evaluation": asdict(measured)}
-            print(line(name, extraction.report, measured), flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(documents, indent=1))
-    before = documents.popitem()[1]["evaluation"]["base_rates"] if documents else {}
-    print(f"\nunchanged: {json.dumps({kind: before[kind] for kind in before})}")
+            arguments.output.write_text(json.dumps(documents, indent=1))
+            left = measured.rates["harmful"]
+            print(f"{name}: {left.refused} of {left.n} harmful prompts are still refused", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

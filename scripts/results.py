@@ -1,7 +1,8 @@
-"""Write the results in README.md and docs/extended_refusals.md anew from measurements.
+"""Write the results in README.md, docs/extended_refusals.md and docs/variants.md anew from measurements.
 
     python scripts/results.py                                    from docs/results, as it lies in the repository
     python scripts/results.py --demo build/demo --audits build/extended_refusal      from new measurements
+    python scripts/results.py --variants FILE                                        from those of the variants
 
 New measurements are first copied to docs/results: numbers only, no reply of a model is in them. What stands between
 `<!-- results: NAME -->` and `<!-- end of results -->` is replaced; the prose around it is written by hand.
@@ -18,6 +19,17 @@ REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
 KINDS = ("harmful", "harmless", "borderline")
 MODELS = ("plain", "hardened")
+# What is kept of the reports of a variant: no grid of scores, no path.
+KEPT = {
+    "extraction": (
+        "counts", "baseline", "thresholds", "recipe", "selected", "further", "together", "n_passing", "n_scored",
+        "direction_norm",
+    ),
+    "evaluation": (
+        "max_new_tokens", "scorer", "rates", "base_rates", "changes", "kl_harmless", "divergence", "cross_entropy",
+        "text_cross_entropy", "prompt_sets", "versions",
+    ),
+}  # fmt: skip
 REMARKS = {
     "single_direction": "one direction carries it",
     "few_directions": "a few directions carry it, one does not",
@@ -101,6 +113,38 @@ def intervention_row(one: dict[str, Any]) -> str:
     return " | ".join(cells)
 
 
+def variants_block(variants: dict[str, dict[str, Any]]) -> str:
+    """Return one line a variant of `extract`, for docs/variants.md."""
+    lines = [
+        "| directions | position, layer | bypass | induce | KL | harmful refused | harmless refused "
+        "| borderline refused | KL, test prompts | cross-entropy | of plain text |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    first = next(iter(variants.values()))["evaluation"]
+    entropies = [first["cross_entropy"], first["text_cross_entropy"]["bundled"]]
+    cells = ["none", "", "", "", "0", *(rate(first["base_rates"][kind]) for kind in KINDS), "0"]
+    cells += [f"{entropy['base']:.3f}" for entropy in entropies]
+    lines.append(f"| {' | '.join(cells)} |")
+    for name, one in variants.items():
+        found, measured = one["extraction"], one["evaluation"]
+        chosen, together = [found["selected"], *found["further"]], found["together"]
+        scores = together or found["selected"]
+        induce = ", ".join(f"{score['induce']:.2f}" for score in chosen)
+        entropies = [measured["cross_entropy"], measured["text_cross_entropy"]["bundled"]]
+        cells = [
+            name,
+            "; ".join(f"{score['position']}, {score['layer']}" for score in chosen),
+            f"{scores['bypass']:.2f}",
+            induce,
+            f"{scores['kl']:.3f}",
+            *(rate(measured["rates"][kind]) for kind in KINDS),
+            f"{measured['kl_harmless']:.3f}",
+            *(f"{each['model']:.3f} ({100 * each['relative_change']:+.1f} %)" for each in entropies),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def perplexity(nats: float) -> str:
     """Return the perplexity of a cross-entropy in nats a token."""
     return f"{math.exp(nats):.2f}"
@@ -144,15 +188,22 @@ def documents(results: Path, repository: Path) -> dict[Path, str]:
     """Return each document that holds results, as it should be."""
     demo = json.loads((results / "demo.json").read_text())
     audits = {name: json.loads((results / f"{name}.audit.json").read_text()) for name in MODELS}
-    readme, extended = repository / "README.md", repository / "docs" / "extended_refusals.md"
+    variants = json.loads((results / "variants.json").read_text())
+    readme, docs = repository / "README.md", repository / "docs"
     text = with_block(readme.read_text(encoding="utf-8"), "demo", demo_block(demo))
     return {
         readme: with_block(text, "audits", summary_block(audits)),
-        extended: with_block(extended.read_text(encoding="utf-8"), "audits", audits_block(audits)),
+        **{
+            docs / f"{name}.md": with_block((docs / f"{name}.md").read_text(encoding="utf-8"), block, text)
+            for name, block, text in (
+                ("extended_refusals", "audits", audits_block(audits)),
+                ("variants", "variants", variants_block(variants)),
+            )
+        },
     }
 
 
-def take(demo: Path | None, audits: Path | None, results: Path) -> None:
+def take(demo: Path | None, audits: Path | None, variants: Path | None, results: Path) -> None:
     """Copy new measurements to the results of the repository."""
     results.mkdir(parents=True, exist_ok=True)
     if demo is not None:
@@ -162,13 +213,19 @@ def take(demo: Path | None, audits: Path | None, results: Path) -> None:
         for name in MODELS:
             report = json.loads((audits / f"{name}.audit.json").read_text())
             (results / f"{name}.audit.json").write_text(json.dumps(report, indent=2) + "\n")
+    if variants is not None:
+        reports = json.loads(variants.read_text())
+        kept = {name: {part: {key: one[part][key] for key in keys} for part, keys in KEPT.items()}
+                for name, one in reports.items()}  # fmt: skip
+        (results / "variants.json").write_text(json.dumps(kept, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="directory of `make demo`")
     parser.add_argument("--audits", type=Path, help="directory of benchmarks/extended_refusal/run.py")
+    parser.add_argument("--variants", type=Path, help="what benchmarks/variants.py wrote")
     arguments = parser.parse_args()
-    take(arguments.demo, arguments.audits, RESULTS)
+    take(arguments.demo, arguments.audits, arguments.variants, RESULTS)
     for path, text in documents(RESULTS, REPOSITORY).items():
         path.write_text(text, encoding="utf-8")
