@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY
+from abliterate.audit_report import AuditThresholds
 
+REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
-import results
-
-from abliterate.audit_report import AuditThresholds
+import results  # noqa: E402
 
 
 def test_the_documents_say_what_was_measured() -> None:
