@@ -66,7 +66,7 @@ def test_new_measurements_are_taken_from_where_the_commands_leave_them(tmp_path:
     (demo / "report.json").write_text((results.RESULTS / "demo.json").read_text())
     for name in results.MODELS:
         (audits / f"{name}.audit.json").write_text((results.RESULTS / f"{name}.audit.json").read_text())
-    results.take(demo, audits, taken)
+    results.take(demo, audits, results.RESULTS / "variants.json", taken)
     assert {path.name: path.read_text() for path in taken.iterdir()} == {
         path.name: path.read_text() for path in results.RESULTS.iterdir()
     }
