@@ -507,14 +507,14 @@ def test_a_planned_edit_that_no_shard_consumed_is_an_error(single, tmp_path, dir
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen3_moe"])
-def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, direction, model_type, monkeypatch):
+@pytest.mark.parametrize(("model_type", "options"), [("gpt2", {}), ("qwen3_moe", {"num_experts": 4})])
+def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, direction, model_type, options, monkeypatch):
     monkeypatch.setattr(abliterate.projected_stretch, "_METER_BYTES", 200)
     monkeypatch.setattr(abliterate.stretches, "_COPY_BYTES", 1000)
     budget = functools.partial(abliterate.tensor_blocks.blocks_of, budget=900)
     monkeypatch.setattr(abliterate.projected_stretch, "blocks_of", budget)
     monkeypatch.setattr(abliterate.projection, "_BLOCK_ELEMENTS", 3 * D_MODEL)
-    base = save_tiny_model(tmp_path / "base", model_type, dtype=torch.bfloat16, max_shard_size="20KB")
+    base = save_tiny_model(tmp_path / "base", model_type, dtype=torch.bfloat16, max_shard_size="20KB", **options)
     reports = []
     for workers in (1, 2, 7):
         out = tmp_path / f"out-{workers}"
