@@ -17,7 +17,7 @@ def wait() -> None:
 def test_the_first_files_are_asked_for_and_no_more_than_fits(tmp_path, monkeypatch):
     for name in ("b.safetensors", "a.safetensors", "c.safetensors", "config.json"):
         (tmp_path / name).write_bytes(b"x" * 100)
-    monkeypatch.setattr(abliterate.read_ahead, "_MOST_BYTES", 150)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 60, "SC_PAGE_SIZE": 10}.__getitem__)
     monkeypatch.setattr(abliterate.read_ahead, "_REQUEST_BYTES", 40)
     asked = []
 

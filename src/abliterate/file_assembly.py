@@ -1,13 +1,15 @@
 """Making files out of stretches with several threads: some fill, others already read back what is filled.
 
 A file's stretches are read back in file order, each as soon as it and those before it are filled, so the hash of the
-file is known when its last byte has been read. What comes out does not depend on how many threads there are.
+file is known when its last byte has been read. What has been read back begins to go to the disk at once, and one more
+thread waits for it to arrive there. What comes out does not depend on how many threads there are.
 """
 
 import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,9 @@ class NewFile:
         return self.stretches[-1].end if self.stretches else 0
 
 
+# So many files may wait for the disk before another is begun.
+_MOST_OPEN = 8
+
 Done = Callable[[NewFile, WrittenFile], None]
 _Task = Callable[[Worker], None]
 
@@ -47,7 +52,7 @@ def assemble_files(files: Iterable[NewFile], *, target: Path, workers: int, done
     Args:
         files: What to make; the next is asked for only when the tasks of those before have been given out.
         target: The directory; none of the files may be there.
-        workers: Number of threads.
+        workers: Number of threads that compute.
         done: Told of each file that is whole, by one thread at a time.
         advance: Told the bytes that were written and checked, by one thread at a time.
 
@@ -118,6 +123,7 @@ class _Assembly:
         self._open: list[_OpenFile] = []
         self._fills: deque[tuple[_OpenFile, int, Fill]] = deque()
         self._error: BaseException | None = None
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
 
     def work(self, worker: Worker) -> None:
         """Do one task after another until none is left or one has failed."""
@@ -135,6 +141,7 @@ class _Assembly:
 
     def close(self) -> None:
         """Close what is still open, and raise what made a thread stop."""
+        self._finisher.shutdown()
         for each in self._open:
             each.close()
         if self._error is not None:
@@ -147,7 +154,8 @@ class _Assembly:
                     if each.is_ready:
                         each.is_busy = True
                         return self._check_of(each)
-                if not self._fills and (file := next(self._files, None)) is not None:
+                has_room = not self._fills and len(self._open) < _MOST_OPEN
+                if has_room and (file := next(self._files, None)) is not None:
                     self._open.append(_OpenFile(file, self._target))
                     self._fills.extend(self._open[-1].fills)
                     continue
@@ -169,11 +177,12 @@ class _Assembly:
 
     def _check_of(self, file: _OpenFile) -> _Task:
         if file.next_check == len(file.unfilled):
-            return lambda _worker: self._finish(file)
+            return lambda _worker: self._finish_later(file)
 
         def task(worker: Worker) -> None:
             stretch = file.file.stretches[file.next_check]
             read_back(stretch, file.target, worker, hash_bytes=file.hash.update)
+            file.target.begin_sync(stretch.start, stretch.end - stretch.start)
             with self._telling:
                 self._advance(stretch.end - stretch.start)
             with self._changed:
@@ -182,6 +191,16 @@ class _Assembly:
                 self._changed.notify_all()
 
         return task
+
+    def _finish_later(self, file: _OpenFile) -> None:
+        def finish() -> None:
+            try:
+                if self._error is None:
+                    self._finish(file)
+            except BaseException as error:
+                self.stop(error)
+
+        self._finisher.submit(finish)
 
     def _finish(self, file: _OpenFile) -> None:
         file.target.sync()

@@ -4,8 +4,8 @@ import os
 import threading
 from pathlib import Path
 
-# More than that may push other files out of the page cache, and the writer's own before they are used.
-_MOST_BYTES = 2 << 30
+# More than this share of the memory may push other files out of the page cache, and these before they are used.
+_MOST_OF_MEMORY = 0.25
 # The kernel answers a request with no more than its window, which is a few MiB.
 _REQUEST_BYTES = 2 << 20
 
@@ -22,7 +22,7 @@ def read_ahead(directory: Path, *, pattern: str = "*.safetensors") -> None:
 
 
 def _request(paths: list[Path]) -> None:
-    left = _MOST_BYTES
+    left = int(_MOST_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for path in paths:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
