@@ -1,9 +1,11 @@
 import hashlib
 import os
 import threading
+import time
 
 import pytest
 
+import abliterate.file_assembly
 import abliterate.stretches
 from abliterate.byte_ranges import SourceFile
 from abliterate.errors import CheckpointError, VerificationError
@@ -31,7 +33,7 @@ def short_stretches(monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_files_come_out_whole_with_their_hash_whatever_the_number_of_threads(tmp_path, short_stretches, workers):
-    names = [f"file-{index}" for index in range(6)] + ["below/file"]
+    names = [f"file-{index}" for index in range(20)] + ["below/file"]
     (tmp_path / "out").mkdir()
     done, seen, before = {}, [], threading.enumerate()
     traffic = assemble_files(
@@ -92,3 +94,50 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
     meddled = NewFile(name="copy", sources=file.sources, stretches=(head, *file.stretches[1:]))
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         assemble_files([meddled], target=tmp_path, workers=1, done=lambda *_: None, advance=lambda _: None)
+
+
+def test_a_disk_that_fails_when_all_is_written_stops_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    done, before = [], threading.enumerate()
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    def fail(_descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"Input/output error: .*file-\d"):
+        assemble_files(
+            (new_file(tmp_path, f"file-{index}") for index in range(20)),
+            target=tmp_path / "out",
+            workers=2,
+            done=lambda file, _written: done.append(file.name),
+            advance=lambda _bytes: None,
+        )
+    assert not done
+    assert not [thread for thread in threading.enumerate() if thread not in before]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_few_files_wait_for_a_slow_disk_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    opened, closed, most = 0, 0, []
+    fsync = os.fsync
+
+    def made(index: int) -> NewFile:
+        nonlocal opened
+        opened += 1
+        most.append(opened - closed)
+        return new_file(tmp_path, f"file-{index}")
+
+    def slow(descriptor):
+        time.sleep(0.01)
+        fsync(descriptor)
+
+    def finished(_file, _written):
+        nonlocal closed
+        closed += 1
+
+    monkeypatch.setattr(os, "fsync", slow)
+    assemble_files(map(made, range(30)), target=tmp_path / "out", workers=2, done=finished, advance=lambda _bytes: None)
+    assert closed == 30
+    assert max(most) <= abliterate.file_assembly._MOST_OPEN
