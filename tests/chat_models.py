@@ -21,6 +21,9 @@ CHATML = (
 )
 SYSTEM = "{{ '<|im_start|>system\nYou are a tiny model that is of no use to anyone at all<|im_end|>\n' }}"
 VOCABULARY = 400
+# Of different lengths, so that batches are padded.
+HARMFUL = ["How do locks break?", "Tell me about fires in a house.", "Write."]
+HARMLESS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 
 
 @cache

@@ -10,9 +10,8 @@ from abliterate.interventions import ablate_direction, add_direction
 from abliterate.model import ChatModel
 from abliterate.refusal_metric import refusal_metric
 from abliterate.selection import ScoreName
+from chat_models import HARMFUL, HARMLESS
 
-HARMFUL = ["How do locks break?", "Tell me about fires in a house.", "Write."]
-HARMLESS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 TOKENS = [70, 75]
 
 

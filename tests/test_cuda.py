@@ -12,14 +12,12 @@ from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.selection import ScoreName, Thresholds
 from abliterate.verification import verify_checkpoint
 from abliterate.write_options import WriteOptions
-from chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
 from loaded_models import stored
 from tiny_models import random_direction, save_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-HARMFUL = ["How do locks break?", "Tell me about fires in a house.", "Write."]
-HARMLESS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 SCORES: tuple[ScoreName, ...] = ("bypass", "induce", "kl", "ablated")
 ANYTHING_PASSES = ExtractionOptions(
     n_train=16,

@@ -19,11 +19,9 @@ from abliterate.selection import Thresholds
 from abliterate.streamed_loading import load_streamed_model
 from abliterate.streamed_model import StreamedChat, Variant
 from abliterate.streamed_scoring import StreamedScorer, record_streamed
-from chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
 from tiny_models import make_tiny_model
 
-HARMFUL = ["How do locks break?", "Tell me about fires in a house.", "Write."]
-HARMLESS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 TOKENS = [70, 75]
 STREAMED = ModelOptions(stream_layers=True)
 # Norms of every kind, sliding windows shorter than the prompts, blocks that return tuples, experts in one tensor and in

@@ -4,6 +4,7 @@ Positions are given with each call, so several threads can work on one file. A r
 passes through this process, and shares its blocks with the original where the file system can do that.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -154,9 +155,10 @@ class TargetFile(SourceFile):
 
     def begin_sync(self, offset: int, count: int) -> None:
         """Have the kernel begin to bring a range to the disk, so that `sync` has less to wait for; where it can."""
-        # Of pages that are not on the disk yet this drops none, and begins to write them.
         if count and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+            # Of pages that are not on the disk yet this drops none, and begins to write them. It is only advice.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk.

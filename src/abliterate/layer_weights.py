@@ -118,7 +118,7 @@ class LayerWeights:
         place = torch.zeros(weight.shape[0], dtype=torch.long, device=self.device)
         place[ids] = torch.arange(len(ids), device=self.device)
         padding, embedding.padding_idx = embedding.padding_idx, None
-        embedding._parameters["weight"] = nn.Parameter(rows.to(self.device, weight.dtype), requires_grad=False)
+        embedding._parameters["weight"] = self._placed(rows, weight.dtype)
         handle = embedding.register_forward_pre_hook(lambda _module, args: (place[args[0]], *args[1:]))
         try:
             yield
@@ -142,8 +142,7 @@ class LayerWeights:
             if parameter is not None and parameter.is_meta:
                 stored = self._find(module, name, parameter)
                 dtype = TORCH_DTYPES[stored[0][0].dtype] if module is self.plain_head else parameter.dtype
-                tensor = self._read(stored, dtype)
-                module._parameters[name] = nn.Parameter(tensor.to(self.device), requires_grad=False)
+                module._parameters[name] = self._placed(self._read(stored, dtype), dtype)
         for name, buffer in buffers.items():
             info = self._stored_as(self._full_name(module, name))
             if buffer is not None and name not in module._non_persistent_buffers_set and info is not None:
@@ -154,6 +153,9 @@ class LayerWeights:
             module._buffers.update(buffers)
 
         return empty
+
+    def _placed(self, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
 
     def _read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         if len(stored) == 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from abliterate.batching import BatchLimits, plan_batches
@@ -329,8 +330,6 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_templ
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    from safetensors import SafetensorError
-
     device = choose_device(options.device)
     if options.device_map is None:
         check_memory(path, name=name, dtype=options.dtype, device=device)

@@ -153,7 +153,7 @@ def orthogonalize(
             "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
 
-    if not dry_run:
+    if output_format is Format.checkpoint and not dry_run:
         read_ahead(Path(model).expanduser())
 
     from abliterate.edit_plan import EditOptions
