@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from abliterate.cli.options import (
     ALL_COMPONENTS,
@@ -201,7 +201,10 @@ def orthogonalize(
 
 
 def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
-    table = Table("role", "kind", "tensors", "shapes", "dtype", "max |r·W|/|W| before", "after", "max survivor")
+    table = Table("role", Column("kind", no_wrap=True), "tensors", "shapes", "dtype")
+    for name in ("before", "after", "survivor"):
+        table.add_column(name, no_wrap=True)
+    table.caption = "the largest |r·W|/|W| before and after, and share of it that survives"
     groups = dict.fromkeys((tensor.role, tensor.kind) for tensor in report.tensors)
     for role, kind in sorted(groups, key=lambda group: (COMPONENTS.index(group[0]), group[1])):
         tensors = [tensor for tensor in report.tensors if (tensor.role, tensor.kind) == (role, kind)]
@@ -236,4 +239,4 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
 
 def _largest(tensors: "list[EditedTensor]", field: str) -> str:
     values = [value for tensor in tensors if (value := getattr(tensor, field)) is not None]
-    return f"{max(values):.2e}" if values else "-"
+    return f"{max(values):.1e}" if values else "-"
