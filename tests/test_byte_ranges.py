@@ -1,11 +1,14 @@
 import errno
+import fcntl
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
 import abliterate.byte_ranges
 from abliterate.byte_ranges import SourceFile, TargetFile
+from abliterate.direct_io import AlignedMemory
 from abliterate.errors import CheckpointError
 
 CONTENT = bytes(range(256)) * 40
@@ -18,33 +21,37 @@ def source(tmp_path):
         yield file
 
 
-@pytest.mark.parametrize("error", [None, 0, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_range_is_copied_whether_the_kernel_can_or_not(source, tmp_path, monkeypatch, error):
-    if error == 0:
-        monkeypatch.delattr(os, "copy_file_range")
-    elif error is not None:
-
-        def refuse(*_arguments):
-            raise OSError(error, os.strerror(error))
-
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-    with TargetFile(tmp_path / "target", size=100) as target:
-        by_kernel = target.copy(source, start=1000, offset=10, count=80)
-    assert by_kernel == (80 if error is None else 0)
-    assert (tmp_path / "target").read_bytes() == b"\0" * 10 + CONTENT[1000:1080] + b"\0" * 10
+def clone_range(descriptor: int, code: int, request: bytes) -> int:
+    """As a file system does that shares blocks: whole ones alone, at block boundaries of both files."""
+    assert code == abliterate.byte_ranges._FICLONERANGE
+    other, start, count, offset = struct.unpack("=qQQQ", request)
+    assert start % 4096 == count % 4096 == offset % 4096 == 0
+    return os.pwrite(descriptor, os.pread(other, count, start), offset) * 0
 
 
-def test_a_kernel_that_copies_a_little_at_a_time_and_then_nothing(source, tmp_path, monkeypatch):
-    copy, left = os.copy_file_range, [7, 5, 0]
+@pytest.mark.parametrize(
+    ("start", "offset", "count", "shared"),
+    [(0, 0, 10_240, 8192), (1000, 5096, 9_000, 4096), (4096, 0, 4096, 4096), (1000, 5096, 5_000, 0), (1, 2, 9_000, 0)],
+)
+def test_a_range_is_shared_in_whole_blocks_and_its_ends_are_copied(
+    source, tmp_path, monkeypatch, start, offset, count, shared
+):
+    monkeypatch.setattr(fcntl, "ioctl", clone_range)
+    with TargetFile(tmp_path / "target", size=20_000) as target:
+        assert target.share(source, start=start, offset=offset, count=count) == shared
+    expected = CONTENT[start : start + count] if shared else bytes(count)
+    assert (tmp_path / "target").read_bytes() == bytes(offset) + expected + bytes(20_000 - offset - count)
 
-    def a_little(one, other, count, start, offset):
-        allowed = left.pop(0)
-        return copy(one, other, min(count, allowed), start, offset) if allowed else 0
 
-    monkeypatch.setattr(os, "copy_file_range", a_little)
-    with TargetFile(tmp_path / "target", size=100) as target:
-        assert target.copy(source, start=3, offset=0, count=100) == 12
-    assert (tmp_path / "target").read_bytes() == CONTENT[3:103]
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY])
+def test_where_nothing_can_be_shared_nothing_is_written(source, tmp_path, monkeypatch, error):
+    def refuse(*_arguments):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    with TargetFile(tmp_path / "target", size=10_240) as target:
+        assert target.share(source, start=0, offset=0, count=10_240) == 0
+    assert not any((tmp_path / "target").read_bytes())
 
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
@@ -74,9 +81,8 @@ def test_a_source_that_ends_too_early(source, tmp_path):
     os.truncate(tmp_path / "source", 50)
     with pytest.raises(CheckpointError, match="became shorter"):
         source.read_into(memoryview(bytearray(20)), 40)
-    with TargetFile(tmp_path / "target", size=100) as target:
-        with pytest.raises(CheckpointError, match="became shorter"):
-            target.copy(source, start=0, offset=0, count=100)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        source.read(0, 100, AlignedMemory())
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         source.check_unchanged()
 

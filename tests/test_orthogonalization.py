@@ -526,7 +526,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, direction, m
         assert {name for name in one if one[name] != other[name]} <= {"abliteration.json"}
     assert all(report.tensors == reports[0].tensors for report in reports)
     moved = reports[0].work
-    assert moved.bytes_copied + moved.bytes_written == sum(len(data) for data in one.values()) - len(
+    assert moved.bytes_shared + moved.bytes_written == sum(len(data) for data in one.values()) - len(
         one["abliteration.json"]
     ), "no byte is written twice"
 

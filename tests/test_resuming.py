@@ -180,7 +180,8 @@ def test_a_source_that_cannot_be_read_or_is_cut_while_it_is_read(
 @pytest.mark.parametrize("changed", ["model", "direction", "set of options"])
 def test_what_another_input_has_left_is_not_gone_on_with(sharded, direction_file, tmp_path, monkeypatch, changed):
     source = save_tiny_model(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="8KB")
-    monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(9, errno.ENOSPC))
+    # So late that more files have been begun than may wait for the disk: some are finished.
+    monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(40, errno.ENOSPC))
     with pytest.raises(AbliterateError, match="--resume"):
         orthogonalize_checkpoint(source=source, direction=direction_file, output=tmp_path / "out")
     monkeypatch.undo()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import abliterate.projection
 from abliterate.byte_ranges import SourceFile, TargetFile
+from abliterate.direct_io import AlignedMemory
 from abliterate.projection import ComponentMeter, block_width, component_and_norm, project_out
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, tensor_bytes
 from abliterate.scratch import Scratch
@@ -43,10 +44,10 @@ def test_blocks_give_the_bytes_of_the_whole(tmp_path_factory, shape_axis, dtype,
         assert block_width(shape[axis]) == width
         whole = project_out(weight, directions=directions, residual_axis=axis, preserve_norms=preserve_norms)
         blocks = blocks_of(info_of(shape, dtype), residual_axis=axis, budget=budget)
+        memory = AlignedMemory()
         with SourceFile(path / "source") as source, TargetFile(path / "target", size=len(prefix) + weight.nbytes) as to:
             for block in reversed(blocks):
-                buffer = memoryview(bytearray(block.nbytes))
-                block.read(source, buffer, start=len(prefix))
+                buffer = block.read(source, memory, start=len(prefix))
                 part = torch.frombuffer(buffer, dtype=weight.dtype).view(block.shape)
                 project_out(part, directions=directions, residual_axis=1, preserve_norms=preserve_norms, out=part)
                 block.write(to, buffer, start=len(prefix))

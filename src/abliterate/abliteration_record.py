@@ -83,7 +83,7 @@ class Work:
         cpu_seconds: Of all threads.
         bytes_read: Into the process, checks included.
         bytes_written: Out of the process.
-        bytes_copied: By the kernel, from file to file.
+        bytes_shared: Of the original and the copy, by the file system: neither read nor written.
         workers: Threads of each process.
         processes: Processes; CPU time is that of the first.
     """
@@ -92,7 +92,7 @@ class Work:
     cpu_seconds: float
     bytes_read: int
     bytes_written: int
-    bytes_copied: int
+    bytes_shared: int
     workers: int
     processes: int = 1
 

@@ -1,26 +1,28 @@
-"""Ranges of bytes of open files: read, written, and copied by the kernel, each at its own place.
+"""Ranges of bytes of open files: read, written, and shared between files, each at its own place.
 
-Positions are given with each call, so several threads can work on one file. A range that the kernel copies never
-passes through this process, and shares its blocks with the original where the file system can do that.
+Positions are given with each call, so several threads can work on one file. What is large moves between disk and
+memory without the page cache where that can be (see `direct_io`), and all else through it; the two may be mixed in one
+file, since the kernel keeps them consistent.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
+import struct
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from abliterate.direct_io import BOUNDARY, AlignedMemory, address, is_cached, open_direct, round_up
 from abliterate.errors import CheckpointError
 
-_CHUNK_BYTES = 4 << 20
+# Less than this is not worth a request to the disk of its own.
+_LEAST_DIRECT = 1 << 16
 
-# Of ioctl, in linux/fs.h: let one file have the blocks of another.
+# Of ioctl, in linux/fs.h: let one file have the blocks of another, all of them or a range.
 _FICLONE = 0x40049409
-
-# What a kernel or file system answers that cannot copy this way, or not between these two files.
-_CANNOT_COPY = {errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ETXTBSY, errno.EPERM}
+_FICLONERANGE = 0x4020940D
 
 
 def write_some(descriptor: int, data: memoryview, offset: int) -> int:
@@ -38,13 +40,34 @@ class SourceFile:
         CheckpointError: It cannot be opened.
     """
 
+    _FLAGS = os.O_RDONLY
+
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, self._FLAGS | os.O_CLOEXEC)
         except OSError as error:
             raise unreadable(path, error) from error
+        self._take(path, descriptor)
+
+    def _take(self, path: Path, descriptor: int) -> None:
+        self.path, self.descriptor = path, descriptor
         self._state = self._look()
+        self._direct = open_direct(path, self._FLAGS) if self.size >= _LEAST_DIRECT else None
+        self._goes_direct = self._direct is not None
+
+    def read(self, offset: int, count: int, memory: AlignedMemory) -> memoryview:
+        """Return `count` bytes from `offset` on, as far from a block boundary in `memory` as they are in the file.
+
+        Raises:
+            CheckpointError: The file cannot be read, or ends too early.
+        """
+        lead = offset % BOUNDARY
+        room = memory.take(round_up(lead + count))
+        done = lead
+        if self._goes_direct and count >= _LEAST_DIRECT and not is_cached(self.descriptor, offset, count):
+            done = max(lead, self._read_direct(room, offset - lead, lead + count))
+        self.read_into(room[done : lead + count], offset - lead + done)
+        return room[lead : lead + count]
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset` on.
@@ -54,10 +77,7 @@ class SourceFile:
         """
         done = 0
         while done < len(buffer):
-            try:
-                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise unreadable(self.path, error) from error
+            count = self._read_some(self.descriptor, buffer[done:], offset + done)
             if not count:
                 raise became_shorter(self.path)
             done += count
@@ -79,6 +99,8 @@ class SourceFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self.descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
 
     def __enter__(self) -> Self:
         return self
@@ -87,6 +109,28 @@ class SourceFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _read_direct(self, room: memoryview, start: int, least: int) -> int:
+        """Read whole blocks into `room`, until `least` bytes are there or the disk gives no whole block."""
+        done = 0
+        while self._direct is not None and done < least and done % BOUNDARY == 0:
+            try:
+                count = os.preadv(self._direct, [room[done:]], start + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise unreadable(self.path, error) from error
+                self._goes_direct = False
+                break
+            if not count:
+                break
+            done += count
+        return min(done, least)
+
+    def _read_some(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(descriptor, [buffer], offset)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
 
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self.descriptor)
@@ -104,54 +148,63 @@ class TargetFile(SourceFile):
         OSError: It cannot be made.
     """
 
+    _FLAGS = os.O_RDWR
+
     def __init__(self, path: Path, *, size: int) -> None:
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        os.ftruncate(self.descriptor, size)
-        self._state = self._look()
+        descriptor = os.open(path, self._FLAGS | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        os.ftruncate(descriptor, size)
+        self._take(path, descriptor)
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write all of `data` at `offset`.
+        """Write all of `data` at `offset`: past the page cache what lies at block boundaries of both file and memory.
 
         Raises:
             OSError: The disk is full or faulty; the error names the file.
         """
+        place = address(data) if self._goes_direct and len(data) >= _LEAST_DIRECT else None
+        is_aligned = place is not None and (place - offset) % BOUNDARY == 0
         done = 0
         while done < len(data):
+            descriptor, count = self.descriptor, len(data) - done
+            if is_aligned and self._goes_direct and self._direct is not None and count >= BOUNDARY:
+                lead = -(offset + done) % BOUNDARY
+                descriptor, count = (self.descriptor, lead) if lead else (self._direct, count - count % BOUNDARY)
             try:
-                count = write_some(self.descriptor, data[done:], offset + done)
+                written = write_some(descriptor, data[done : done + count], offset + done)
             except OSError as error:
+                if error.errno == errno.EINVAL and descriptor == self._direct:
+                    self._goes_direct = False
+                    continue
                 raise self._named(error) from error
-            if not count:
+            if not written:
                 raise OSError(errno.EIO, "nothing could be written", str(self.path))
-            done += count
+            done += written
 
-    def copy(self, source: SourceFile, *, start: int, offset: int, count: int) -> int:
-        """Copy `count` bytes of `source` from `start` on to `offset`, in the kernel where it can.
+    def share(self, source: SourceFile, *, start: int, offset: int, count: int) -> int:
+        """Have `count` bytes of `source` from `start` on at `offset`, in blocks that both files share.
 
         Returns:
-            How many of them the kernel copied.
+            How many of them are shared; the ends, which fill no block, are copied. 0: this file system cannot share,
+            or not between these files, and nothing was written.
 
         Raises:
             CheckpointError: The source cannot be read, or ends too early.
             OSError: The disk is full or faulty; the error names the file.
         """
-        done = 0
-        # Linux alone has it.
-        by_kernel = getattr(os, "copy_file_range", None)
-        while by_kernel is not None and done < count:
-            try:
-                copied = by_kernel(source.descriptor, self.descriptor, count - done, start + done, offset + done)
-            except OSError as error:
-                if error.errno not in _CANNOT_COPY:
-                    raise self._named(error) from error
-                break
-            if not copied:
-                # Some file systems copy nothing and say no more; a file that has ended is found by reading it.
-                break
-            done += copied
-        self._copy_by_hand(source, start=start + done, offset=offset + done, count=count - done)
-        return done
+        lead = -start % BOUNDARY
+        shared = (count - lead) // BOUNDARY * BOUNDARY
+        if (start - offset) % BOUNDARY or shared <= 0:
+            return 0
+        request = struct.pack("=qQQQ", source.descriptor, start + lead, shared, offset + lead)
+        try:
+            fcntl.ioctl(self.descriptor, _FICLONERANGE, request)
+        except OSError:
+            return 0
+        for first, end in ((0, lead), (lead + shared, count)):
+            part = memoryview(bytearray(end - first))
+            source.read_into(part, start + first)
+            self.write(part, offset + first)
+        return shared
 
     def begin_sync(self, offset: int, count: int) -> None:
         """Have the kernel begin to bring a range to the disk, so that `sync` has less to wait for; where it can."""
@@ -170,13 +223,6 @@ class TargetFile(SourceFile):
             os.fsync(self.descriptor)
         except OSError as error:
             raise self._named(error) from error
-
-    def _copy_by_hand(self, source: SourceFile, *, start: int, offset: int, count: int) -> None:
-        buffer = memoryview(bytearray(min(count, _CHUNK_BYTES)))
-        for done in range(0, count, _CHUNK_BYTES):
-            chunk = buffer[: min(_CHUNK_BYTES, count - done)]
-            source.read_into(chunk, start + done)
-            self.write(chunk, offset + done)
 
     def _named(self, error: OSError) -> OSError:
         return OSError(error.errno, error.strerror, str(self.path))

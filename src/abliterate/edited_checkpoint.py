@@ -1,7 +1,7 @@
 """Carrying out an edit plan: each file of the new checkpoint, as the stretches that it is made of.
 
-What is not edited is copied by the kernel, each edited tensor is written once into its place, and every file is read
-back once, which gives its hash and proves its bytes (see `stretches` and `file_assembly`).
+What is not edited is copied, or shared by the file system, each edited tensor is written once into its place, and
+every file is read back once, which gives its hash and proves its bytes (see `stretches` and `file_assembly`).
 """
 
 import json

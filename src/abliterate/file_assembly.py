@@ -1,4 +1,4 @@
-"""Making files out of stretches with several threads: some fill, others already read back what is filled.
+"""Making files out of stretches with several threads: some compute, others copy and read back what is filled.
 
 A file's stretches are read back in file order, each as soon as it and those before it are filled, so the hash of the
 file is known when its last byte has been read. What has been read back begins to go to the disk at once, and one more
@@ -52,7 +52,7 @@ def assemble_files(files: Iterable[NewFile], *, target: Path, workers: int, done
     Args:
         files: What to make; the next is asked for only when the tasks of those before have been given out.
         target: The directory; none of the files may be there.
-        workers: Number of threads that compute.
+        workers: Number of threads that compute; as many again copy and read back, so that the disk never waits for one.
         done: Told of each file that is whole, by one thread at a time.
         advance: Told the bytes that were written and checked, by one thread at a time.
 
@@ -65,8 +65,11 @@ def assemble_files(files: Iterable[NewFile], *, target: Path, workers: int, done
         OSError: A file cannot be written.
     """
     assembly = _Assembly(files, target=target, done=done, advance=advance)
-    crew = [Worker() for _ in range(workers)]
-    threads = [threading.Thread(target=assembly.work, args=(worker,), name="writer") for worker in crew]
+    crew = [Worker() for _ in range(2 * workers)]
+    threads = [
+        threading.Thread(target=assembly.work, args=(worker,), kwargs={"computes": index < workers}, name="writer")
+        for index, worker in enumerate(crew)
+    ]
     try:
         for thread in threads:
             thread.start()
@@ -95,9 +98,8 @@ class _OpenFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.target = TargetFile(path, size=file.size)
         self.hash = hashlib.sha256()
-        fills = [stretch.fills() for stretch in file.stretches]
-        self.fills = [(self, index, fill) for index, each in enumerate(fills) for fill in each]
-        self.unfilled = [len(each) for each in fills]
+        self.fills = [stretch.fills() for stretch in file.stretches]
+        self.unfilled = [len(each) for each in self.fills]
         self.next_check = 0
         self.is_busy = False
 
@@ -121,14 +123,15 @@ class _Assembly:
         self._changed = threading.Condition()
         self._telling = threading.Lock()
         self._open: list[_OpenFile] = []
-        self._fills: deque[tuple[_OpenFile, int, Fill]] = deque()
+        self._computed: deque[tuple[_OpenFile, int, Fill]] = deque()
+        self._copied: deque[tuple[_OpenFile, int, Fill]] = deque()
         self._error: BaseException | None = None
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
 
-    def work(self, worker: Worker) -> None:
-        """Do one task after another until none is left or one has failed."""
+    def work(self, worker: Worker, *, computes: bool) -> None:
+        """Do one task after another until none is left or one has failed; what is computed, if `computes`, first."""
         try:
-            while (task := self._next_task()) is not None:
+            while (task := self._next_task(computes=computes)) is not None:
                 task(worker)
         except BaseException as error:
             self.stop(error)
@@ -147,24 +150,31 @@ class _Assembly:
         if self._error is not None:
             raise self._error
 
-    def _next_task(self) -> _Task | None:
+    def _next_task(self, *, computes: bool) -> _Task | None:
         with self._changed:
             while self._error is None:
+                if computes and self._computed:
+                    return self._fill_of(*self._computed.popleft())
                 for each in self._open:
                     if each.is_ready:
                         each.is_busy = True
                         return self._check_of(each)
-                has_room = not self._fills and len(self._open) < _MOST_OPEN
-                if has_room and (file := next(self._files, None)) is not None:
-                    self._open.append(_OpenFile(file, self._target))
-                    self._fills.extend(self._open[-1].fills)
+                if self._copied:
+                    return self._fill_of(*self._copied.popleft())
+                if len(self._open) < _MOST_OPEN and (file := next(self._files, None)) is not None:
+                    self._begin(_OpenFile(file, self._target))
                     continue
-                if self._fills:
-                    return self._fill_of(*self._fills.popleft())
                 if not self._open:
                     return None
                 self._changed.wait()
         return None
+
+    def _begin(self, file: _OpenFile) -> None:
+        self._open.append(file)
+        for index, (stretch, fills) in enumerate(zip(file.file.stretches, file.fills, strict=True)):
+            queue = self._computed if stretch.is_computed else self._copied
+            queue.extend((file, index, fill) for fill in fills)
+        self._changed.notify_all()
 
     def _fill_of(self, file: _OpenFile, index: int, fill: Fill) -> _Task:
         def task(worker: Worker) -> None:

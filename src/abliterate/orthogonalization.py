@@ -111,7 +111,7 @@ def _write(
                 cpu_seconds=time.process_time() - cpu,
                 bytes_read=traffic.read,
                 bytes_written=traffic.written,
-                bytes_copied=traffic.copied,
+                bytes_shared=traffic.shared,
                 workers=writing.n_workers,
                 processes=ranks.count,
             ),

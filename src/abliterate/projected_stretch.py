@@ -48,6 +48,8 @@ class ProjectedTensor(Stretch):
         projection: What is done.
     """
 
+    is_computed = True
+
     def __init__(self, *, start: int, source: SourceFile, info: TensorInfo, name: str, projection: Projection) -> None:
         super().__init__(start=start, end=start + info.end - info.start)
         self._source, self._info, self._name, self._projection = source, info, name, projection
@@ -100,8 +102,7 @@ class ProjectedTensor(Stretch):
             )
 
     def _fill(self, index: int, block: TensorBlock, target: TargetFile, worker: Worker) -> None:
-        buffer = worker.buffer("block", block.nbytes)
-        block.read(self._source, buffer, start=self._info.start)
+        buffer = block.read(self._source, worker.memory("block"), start=self._info.start)
         stored = torch.frombuffer(buffer, dtype=self._dtype).view(block.shape)
         self._before[index] = self._measure(stored, worker)
         projection = self._projection

@@ -4,31 +4,37 @@ A stretch knows what its bytes must be, so what is read back is held against tha
 file's SHA-256. No byte is written twice, and no stretch is ever in memory whole but those that are a few bytes long.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from abliterate.byte_ranges import SourceFile, TargetFile
+from abliterate.direct_io import AlignedMemory, round_up
 from abliterate.errors import VerificationError
 from abliterate.scratch import Scratch
 
 _COPY_BYTES = 32 << 20
 _CHECK_BYTES = 1 << 20
+# Read and written at a time; a multiple of what is checked at a time.
+_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(slots=True, kw_only=True)
 class Traffic:
-    """Bytes moved: read into and written out of this process, and copied by the kernel without passing through it."""
+    """Bytes moved: read into and written out of this process, and shared between files by the file system."""
 
     read: int = 0
     written: int = 0
-    copied: int = 0
+    shared: int = 0
 
     def add(self, other: "Traffic") -> None:
         """Count what another counted."""
         self.read += other.read
         self.written += other.written
-        self.copied += other.copied
+        self.shared += other.shared
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,13 +43,11 @@ class Worker:
 
     traffic: Traffic = field(default_factory=Traffic)
     scratch: Scratch = field(default_factory=Scratch)
-    _buffers: dict[str, bytearray] = field(default_factory=dict)
+    _memories: dict[str, AlignedMemory] = field(default_factory=dict)
 
-    def buffer(self, name: str, size: int) -> memoryview:
-        """Return a buffer of `size` bytes, the same memory for a name each time, with what its last user left."""
-        if len(self._buffers.get(name, b"")) < size:
-            self._buffers[name] = bytearray(size)
-        return memoryview(self._buffers[name])[:size]
+    def memory(self, name: str) -> AlignedMemory:
+        """Return memory for bytes of files, the same for a name each time."""
+        return self._memories.setdefault(name, AlignedMemory())
 
 
 Fill = Callable[[TargetFile, Worker], None]
@@ -56,6 +60,9 @@ class Stretch(ABC):
         start: Its first byte in the new file.
         end: The byte behind its last.
     """
+
+    is_computed = False
+    """Whether filling it takes more of a processor, and of memory, than of the disk."""
 
     def __init__(self, *, start: int, end: int) -> None:
         self.start, self.end = start, end
@@ -114,7 +121,7 @@ class GivenBytes(Stretch):
 
 
 class CopiedRange(Stretch):
-    """A range of another file, copied by the kernel where it can.
+    """A range of another file, which the file system shares where it can.
 
     Args:
         start: Where in the new file.
@@ -129,6 +136,8 @@ class CopiedRange(Stretch):
     ) -> None:
         super().__init__(start=start, end=end)
         self._source, self._source_start, self._describe = source, source_start, describe
+        # Of each part that `check` gets, its sum as it was read; empty if the file system shares the range.
+        self._sums: list[int] = []
 
     def fills(self) -> Sequence[Fill]:
         """See `Stretch.fills`."""
@@ -136,22 +145,33 @@ class CopiedRange(Stretch):
 
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:
         """See `Stretch.check`."""
-        original = worker.buffer("original", len(written))
-        self._source.read_into(original, self._source_start + offset)
+        if self._sums and sum_of_words(written) == self._sums[offset // self.check_bytes]:
+            return
+        original = self._source.read(self._source_start + offset, len(written), worker.memory("original"))
         worker.traffic.read += len(original)
-        if not _equal(written, original):
-            at = next(index for index, pair in enumerate(zip(written, original, strict=True)) if pair[0] != pair[1])
+        differs = torch.frombuffer(written, dtype=torch.uint8) != torch.frombuffer(original, dtype=torch.uint8)
+        if bool(differs.any()):
             raise VerificationError(
-                f"{self._describe(offset + at)} differs, and no edit of it was planned; disk or memory may be faulty, "
-                "or the model was changed meanwhile; run again"
+                f"{self._describe(offset + int(differs.nonzero()[0]))} differs, and no edit of it was planned; disk or "
+                "memory may be faulty, or the model was changed meanwhile; run again"
             )
 
     def _fill(self, target: TargetFile, worker: Worker) -> None:
         count = self.end - self.start
-        copied = target.copy(self._source, start=self._source_start, offset=self.start, count=count)
-        worker.traffic.copied += copied
-        worker.traffic.read += count - copied
-        worker.traffic.written += count - copied
+        shared = target.share(self._source, start=self._source_start, offset=self.start, count=count)
+        worker.traffic.shared += shared
+        if shared:
+            worker.traffic.read += count - shared
+            worker.traffic.written += count - shared
+            return
+        for first in range(0, count, _CHUNK_BYTES):
+            size = min(_CHUNK_BYTES, count - first)
+            data = self._source.read(self._source_start + first, size, worker.memory("copied"))
+            parts = (data[at : at + self.check_bytes] for at in range(0, size, self.check_bytes))
+            self._sums.extend(map(sum_of_words, parts))
+            target.write(data, self.start + first)
+            worker.traffic.read += size
+            worker.traffic.written += size
 
 
 def copied_ranges(
@@ -170,15 +190,18 @@ def copied_ranges(
     def describe_from(first: int) -> Callable[[int], str]:
         return lambda at: describe(first + at)
 
+    # All but the first begin at a block boundary of the new file.
+    cuts = [start, *range(start + round_up(offset) - offset, end, _COPY_BYTES), end]
     return [
         CopiedRange(
             start=offset + first - start,
-            end=offset + min(first + _COPY_BYTES, end) - start,
+            end=offset + last - start,
             source=source,
             source_start=first,
             describe=describe_from(first),
         )
-        for first in range(start, max(end, start + 1), _COPY_BYTES)
+        for first, last in itertools.pairwise(cuts)
+        if first < last or start == end
     ]
 
 
@@ -191,14 +214,16 @@ def read_back(
         VerificationError: It is not what it must be.
     """
     for first in range(stretch.start, stretch.end, stretch.check_bytes):
-        chunk = worker.buffer(f"written {stretch.check_bytes}", min(stretch.check_bytes, stretch.end - first))
-        target.read_into(chunk, first)
-        worker.traffic.read += len(chunk)
+        size = min(stretch.check_bytes, stretch.end - first)
+        chunk = target.read(first, size, worker.memory("written"))
+        worker.traffic.read += size
         hash_bytes(chunk)
         stretch.check(chunk, offset=first - stretch.start, worker=worker)
     stretch.finish()
 
 
-def _equal(one: memoryview, other: memoryview) -> bool:
-    # A whole bytearray is compared at the speed of memory, views entry by entry.
-    return one.obj == other if len(one.obj) == len(one) else one.tobytes() == other.tobytes()  # type: ignore[arg-type]
+def sum_of_words(data: memoryview) -> int:
+    """Return the sum of the bytes' 64-bit words, modulo 2^64: one read wrongly or not written changes it."""
+    whole = len(data) // 8 * 8
+    words = torch.frombuffer(data[:whole], dtype=torch.int64) if whole else torch.zeros(1, dtype=torch.int64)
+    return (int(words.sum()) + int.from_bytes(data[whole:], "little")) % (1 << 64)

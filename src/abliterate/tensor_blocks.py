@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from abliterate.byte_ranges import SourceFile, TargetFile
+from abliterate.direct_io import AlignedMemory
 from abliterate.projection import block_width
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 
@@ -43,10 +44,14 @@ class TensorBlock:
         """Bytes of the block."""
         return self.n_pieces * self.piece_bytes
 
-    def read(self, file: SourceFile, buffer: memoryview, *, start: int) -> None:
-        """Read the block of the tensor that starts at byte `start` of a file; `buffer` has `nbytes` bytes."""
+    def read(self, file: SourceFile, memory: AlignedMemory, *, start: int) -> memoryview:
+        """Return the bytes of the block of the tensor that starts at byte `start` of a file; they lie in `memory`."""
+        if self.n_pieces == 1:
+            return file.read(start + self.offset, self.nbytes, memory)
+        buffer = memory.take(self.nbytes)
         for at, position in self._pieces(start):
             file.read_into(buffer[at : at + self.piece_bytes], position)
+        return buffer
 
     def write(self, file: TargetFile, data: memoryview, *, start: int) -> None:
         """Write the block into the tensor that starts at byte `start` of a file."""

@@ -38,7 +38,7 @@ def test_it_writes_a_checkpoint_and_a_summary(files):
         assert "F32" in row
         assert "e-08" in row or "e-09" in row
     assert f"written to {out}" in " ".join(result.stdout.split())
-    assert "copied by the kernel" in lines[-1]
+    assert "shared with the base" in lines[-1]
 
 
 def test_json_is_exactly_one_document_on_stdout(files):
@@ -46,7 +46,7 @@ def test_json_is_exactly_one_document_on_stdout(files):
     result = run(model, "--direction", direction, "-o", out, "--json")
     report = json.loads(result.stdout)
     assert report["work"]["workers"] >= 1
-    assert report["work"]["bytes_copied"] + report["work"]["bytes_written"] >= report["bytes_total"]
+    assert report["work"]["bytes_shared"] + report["work"]["bytes_written"] >= report["bytes_total"]
     record = json.loads((out / "abliteration.json").read_text())
     assert report["output"] == str(out)
     assert report["counts"] == {"embed": 1, "attn": 3, "mlp": 3}

@@ -24,7 +24,6 @@ from abliterate.cli.options import (
     parse_layers,
 )
 from abliterate.cli.output import Output
-from abliterate.read_ahead import read_ahead
 
 if TYPE_CHECKING:
     from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport
@@ -114,7 +113,10 @@ def orthogonalize(
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", min=1, help="Threads; each needs about 100 MB. Default: the cores this process may use."
+            "--workers",
+            min=1,
+            help="Threads that compute; each needs about 100 MB, and another copies beside it. Default: the cores this "
+            "process may use.",
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where the arithmetic is done: cpu, cuda, cuda:N.")] = "cpu",
@@ -152,9 +154,6 @@ def orthogonalize(
         raise typer.BadParameter(
             "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
-
-    if output_format is Format.checkpoint and not dry_run:
-        read_ahead(Path(model).expanduser())
 
     from abliterate.edit_plan import EditOptions
     from abliterate.hub import resolve_model
@@ -231,7 +230,7 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
         work = report.work
         lines.append(
             f"{work.seconds:.1f} s with {work.workers} workers, {work.cpu_seconds:.1f} s of CPU; "
-            f"{work.bytes_copied / 1e6:.1f} MB copied by the kernel, {work.bytes_read / 1e6:.1f} MB read, "
+            f"{work.bytes_shared / 1e6:.1f} MB shared with the base, {work.bytes_read / 1e6:.1f} MB read, "
             f"{work.bytes_written / 1e6:.1f} MB written"
         )
     return [table, *lines]
