@@ -154,6 +154,8 @@ class TargetFile(SourceFile):
         descriptor = os.open(path, self._FLAGS | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         os.ftruncate(descriptor, size)
         self._take(path, descriptor)
+        # The kernel must not read ahead into ranges that another thread is about to write past the page cache.
+        self._advise(0, 0, "POSIX_FADV_RANDOM")
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`: past the page cache what lies at block boundaries of both file and memory.
@@ -208,10 +210,9 @@ class TargetFile(SourceFile):
 
     def begin_sync(self, offset: int, count: int) -> None:
         """Have the kernel begin to bring a range to the disk, so that `sync` has less to wait for; where it can."""
-        if count and hasattr(os, "posix_fadvise"):
-            # Of pages that are not on the disk yet this drops none, and begins to write them. It is only advice.
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self.descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+        if count:
+            # Of pages that are not on the disk yet this drops none, and begins to write them.
+            self._advise(offset, count, "POSIX_FADV_DONTNEED")
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk.
@@ -223,6 +224,12 @@ class TargetFile(SourceFile):
             os.fsync(self.descriptor)
         except OSError as error:
             raise self._named(error) from error
+
+    def _advise(self, offset: int, count: int, advice: str) -> None:
+        # It is only advice, and not every system takes it.
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.descriptor, offset, count, getattr(os, advice))
 
     def _named(self, error: OSError) -> OSError:
         return OSError(error.errno, error.strerror, str(self.path))
