@@ -11,6 +11,9 @@ published    as the paper's authors do it: batches of 32 in the order of the pro
 exhaustive   `abliterate extract --exhaustive`
 lazy         `abliterate extract`
 
+The published way's means come out of padded batches and are rounded otherwise, which a candidate that breaks the model
+magnifies. So with `--same-directions` its directions are, untimed, scored by ours too.
+
 A token-layer is one token through one decoder block; padding counts. Loading the model is not timed. The share of the
 peak is that of the arithmetic of all matrix products with weights (attention's own are left out) over what one large
 matrix product reaches on the same device at the same time.
@@ -121,7 +124,7 @@ class Published:
                 sign = 1 if name.startswith("harmful") else -1
                 keep = (sign * self.metric(part) > 0).tolist()
                 rows[name] = [row for row, kept in zip(part, keep, strict=True) if kept]
-        candidates = self.means(rows["harmful_train"]) - self.means(rows["harmless_train"])
+        self.candidates = candidates = self.means(rows["harmful_train"]) - self.means(rows["harmless_train"])
         base = self.logits(rows["harmless_validation"])
         scores = []
         for position in range(-len(candidates), 0):
@@ -143,6 +146,32 @@ class Published:
                     }
                 )
         return scores
+
+
+def scores_by_ours(
+    published: Published, rows: dict[str, list[list[int]]], table: list[dict[str, Any]]
+) -> list[list[Any]]:
+    """Return the scores that `table` has, computed by `abliterate extract`'s scorer from the same directions."""
+    from statistics import fmean
+
+    from abliterate.candidate_scoring import CandidateScorer
+
+    scorer = CandidateScorer(
+        chat=published.chat,
+        candidates=published.candidates,
+        harmful_rows=rows["harmful_validation"],
+        harmless_rows=rows["harmless_validation"],
+        token_ids=published.token_ids,
+    )
+    keys = [(score["position"], score["layer"]) for score in table]
+    # A zero vector, as the same tokens in all prompts give, is no direction.
+    keys = [key for key in keys if published.candidates[key].norm() > 1e-9 * published.candidates.norm(dim=-1).max()]
+    found: dict[tuple[int, int], dict[str, float]] = {key: {} for key in keys}
+    for name in ("ablated", "induce"):
+        for group in scorer.groups(name, keys):
+            for key, values in zip(group, scorer.score(name, group), strict=True):
+                found[key] |= {each: fmean(numbers) for each, numbers in values.items()}
+    return [[*key, scores["bypass"], scores["induce"], scores["kl"]] for key, scores in found.items()]
 
 
 def load(arguments: argparse.Namespace) -> Any:
@@ -221,7 +250,8 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
             prefixed = with_response_prefix(chat, find_response_prefix(chat, [*few[0], *few[1]]))
             parts = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
             rows = {name: prefixed.encode(getattr(prompts, name).texts) for name in parts}
-            table = Published(prefixed, arguments.token_ids).extract(rows, filter_prompts=options.filter_prompts)
+            published = Published(prefixed, arguments.token_ids)
+            table = published.extract(rows, filter_prompts=options.filter_prompts)
             scores = [CandidateScore(**score) for score in table]
             passing = passing_candidates(scores, thresholds=options.thresholds, n_layers=chat.n_layers)
             selected, token_ids = (passing[0] if passing else None), arguments.token_ids
@@ -234,6 +264,7 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 selected, scores, token_ids = None, list(error.score_table.scores), arguments.token_ids
         synchronize(device)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    by_ours = scores_by_ours(published, rows, table) if way == "published" and arguments.same_directions else []
     in_blocks = sum(p.numel() for block in chat.blocks for p in block.parameters()) / chat.n_layers
     in_head = chat.model.get_output_embeddings().weight.numel()
     flops = 2 * (in_blocks * counts["token_layers"] + in_head * counts["head_tokens"])
@@ -252,19 +283,21 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "selected": [selected.position, selected.layer] if selected else None,
         "token_ids": token_ids,
         "scores": [[s.position, s.layer, s.bypass, s.induce, s.kl] for s in scores],
+        "by_ours": by_ours,
         "threads": torch.get_num_threads(),
     }
 
 
-def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the largest difference of scores that both ways computed."""
-    known = {(row[0], row[1]): row[2:] for row in other["scores"]}
-    return max(
+def differences(scores: list[list[Any]], other: list[list[Any]]) -> list[float]:
+    """Return the differences of scores that both ways computed, the largest first."""
+    known = {(row[0], row[1]): row[2:] for row in other}
+    found = (
         abs(a - b)
-        for row in one["scores"]
+        for row in scores
         for a, b in zip(row[2:], known[row[0], row[1]], strict=True)
         if a is not None and b is not None
     )
+    return sorted(found, reverse=True)
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -277,12 +310,19 @@ def show(results: list[dict[str, Any]]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for result in results:
         n_scores = sum(value is not None for row in result["scores"] for value in row[2:])
+        apart = differences(result["scores"], first["scores"])
         print(
             f"| {result['way']} | {result['seconds']:.1f} | {first['seconds'] / result['seconds']:.2f} x "
             f"| {result['cpu_seconds']:.1f} | {first['cpu_seconds'] / result['cpu_seconds']:.2f} x "
             f"| {result['token_layers'] / 1e6:.2f} | {result['share_of_peak']:.0%} "
             f"| {result['peak_gpu_mb'] or result['peak_rss_mb']:.0f} "
-            f"| {n_scores} | {result['selected']} | {largest_difference(result, first):.1e} |"
+            f"| {n_scores} | {result['selected']} | {apart[0]:.1e} (over 1e-4: {sum(each > 1e-4 for each in apart)}) |"
+        )
+    if first["by_ours"]:
+        apart = differences(first["by_ours"], first["scores"])
+        print(
+            f"\nGiven the published way's directions, ours differs in {len(apart)} scores by at most {apart[0]:.1e} "
+            f"(over 1e-4: {sum(each > 1e-4 for each in apart)})."
         )
 
 
@@ -299,6 +339,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated, of " + ", ".join(WAYS))
+    parser.add_argument(
+        "--same-directions", action="store_true", help="score the published way's directions by ours too"
+    )
     parser.add_argument("--json", type=Path, help="write all results here")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--token-ids", type=json.loads, default=[], help=argparse.SUPPRESS)
