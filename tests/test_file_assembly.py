@@ -21,14 +21,14 @@ def new_file(tmp_path, name: str) -> NewFile:
         (tmp_path / "source").write_bytes(CONTENT)
     source = SourceFile(tmp_path / "source")
     head = GivenBytes(start=0, data=name.encode(), name="head")
-    tail = copied_ranges(source, start=100, end=9_900, offset=head.end, describe=lambda at: f"byte {at}")
+    tail = copied_ranges(source, start=100, end=9_900, offset=head.end)
     return NewFile(name=name, sources=(source,), stretches=(head, *tail))
 
 
 @pytest.fixture
 def short_stretches(monkeypatch):
-    monkeypatch.setattr(abliterate.stretches, "_COPY_BYTES", 700)
-    monkeypatch.setattr(abliterate.stretches, "_CHECK_BYTES", 64)
+    monkeypatch.setattr(abliterate.stretches, "_STRETCH_BYTES", 700)
+    monkeypatch.setattr(abliterate.stretches, "_COPY_BYTES", 64)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -57,9 +57,7 @@ def test_files_come_out_whole_with_their_hash_whatever_the_number_of_threads(tmp
 def test_an_empty_file(tmp_path):
     (tmp_path / "empty").touch()
     source = SourceFile(tmp_path / "empty")
-    file = NewFile(
-        name="copy", sources=(source,), stretches=tuple(copied_ranges(source, start=0, end=0, offset=0, describe=str))
-    )
+    file = NewFile(name="copy", sources=(source,), stretches=tuple(copied_ranges(source, start=0, end=0, offset=0)))
     done = []
     assemble_files([file], target=tmp_path, workers=2, done=lambda *each: done.append(each), advance=lambda _: None)
     assert (tmp_path / "copy").read_bytes() == b""
@@ -69,7 +67,7 @@ def test_an_empty_file(tmp_path):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_error_of_one_thread_stops_all_and_closes_the_files(tmp_path, workers):
     class Failing(GivenBytes):
-        def check(self, written, *, offset, worker):
+        def settle(self, target, worker, *, hash_bytes):
             raise VerificationError("wrong")
 
     opened, before = len(os.listdir("/proc/self/fd")), threading.enumerate()
@@ -88,7 +86,8 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
     file = new_file(tmp_path, "copy")
 
     class Meddling(GivenBytes):
-        def finish(self):
+        def settle(self, target, worker, *, hash_bytes):
+            super().settle(target, worker, hash_bytes=hash_bytes)
             with (tmp_path / "source").open("ab") as source:
                 source.write(b"!")
 

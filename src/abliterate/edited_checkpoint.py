@@ -1,7 +1,7 @@
 """Carrying out an edit plan: each file of the new checkpoint, as the stretches that it is made of.
 
-What is not edited is copied, or shared by the file system, each edited tensor is written once into its place, and
-every file is read back once, which gives its hash and proves its bytes (see `stretches` and `file_assembly`).
+What is not edited is copied, or shared by the file system, each edited tensor is written once into its place and read
+back once, which proves its bytes, and all of them give the file's hash (see `stretches` and `file_assembly`).
 """
 
 import json
@@ -160,7 +160,7 @@ class EditedFiles:
                 return shard.dequantized_file(self._layouts[name], added=added), shard.edits
             return shard.file(added=added), shard.edits
         source = SourceFile(directory / name)
-        copied = copied_ranges(source, start=0, end=source.size, offset=0, describe=lambda at: f"{name}: byte {at}")
+        copied = copied_ranges(source, start=0, end=source.size, offset=0)
         return NewFile(name=name, sources=(source,), stretches=tuple(copied)), {}
 
     def _growth(self, shard: Shard) -> int:

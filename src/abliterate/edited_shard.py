@@ -1,6 +1,5 @@
 """One shard of an edited checkpoint, as the stretches that it is made of."""
 
-import bisect
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -101,7 +100,7 @@ class EditedShard:
     def _copy(self, shard_name: str, start: int, end: int) -> None:
         if start < end:
             source = self._source(shard_name)
-            self._add(*copied_ranges(source, start=start, end=end, offset=self._end, describe=self._describe))
+            self._add(*copied_ranges(source, start=start, end=end, offset=self._end))
 
     def _edit(self, edit: TensorEdit) -> None:
         self.edits[edit.name] = None
@@ -124,7 +123,7 @@ class EditedShard:
                 ),
             )
             self.edits[edit.name] = projected
-            self._add(projected)
+            self._add(*projected.stretches)
         elif source is not None and edit.dose is None:
             self._copy(source.shard, source.start, source.end)
         else:
@@ -187,7 +186,3 @@ class EditedShard:
             if source.size < shard.size:
                 raise became_shorter(source.path)
         return self._opened[shard_name]
-
-    def _describe(self, offset: int) -> str:
-        starts = [info.start for info in self._shard.tensors]
-        return f"{self._shard.file_name}: tensor {self._shard.tensors[bisect.bisect(starts, offset) - 1].name}"

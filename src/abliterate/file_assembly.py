@@ -1,8 +1,8 @@
-"""Making files out of stretches with several threads: some compute, others copy and read back what is filled.
+"""Making files out of stretches with several threads: some compute, others copy and read back what is computed.
 
-A file's stretches are read back in file order, each as soon as it and those before it are filled, so the hash of the
-file is known when its last byte has been read. What has been read back begins to go to the disk at once, and one more
-thread waits for it to arrive there. What comes out does not depend on how many threads there are.
+A file's stretches are settled in file order, each as soon as its own tasks are done and those before it are settled, so
+the hash of the file is known with its last byte. What is settled begins to go to the disk at once, and one more thread
+waits for it to arrive there. What comes out does not depend on how many threads there are.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from abliterate.byte_ranges import SourceFile, TargetFile
 from abliterate.hashed_files import WrittenFile
 from abliterate.progress import Advance
-from abliterate.stretches import Fill, Stretch, Traffic, Worker, read_back
+from abliterate.stretches import Fill, Stretch, Traffic, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +41,15 @@ class NewFile:
 
 # So many files may wait for the disk before another is begun.
 _MOST_OPEN = 8
+# So many files, the oldest, are computed at a time: enough that they end together, few enough that some end soon.
+_FILES_AT_ONCE = 4
 
 Done = Callable[[NewFile, WrittenFile], None]
 _Task = Callable[[Worker], None]
 
 
 def assemble_files(files: Iterable[NewFile], *, target: Path, workers: int, done: Done, advance: Advance) -> Traffic:
-    """Make files in a directory, each flushed to the disk, read back and checked.
+    """Make files in a directory, each flushed to the disk, and what is computed of them read back and checked.
 
     Args:
         files: What to make; the next is asked for only when the tasks of those before have been given out.
@@ -98,21 +100,33 @@ class _OpenFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.target = TargetFile(path, size=file.size)
         self.hash = hashlib.sha256()
-        self.fills = [stretch.fills() for stretch in file.stretches]
-        self.unfilled = [len(each) for each in self.fills]
-        self.next_check = 0
+        fills = [stretch.fills() for stretch in file.stretches]
+        self.fills = deque((index, fill) for index, each in enumerate(fills) for fill in each)
+        self.unfilled = [len(each) for each in fills]
+        self.next_to_settle = 0
         self.is_busy = False
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next stretch can be read back, or all have been."""
+        """Whether the next stretch can be settled, or all have been."""
         if self.is_busy:
             return False
-        return self.next_check == len(self.unfilled) or not self.unfilled[self.next_check]
+        return self.next_to_settle == len(self.unfilled) or not self.unfilled[self.next_to_settle]
+
+    @property
+    def left(self) -> int:
+        """Bytes that are not settled."""
+        stretches = self.file.stretches
+        return self.file.size - stretches[self.next_to_settle].start if self.next_to_settle < len(stretches) else 0
 
     def close(self) -> None:
         for each in (self.target, *self.file.sources):
             each.close()
+
+
+def _longest(files: Iterable[_OpenFile]) -> _OpenFile | None:
+    """Return the file with most left to do, so that none is left to be done alone in the end."""
+    return max(files, key=lambda file: file.left, default=None)
 
 
 class _Assembly:
@@ -123,13 +137,11 @@ class _Assembly:
         self._changed = threading.Condition()
         self._telling = threading.Lock()
         self._open: list[_OpenFile] = []
-        self._computed: deque[tuple[_OpenFile, int, Fill]] = deque()
-        self._copied: deque[tuple[_OpenFile, int, Fill]] = deque()
         self._error: BaseException | None = None
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
 
     def work(self, worker: Worker, *, computes: bool) -> None:
-        """Do one task after another until none is left or one has failed; what is computed, if `computes`, first."""
+        """Do one task after another until none is left or one has failed; stretches' own, if `computes`, first."""
         try:
             while (task := self._next_task(computes=computes)) is not None:
                 task(worker)
@@ -153,28 +165,19 @@ class _Assembly:
     def _next_task(self, *, computes: bool) -> _Task | None:
         with self._changed:
             while self._error is None:
-                if computes and self._computed:
-                    return self._fill_of(*self._computed.popleft())
-                for each in self._open:
-                    if each.is_ready:
-                        each.is_busy = True
-                        return self._check_of(each)
-                if self._copied:
-                    return self._fill_of(*self._copied.popleft())
-                if len(self._open) < _MOST_OPEN and (file := next(self._files, None)) is not None:
-                    self._begin(_OpenFile(file, self._target))
+                if computes and (file := _longest(each for each in self._open[:_FILES_AT_ONCE] if each.fills)):
+                    return self._fill_of(file, *file.fills.popleft())
+                if file := _longest(each for each in self._open if each.is_ready):
+                    file.is_busy = True
+                    return self._settling_of(file)
+                if len(self._open) < _MOST_OPEN and (new := next(self._files, None)) is not None:
+                    self._open.append(_OpenFile(new, self._target))
+                    self._changed.notify_all()
                     continue
                 if not self._open:
                     return None
                 self._changed.wait()
         return None
-
-    def _begin(self, file: _OpenFile) -> None:
-        self._open.append(file)
-        for index, (stretch, fills) in enumerate(zip(file.file.stretches, file.fills, strict=True)):
-            queue = self._computed if stretch.is_computed else self._copied
-            queue.extend((file, index, fill) for fill in fills)
-        self._changed.notify_all()
 
     def _fill_of(self, file: _OpenFile, index: int, fill: Fill) -> _Task:
         def task(worker: Worker) -> None:
@@ -185,18 +188,18 @@ class _Assembly:
 
         return task
 
-    def _check_of(self, file: _OpenFile) -> _Task:
-        if file.next_check == len(file.unfilled):
+    def _settling_of(self, file: _OpenFile) -> _Task:
+        if file.next_to_settle == len(file.unfilled):
             return lambda _worker: self._finish_later(file)
 
         def task(worker: Worker) -> None:
-            stretch = file.file.stretches[file.next_check]
-            read_back(stretch, file.target, worker, hash_bytes=file.hash.update)
+            stretch = file.file.stretches[file.next_to_settle]
+            stretch.settle(file.target, worker, hash_bytes=file.hash.update)
             file.target.begin_sync(stretch.start, stretch.end - stretch.start)
             with self._telling:
                 self._advance(stretch.end - stretch.start)
             with self._changed:
-                file.next_check += 1
+                file.next_to_settle += 1
                 file.is_busy = False
                 self._changed.notify_all()
 

@@ -4,7 +4,7 @@ Works on files, never on a loaded model. The plan is made from the headers; then
 for byte except for the residual writers, which are projected (see `projection` for the mathematics and for
 when the result equals ablating activations). Names, order, dtypes, offsets, metadata and the index stay as
 they were, and so does every other file, unless tensors must be added (an untied head, a bias that is switched
-on). The new directory is reread and checked before it appears, whole.
+on). What was edited is read back and measured before the new directory appears, whole.
 """
 
 import dataclasses
@@ -174,7 +174,7 @@ def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReport
 
 
 def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit]) -> None:
-    """Check that all was done that was planned and nothing else; every byte has been reread while it was written."""
+    """Check that all was done that was planned and nothing else; what was edited has been read back already."""
     missed = sorted({edit.name for edit in plan.edits} - made.keys())
     if missed:
         raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")

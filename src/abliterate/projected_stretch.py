@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from abliterate.byte_ranges import SourceFile, TargetFile
-from abliterate.errors import CheckpointError, VerificationError
-from abliterate.projection import ComponentMeter, project_out
+from abliterate.errors import CheckpointError
+from abliterate.projection import ComponentMeter, NormSums, project_out
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
-from abliterate.stretches import Fill, Stretch, Worker
+from abliterate.stretches import ComputedStretch, Fill, Worker, changed_on_the_way
 from abliterate.tensor_blocks import TensorBlock, blocks_of
 
 _METER_BYTES = 1 << 20
@@ -37,7 +37,7 @@ class Projection:
     device: str = "cpu"
 
 
-class ProjectedTensor(Stretch):
+class ProjectedTensor:
     """A tensor of another file with directions projected out.
 
     Args:
@@ -46,66 +46,45 @@ class ProjectedTensor(Stretch):
         info: The original.
         name: What it is called in the new file, with the shard.
         projection: What is done.
+
+    Attributes:
+        stretches: What it is made of, in file order: a block each where a block is one range of the file.
     """
 
-    is_computed = True
-
     def __init__(self, *, start: int, source: SourceFile, info: TensorInfo, name: str, projection: Projection) -> None:
-        super().__init__(start=start, end=start + info.end - info.start)
-        self._source, self._info, self._name, self._projection = source, info, name, projection
-        self._dtype = TORCH_DTYPES[info.dtype]
-        self._blocks = blocks_of(info, residual_axis=projection.residual_axis)
-        self._before: list[tuple[float, float]] = [(0.0, 0.0)] * len(self._blocks)
-        self._sums = [0] * len(self._blocks)
-        self._meter = ComponentMeter(projection.directions, shape=info.shape, residual_axis=projection.residual_axis)
-        self._row_bytes = self._meter.row_length * self._dtype.itemsize
+        self.name, self.projection = name, projection
+        self.dtype = TORCH_DTYPES[info.dtype]
+        blocks = blocks_of(info, residual_axis=projection.residual_axis)
+        self.meter = ComponentMeter(projection.directions, shape=info.shape, residual_axis=projection.residual_axis)
         # The widest words of which every piece of a block, and so every row, holds a whole number.
-        lengths = [self._row_bytes, *(block.piece_bytes for block in self._blocks)]
-        self._word = _WORDS[math.gcd(8, *lengths)]
-        self._sum_read = 0
+        lengths = [self.meter.row_length * self.dtype.itemsize, *(block.piece_bytes for block in blocks)]
+        self.word = _WORDS[math.gcd(8, *lengths)]
+        are_ranges = all(block.n_pieces == 1 for block in blocks)
+        groups = [(block,) for block in blocks] if are_ranges else [blocks]
+        self.stretches = tuple(
+            ProjectedBlocks(group, tensor=self, source=source, source_start=info.start, start=start) for group in groups
+        )
+        self._original = f"{source.path.parent}: tensor {info.name}"
 
     @property
     def before(self) -> tuple[float, float]:
         """|U W| and |W| of the original, once all tasks are done."""
-        along, total = (math.sqrt(math.fsum(part[i] ** 2 for part in self._before)) for i in (0, 1))
-        return along, total
+        parts = [part for stretch in self.stretches for part in stretch.before]
+        along = math.fsum(part.along_squared for part in parts)
+        return math.sqrt(along), math.sqrt(math.fsum(part.total_squared for part in parts))
 
     @property
     def after(self) -> tuple[float, float]:
         """|U W'| and |W'| of what was read back."""
-        return self._meter.result()
+        return self.meter.result()
 
-    @property
-    def check_bytes(self) -> int:
-        """See `Stretch.check_bytes`: whole rows."""
-        return max(1, _METER_BYTES // self._row_bytes) * self._row_bytes
+    def project(self, stored: Tensor, worker: Worker) -> NormSums:
+        """Project a block, in its place, and return |U W| and |W| of what it was.
 
-    def fills(self) -> Sequence[Fill]:
-        """See `Stretch.fills`: a task a block."""
-
-        def fill_of(index: int, block: TensorBlock) -> Fill:
-            return lambda target, worker: self._fill(index, block, target, worker)
-
-        return [fill_of(index, block) for index, block in enumerate(self._blocks)]
-
-    def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
-        """See `Stretch.check`."""
-        rows = torch.frombuffer(written, dtype=self._dtype).view(-1, self._meter.row_length)
-        self._meter.add(rows, scratch=worker.scratch)
-        self._sum_read += self._sum(written)
-
-    def finish(self) -> None:
-        """See `Stretch.finish`."""
-        if self._sum_read % (1 << 64) != sum(self._sums) % (1 << 64):
-            raise VerificationError(
-                f"{self._name}, reread, is not what was written; disk or memory may be faulty, run again"
-            )
-
-    def _fill(self, index: int, block: TensorBlock, target: TargetFile, worker: Worker) -> None:
-        buffer = block.read(self._source, worker.memory("block"), start=self._info.start)
-        stored = torch.frombuffer(buffer, dtype=self._dtype).view(block.shape)
-        self._before[index] = self._measure(stored, worker)
-        projection = self._projection
+        Raises:
+            CheckpointError: It is not finite.
+        """
+        projection, before = self.projection, NormSums()
         moved = stored.to(projection.device)
         new = project_out(
             moved,
@@ -115,31 +94,80 @@ class ProjectedTensor(Stretch):
             preserve_norms=projection.preserve_norms,
             out=moved,
             scratch=worker.scratch,
+            before=before,
         )
+        if not math.isfinite(before.total_squared):
+            raise CheckpointError(f"{self._original} holds NaN or infinite values; download the checkpoint again")
         if new is not stored:
             stored.copy_(new)
+        return before
+
+
+class ProjectedBlocks(ComputedStretch):
+    """Blocks of a projected tensor that together are one range of the file.
+
+    Args:
+        blocks: Which.
+        tensor: The tensor.
+        source: The file that holds the original, open.
+        source_start: Where the original begins in it.
+        start: Where the tensor begins in the new file.
+
+    Attributes:
+        before: Of each block, |U W| and |W| of the original; once all tasks are done.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[TensorBlock],
+        *,
+        tensor: ProjectedTensor,
+        source: SourceFile,
+        source_start: int,
+        start: int,
+    ) -> None:
+        first = start + (blocks[0].offset if blocks else 0)
+        super().__init__(start=first, end=first + sum(block.nbytes for block in blocks))
+        self.before = [NormSums()] * len(blocks)
+        self._blocks, self._tensor, self._tensor_start = blocks, tensor, start
+        self._source, self._source_start = source, source_start
+        self._sums = [0] * len(blocks)
+        self._sum_read = 0
+
+    @property
+    def check_bytes(self) -> int:
+        """See `ComputedStretch.check_bytes`: whole rows."""
+        row_bytes = self._tensor.meter.row_length * self._tensor.dtype.itemsize
+        return max(1, _METER_BYTES // row_bytes) * row_bytes
+
+    def fills(self) -> Sequence[Fill]:
+        """See `ComputedStretch.fills`: a task a block."""
+
+        def fill_of(index: int, block: TensorBlock) -> Fill:
+            return lambda target, worker: self._fill(index, block, target, worker)
+
+        return [fill_of(index, block) for index, block in enumerate(self._blocks)]
+
+    def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
+        """See `ComputedStretch.check`."""
+        rows = torch.frombuffer(written, dtype=self._tensor.dtype).view(-1, self._tensor.meter.row_length)
+        self._tensor.meter.add(rows, scratch=worker.scratch)
+        self._sum_read += self._sum(written)
+
+    def finish(self) -> None:
+        """See `ComputedStretch.finish`."""
+        if self._sum_read % (1 << 64) != sum(self._sums) % (1 << 64):
+            raise changed_on_the_way(self._tensor.name)
+
+    def _fill(self, index: int, block: TensorBlock, target: TargetFile, worker: Worker) -> None:
+        buffer = block.read(self._source, worker.memory("block"), start=self._source_start)
+        stored = torch.frombuffer(buffer, dtype=self._tensor.dtype).view(block.shape)
+        self.before[index] = self._tensor.project(stored, worker)
         self._sums[index] = self._sum(buffer)
-        block.write(target, buffer, start=self.start)
+        block.write(target, buffer, start=self._tensor_start)
         worker.traffic.read += block.nbytes
         worker.traffic.written += block.nbytes
 
-    def _measure(self, block: Tensor, worker: Worker) -> tuple[float, float]:
-        # What is left of the component after the edit takes float64 to measure; what there was before does not, unless
-        # the numbers themselves are finer.
-        dtype = torch.float32 if self._dtype == torch.bfloat16 else torch.float64
-        meter = ComponentMeter(self._projection.directions, shape=block.shape, residual_axis=1, dtype=dtype)
-        rows = block.view(-1, meter.row_length)
-        step = max(1, _METER_BYTES // (meter.row_length * self._dtype.itemsize))
-        for first in range(0, len(rows), step):
-            meter.add(rows[first : first + step], scratch=worker.scratch)
-        along, norm = meter.result()
-        if not math.isfinite(norm):
-            raise CheckpointError(
-                f"{self._source.path.parent}: tensor {self._info.name} holds NaN or infinite values; "
-                "download the checkpoint again"
-            )
-        return along, norm
-
     def _sum(self, data: memoryview) -> int:
         # A sum of words does not depend on their order, so blocks of columns and rows of the file have the same.
-        return int(torch.frombuffer(data, dtype=self._word).sum(dtype=torch.int64))
+        return int(torch.frombuffer(data, dtype=self._tensor.word).sum(dtype=torch.int64))

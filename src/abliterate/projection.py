@@ -121,6 +121,7 @@ def project_out(
     preserve_norms: bool = False,
     out: Tensor | None = None,
     scratch: Scratch | None = None,
+    before: "NormSums | None" = None,
 ) -> Tensor:
     """Return W - strength * U^T (U W), rounded with feedback, with U an orthonormal basis of `directions`.
 
@@ -135,6 +136,7 @@ def project_out(
             its own, would put the direction back. One that lay along U altogether stays as the edit left it.
         out: Where to write the result, contiguous; `weight` itself will do. None makes a new tensor.
         scratch: Memory to work in, for who calls again and again.
+        before: Is told |U W| and |W|, with the accuracy of the arithmetic.
 
     Returns:
         A tensor of the shape and dtype of `weight`. Blocks of `block_width` vectors are edited one by one, so a
@@ -154,8 +156,26 @@ def project_out(
         if not len(basis):
             new.copy_(old)
         else:
-            _project_block(old, new, spans, memory, strength=strength, preserve_norms=preserve_norms)
+            _project_block(old, new, spans, memory, strength=strength, preserve_norms=preserve_norms, sums=before)
     return edited
+
+
+class NormSums:
+    """|U W| and |W| of a tensor, Frobenius norms, as sums over its blocks.
+
+    Attributes:
+        along_squared: |U W|^2 of the blocks so far.
+        total_squared: |W|^2 of them.
+    """
+
+    def __init__(self) -> None:
+        self.along_squared = self.total_squared = 0.0
+
+    def add(self, along: Tensor, block: Tensor) -> None:
+        """Count a block [d_model, n], of which `along` [k, n] is U times it."""
+        flat = (block if block.is_contiguous() else block.T).reshape(-1)
+        self.along_squared += float(along.square().sum(dtype=torch.float64))
+        self.total_squared += float(torch.dot(flat, flat))
 
 
 def block_width(d_model: int) -> int:
@@ -348,11 +368,20 @@ def _spans(directions: Tensor) -> tuple[_Span, ...]:
 
 
 def _project_block(
-    old: Tensor, new: Tensor, spans: tuple[_Span, ...], memory: _Block, *, strength: float, preserve_norms: bool
+    old: Tensor,
+    new: Tensor,
+    spans: tuple[_Span, ...],
+    memory: _Block,
+    *,
+    strength: float,
+    preserve_norms: bool,
+    sums: NormSums | None,
 ) -> None:
     directions = spans[0].directions
     exact = memory.exact(old)
     before = directions @ exact
+    if sums is not None:
+        sums.add(before, exact)
     norms = torch.linalg.vector_norm(exact, dim=0) if preserve_norms else None
     wanted = (1 - strength) * before
     exact.addmm_(directions.T, before, alpha=-strength)

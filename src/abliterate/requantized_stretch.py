@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from abliterate.byte_ranges import TargetFile
-from abliterate.errors import CheckpointError, VerificationError
+from abliterate.errors import CheckpointError
 from abliterate.projection import project_out
 from abliterate.quantized_formats import decode, refitted_scales, requantize
 from abliterate.safetensors_file import Encoding, TensorInfo, encoded_matrices, read_codes, tensor_bytes
-from abliterate.stretches import Fill, Stretch, Worker
+from abliterate.stretches import ComputedStretch, Fill, Worker, changed_on_the_way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class QuantizedEdit:
         )
 
 
-class MadeMatrices(Stretch):
+class MadeMatrices(ComputedStretch):
     """A tensor that is made matrix by matrix: new codes or scales, or the numbers they mean.
 
     Args:
@@ -123,8 +123,6 @@ class MadeMatrices(Stretch):
         name: What the tensor is called in the new file, with the shard.
     """
 
-    is_computed = True
-
     def __init__(self, *, start: int, nbytes: int, make: Callable[[int], Tensor], matrices: int, name: str) -> None:
         super().__init__(start=start, end=start + nbytes)
         self._make, self._name = make, name
@@ -133,7 +131,7 @@ class MadeMatrices(Stretch):
         self._sum_read = 0
 
     def fills(self) -> Sequence[Fill]:
-        """See `Stretch.fills`: a task a matrix."""
+        """See `ComputedStretch.fills`: a task a matrix."""
 
         def fill_of(index: int) -> Fill:
             return lambda target, worker: self._fill(index, target, worker)
@@ -141,15 +139,13 @@ class MadeMatrices(Stretch):
         return [fill_of(index) for index in range(len(self._sums))]
 
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
-        """See `Stretch.check`."""
+        """See `ComputedStretch.check`."""
         while written:
             index, at = divmod(offset, self._matrix_bytes)
             part = written[: self._matrix_bytes - at]
             self._sum_read = zlib.crc32(part, self._sum_read if at else 0)
             if at + len(part) == self._matrix_bytes and self._sum_read != self._sums[index]:
-                raise VerificationError(
-                    f"{self._name}, reread, is not what was written; disk or memory may be faulty, run again"
-                )
+                raise changed_on_the_way(self._name)
             written, offset = written[len(part) :], offset + len(part)
 
     def _fill(self, index: int, target: TargetFile, worker: Worker) -> None:

@@ -133,7 +133,5 @@ def _copy(
 
 def _copy_of(source: Path, name: str) -> NewFile:
     original = SourceFile(source / name)
-    stretches = copied_ranges(
-        original, start=0, end=original.size, offset=0, describe=lambda at: f"{name}: byte {at}, reread,"
-    )
+    stretches = copied_ranges(original, start=0, end=original.size, offset=0)
     return NewFile(name=name, sources=(original,), stretches=tuple(stretches))

@@ -127,8 +127,9 @@ def orthogonalize(
     """Write a copy of MODEL whose weights cannot write along the direction.
 
     Every tensor that writes to the residual stream is projected, W <- W - r (r^T W); all else is copied byte
-    for byte. Give --direction several times to project out what several directions span. What was written is
-    reread and checked before OUT appears, whole or not at all, with a complete record in abliteration.json.
+    for byte. Give --direction several times to project out what several directions span. What was edited is
+    read back from the disk and measured before OUT appears, whole or not at all, with a complete record in
+    abliteration.json.
 
     A run that is interrupted, or finds the disk full, keeps its finished shards in .OUT.partial beside OUT, and
     --resume goes on from there. `torchrun --nproc-per-node N -m abliterate orthogonalize ...`, or another launcher
