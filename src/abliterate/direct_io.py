@@ -18,10 +18,7 @@ BOUNDARY = 4096
 
 # The system call has the same number on every architecture of Linux but one. It is there since version 6.5.
 _CACHESTAT = 451
-_HAS_CACHESTAT = sys.platform == "linux" and platform.machine() != "alpha"
-
-
-_LIBC = ctypes.CDLL(None) if _HAS_CACHESTAT else None
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" and platform.machine() != "alpha" else None
 
 
 class AlignedMemory:
