@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from abliterate.cli import app
 from abliterate.directions import make_direction
 
 TINY = ["--n-train", "8", "--n-val", "2", "--no-filter", "--refusal-token", "I"]
@@ -49,6 +50,13 @@ def test_help_is_light_and_documents_the_exit_codes() -> None:
         "3 no candidate",
     ):
         assert text in " ".join(done.stdout.split())
+
+
+def test_the_terminal_breaks_the_lines_of_help() -> None:
+    # Typer keeps the breaks of a text, and wraps at the terminal's width besides.
+    for command in app.registered_commands:
+        assert command.help
+        assert "\n" not in command.help.replace("\n\n", "")
 
 
 @pytest.mark.parametrize(

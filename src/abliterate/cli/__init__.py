@@ -1,9 +1,11 @@
 """The command line: registration, `--version`, and the one error boundary."""
 
+import inspect
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -42,8 +44,15 @@ app = typer.Typer(
     add_completion=False,
 )
 
+
+def _help_of(command: Callable[..., None]) -> str:
+    """Return a docstring with each paragraph in one line: the terminal wraps it, and Typer keeps breaks as they are."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 for _command in (extract, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, prompts, demo):
-    app.command(epilog=EXIT_CODES)(_command)
+    app.command(help=_help_of(_command), epilog=EXIT_CODES)(_command)
 
 
 def _print_version(value: bool) -> None:
