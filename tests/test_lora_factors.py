@@ -59,7 +59,9 @@ def test_what_merging_gives_is_measured_on_the_rounded_sum(kind, dtype):
     result = merge_factors(old, found, spanned, directions=directions, residual_axis=axis)
     turned = old if axis == old.dim() - 2 else old.transpose(-1, -2)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    merged = (turned.to(wide) + spanned.to(wide).transpose(-1, -2) @ found).to(dtype).double()
+    # Matrix by matrix: a batched product may be summed in another order.
+    change = torch.stack([span.T @ part for span, part in zip(spanned.to(wide), found, strict=True)])
+    merged = (turned.to(wide) + change).to(dtype).double()
     assert result.along_before == pytest.approx(float((directions @ turned.double()).norm()))
     assert result.norm_before == pytest.approx(float(old.double().norm()))
     assert result.along_after == pytest.approx(float((directions @ merged).norm()), abs=1e-13)

@@ -21,11 +21,19 @@ PROMPTS = [
     "Tell me a story.",
 ]
 TOKENS = [70, 75]
+# The tiny model with linear attention is ill-conditioned: one unit in the last place of its embeddings moves its logits
+# by up to 1.7e-4, as measured with AVX-512.
+TOLERANCES = {"linear attention": 1e-3}
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def tolerance(kind: str) -> float:
+    return TOLERANCES.get(kind, 1e-4)
 
 
 @pytest.fixture
@@ -38,12 +46,12 @@ def plain_logits(chat: ChatModel, rows: list[list[int]]) -> Tensor:
     return torch.stack([chat.model(torch.tensor([row])).logits[0, -1].float() for row in rows])
 
 
-def test_logits_with_a_cached_prefix_equal_uncached_ones(chat: ChatModel, kind: str) -> None:
+def test_logits_with_a_cached_prefix_equal_uncached_ones(chat: ChatModel, kind: str, tolerance: float) -> None:
     rows = chat.encode(PROMPTS)
     cache, n_cached = chat.share_prefix(rows)
     assert (cache is not None) == (kind in CACHED)
     assert (n_cached > 8) == (kind in CACHED)
-    assert torch.allclose(chat.last_logits(rows), plain_logits(chat, rows), atol=1e-4)
+    assert torch.allclose(chat.last_logits(rows), plain_logits(chat, rows), atol=tolerance)
 
 
 def test_a_window_shorter_than_a_row_would_be_wrong_with_padding() -> None:
@@ -58,7 +66,7 @@ def test_a_window_shorter_than_a_row_would_be_wrong_with_padding() -> None:
     assert wide.shareable_prefix(rows) > 8
 
 
-def test_recorded_activations_equal_output_hidden_states(chat: ChatModel) -> None:
+def test_recorded_activations_equal_output_hidden_states(chat: ChatModel, tolerance: float) -> None:
     rows = chat.encode(PROMPTS)
     recording = record(chat, rows)
     n_positions = chat.chat_format.n_positions
@@ -66,11 +74,11 @@ def test_recorded_activations_equal_output_hidden_states(chat: ChatModel) -> Non
         with torch.inference_mode():
             out = chat.model(torch.tensor([row]), output_hidden_states=True)
         expected = torch.stack(out.hidden_states[: chat.n_layers], dim=2)[0, -n_positions:]
-        assert torch.allclose(recording.activations[i].float(), expected, atol=1e-4)
-        assert torch.allclose(recording.logits[i], out.logits[0, -1], atol=1e-4)
+        assert torch.allclose(recording.activations[i].float(), expected, atol=tolerance)
+        assert torch.allclose(recording.logits[i], out.logits[0, -1], atol=tolerance)
 
 
-def test_scores_of_candidates_in_one_batch_equal_plain_passes(chat: ChatModel) -> None:
+def test_scores_of_candidates_in_one_batch_equal_plain_passes(chat: ChatModel, tolerance: float) -> None:
     harmful, harmless = chat.encode(PROMPTS[:3]), chat.encode(PROMPTS[2:])
     shape = (chat.chat_format.n_positions, chat.n_layers, chat.d_model)
     candidates = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -88,8 +96,8 @@ def test_scores_of_candidates_in_one_batch_equal_plain_passes(chat: ChatModel) -
             kl = float(kl_divergence(base, plain_logits(chat, harmless)).mean())
         with add_direction(chat, vector, layer=layer):
             induce = float(refusal_metric(plain_logits(chat, harmless), token_ids=TOKENS).mean())
-        assert mean(induced[i]["induce"]) == pytest.approx(induce, abs=1e-4)
+        assert mean(induced[i]["induce"]) == pytest.approx(induce, abs=tolerance)
         for scores in (both[i], bypassed[i]):
-            assert mean(scores["bypass"]) == pytest.approx(bypass, abs=1e-4)
+            assert mean(scores["bypass"]) == pytest.approx(bypass, abs=tolerance)
         for scores in (both[i], diverged[i]):
-            assert mean(scores["kl"]) == pytest.approx(kl, abs=1e-4)
+            assert mean(scores["kl"]) == pytest.approx(kl, abs=tolerance)
