@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from abliterate.byte_ranges import SourceFile, TargetFile
@@ -41,7 +42,8 @@ class NewFile:
 
 # So many files may wait for the disk before another is begun.
 _MOST_OPEN = 8
-# So many files, the oldest, are computed at a time: enough that they end together, few enough that some end soon.
+# So many files, the oldest with anything to compute, are computed at a time: enough that they end together, few enough
+# that some end soon.
 _FILES_AT_ONCE = 4
 
 Done = Callable[[NewFile, WrittenFile], None]
@@ -165,7 +167,7 @@ class _Assembly:
     def _next_task(self, *, computes: bool) -> _Task | None:
         with self._changed:
             while self._error is None:
-                if computes and (file := _longest(each for each in self._open[:_FILES_AT_ONCE] if each.fills)):
+                if computes and (file := _longest(islice((each for each in self._open if each.fills), _FILES_AT_ONCE))):
                     return self._fill_of(file, *file.fills.popleft())
                 if file := _longest(each for each in self._open if each.is_ready):
                     file.is_busy = True
