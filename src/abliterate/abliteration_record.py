@@ -83,7 +83,7 @@ class Work:
         cpu_seconds: Of all threads.
         bytes_read: Into the process, checks included.
         bytes_written: Out of the process.
-        bytes_shared: Of the original and the copy, by the file system: neither read nor written.
+        bytes_shared: Of the original and the copy, by the file system: not written again.
         workers: Threads of each process.
         processes: Processes; CPU time is that of the first.
     """

@@ -77,7 +77,10 @@ class SourceFile:
         """
         done = 0
         while done < len(buffer):
-            count = self._read_some(self.descriptor, buffer[done:], offset + done)
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise unreadable(self.path, error) from error
             if not count:
                 raise became_shorter(self.path)
             done += count
@@ -125,12 +128,6 @@ class SourceFile:
                 break
             done += count
         return min(done, least)
-
-    def _read_some(self, descriptor: int, buffer: memoryview, offset: int) -> int:
-        try:
-            return os.preadv(descriptor, [buffer], offset)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
 
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self.descriptor)

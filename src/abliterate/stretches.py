@@ -7,6 +7,7 @@ memory whole but those that are a few bytes long.
 
 import itertools
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -43,11 +44,11 @@ class Worker:
 
     traffic: Traffic = field(default_factory=Traffic)
     scratch: Scratch = field(default_factory=Scratch)
-    _memories: dict[str, AlignedMemory] = field(default_factory=dict)
+    _memories: defaultdict[str, AlignedMemory] = field(default_factory=lambda: defaultdict(AlignedMemory))
 
     def memory(self, name: str) -> AlignedMemory:
         """Return memory for bytes of files, the same for a name each time."""
-        return self._memories.setdefault(name, AlignedMemory())
+        return self._memories[name]
 
 
 Fill = Callable[[TargetFile, Worker], None]
@@ -122,7 +123,7 @@ class CopiedRange(Stretch):
                 target.write(data, self.start + first)
             hash_bytes(data)
         worker.traffic.read += count
-        worker.traffic.written += 0 if shared else count
+        worker.traffic.written += count - shared
         worker.traffic.shared += shared
 
 
