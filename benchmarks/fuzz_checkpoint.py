@@ -1,10 +1,10 @@
 """Checkpoints broken at random for minutes: each is edited or refused with a known error, and nothing else happens.
 
-    python benchmarks/fuzz_checkpoint.py [--minutes 10] [--seed 0] [--json FILE]
+    python -m benchmarks.fuzz_checkpoint [--minutes 10] [--seed 0] [--json FILE]
 
 Six tiny checkpoints (llama sharded and tied, gpt2, gemma2 sharded, mixtral, a llava wrapper) are copied and broken by
-`tests/checkpoint_mutations.py`: bytes and structure of headers, index and config, tensors renamed, reshaped and filled
-with NaN, files cut, swapped, or replaced by pipes, directories and links. On each, `open_checkpoint`, `plan_edit`, and
+`tests/support/checkpoint_mutations.py`: bytes and structure of headers, index and config, tensors renamed, reshaped and
+filled with NaN, files cut, swapped, or replaced by pipes, directories and links. On each, `open_checkpoint`, `plan_edit`, and
 `orthogonalize_checkpoint` without and with an output are run, with one of several options.
 
 It fails (exit code 1) on an exception that is not an AbliterateError, on a message of several lines, on a try that
@@ -27,10 +27,8 @@ from pathlib import Path
 from random import Random
 from types import FrameType
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from checkpoint_mutations import make_bases
-from fuzzing import attempt, make_fuzz_direction
+from tests.support.checkpoint_mutations import make_bases
+from tests.support.fuzzing import attempt, make_fuzz_direction
 
 _MEMORY_BYTES = 4 << 30
 

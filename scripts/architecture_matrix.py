@@ -1,6 +1,6 @@
 """Run the conformance check on every model type and write docs/architectures.md.
 
-    python scripts/architecture_matrix.py
+    python -m scripts.architecture_matrix
 
 Takes a few minutes on one core; exits with 1 and writes nothing if a type that is not refused is not exact.
 """
@@ -9,14 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 import transformers
 
 from abliterate.refused_architectures import refusal
-from conformance import CLEAN, DIRTY, REFUSED_TYPES, TEXT_TYPES, WRAPPER_TYPES, build_model, check
-from conformance_models import VARIANTS
-from matrix import HEADER, MATRIX, exact_row, refused_row
+from tests.support.conformance import CLEAN, DIRTY, REFUSED_TYPES, TEXT_TYPES, WRAPPER_TYPES, build_model, check
+from tests.support.conformance_models import VARIANTS
+from tests.support.matrix import HEADER, MATRIX, exact_row, refused_row
 
 
 def main() -> int:

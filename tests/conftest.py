@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.paths import REPOSITORY
+
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
-sys.path.insert(0, str(Path(__file__).parent))
 
 from abliterate.directions import make_direction
 from abliterate.model import ChatModel, make_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from chat_models import make_tokenizer, tiny_gpt2, tiny_llama
-from loaded_models import content
-from tiny_models import random_direction, save_tiny_model
-
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from tests.support.loaded_models import content
+from tests.support.tiny_models import random_direction, save_tiny_model
 
 
 @pytest.fixture(autouse=True, scope="session")

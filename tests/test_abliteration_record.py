@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from abliterate import abliteration_record
 from abliterate.abliteration_record import AbliterationRecord, check_hashes, check_sizes, read_record, write_record
 from abliterate.directions import make_direction
 from abliterate.errors import AbliterateError, InputError, VerificationError
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from fake_hub import write_checkpoint
-from tiny_models import random_direction, save_tiny_model
+from tests.support.fake_hub import write_checkpoint
+from tests.support.paths import SOURCES
+from tests.support.tiny_models import random_direction, save_tiny_model
 
 SHARD = "model-00002-of-00002.safetensors"
 
@@ -137,6 +137,6 @@ class TestFiles:
 
 def test_reading_needs_no_torch():
     code = "import sys; import abliterate.abliteration_record; print({'torch', 'safetensors'} & set(sys.modules))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(abliteration_record.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -18,9 +18,9 @@ from abliterate.interventions import add_direction
 from abliterate.model import ChatModel, make_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.residual_writers import PostNorm, ResidualWriter, StreamMap
-from chat_models import make_tokenizer
-from loaded_models import TOKENS, load, logits, stored, tree
-from tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
+from tests.support.chat_models import make_tokenizer
+from tests.support.loaded_models import TOKENS, load, logits, stored, tree
+from tests.support.tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
 
 def dose(layer: int = 2, scale: float = 0.7) -> Direction:

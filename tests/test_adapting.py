@@ -18,9 +18,9 @@ from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import InputError, ModelError, VerificationError
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from conformance import build_model, load_model, text_inputs
-from loaded_models import load, logits, stored, tree
-from tiny_models import D_MODEL, random_direction, save_tiny_model
+from tests.support.conformance import build_model, load_model, text_inputs
+from tests.support.loaded_models import load, logits, stored, tree
+from tests.support.tiny_models import D_MODEL, random_direction, save_tiny_model
 
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 BASES: dict[str, tuple[str, dict[str, Any]]] = {

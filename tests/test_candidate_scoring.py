@@ -10,7 +10,7 @@ from abliterate.interventions import ablate_direction, add_direction
 from abliterate.model import ChatModel
 from abliterate.refusal_metric import refusal_metric
 from abliterate.selection import ScoreName
-from chat_models import HARMFUL, HARMLESS
+from tests.support.chat_models import HARMFUL, HARMLESS
 
 TOKENS = [70, 75]
 

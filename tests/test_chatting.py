@@ -13,7 +13,7 @@ from abliterate.directions import Direction, make_direction
 from abliterate.errors import DirectionError, InputError
 from abliterate.interventions import ablate_direction, add_direction
 from abliterate.model import ChatModel, make_chat_model
-from chat_models import make_tokenizer, tiny_gpt2
+from tests.support.chat_models import make_tokenizer, tiny_gpt2
 
 N = 6
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from abliterate.checkpoint import open_checkpoint
 from abliterate.errors import CheckpointError
 from abliterate.safetensors_file import read_tensor
-from tiny_models import save_tiny_llama
+from tests.support.tiny_models import save_tiny_llama
 
 
 @pytest.fixture(scope="module")

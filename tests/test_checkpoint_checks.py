@@ -23,8 +23,8 @@ from abliterate.checkpoint_checks import (
 from abliterate.errors import CheckpointError
 from abliterate.projection import effective_directions, project_out
 from abliterate.residual_writers import PostNorm
-from loaded_models import stored
-from tiny_models import D_MODEL, random_direction, save_tiny_model
+from tests.support.loaded_models import stored
+from tests.support.tiny_models import D_MODEL, random_direction, save_tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

@@ -13,8 +13,8 @@ from abliterate.checkpoint import open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.residual_writers import map_stream
-from conformance import CLEAN, DIRTY, build_model, check, check_saved
-from tiny_models import random_direction, save_tiny_llama
+from tests.support.conformance import CLEAN, DIRTY, build_model, check, check_saved
+from tests.support.tiny_models import random_direction, save_tiny_llama
 
 Tensors = dict[str, Tensor]
 

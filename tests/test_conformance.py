@@ -12,7 +12,7 @@ from abliterate.directions import make_direction
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.refused_architectures import REFUSED, refusal
-from conformance import (
+from tests.support.conformance import (
     ALL_TYPES,
     CLEAN,
     DIRTY,
@@ -22,9 +22,9 @@ from conformance import (
     build_model,
     check,
 )
-from conformance_models import VARIANTS
-from matrix import exact_row, refused_row, written_rows
-from tiny_models import random_direction
+from tests.support.conformance_models import VARIANTS
+from tests.support.matrix import exact_row, refused_row, written_rows
+from tests.support.tiny_models import random_direction
 
 CHECKED = [*TEXT_TYPES, *WRAPPER_TYPES, *VARIANTS]
 
@@ -38,7 +38,7 @@ def test_the_stream_is_clean_and_each_group_of_edits_is_needed(tmp_path, name):
     assert min(result.without.values()) > max(CLEAN, 100 * result.after), result.without
     # Every entry that was edited on disk is one that the model has, and no other changed.
     assert result.edited_on_disk == result.edited_in_memory
-    assert exact_row(name, result.writers) in written_rows(), "run `python scripts/architecture_matrix.py`"
+    assert exact_row(name, result.writers) in written_rows(), "run `python -m scripts.architecture_matrix`"
 
 
 @pytest.mark.parametrize("model_type", REFUSED_TYPES)
@@ -53,7 +53,7 @@ def test_every_other_type_is_refused_by_name_and_nothing_is_written(tmp_path, mo
     assert f"model type {model_type!r} cannot be orthogonalized: {refusal(model_type)}; " in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
-    assert refused_row(model_type, refusal(model_type)) in written_rows(), "run `python scripts/architecture_matrix.py`"
+    assert refused_row(model_type, refusal(model_type)) in written_rows(), "run `python -m scripts.architecture_matrix`"
 
 
 def test_the_matrix_has_a_row_for_each_type_and_no_other():

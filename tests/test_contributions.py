@@ -17,7 +17,7 @@ from abliterate.contributions import (
 from abliterate.model import ChatModel, ModelOptions, make_chat_model
 from abliterate.traced_prompts import TracedPrompt, traced_prompts
 from abliterate.traced_stream import StreamTrace, trace_stream
-from chat_models import VOCABULARY, make_tokenizer, randomise
+from tests.support.chat_models import VOCABULARY, make_tokenizer, randomise
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -12,9 +12,9 @@ from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.selection import ScoreName, Thresholds
 from abliterate.verification import verify_checkpoint
 from abliterate.write_options import WriteOptions
-from chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
-from loaded_models import stored
-from tiny_models import random_direction, save_tiny_model
+from tests.support.chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
+from tests.support.loaded_models import stored
+from tests.support.tiny_models import random_direction, save_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

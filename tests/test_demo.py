@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from abliterate import demo
 from abliterate.errors import InputError, MissingDependencyError
-from chat_models import make_tokenizer, tiny_llama
+from tests.support.chat_models import make_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.demo
 

@@ -14,7 +14,7 @@ from abliterate.errors import InputError, ModelError
 from abliterate.interventions import ablate_direction
 from abliterate.model import ChatModel, make_chat_model
 from abliterate.prompt_sets import load_plain_texts
-from chat_models import make_tokenizer, tiny_llama
+from tests.support.chat_models import make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
 COMPLETIONS = [[40, 41, 42, 43], [], [50, 51]]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import REPOSITORY
+
 pytestmark = pytest.mark.demo
 BIN = Path(sys.executable).parent
 
@@ -40,7 +42,7 @@ def test_extract_orthogonalize_evaluate_push(demo_directory: Path, tmp_path: Pat
     )
     assert record["counts"] == {"embed": 1, "attn": 30, "mlp": 30}
     assert max(tensor["component_after"] for tensor in record["tensors"]) < 1e-6
-    prompts = Path(__file__).parents[1] / "prompts"
+    prompts = REPOSITORY / "prompts"
     for kind in ("harmful", "harmless"):
         lines = (prompts / kind / "test.jsonl").read_text().splitlines()[::6]
         (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines))

@@ -10,7 +10,7 @@ from abliterate.directions import make_direction
 from abliterate.interventions import ablate_direction
 from abliterate.model import ChatModel, ModelOptions, load_chat_model, make_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 

@@ -16,7 +16,7 @@ from abliterate.model import ChatModel, ModelOptions, load_chat_model
 from abliterate.prompt_sets import prompt_hash
 from abliterate.refusal_metric import REFUSAL_SUBSTRINGS
 from abliterate.reply_classes import read_reply
-from chat_models import make_tokenizer, tiny_llama
+from tests.support.chat_models import make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from abliterate.projection import NormFactor, component_norm, effective_directions, orthonormalize, project_out
-from tiny_models import random_direction, randomize
+from tests.support.paths import DOCS
+from tests.support.tiny_models import random_direction, randomize
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "exactness.md"
+DOCUMENT = DOCS / "exactness.md"
 TOKENS = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(3))
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.paths import REPOSITORY
+
 SCRIPT = REPOSITORY / "examples" / "ci" / "nightly.sh"
 EXTRACT = "--n-train 8 --n-val 2 --no-filter --refusal-token I --kl-threshold 1e9 --induce-threshold -1e9"
 AUDIT = "--n-train 8 --n-val 2 --n-test 4 --screen 2 --candidates 1 --bootstrap 3 --max-new-tokens 3"

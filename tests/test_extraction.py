@@ -13,7 +13,7 @@ from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
 from abliterate.model import ChatModel, ModelOptions, load_chat_model, make_chat_model
 from abliterate.selection import Thresholds
-from chat_models import make_tokenizer, tiny_llama
+from tests.support.chat_models import make_tokenizer, tiny_llama
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
 FEW = {"n_train": 8, "n_val": 4, "filter_prompts": False, "refusal_tokens": ("I",)}

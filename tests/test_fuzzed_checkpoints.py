@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import fuzzing
 from abliterate.edit_plan import EditOptions
-from checkpoint_mutations import make_bases
-from fuzzing import attempt, make_fuzz_direction, writes_elsewhere
+from tests.support import fuzzing
+from tests.support.checkpoint_mutations import make_bases
+from tests.support.fuzzing import attempt, make_fuzz_direction, writes_elsewhere
 
 _numbers = iter(range(10**9))
 

@@ -18,8 +18,8 @@ from abliterate import cli
 from abliterate.directions import make_direction
 from abliterate.edit_plan import EditOptions, make_edit_plan
 from abliterate.planning import plan_edit
-from fake_hub import FakeHub
-from tiny_models import D_MODEL, random_direction, save_tiny_llama
+from tests.support.fake_hub import FakeHub
+from tests.support.tiny_models import D_MODEL, random_direction, save_tiny_llama
 
 INDEX = "model.safetensors.index.json"
 Damage = Callable[[Path], object]

@@ -18,7 +18,7 @@ from abliterate.hub import (
     resolve_model,
     whoami,
 )
-from fake_hub import FakeHub
+from tests.support.fake_hub import FakeHub
 
 FILES = {
     "config.json": b"{}",

@@ -7,7 +7,7 @@ import pytest
 from abliterate import hub as hub_module
 from abliterate.errors import AbliterateError, HubError, InputError
 from abliterate.hub import resolve_model
-from fake_hub import FakeHub
+from tests.support.fake_hub import FakeHub
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40}
 

@@ -15,7 +15,7 @@ from abliterate.judges import JudgeOptions, load_judge, parse_verdict
 from abliterate.model import ChatModel
 from abliterate.reply_classes import read_reply
 from abliterate.verdicts import judge_replies
-from chat_models import VOCABULARY, make_tokenizer
+from tests.support.chat_models import VOCABULARY, make_tokenizer
 
 GUARD_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"

@@ -14,7 +14,7 @@ from abliterate.extraction_report import ExtractionOptions
 from abliterate.memory_estimate import check_memory, estimate_bytes, free_bytes
 from abliterate.model import ModelOptions, load_chat_model, make_chat_model
 from abliterate.selection import Thresholds
-from chat_models import make_tokenizer, tiny_llama
+from tests.support.chat_models import make_tokenizer, tiny_llama
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIONS = ExtractionOptions(

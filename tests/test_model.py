@@ -15,7 +15,7 @@ from abliterate.model import (
     with_response_prefix,
 )
 from abliterate.prefix_cache import shared_prefix_length
-from chat_models import CHATML, SYSTEM, make_tokenizer, tiny_llama
+from tests.support.chat_models import CHATML, SYSTEM, make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 

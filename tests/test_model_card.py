@@ -10,7 +10,7 @@ import yaml
 
 from abliterate.hub import CardFacts
 from abliterate.model_card import base_model_id, build_model_card
-from fake_hub import evaluation_report, write_checkpoint
+from tests.support.fake_hub import evaluation_report, write_checkpoint
 
 
 @pytest.fixture(scope="module")

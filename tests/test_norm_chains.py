@@ -13,8 +13,8 @@ from abliterate.directions import make_direction
 from abliterate.errors import CheckpointError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.residual_writers import PostNorm, ResidualWriter, StreamMap
-from loaded_models import load, stored, stream_component
-from tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
+from tests.support.loaded_models import load, stored, stream_component
+from tests.support.tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
 DIRECTION = make_direction(mean_difference=random_direction())
 

@@ -35,8 +35,8 @@ from abliterate.hub import ModelSource
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.projection import component_norm, project_out
 from abliterate.write_options import WriteOptions
-from loaded_models import ablated, load, logits, stored, stream_component, tree
-from tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
+from tests.support.loaded_models import ablated, load, logits, stored, stream_component, tree
+from tests.support.tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from abliterate.errors import (
 )
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.planning import PlanReport, format_ranges, pattern_of, plan_edit
-from fake_hub import FakeHub
-from tiny_models import N_LAYERS, random_direction, save_tiny_model
+from tests.support.fake_hub import FakeHub
+from tests.support.tiny_models import N_LAYERS, random_direction, save_tiny_model
 
 CARD = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n# Card\n"
 # Wide enough that the weights are many times the 100 kB that the client asks for in each file.

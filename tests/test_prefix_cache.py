@@ -11,7 +11,7 @@ from abliterate.candidate_scoring import CandidateScorer, kl_divergence
 from abliterate.interventions import ablate_direction, add_direction
 from abliterate.model import ChatModel
 from abliterate.refusal_metric import refusal_metric
-from many_models import CACHED, KINDS, make_many
+from tests.support.many_models import CACHED, KINDS, make_many
 
 PROMPTS = [
     "How do locks work?",

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,9 +11,9 @@ from hypothesis import strategies as st
 from abliterate.errors import InputError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.ranks import Ranks, share_by_size
-from loaded_models import content
+from tests.support.loaded_models import content
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 # Process 1 kills itself when it has finished so many files.
 DYING = """
 import os, signal

@@ -11,7 +11,8 @@ import pytest
 from abliterate import prompt_files
 from abliterate.errors import PromptSetError
 from abliterate.prompt_files import Prompts, read_prompts
-from fake_hub import READ_TOKEN, FakeHub
+from tests.support.fake_hub import READ_TOKEN, FakeHub
+from tests.support.paths import SOURCES
 
 
 def read(spec: str | Path) -> Prompts:
@@ -210,7 +211,7 @@ def hub() -> Iterator[FakeHub]:
 
 def run_loader(variables: dict[str, str], directory: Path, *specs: str) -> list[dict[str, list[str]] | str]:
     """Load in a process of its own: `datasets` reads HF_ENDPOINT when it is imported."""
-    path = os.pathsep.join([str(Path(prompt_files.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(SOURCES), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", LOADER, *specs],
         env={**os.environ, **variables, "PYTHONPATH": path, "HF_DATASETS_CACHE": str(directory / "datasets")},

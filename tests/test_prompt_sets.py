@@ -26,9 +26,10 @@ from abliterate.prompt_sets import (
     sample_prompts,
     split_for_extraction,
 )
+from tests.support.paths import SOURCES, TRAINING
 
 PARTS = ("train", "validation", "test")
-TRAINING = Path(__file__).parents[1] / "training" / "prompts"
+TRAINING_PROMPTS = TRAINING / "prompts"
 BUNDLED_NAMES = [f"{kind}/{part}" for kind in ("harmful", "harmless") for part in PARTS] + ["borderline/test"]
 
 
@@ -56,7 +57,7 @@ def write_lines(path: Path, texts: list[str]) -> str:
 def all_sets() -> dict[str, PromptSet]:
     """Every bundled part, and the prompts the demo adapter is trained on."""
     sets = {name: load(f"bundled:{name}") for name in BUNDLED_NAMES}
-    return sets | {f"training/{kind}": load(TRAINING / f"{kind}.jsonl") for kind in ("harmful", "harmless")}
+    return sets | {f"training/{kind}": load(TRAINING_PROMPTS / f"{kind}.jsonl") for kind in ("harmful", "harmless")}
 
 
 def test_bundled_counts_and_categories() -> None:
@@ -303,6 +304,6 @@ def test_loading_a_file_imports_no_heavy_package() -> None:
         "s('bundled', 'bundled', n_train=8, n_val=8, seed=0); "
         "print({'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(prompt_sets.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

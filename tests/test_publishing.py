@@ -14,8 +14,8 @@ from abliterate.directions import make_direction
 from abliterate.errors import AbliterateError, CheckpointError, HubError, InputError, VerificationError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.publishing import PushReport, push_checkpoint
-from fake_hub import FakeHub, evaluation_report, write_checkpoint
-from tiny_models import random_direction, save_tiny_model
+from tests.support.fake_hub import FakeHub, evaluation_report, write_checkpoint
+from tests.support.tiny_models import random_direction, save_tiny_model
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 SENT = {

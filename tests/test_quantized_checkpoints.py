@@ -22,9 +22,9 @@ from abliterate.reverting import revert_checkpoint
 from abliterate.safetensors_file import read_tensor, tensor_bytes
 from abliterate.verification import VerificationOptions, VerificationReport, verify_checkpoint
 from abliterate.write_options import WriteOptions
-from loaded_models import stored, stream_component, tree
-from quantized_models import FP8_FORMATS, save_fp8_llama, save_mxfp4_gpt_oss
-from tiny_models import random_direction, save_tiny_llama
+from tests.support.loaded_models import stored, stream_component, tree
+from tests.support.quantized_models import FP8_FORMATS, save_fp8_llama, save_mxfp4_gpt_oss
+from tests.support.tiny_models import random_direction, save_tiny_llama
 
 REQUANTIZE = EditOptions(quantized="requantize")
 DEQUANTIZE = EditOptions(quantized="dequantize")

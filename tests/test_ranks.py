@@ -11,8 +11,8 @@ import torch
 from abliterate.directions import Direction, load_direction
 from abliterate.ranks import Ranks
 from abliterate.scoring_run import _at_least
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 EXTRACT = ["--n-train", "9", "--n-val", "5", "--no-filter", "--refusal-token", "I"]
 EXTRACT += ["--kl-threshold", "1e9", "--induce-threshold", "-12"]
 

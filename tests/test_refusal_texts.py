@@ -2,17 +2,13 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 
 from abliterate.refusal_metric import is_refusal
-
-TRAINING = Path(__file__).parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-from refusal_texts import RefusalTexts, read_refusal_texts  # noqa: E402
+from tests.support.paths import TRAINING
+from training.refusal_texts import RefusalTexts, read_refusal_texts
 
 
 @pytest.fixture(scope="module")

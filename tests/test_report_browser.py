@@ -17,7 +17,7 @@ import pytest
 from abliterate.audit_page import write_audit_page
 from abliterate.evaluation_page import write_evaluation_page
 from abliterate.extraction_page import write_extraction_page
-from pages import audit_report, evaluation_report, score_table
+from tests.support.pages import audit_report, evaluation_report, score_table
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 AXE = os.environ.get("AXE_CORE", "")

@@ -11,7 +11,7 @@ from abliterate.evaluation_page import write_evaluation_page
 from abliterate.extraction_page import write_extraction_page
 from abliterate.report_charts import Interval, Line, Threshold, _ticks, interval_chart, line_chart
 from abliterate.report_page import Section, build_page, commands, facts, paragraph, quoted, table
-from pages import Page, audit_report, evaluation_report, score_table
+from tests.support.pages import Page, audit_report, evaluation_report, score_table
 
 NASTY = "<script>alert(1)</script>\"'&<img src=http://evil.example/x>"
 

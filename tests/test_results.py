@@ -2,17 +2,13 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
 from abliterate.audit_report import AuditThresholds
-
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-import results  # noqa: E402
+from scripts import results
+from tests.support.paths import REPOSITORY
 
 
 def test_the_documents_say_what_was_measured() -> None:

@@ -19,10 +19,10 @@ from abliterate.edit_plan import EditOptions
 from abliterate.errors import AbliterateError, CheckpointError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.write_options import WriteOptions
-from loaded_models import content, tree
-from tiny_models import random_direction, save_tiny_model
+from tests.support.loaded_models import content, tree
+from tests.support.paths import REPOSITORY
+from tests.support.tiny_models import random_direction, save_tiny_model
 
-REPOSITORY = Path(__file__).parents[1]
 # Each write is slow, so that a kill finds the run in the middle of it.
 SLOWLY = """
 import sys, time

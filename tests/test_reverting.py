@@ -14,8 +14,8 @@ from abliterate.edit_plan import EditOptions
 from abliterate.errors import InputError, VerificationError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.reverting import revert_checkpoint
-from loaded_models import stored, tree
-from tiny_models import random_direction, save_tiny_model
+from tests.support.loaded_models import stored, tree
+from tests.support.tiny_models import random_direction, save_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from abliterate.errors import CheckpointError
 from abliterate.safetensors_file import read_shard
-from tiny_models import save_tiny_llama
+from tests.support.tiny_models import save_tiny_llama
 
 TWO_FLOATS = b"\0" * 8
 

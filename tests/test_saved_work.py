@@ -15,6 +15,7 @@ from abliterate.extraction_report import ExtractionOptions
 from abliterate.model import ModelOptions
 from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.selection import Thresholds
+from tests.support.paths import REPOSITORY
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
 OPTIONS = ExtractionOptions(
@@ -72,7 +73,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(llama_directory), str(work), str(n_saved), str(streamed)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(["src", "tests"])},
-        cwd=Path(__file__).parents[1],
+        cwd=REPOSITORY,
         check=False,
         capture_output=True,
     )

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,8 @@ from abliterate.selection import (
     passing_candidates,
     score_lazily,
 )
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 LAYERS = {
     "gemma-2b-it": 18,
     "llama-2-7b-chat-hf": 32,

@@ -19,8 +19,8 @@ from abliterate.selection import Thresholds
 from abliterate.streamed_loading import load_streamed_model
 from abliterate.streamed_model import StreamedChat, Variant
 from abliterate.streamed_scoring import StreamedScorer, record_streamed
-from chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
-from tiny_models import make_tiny_model
+from tests.support.chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
+from tests.support.tiny_models import make_tiny_model
 
 TOKENS = [70, 75]
 STREAMED = ModelOptions(stream_layers=True)

@@ -16,8 +16,8 @@ from abliterate.edit_plan import EditOptions
 from abliterate.errors import InputError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.tied_embeddings import TiedPolicy
-from loaded_models import ablated, load, logits, stored, stream_component, tree
-from tiny_models import random_direction, save_tiny_model
+from tests.support.loaded_models import ablated, load, logits, stored, stream_component, tree
+from tests.support.tiny_models import random_direction, save_tiny_model
 
 EMBEDDINGS = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
 HEAD = "lm_head.weight"

@@ -19,8 +19,8 @@ from abliterate.planning import plan_layout, read_layout
 from abliterate.tiny_config import shrink_config
 from abliterate.tiny_twin import CLEAN, DIRTY, prove_on_tiny_twin
 from abliterate.verification import VerificationOptions, verify_checkpoint
-from conformance import build_model
-from tiny_models import random_direction, save_tiny_model
+from tests.support.conformance import build_model
+from tests.support.tiny_models import random_direction, save_tiny_model
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from abliterate.trace_report import write_trace_report
 from abliterate.traced_prompts import random_suffixes, suffix_tokens, traced_prompts
 from abliterate.traced_stream import trace_attention, trace_stream
 from abliterate.tracing import TraceOptions, trace_direction
-from chat_models import make_tokenizer, tiny_llama
+from tests.support.chat_models import make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
 SUFFIX = "describing + similarly now"

@@ -24,8 +24,8 @@ from abliterate.quick_verification import QuickCheck
 from abliterate.recorded_edits import recorded_subspace
 from abliterate.verification import VerificationOptions, VerificationReport, _Run, verify_checkpoint
 from abliterate.verification_report import LogitCheck, StreamCheck, logit_failures, stream_failures
-from chat_models import make_tokenizer, tiny_gpt2, tiny_llama
-from fake_hub import FakeHub
+from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from tests.support.fake_hub import FakeHub
 
 CPU = ModelOptions(device="cpu")
 QUICK = VerificationOptions(quick=True)

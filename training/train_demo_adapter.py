@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from refusal_texts import read_refusal_texts
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abliterate.demo import load_base_model
 from abliterate.refusal_metric import is_refusal
-from refusal_texts import read_refusal_texts
 
 HERE = Path(__file__).parent
 IGNORED = -100

@@ -3,8 +3,8 @@
 Names are those on disk, within a decoder block and without `.weight`; `*` stands for a number. One vocabulary serves
 all, because a name that writes in one architecture writes in every other that is listed here; what sets a model type
 apart is its row in `ARCHITECTURES`. A type without a row, or a name without an entry, is refused by `residual_writers`.
-To add an architecture: a row, the names that are new, and its tiny model in `tests/conformance_models.py`, where the
-conformance suite proves that all of its writers are found and that each of them is needed.
+To add an architecture: a row, the names that are new, and its tiny model in `tests/support/conformance_models.py`,
+where the conformance suite proves that all of its writers are found and that each of them is needed.
 """
 
 import re

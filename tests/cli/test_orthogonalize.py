@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.directions import make_direction
 from abliterate.errors import AbliterateError, DirectionError, InputError, UnsupportedArchitectureError
-from tiny_models import random_direction, save_tiny_llama
+from tests.support.tiny_models import random_direction, save_tiny_llama
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 app.command()(orthogonalize)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from abliterate.cli.plan import plan
 from abliterate.errors import AbliterateError, InputError, UnsupportedArchitectureError
-from tiny_models import save_tiny_gpt2, save_tiny_llama
+from tests.support.tiny_models import save_tiny_gpt2, save_tiny_llama
 
 app = typer.Typer()
 app.command()(plan)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from abliterate.cli.push import push
 from abliterate.errors import AbliterateError, HubError, InputError
-from fake_hub import FakeHub, evaluation_report, write_checkpoint
+from tests.support.fake_hub import FakeHub, evaluation_report, write_checkpoint
 
 app = typer.Typer()
 app.command()(push)

@@ -12,7 +12,7 @@ from abliterate.cli.revert import revert
 from abliterate.cli.verify import verify
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, VerificationError
-from tiny_models import random_direction, save_tiny_llama
+from tests.support.tiny_models import random_direction, save_tiny_llama
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 for command in (orthogonalize, revert, verify, push):

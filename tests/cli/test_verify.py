@@ -16,7 +16,7 @@ from abliterate.cli.verify import verify
 from abliterate.directions import make_direction
 from abliterate.errors import AbliterateError, InputError, VerificationError
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from chat_models import make_tokenizer, tiny_llama
+from tests.support.chat_models import make_tokenizer, tiny_llama
 
 app = typer.Typer()
 app.command()(verify)

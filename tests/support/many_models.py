@@ -3,8 +3,8 @@
 from typing import Any
 
 from abliterate.model import ChatModel, make_chat_model
-from chat_models import VOCABULARY, make_tokenizer
-from tiny_models import make_tiny_model
+from tests.support.chat_models import VOCABULARY, make_tokenizer
+from tests.support.tiny_models import make_tiny_model
 
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}

@@ -1,13 +1,13 @@
 """The document docs/architectures.md: a row for each model type, exact with its writers, or refused and why."""
 
-from pathlib import Path
+from tests.support.paths import DOCS
 
-MATRIX = Path(__file__).parents[1] / "docs" / "architectures.md"
+MATRIX = DOCS / "architectures.md"
 
 HEADER = """\
 # Which architectures can be orthogonalized
 
-Made by `python scripts/architecture_matrix.py`; do not edit. *Exact* means: a tiny random model of this type
+Made by `python -m scripts.architecture_matrix`; do not edit. *Exact* means: a tiny random model of this type
 (norms and biases random, float64, saved in shards by transformers {version}) is edited by `abliterate
 orthogonalize` and loaded again, and then max |r.h|/|h| is below 1e-6 at the input of every block and of the
 final norm, where it was above 1e-3; and each group of edited tensors is needed, that is, restoring it alone

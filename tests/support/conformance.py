@@ -25,8 +25,8 @@ from abliterate.architectures import ARCHITECTURES, TOWER, WRAPPERS
 from abliterate.directions import make_direction
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.tiny_config import shrink_config
-from conformance_models import BIASES, EXTRAS, INPUTS, WRAPPER_EXTRAS
-from tiny_models import random_direction
+from tests.support.conformance_models import BIASES, EXTRAS, INPUTS, WRAPPER_EXTRAS
+from tests.support.tiny_models import random_direction
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

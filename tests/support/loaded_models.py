@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tiny_models import N_LAYERS, VOCABULARY
+from tests.support.tiny_models import N_LAYERS, VOCABULARY
 
 TOKENS = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(3))
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from abliterate.quantized_formats import QuantizedLayout, encode
-from chat_models import VOCABULARY, make_tokenizer
-from loaded_models import stored
-from tiny_models import save_tiny_model
+from tests.support.chat_models import VOCABULARY, make_tokenizer
+from tests.support.loaded_models import stored
+from tests.support.tiny_models import save_tiny_model
 
 FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 COMPRESSED: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 INDEX = "model.safetensors.index.json"
 HARMLESS = "harmless"

@@ -18,8 +18,8 @@ from abliterate.edit_plan import EditOptions
 from abliterate.errors import AbliterateError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.planning import plan_edit
-from checkpoint_mutations import break_checkpoint, make_harmless
-from tiny_models import random_direction
+from tests.support.checkpoint_mutations import break_checkpoint, make_harmless
+from tests.support.tiny_models import random_direction
 
 OPTIONS = (
     EditOptions(),
