@@ -4,8 +4,8 @@
 
 Six tiny checkpoints (llama sharded and tied, gpt2, gemma2 sharded, mixtral, a llava wrapper) are copied and broken by
 `tests/support/checkpoint_mutations.py`: bytes and structure of headers, index and config, tensors renamed, reshaped and
-filled with NaN, files cut, swapped, or replaced by pipes, directories and links. On each, `open_checkpoint`, `plan_edit`, and
-`orthogonalize_checkpoint` without and with an output are run, with one of several options.
+filled with NaN, files cut, swapped, or replaced by pipes, directories and links. On each, `open_checkpoint`,
+`plan_edit`, and `orthogonalize_checkpoint` without and with an output are run, with one of several options.
 
 It fails (exit code 1) on an exception that is not an AbliterateError, on a message of several lines, on a try that
 takes longer than `--limit` seconds, and on anything written outside the directory for results. A failure names its

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from abliterate.errors import InputError
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.ranks import Ranks, share_by_size
+from abliterate.processes import Ranks, share_by_size
 from tests.support.loaded_models import content
 from tests.support.paths import REPOSITORY
 

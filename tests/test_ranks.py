@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from abliterate.directions import Direction, load_direction
-from abliterate.ranks import Ranks
+from abliterate.processes import Ranks
 from abliterate.scoring_run import _at_least
 from tests.support.paths import REPOSITORY
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from abliterate.checkpoint_paths import open_regular
 from abliterate.errors import InputError, VerificationError
 from abliterate.hashed_files import WrittenFile, hash_file
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.strict_json import parse_json
+from abliterate.untrusted import open_regular, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

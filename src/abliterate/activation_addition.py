@@ -18,8 +18,8 @@ from abliterate.directions import Direction
 from abliterate.errors import CheckpointError, DirectionError, InputError, UnsupportedArchitectureError
 from abliterate.residual_writers import ResidualWriter, StreamMap
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
-from abliterate.strict_json import shown
 from abliterate.tensor_edits import TensorEdit
+from abliterate.untrusted import shown
 
 # Released models have 0.01 to 100.
 _MAX_SCALE = 1e9

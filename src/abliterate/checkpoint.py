@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint_paths import has_file, open_regular, regular_files
 from abliterate.errors import CheckpointError
 from abliterate.safetensors_file import Shard, TensorInfo, damaged_file, parse_object, read_shard
-from abliterate.strict_json import MAX_BYTES, shown
+from abliterate.untrusted import MAX_BYTES, has_file, open_regular, regular_files, shown
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"

@@ -9,8 +9,8 @@ from abliterate.edited_checkpoint import EditedFiles, FinishedFile
 from abliterate.errors import AbliterateError, CheckpointError, VerificationError
 from abliterate.journal import Key
 from abliterate.partial_directory import PartialDirectory, PartialRun, is_worth_keeping, partial_path
+from abliterate.processes import Ranks, share_by_size
 from abliterate.progress import ProgressReporter
-from abliterate.ranks import Ranks, share_by_size
 from abliterate.stretches import Traffic
 from abliterate.write_options import WriteOptions
 

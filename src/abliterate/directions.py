@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import DirectionError
-from abliterate.strict_json import parse_json
+from abliterate.untrusted import parse_json
 
 METADATA_KEY = "abliterate"
 SCORE_NAMES = ("bypass", "induce", "kl")

@@ -26,9 +26,9 @@ from abliterate.residual_writers import (
     map_stream,
 )
 from abliterate.safetensors_file import TORCH_DTYPES
-from abliterate.strict_json import shown
 from abliterate.tensor_edits import TensorEdit, check_codes
 from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
+from abliterate.untrusted import shown
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3

@@ -25,7 +25,6 @@ from abliterate.extraction_report import (
     versions,
 )
 from abliterate.hub import ModelSource, resolve_model
-from abliterate.launched_ranks import find_ranks
 from abliterate.model import (
     ChatModel,
     ModelOptions,
@@ -33,9 +32,9 @@ from abliterate.model import (
     load_chat_model,
     with_response_prefix,
 )
+from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extraction
-from abliterate.ranks import Ranks
 from abliterate.recording_run import PARTS, RecordingRun
 from abliterate.refusal_behaviour import refusal_tokens_of
 from abliterate.refusal_metric import refusal_metric, require_both_behaviours

@@ -24,9 +24,9 @@ from abliterate.errors import InputError, VerificationError
 from abliterate.hub import ModelSource
 from abliterate.plan_key import plan_key
 from abliterate.planned_report import check_output, planned_report
+from abliterate.processes import Ranks
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.quantized_view import plain_view
-from abliterate.ranks import Ranks
 from abliterate.stretches import Traffic
 from abliterate.tensor_edits import TensorEdit
 from abliterate.write_options import WriteOptions

@@ -19,10 +19,10 @@ from abliterate.abliteration_record import (
 )
 from abliterate.atomic_directory import check_output_directory
 from abliterate.checkpoint import CONFIG_NAME, read_json_object
-from abliterate.checkpoint_paths import has_file
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import InputError
 from abliterate.residual_writers import ROLES
+from abliterate.untrusted import has_file
 
 
 def check_output(output: Path, source: Path, *, overwrite: bool) -> None:

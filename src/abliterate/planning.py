@@ -12,7 +12,7 @@ from abliterate.edit_plan import EditOptions, select_writers, unverified_note
 from abliterate.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.residual_writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
 from abliterate.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
-from abliterate.strict_json import MAX_BYTES
+from abliterate.untrusted import MAX_BYTES
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
 _WORKSPACE_BYTES = 40_000_000

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from abliterate.activations import Recording, record
 from abliterate.model import ChatModel
+from abliterate.processes import Ranks
 from abliterate.progress import Advance, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet
-from abliterate.ranks import Ranks
 from abliterate.saved_work import SavedWork
 from abliterate.streamed_model import StreamedChat
 from abliterate.streamed_scoring import record_streamed

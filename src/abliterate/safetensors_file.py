@@ -15,10 +15,9 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 from torch import Tensor
 
-from abliterate.checkpoint_paths import open_regular
 from abliterate.errors import CheckpointError
 from abliterate.quantized_formats import QuantizedLayout, decode
-from abliterate.strict_json import parse_json, shown
+from abliterate.untrusted import open_regular, parse_json, shown
 
 _LENGTH_BYTES = 8
 # As torch holds sizes; more axes than it takes.

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from abliterate.processes import Ranks
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.ranks import Ranks
 from abliterate.saved_work import SavedWork
 from abliterate.selection import (
     Candidate,

@@ -19,7 +19,7 @@ from abliterate.architectures import (
 from abliterate.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 from abliterate.refused_architectures import REFUSED, refusal
-from abliterate.strict_json import shown
+from abliterate.untrusted import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

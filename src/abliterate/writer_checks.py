@@ -10,8 +10,8 @@ from abliterate.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
 from abliterate.quantized_view import CONFIG_KEYS, base_in_words, is_handled
 from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
-from abliterate.strict_json import shown
 from abliterate.tensor_names import Role, TensorName
+from abliterate.untrusted import shown
 
 _SUBLAYERS: dict[Role, str] = {"attn": "attention (or another mixer)", "mlp": "an MLP"}
 

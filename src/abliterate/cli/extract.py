@@ -149,7 +149,7 @@ def extract(
     from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
     from abliterate.hub import resolve_model
     from abliterate.model import ModelOptions
-    from abliterate.ranks import in_first_process
+    from abliterate.processes import in_first_process
     from abliterate.score_report import require_plots, write_score_report
     from abliterate.selection import Thresholds
 

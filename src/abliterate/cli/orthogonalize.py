@@ -165,8 +165,8 @@ def orthogonalize(
 
         write = write_adapter
     else:
-        from abliterate.launched_ranks import find_ranks
         from abliterate.orthogonalization import orthogonalize_checkpoint
+        from abliterate.processes import find_ranks
         from abliterate.write_options import WriteOptions
 
         writing = WriteOptions(workers=workers, device=device, resume=resume)

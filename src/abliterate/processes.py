@@ -1,8 +1,11 @@
 """Several processes that share the work of one command, as `torchrun` and, on GPUs, `accelerate launch` start them.
 
 `launched_ranks` joins those that a launcher started; a `Ranks` made here without arguments is one process alone.
+
+Joining the processes that a launcher started; gathered through accelerate.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,3 +77,21 @@ def share_by_size(sizes: Mapping[str, int], *, index: int, count: int) -> list[s
         loads[least] += sizes[name]
     order = {name: position for position, name in enumerate(sizes)}
     return sorted(shares[index], key=order.__getitem__)
+
+
+def find_ranks(*, device: str = "auto") -> Ranks:
+    """Join the other processes if a launcher started several, until this one ends; gloo on a CPU, nccl on GPUs.
+
+    Args:
+        device: where the command computes; what the processes tell one another goes the same way.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Ranks()
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    # Without leaving, a process that has done its work is now and then aborted by the threads of its connections.
+    atexit.register(state.destroy_process_group)
+    return Ranks(index=state.process_index, count=state.num_processes, exchange=gather_object)
