@@ -55,7 +55,7 @@ def start(arguments: list[str], fault: tuple[str, int] | None = None) -> ForkPro
 
 def run(arguments: list[str], fault: tuple[str, int] | None) -> None:
     """Be `abliterate`."""
-    import abliterate.byte_ranges
+    import abliterate.checkpoints.file_ranges
     from abliterate.cli import main as abliterate_main
 
     left = 0 if fault is None else fault[1]
@@ -69,7 +69,7 @@ def run(arguments: list[str], fault: tuple[str, int] | None) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return os.pwrite(descriptor, data[: max(1, len(data) // 2)], offset)
 
-    abliterate.byte_ranges.write_some = write
+    abliterate.checkpoints.file_ranges.write_some = write
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     sys.argv = ["abliterate", "-q", *arguments]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.abliteration_record import OrthogonalizationReport
 from abliterate.activation_addition import ADDITIONS, plan_addition
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import AbliterateError, DirectionError, InputError, UnsupportedArchitectureError

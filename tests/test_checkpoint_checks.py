@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint_checks import (
     EditedWriter,
     compare_bytes,
@@ -20,6 +19,7 @@ from abliterate.checkpoint_checks import (
     directions_through,
     measure_survivors,
 )
+from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.errors import CheckpointError
 from abliterate.projection import effective_directions, project_out
 from abliterate.residual_writers import PostNorm

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.residual_writers import map_stream

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.errors import InputError
-from abliterate.hub import ModelSource
 from tests.support.tiny_models import N_LAYERS, random_direction, save_tiny_model
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.errors import InputError, ModelError
 from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions
-from abliterate.hub import ModelSource, resolve_model
 from abliterate.judges import JudgeOptions, load_judge, parse_verdict
 from abliterate.model import ChatModel
 from abliterate.reply_classes import read_reply

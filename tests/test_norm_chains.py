@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import abliterate.edit_plan
 from abliterate.abliteration_record import read_record
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.errors import CheckpointError
 from abliterate.orthogonalization import orthogonalize_checkpoint

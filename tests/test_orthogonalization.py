@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import abliterate.checkpoints.file_assembly
 import abliterate.edited_shard
-import abliterate.file_assembly
 import abliterate.projected_stretch
 import abliterate.projection
-import abliterate.stretches
 import abliterate.tensor_blocks
 from abliterate.abliteration_record import OrthogonalizationReport, decode_subspace
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import (
@@ -31,7 +31,6 @@ from abliterate.errors import (
     UnsupportedArchitectureError,
     VerificationError,
 )
-from abliterate.hub import ModelSource
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.projection import component_norm, project_out
 from abliterate.write_options import WriteOptions
@@ -511,7 +510,7 @@ def test_a_planned_edit_that_no_shard_consumed_is_an_error(single, tmp_path, dir
 @pytest.mark.parametrize(("model_type", "options"), [("gpt2", {}), ("qwen3_moe", {"num_experts": 4})])
 def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, direction, model_type, options, monkeypatch):
     monkeypatch.setattr(abliterate.projected_stretch, "_METER_BYTES", 200)
-    monkeypatch.setattr(abliterate.stretches, "_STRETCH_BYTES", 1000)
+    monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_STRETCH_BYTES", 1000)
     budget = functools.partial(abliterate.tensor_blocks.blocks_of, budget=900)
     monkeypatch.setattr(abliterate.projected_stretch, "blocks_of", budget)
     monkeypatch.setattr(abliterate.projection, "_BLOCK_ELEMENTS", 3 * D_MODEL)
@@ -631,7 +630,7 @@ class TestFaultsWhileWriting:
 
     @pytest.fixture
     def damage(self, single, tmp_path, direction, monkeypatch):
-        read, info, done = abliterate.byte_ranges.TargetFile.read, open_checkpoint(single).tensor, []
+        read, info, done = abliterate.checkpoints.file_ranges.TargetFile.read, open_checkpoint(single).tensor, []
 
         def run(name: str, at: int) -> None:
             position = info(name).start + at
@@ -643,7 +642,7 @@ class TestFaultsWhileWriting:
                     os.pwrite(target.descriptor, bytes([old[0] ^ 1]), position)
                 return read(target, offset, count, memory)
 
-            monkeypatch.setattr(abliterate.byte_ranges.TargetFile, "read", faulty)
+            monkeypatch.setattr(abliterate.checkpoints.file_ranges.TargetFile, "read", faulty)
             orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
 
         return run

@@ -17,14 +17,14 @@ from tests.support.paths import REPOSITORY
 # Process 1 kills itself when it has finished so many files.
 DYING = """
 import os, signal
-import abliterate.journal
+import abliterate.checkpoints.resumable_directory
 from abliterate.cli import main
-add = abliterate.journal.Journal.add
+add = abliterate.checkpoints.resumable_directory.Journal.add
 def add_and_die(self, name, entry):
     add(self, name, entry)
     if os.environ.get("RANK") == "1" and self.n_entries == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-abliterate.journal.Journal.add = add_and_die
+abliterate.checkpoints.resumable_directory.Journal.add = add_and_die
 main()
 """
 

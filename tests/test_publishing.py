@@ -8,8 +8,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from abliterate import hub as hub_module
 from abliterate import publishing
+from abliterate.checkpoints import hub as hub_module
 from abliterate.directions import make_direction
 from abliterate.errors import AbliterateError, CheckpointError, HubError, InputError, VerificationError
 from abliterate.orthogonalization import orthogonalize_checkpoint

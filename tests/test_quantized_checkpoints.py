@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM
 
 import abliterate.requantized_stretch
 from abliterate.adapting import write_adapter
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.quantized import plain_view
+from abliterate.checkpoints.safetensors_file import read_tensor, tensor_bytes
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import CheckpointError, InputError, QuantizedCheckpointError, VerificationError
 from abliterate.model import ModelOptions
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.quantized_view import plain_view
 from abliterate.reverting import revert_checkpoint
-from abliterate.safetensors_file import read_tensor, tensor_bytes
 from abliterate.verification import VerificationOptions, VerificationReport, verify_checkpoint
 from abliterate.write_options import WriteOptions
 from tests.support.loaded_models import stored, stream_component, tree

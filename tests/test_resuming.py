@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import abliterate.byte_ranges
+import abliterate.checkpoints.file_ranges
 import abliterate.progress
 from abliterate.directions import make_direction
 from abliterate.edit_plan import EditOptions
@@ -26,17 +26,17 @@ from tests.support.tiny_models import random_direction, save_tiny_model
 # Each write is slow, so that a kill finds the run in the middle of it.
 SLOWLY = """
 import sys, time
-import abliterate.byte_ranges, abliterate.file_assembly
+import abliterate.checkpoints.file_ranges, abliterate.checkpoints.file_assembly
 from abliterate.cli import main
-write, finish = abliterate.byte_ranges.write_some, abliterate.file_assembly._Assembly._finish
+write, finish = abliterate.checkpoints.file_ranges.write_some, abliterate.checkpoints.file_assembly._Assembly._finish
 def slowly(*arguments):
     time.sleep(0.004)
     return write(*arguments)
 def finish_slowly(*arguments):
     time.sleep(0.02)
     finish(*arguments)
-abliterate.byte_ranges.write_some = slowly
-abliterate.file_assembly._Assembly._finish = finish_slowly
+abliterate.checkpoints.file_ranges.write_some = slowly
+abliterate.checkpoints.file_assembly._Assembly._finish = finish_slowly
 print("ready", file=sys.stderr, flush=True)
 main()
 """
@@ -137,7 +137,7 @@ def test_a_full_disk_and_then_room(sharded, direction_file, undisturbed, tmp_pat
             source=sharded, direction=direction_file, output=out, options=EditOptions(strength=0.5)
         )
         old = tree(out)
-    monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(calls, errno.ENOSPC))
+    monkeypatch.setattr(abliterate.checkpoints.file_ranges, "write_some", Faulty(calls, errno.ENOSPC))
     with pytest.raises(CheckpointError, match=r"No space left on device; .* was left as it was, and") as raised:
         orthogonalize_checkpoint(source=sharded, direction=direction_file, output=out, overwrite=overwrite)
     assert ("--resume" in str(raised.value)) == (tmp_path / ".out.partial").exists()
@@ -150,7 +150,7 @@ def test_a_full_disk_and_then_room(sharded, direction_file, undisturbed, tmp_pat
 
 
 def test_short_writes_are_no_fault(sharded, direction_file, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(2, None))
+    monkeypatch.setattr(abliterate.checkpoints.file_ranges, "write_some", Faulty(2, None))
     orthogonalize_checkpoint(source=sharded, direction=direction_file, output=tmp_path / "out")
     assert content(tmp_path / "out") == undisturbed
 
@@ -181,7 +181,7 @@ def test_a_source_that_cannot_be_read_or_is_cut_while_it_is_read(
 def test_what_another_input_has_left_is_not_gone_on_with(sharded, direction_file, tmp_path, monkeypatch, changed):
     source = save_tiny_model(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="8KB")
     # So late that more files have been begun than may wait for the disk: some are finished.
-    monkeypatch.setattr(abliterate.byte_ranges, "write_some", Faulty(40, errno.ENOSPC))
+    monkeypatch.setattr(abliterate.checkpoints.file_ranges, "write_some", Faulty(40, errno.ENOSPC))
     with pytest.raises(AbliterateError, match="--resume"):
         orthogonalize_checkpoint(source=source, direction=direction_file, output=tmp_path / "out")
     monkeypatch.undo()

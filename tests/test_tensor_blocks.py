@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import abliterate.projection
-from abliterate.byte_ranges import SourceFile, TargetFile
-from abliterate.direct_io import AlignedMemory
+from abliterate.checkpoints.file_ranges import AlignedMemory, Scratch, SourceFile, TargetFile
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, tensor_bytes
 from abliterate.projection import ComponentMeter, block_width, component_and_norm, project_out
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, tensor_bytes
-from abliterate.scratch import Scratch
 from abliterate.tensor_blocks import blocks_of
 
 SHAPES = [((40, 24), 0), ((40, 24), 1), ((24,), 0), ((3, 24, 17), 1), ((5, 7, 24), 2), ((24, 1), 0), ((24, 3, 5), 0)]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from abliterate.abliteration_record import OrthogonalizationReport
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import InputError

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from abliterate.abliteration_record import read_record
+from abliterate.checkpoints.hub import resolve_model
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import CheckpointError, InputError, ModelError
-from abliterate.hub import resolve_model
 from abliterate.model import ModelOptions
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.progress import SILENT

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from abliterate.adapter_modules import AdaptedWeight, AdapterLayout
 from abliterate.checkpoint_checks import directions_through
+from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, assemble_files
+from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_shard, read_tensor
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import CheckpointError, VerificationError
-from abliterate.file_assembly import NewFile, assemble_files
-from abliterate.hashed_files import WrittenFile
 from abliterate.lora_factors import MergedWeight, coefficients, merge_factors, pack_factors, unpack_factors
 from abliterate.progress import Advance
 from abliterate.projection import component_and_norm, project_out, residue_bound
 from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_shard, read_tensor
-from abliterate.stretches import GivenBytes
 from abliterate.tensor_edits import TensorEdit
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -12,13 +12,13 @@ from pathlib import Path
 from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, write_record
 from abliterate.adapter_files import WEIGHTS_NAME, check_adapter_files, write_adapter_files, write_contents
 from abliterate.adapter_modules import AdapterLayout, lay_out_adapter
-from abliterate.atomic_directory import published_directory
 from abliterate.checkpoint_checks import ratio
+from abliterate.checkpoints.atomic_directory import published_directory
+from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.hub import ModelSource, read_card_facts
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.errors import InputError
-from abliterate.hashed_files import WrittenFile
-from abliterate.hub import ModelSource, read_card_facts
 from abliterate.lora_factors import MergedWeight
 from abliterate.model_card import build_model_card
 from abliterate.planned_report import check_output, planned_report

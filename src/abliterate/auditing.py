@@ -26,10 +26,10 @@ from abliterate.audit_report import (
 )
 from abliterate.behaviour import Answers, answer_prompts, measure_surprise, read_replies
 from abliterate.candidate_ranking import CandidateFinder, CandidateSummary, Stability
+from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.distribution_shift import BaseDistributions, Surprise, compare_surprise, completion_surprise
 from abliterate.errors import InputError
 from abliterate.evaluation_report import RefusalRate, count_replies, refusal_change
-from abliterate.hub import ModelSource, resolve_model
 from abliterate.interventions import ablate_direction, ablate_subspace, add_direction
 from abliterate.model import ChatModel, ModelOptions, find_response_prefix, load_chat_model, with_response_prefix
 from abliterate.progress import SILENT, ProgressReporter

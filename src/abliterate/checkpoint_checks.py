@@ -14,13 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.checkpoint import Checkpoint, with_changes
+from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
+from abliterate.checkpoints.quantized_formats import largest_residue
+from abliterate.checkpoints.safetensors_file import (
+    TORCH_DTYPES,
+    TensorInfo,
+    encoded_matrices,
+    read_tensor,
+    tensor_bytes,
+)
 from abliterate.errors import CheckpointError
 from abliterate.progress import Advance
 from abliterate.projection import NormFactor, component_and_norm, effective_directions, residue_bound
-from abliterate.quantized_formats import largest_residue
 from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, encoded_matrices, read_tensor, tensor_bytes
 
 _CHUNK_BYTES = 4 << 20
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from abliterate.checkpoints.file_assembly import Traffic
+from abliterate.checkpoints.resumable_directory import Key, PartialDirectory, PartialRun, is_worth_keeping, partial_path
 from abliterate.edited_checkpoint import EditedFiles, FinishedFile
 from abliterate.errors import AbliterateError, CheckpointError, VerificationError
-from abliterate.journal import Key
-from abliterate.partial_directory import PartialDirectory, PartialRun, is_worth_keeping, partial_path
 from abliterate.processes import Ranks, share_by_size
 from abliterate.progress import ProgressReporter
-from abliterate.stretches import Traffic
 from abliterate.write_options import WriteOptions
 
 Result = TypeVar("Result")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from abliterate.atomic_directory import check_output_directory, published_directory
+from abliterate.checkpoints.atomic_directory import check_output_directory, published_directory
 from abliterate.errors import MissingDependencyError
 from abliterate.progress import SILENT, ProgressReporter
 

@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from abliterate.activation_addition import Addition, plan_addition
-from abliterate.checkpoint import Checkpoint, open_checkpoint
-from abliterate.dequantized_layout import dequantized_config_changes, dequantized_layout, plain_info
+from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.quantized import (
+    QUANTIZED_POLICIES,
+    QuantizedPolicy,
+    dequantized_config_changes,
+    dequantized_layout,
+    plain_info,
+    plain_view,
+)
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import CheckpointError, DirectionError, InputError
-from abliterate.hub import ModelSource
 from abliterate.projection import orthonormalize
-from abliterate.quantized_view import QUANTIZED_POLICIES, QuantizedPolicy, plain_view
 from abliterate.residual_writers import (
     ROLES,
     ResidualWriter,
@@ -25,7 +32,6 @@ from abliterate.residual_writers import (
     StreamMap,
     map_stream,
 )
-from abliterate.safetensors_file import TORCH_DTYPES
 from abliterate.tensor_edits import TensorEdit, check_codes
 from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
 from abliterate.untrusted import shown
@@ -281,7 +287,7 @@ def _as_source(source: ModelSource | Path | str) -> ModelSource:
     if not Path(source).is_dir():
         raise InputError(
             f"{source}: there is no such directory; give a checkpoint directory, or resolve a Hub id with "
-            "abliterate.hub.resolve_model"
+            "abliterate.checkpoints.hub.resolve_model"
         )
     return ModelSource(path=Path(source), name=str(source), revision=None)
 

@@ -15,18 +15,17 @@ from typing import Any, Self
 import torch
 
 from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME
-from abliterate.byte_ranges import SourceFile
-from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
 from abliterate.checkpoint_checks import directions_through
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
+from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, Traffic, assemble_files, copied_ranges
+from abliterate.checkpoints.file_ranges import SourceFile
+from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.resumable_directory import Entry
+from abliterate.checkpoints.safetensors_file import Shard, extended_header
 from abliterate.edit_plan import EditPlan
 from abliterate.edited_shard import EditedShard
-from abliterate.file_assembly import NewFile, assemble_files
-from abliterate.hashed_files import WrittenFile
-from abliterate.journal import Entry
 from abliterate.progress import Advance
 from abliterate.projected_stretch import ProjectedTensor
-from abliterate.safetensors_file import Shard, extended_header
-from abliterate.stretches import GivenBytes, Traffic, copied_ranges
 from abliterate.tensor_edits import TensorEdit
 
 

@@ -5,13 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from abliterate.byte_ranges import SourceFile, became_shorter
-from abliterate.edit_plan import EditPlan
-from abliterate.file_assembly import NewFile
-from abliterate.projected_stretch import ProjectedTensor, Projection
-from abliterate.requantized_stretch import MadeMatrices, QuantizedEdit
-from abliterate.residual_writers import PostNorm
-from abliterate.safetensors_file import (
+from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, Stretch, copied_ranges
+from abliterate.checkpoints.file_ranges import SourceFile, became_shorter
+from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     Shard,
     TensorInfo,
@@ -20,7 +16,10 @@ from abliterate.safetensors_file import (
     read_tensor,
     tensor_bytes,
 )
-from abliterate.stretches import GivenBytes, Stretch, copied_ranges
+from abliterate.edit_plan import EditPlan
+from abliterate.projected_stretch import ProjectedTensor, Projection
+from abliterate.requantized_stretch import MadeMatrices, QuantizedEdit
+from abliterate.residual_writers import PostNorm
 from abliterate.tensor_edits import TensorEdit
 
 

@@ -18,6 +18,7 @@ import torch
 from abliterate._version import __version__
 from abliterate.behaviour import Answers, answer_prompts, let_think, measure_surprise, read_replies
 from abliterate.capability import TaskSamples, compare_tasks, require_harness, run_tasks
+from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.directions import Direction, load_direction
 from abliterate.distribution_shift import (
     BaseDistributions,
@@ -39,7 +40,6 @@ from abliterate.evaluation_report import (
     refusal_change,
 )
 from abliterate.held_out import HeldOut, hold_out, used_for_checkpoint, used_prompts
-from abliterate.hub import ModelSource, resolve_model
 from abliterate.judges import JudgeOptions, load_judge
 from abliterate.model import ChatModel, ModelOptions, load_chat_model
 from abliterate.progress import SILENT, ProgressReporter

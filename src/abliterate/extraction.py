@@ -11,6 +11,7 @@ from torch import Tensor
 
 from abliterate.activations import Recording
 from abliterate.candidate_scoring import CandidateScorer
+from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.direction_recipes import candidate_directions, independent_candidates, spanning_basis
 from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction_report import (
@@ -24,7 +25,6 @@ from abliterate.extraction_report import (
     directions_of,
     versions,
 )
-from abliterate.hub import ModelSource, resolve_model
 from abliterate.model import (
     ChatModel,
     ModelOptions,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from abliterate._version import __version__
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.direction_recipes import DirectionRecipe
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError
-from abliterate.hub import ModelSource
 from abliterate.model import ChatModel
 from abliterate.prompt_sets import ExtractionPrompts
 from abliterate.refusal_metric import RefusalToken

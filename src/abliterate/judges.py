@@ -21,8 +21,8 @@ import torch
 
 from abliterate.behaviour import generate_replies
 from abliterate.chat_template import ChatFormat, tokenize
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.errors import InputError, ModelError
-from abliterate.hub import ModelSource
 from abliterate.model import ChatModel
 from abliterate.progress import SILENT, Advance, ProgressReporter
 from abliterate.reply_cache import ReplyCache, model_fingerprint

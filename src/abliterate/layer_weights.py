@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from abliterate.checkpoint import Checkpoint
+from abliterate.checkpoints.checkpoint import Checkpoint
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_rows, read_tensor
 from abliterate.errors import ModelError
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_rows, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

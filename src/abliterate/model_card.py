@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from abliterate.checkpoints.hub import CardFacts
 from abliterate.edit_in_words import how_to_reproduce, local_name, summary, what_was_done
-from abliterate.hub import CardFacts
 from abliterate.markdown import NOT_MEASURED, code, inline, is_number, mapping, number, table
 
 _TAGS = ["abliterate", "abliteration", "refusal-direction", "orthogonalization", "arxiv:2406.11717"]

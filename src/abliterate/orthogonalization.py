@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport, Work, write_record
-from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint_checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
 from abliterate.checkpoint_run import write_together
+from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.file_assembly import Traffic
+from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.quantized import plain_view
 from abliterate.directions import Direction
 from abliterate.edit_plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.edited_checkpoint import EditedFiles, FinishedFile, MadeEdit
 from abliterate.errors import InputError, VerificationError
-from abliterate.hub import ModelSource
 from abliterate.plan_key import plan_key
 from abliterate.planned_report import check_output, planned_report
 from abliterate.processes import Ranks
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.quantized_view import plain_view
-from abliterate.stretches import Traffic
 from abliterate.tensor_edits import TensorEdit
 from abliterate.write_options import WriteOptions
 

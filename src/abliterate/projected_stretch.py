@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.byte_ranges import SourceFile, TargetFile
+from abliterate.checkpoints.file_assembly import ComputedStretch, Fill, Worker, changed_on_the_way
+from abliterate.checkpoints.file_ranges import SourceFile, TargetFile
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError
 from abliterate.projection import ComponentMeter, NormSums, project_out
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
-from abliterate.stretches import ComputedStretch, Fill, Worker, changed_on_the_way
 from abliterate.tensor_blocks import TensorBlock, blocks_of
 
 _METER_BYTES = 1 << 20

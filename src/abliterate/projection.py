@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.scratch import Scratch
+from abliterate.checkpoints.file_ranges import Scratch
 
 # Elements that are held in the arithmetic's wide dtype at a time, so that memory is bounded by a block and
 # not by the tensor: 2 MiB of float32, which stays in cache with its scratch.

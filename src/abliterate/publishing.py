@@ -6,8 +6,7 @@ from pathlib import Path
 
 from abliterate._version import __version__
 from abliterate.abliteration_record import check_hashes
-from abliterate.errors import HubError, VerificationError
-from abliterate.hub import (
+from abliterate.checkpoints.hub import (
     check_repo_id,
     create_repo,
     list_remote_files,
@@ -16,6 +15,7 @@ from abliterate.hub import (
     upload_folder,
     whoami,
 )
+from abliterate.errors import HubError, VerificationError
 from abliterate.model_card import base_model_id, build_model_card
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.push_package import CARD_NAME, PushPackage, find_base_card_facts, read_push_package, stage_package

@@ -13,9 +13,9 @@ from abliterate.abliteration_record import (
     read_json_report,
     read_record,
 )
+from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.hub import CardFacts, fetch_card_facts, read_card_facts
 from abliterate.errors import HubError, InputError, VerificationError
-from abliterate.hashed_files import hash_file
-from abliterate.hub import CardFacts, fetch_card_facts, read_card_facts
 from abliterate.progress import ProgressReporter
 
 CARD_NAME = "README.md"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
-from abliterate.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
 from abliterate.checkpoint_checks import (
     EditedWriter,
     Survivor,
@@ -23,11 +22,12 @@ from abliterate.checkpoint_checks import (
     ratio,
     rounding_bound,
 )
-from abliterate.dequantized_layout import dequantized_layout
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoints.quantized import dequantized_layout, plain_view, quantization_of
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.quantized_view import plain_view, quantization_of
 from abliterate.recorded_edits import (
     RecordedTensor,
     differences_from_plan,
@@ -35,7 +35,6 @@ from abliterate.recorded_edits import (
     recorded_subspace,
     recorded_tensors,
 )
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 
 _AGAIN = "run `abliterate orthogonalize` again"
 

@@ -4,9 +4,9 @@ import hashlib
 from pathlib import Path
 
 from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord
-from abliterate.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.errors import CheckpointError, InputError
-from abliterate.hub import ModelSource, resolve_model
 
 
 def find_base(record: AbliterationRecord, given: ModelSource | Path | str | None) -> ModelSource:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from abliterate.checkpoints.hashed_files import hash_file
 from abliterate.errors import InputError
-from abliterate.hashed_files import hash_file
 from abliterate.progress import SILENT, ProgressReporter
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py")

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.byte_ranges import TargetFile
+from abliterate.checkpoints.file_assembly import ComputedStretch, Fill, Worker, changed_on_the_way
+from abliterate.checkpoints.file_ranges import TargetFile
+from abliterate.checkpoints.quantized_formats import decode, refitted_scales, requantize
+from abliterate.checkpoints.safetensors_file import Encoding, TensorInfo, encoded_matrices, read_codes, tensor_bytes
 from abliterate.errors import CheckpointError
 from abliterate.projection import project_out
-from abliterate.quantized_formats import decode, refitted_scales, requantize
-from abliterate.safetensors_file import Encoding, TensorInfo, encoded_matrices, read_codes, tensor_bytes
-from abliterate.stretches import ComputedStretch, Fill, Worker, changed_on_the_way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

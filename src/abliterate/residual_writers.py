@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from abliterate import architectures as table
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
 from abliterate.norm_chains import NormChains, PostNorm
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.tensor_names import Part, Role, TensorName, parse_name
 from abliterate.text_model import TextModel, read_text_model
 from abliterate.writer_checks import check_experts, check_layers, refuse_quantization_config

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, Format, read_record
-from abliterate.atomic_directory import published_directory
-from abliterate.byte_ranges import SourceFile
-from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoints.atomic_directory import published_directory
+from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoints.file_assembly import NewFile, assemble_files, copied_ranges
+from abliterate.checkpoints.file_ranges import SourceFile
+from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.errors import InputError, VerificationError
-from abliterate.file_assembly import NewFile, assemble_files
-from abliterate.hashed_files import WrittenFile
-from abliterate.hub import ModelSource
 from abliterate.planned_report import check_output
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.quick_verification import compare_with_base
 from abliterate.recorded_base import find_base
-from abliterate.stretches import copied_ranges
 
 # One copies while the other reads back.
 _WORKERS = 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from abliterate.chat_template import ChatFormat
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.errors import ModelError
 from abliterate.layer_weights import LayerWeights
 from abliterate.model import ModelOptions, auto_class, choose_device, find_blocks, load_tokenizer, make_chat_model

@@ -8,10 +8,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from abliterate.byte_ranges import SourceFile, TargetFile
-from abliterate.direct_io import AlignedMemory
+from abliterate.checkpoints.file_ranges import AlignedMemory, SourceFile, TargetFile
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.projection import block_width
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 
 # What is held of a tensor at a time, as it is stored: what is one range of the file, little enough to stay in the cache
 # from being read to being written; columns, enough of them that a row's part is not too short to be read by itself.

@@ -16,7 +16,7 @@ from abliterate.architectures import (
     WRAPPERS,
     Architecture,
 )
-from abliterate.checkpoint import CONFIG_NAME
+from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 from abliterate.refused_architectures import REFUSED, refusal
 from abliterate.untrusted import shown

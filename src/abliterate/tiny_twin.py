@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.architectures import LAYER_LISTS, TOWER
-from abliterate.checkpoint import CONFIG_NAME, open_checkpoint
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import UnsupportedArchitectureError

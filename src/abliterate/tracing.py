@@ -11,6 +11,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
+from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.contributions import (
     BlockParts,
     Contributions,
@@ -20,7 +21,6 @@ from abliterate.contributions import (
 )
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import DirectionError, InputError
-from abliterate.hub import ModelSource, resolve_model
 from abliterate.model import ChatModel, ModelOptions, load_chat_model, with_response_prefix
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, PromptSet, load_prompt_set

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, read_record
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import InputError, ModelError
-from abliterate.hub import ModelSource
 from abliterate.interventions import ablate_subspace
 from abliterate.model import ChatModel, ModelOptions, load_chat_model
 from abliterate.progress import SILENT, ProgressReporter

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.architectures import Architecture
-from abliterate.checkpoint import CONFIG_NAME
+from abliterate.checkpoints.checkpoint import CONFIG_NAME
+from abliterate.checkpoints.quantized import CONFIG_KEYS, base_in_words, is_handled
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
-from abliterate.quantized_view import CONFIG_KEYS, base_in_words, is_handled
-from abliterate.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.tensor_names import Role, TensorName
 from abliterate.untrusted import shown
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.quantized_formats import QuantizedLayout, encode
+from abliterate.checkpoints.quantized_formats import QuantizedLayout, encode
 from tests.support.chat_models import VOCABULARY, make_tokenizer
 from tests.support.loaded_models import stored
 from tests.support.tiny_models import save_tiny_model

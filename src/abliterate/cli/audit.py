@@ -91,7 +91,7 @@ def audit(
     from abliterate.audit_page import write_audit_page
     from abliterate.audit_report import AuditOptions, AuditThresholds
     from abliterate.auditing import audit_model
-    from abliterate.hub import resolve_model
+    from abliterate.checkpoints.hub import resolve_model
     from abliterate.model import ModelOptions
 
     output = Output.of(context, json_output=json_output)

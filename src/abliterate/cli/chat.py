@@ -50,8 +50,8 @@ def chat(
     ends the run. Nothing is written unless /save asks for it.
     """
     from abliterate.chatting import ChatSession
+    from abliterate.checkpoints.hub import resolve_model
     from abliterate.directions import load_direction
-    from abliterate.hub import resolve_model
     from abliterate.model import ModelOptions, load_chat_model
 
     output = Output.of(context, json_output=json_output)

@@ -142,10 +142,10 @@ def evaluate(
     direction was found with are left out.
     """
     from abliterate.capability import TaskOptions
+    from abliterate.checkpoints.hub import resolve_model
     from abliterate.evaluation import evaluate_model
     from abliterate.evaluation_page import write_evaluation_page
     from abliterate.evaluation_report import EvaluationOptions
-    from abliterate.hub import resolve_model
     from abliterate.model import ModelOptions
 
     output = Output.of(context, json_output=json_output)

@@ -143,11 +143,11 @@ def extract(
     files, NAME.1.safetensors (the best) to NAME.K.safetensors: `orthogonalize` projects them out together when each is
     given with a --direction of its own.
     """
+    from abliterate.checkpoints.hub import resolve_model
     from abliterate.direction_recipes import DirectionRecipe
     from abliterate.extraction import extract_direction
     from abliterate.extraction_page import write_extraction_page
     from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
-    from abliterate.hub import resolve_model
     from abliterate.model import ModelOptions
     from abliterate.processes import in_first_process
     from abliterate.score_report import require_plots, write_score_report

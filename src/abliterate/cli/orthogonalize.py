@@ -156,8 +156,8 @@ def orthogonalize(
             "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
 
+    from abliterate.checkpoints.hub import resolve_model
     from abliterate.edit_plan import EditOptions
-    from abliterate.hub import resolve_model
 
     write: Callable[..., OrthogonalizationReport]
     if output_format is Format.adapter:

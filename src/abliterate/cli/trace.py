@@ -69,7 +69,7 @@ def trace(
 
     Where an architecture's heads are not known the cosines are shown without the table of heads.
     """
-    from abliterate.hub import resolve_model
+    from abliterate.checkpoints.hub import resolve_model
     from abliterate.model import ModelOptions
     from abliterate.score_report import require_plots
     from abliterate.trace_report import write_trace_report

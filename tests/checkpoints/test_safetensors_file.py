@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from abliterate.checkpoints.safetensors_file import read_shard
 from abliterate.errors import CheckpointError
-from abliterate.safetensors_file import read_shard
 from tests.support.tiny_models import save_tiny_llama
 
 TWO_FLOATS = b"\0" * 8

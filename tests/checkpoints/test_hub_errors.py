@@ -4,9 +4,9 @@ import errno
 
 import pytest
 
-from abliterate import hub as hub_module
+from abliterate.checkpoints import hub as hub_module
+from abliterate.checkpoints.hub import resolve_model
 from abliterate.errors import AbliterateError, HubError, InputError
-from abliterate.hub import resolve_model
 from tests.support.fake_hub import FakeHub
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40}

@@ -1,6 +1,6 @@
 import hashlib
 
-from abliterate.hashed_files import hash_file
+from abliterate.checkpoints.hashed_files import hash_file
 
 
 def test_a_file_is_hashed_with_progress(tmp_path):

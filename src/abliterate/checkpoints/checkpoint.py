@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, parse_object, read_shard
 from abliterate.errors import CheckpointError
-from abliterate.safetensors_file import Shard, TensorInfo, damaged_file, parse_object, read_shard
 from abliterate.untrusted import MAX_BYTES, has_file, open_regular, regular_files, shown
 
 CONFIG_NAME = "config.json"

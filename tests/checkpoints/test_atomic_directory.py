@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-import abliterate.atomic_directory
-from abliterate.atomic_directory import check_output_directory, published_directory
+import abliterate.checkpoints.atomic_directory
+from abliterate.checkpoints.atomic_directory import check_output_directory, published_directory
 from abliterate.errors import CheckpointError, InputError
 
 
@@ -32,7 +32,7 @@ def test_it_appears_with_its_parents_when_it_is_whole(tmp_path):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_it_replaces_the_older_one_as_a_whole(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(abliterate.atomic_directory, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(abliterate.checkpoints.atomic_directory, "_exchange", lambda one, other: False)
     out = tmp_path / "out"
     publish(out, "old")
     (out / "stale.txt").write_text("x")
@@ -65,9 +65,9 @@ def test_two_directories_change_places_at_once(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert abliterate.atomic_directory._exchange(tmp_path / "one", tmp_path / "other")
+    assert abliterate.checkpoints.atomic_directory._exchange(tmp_path / "one", tmp_path / "other")
     assert tree(tmp_path) == {"one/other": "", "other/one": ""}
-    assert not abliterate.atomic_directory._exchange(tmp_path / "one", tmp_path / "none")
+    assert not abliterate.checkpoints.atomic_directory._exchange(tmp_path / "one", tmp_path / "none")
 
 
 def test_a_failed_rename_brings_the_older_one_back(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_failed_rename_brings_the_older_one_back(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_to_publish)
-    monkeypatch.setattr(abliterate.atomic_directory, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(abliterate.checkpoints.atomic_directory, "_exchange", lambda one, other: False)
     with pytest.raises(CheckpointError, match="Input/output error"):
         publish(out, "new")
     assert tree(tmp_path) == {"out/config.json": "old"}

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import abliterate.byte_ranges
-from abliterate.byte_ranges import SourceFile, TargetFile
-from abliterate.direct_io import AlignedMemory
+import abliterate.checkpoints.file_ranges
+from abliterate.checkpoints.file_ranges import AlignedMemory, SourceFile, TargetFile
 from abliterate.errors import CheckpointError
 
 CONTENT = bytes(range(256)) * 40
@@ -23,7 +22,7 @@ def source(tmp_path):
 
 def clone_range(descriptor: int, code: int, request: bytes) -> int:
     """As a file system does that shares blocks: whole ones alone, at block boundaries of both files."""
-    assert code == abliterate.byte_ranges._FICLONERANGE
+    assert code == abliterate.checkpoints.file_ranges._FICLONERANGE
     other, start, count, offset = struct.unpack("=qQQQ", request)
     assert start % 4096 == count % 4096 == offset % 4096 == 0
     return os.pwrite(descriptor, os.pread(other, count, start), offset) * 0
@@ -56,7 +55,9 @@ def test_where_nothing_can_be_shared_nothing_is_written(source, tmp_path, monkey
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        abliterate.byte_ranges, "write_some", lambda descriptor, data, offset: os.pwrite(descriptor, data[:3], offset)
+        abliterate.checkpoints.file_ranges,
+        "write_some",
+        lambda descriptor, data, offset: os.pwrite(descriptor, data[:3], offset),
     )
     with TargetFile(tmp_path / "target", size=20) as target:
         target.write(memoryview(CONTENT[:10]), 5)
@@ -70,7 +71,7 @@ def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch, answer, messag
             raise OSError(answer, os.strerror(answer))
         return 0
 
-    monkeypatch.setattr(abliterate.byte_ranges, "write_some", fail)
+    monkeypatch.setattr(abliterate.checkpoints.file_ranges, "write_some", fail)
     with TargetFile(tmp_path / "target", size=20) as target:
         with pytest.raises(OSError, match=message) as raised:
             target.write(memoryview(CONTENT[:10]), 0)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.errors import AbliterateError, HubError, InputError
-from abliterate.hub import (
+from abliterate.checkpoints.hub import (
     CardFacts,
     check_repo_id,
     fetch_card_facts,
@@ -18,6 +17,7 @@ from abliterate.hub import (
     resolve_model,
     whoami,
 )
+from abliterate.errors import AbliterateError, HubError, InputError
 from tests.support.fake_hub import FakeHub
 
 FILES = {
@@ -127,7 +127,9 @@ class TestDownloads:
 
 
 def test_the_endpoint_of_the_environment_is_used(tmp_path):
-    code = "from abliterate.hub import resolve_model, whoami; print(resolve_model('org/m').revision, whoami())"
+    code = (
+        "from abliterate.checkpoints.hub import resolve_model, whoami; print(resolve_model('org/m').revision, whoami())"
+    )
     with FakeHub() as server:
         repo = server.add_repo("org/m", FILES)
         environment = os.environ | server.environment(tmp_path)

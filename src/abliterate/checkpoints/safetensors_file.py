@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 from torch import Tensor
 
+from abliterate.checkpoints.quantized_formats import QuantizedLayout, decode
 from abliterate.errors import CheckpointError
-from abliterate.quantized_formats import QuantizedLayout, decode
 from abliterate.untrusted import open_regular, parse_json, shown
 
 _LENGTH_BYTES = 8

@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import abliterate.byte_ranges
-from abliterate.byte_ranges import SourceFile, TargetFile
-from abliterate.direct_io import BOUNDARY, AlignedMemory, address, is_cached, open_direct, round_up
+import abliterate.checkpoints.file_ranges
+from abliterate.checkpoints.file_ranges import (
+    BOUNDARY,
+    AlignedMemory,
+    SourceFile,
+    TargetFile,
+    address,
+    is_cached,
+    open_direct,
+    round_up,
+)
 from abliterate.errors import CheckpointError
 
 SIZE = 300_000
@@ -148,7 +156,7 @@ def test_any_ranges_are_written_as_they_are(tmp_path_factory, ranges):
 @pytest.mark.parametrize("most", [3, 5000, BOUNDARY, 100_000])
 def test_short_direct_writes_are_continued(tmp_path, source, monkeypatch, most):
     monkeypatch.setattr(
-        abliterate.byte_ranges,
+        abliterate.checkpoints.file_ranges,
         "write_some",
         lambda descriptor, data, offset: os.pwrite(descriptor, data[: most if len(data) < 99_000 else 98_304], offset),
     )
@@ -170,7 +178,7 @@ def test_a_file_system_that_takes_no_direct_write_gets_another_and_a_full_disk_i
                 raise OSError(error, os.strerror(error))
             return os.pwrite(descriptor, data, offset)
 
-        monkeypatch.setattr(abliterate.byte_ranges, "write_some", refuse)
+        monkeypatch.setattr(abliterate.checkpoints.file_ranges, "write_some", refuse)
         data = AlignedMemory().take(200_000)
         data[:] = CONTENT[:200_000]
         if error == errno.ENOSPC:

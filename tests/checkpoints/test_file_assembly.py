@@ -5,12 +5,10 @@ import time
 
 import pytest
 
-import abliterate.file_assembly
-import abliterate.stretches
-from abliterate.byte_ranges import SourceFile
+import abliterate.checkpoints.file_assembly
+from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, assemble_files, copied_ranges
+from abliterate.checkpoints.file_ranges import SourceFile
 from abliterate.errors import CheckpointError, VerificationError
-from abliterate.file_assembly import NewFile, assemble_files
-from abliterate.stretches import GivenBytes, copied_ranges
 
 CONTENT = os.urandom(10_000)
 
@@ -27,8 +25,8 @@ def new_file(tmp_path, name: str) -> NewFile:
 
 @pytest.fixture
 def short_stretches(monkeypatch):
-    monkeypatch.setattr(abliterate.stretches, "_STRETCH_BYTES", 700)
-    monkeypatch.setattr(abliterate.stretches, "_COPY_BYTES", 64)
+    monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_STRETCH_BYTES", 700)
+    monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_COPY_BYTES", 64)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -141,4 +139,4 @@ def test_few_files_wait_for_a_slow_disk_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", slow)
     assemble_files(map(made, range(30)), target=tmp_path / "out", workers=2, done=finished, advance=lambda _bytes: None)
     assert closed == 30
-    assert max(most) <= abliterate.file_assembly._MOST_OPEN
+    assert max(most) <= abliterate.checkpoints.file_assembly._MOST_OPEN

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.safetensors_file import read_tensor
 from abliterate.errors import CheckpointError
-from abliterate.safetensors_file import read_tensor
 from tests.support.tiny_models import save_tiny_llama
 
 

@@ -2,6 +2,11 @@
 
 The pairs are found by their names and dtypes, tensor by tensor, and the format by config.json; whatever is not known
 to be read rightly is refused. Nothing is decoded here.
+
+What a quantised checkpoint looks like once every number is stored plain, in bfloat16: headers, index and config.
+
+The same shards under the same names; in each the tensors that are not quantised as they were, and in the place of codes
+the numbers that they mean. Scales are gone, and config.json says nothing of quantisation.
 """
 
 from collections.abc import Mapping
@@ -9,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from abliterate.checkpoint import CONFIG_NAME, Checkpoint
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
+from abliterate.checkpoints.quantized_formats import QuantizedLayout
+from abliterate.checkpoints.safetensors_file import Encoding, Shard, TensorInfo, new_header
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
-from abliterate.quantized_formats import QuantizedLayout
-from abliterate.safetensors_file import Encoding, Shard, TensorInfo
 
 QuantizedPolicy = Literal["refuse", "requantize", "dequantize"]
 QUANTIZED_POLICIES: tuple[QuantizedPolicy, ...] = ("refuse", "requantize", "dequantize")
@@ -165,3 +170,43 @@ def _check_names(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> None:
     if len(names) != len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{checkpoint.path}: tensor {twice} is there plain and quantised; download it again")
+
+
+def dequantized_layout(view: Checkpoint) -> Checkpoint:
+    """Return the layout of a checkpoint once it is dequantised, with the offsets that its tensors will have.
+
+    Args:
+        view: What `quantized_view.plain_view` returned.
+    """
+    shards = tuple(_plain(shard) for shard in view.shards)
+    return replace(view, shards=shards, index=None if view.index is None else _index(view.index, shards))
+
+
+def dequantized_config_changes(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json loses, as `checkpoint.with_changes` takes it."""
+    return {key: None for key in CONFIG_KEYS if key in config}
+
+
+def plain_info(info: TensorInfo) -> TensorInfo:
+    """Return what is stored of a tensor once it is dequantised; its offsets are those of what it is read from."""
+    return replace(info, encoding=None)
+
+
+def _plain(shard: Shard) -> Shard:
+    header = new_header(shard.metadata, [plain_info(info) for info in shard.tensors])
+    position, tensors = len(header), []
+    for info in shard.tensors:
+        size = info.end - info.start if info.encoding is None else info.plain_bytes
+        tensors.append(replace(plain_info(info), start=position, end=position + size))
+        position += size
+    return replace(shard, header_bytes=header, tensors=tuple(tensors))
+
+
+def _index(index: dict[str, Any], shards: tuple[Shard, ...]) -> dict[str, Any]:
+    metadata = dict(index.get("metadata") or {})
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    if isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] = sum(tensor.end - tensor.start for tensor in tensors)
+    metadata.pop("total_parameters", None)
+    weight_map = dict(sorted((tensor.name, tensor.shard) for tensor in tensors))
+    return {**index, **({"metadata": metadata} if "metadata" in index else {}), "weight_map": weight_map}

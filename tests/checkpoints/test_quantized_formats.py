@@ -5,14 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from abliterate.checkpoints.quantized_formats import QuantizedLayout, decode, encode, refitted_scales, requantize
 from abliterate.projection import orthonormalize
-from abliterate.quantized_formats import (
-    QuantizedLayout,
-    decode,
-    encode,
-    refitted_scales,
-    requantize,
-)
 
 FP8_BLOCK = QuantizedLayout(number="fp8", block=(128, 128))
 FP8_UE8M0 = QuantizedLayout(number="fp8", block=(128, 128), power_of_two=True)
@@ -194,7 +188,7 @@ def test_nan_is_refused():
 def test_chunks_do_not_show(monkeypatch):
     layout, codes, scales, _ = stored("fp8 block", 64, 300)
     whole_result = requantize(codes, scales, layout=layout, directions=basis(1, 64))
-    monkeypatch.setattr("abliterate.quantized_formats._BLOCK_ELEMENTS", 64 * 50)
+    monkeypatch.setattr("abliterate.checkpoints.quantized_formats._BLOCK_ELEMENTS", 64 * 50)
     result = requantize(codes, scales, layout=layout, directions=basis(1, 64))
     assert torch.equal(result.scales, whole_result.scales)
     assert result.after[0] < 1e-3 * result.before[0]

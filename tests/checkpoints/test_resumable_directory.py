@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-import abliterate.partial_directory
+import abliterate.checkpoints.resumable_directory
+from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.resumable_directory import Journal, PartialRun, partial_path, read_journals
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated, VerificationError
-from abliterate.hashed_files import hash_file
-from abliterate.journal import Journal, read_journals
-from abliterate.partial_directory import PartialRun, partial_path
 
 KEY = {"model": "a", "set of options": "b"}
 
@@ -84,7 +83,7 @@ def test_a_lock_on_a_directory_that_has_been_published_meanwhile_is_none(tmp_pat
             (partial_path(tmp_path / "out")).rename(tmp_path / "out")
         flock(descriptor, operation)
 
-    monkeypatch.setattr(abliterate.partial_directory.fcntl, "flock", publish_first)
+    monkeypatch.setattr(abliterate.checkpoints.resumable_directory.fcntl, "flock", publish_first)
     run, _ = start(tmp_path / "out")
     assert run.directory.path.is_dir()
     assert os.path.samestat(os.fstat(run._lock), os.stat(run.directory.path / ".abliterate" / "lock"))
@@ -187,7 +186,9 @@ class TestPlace:
 
     @pytest.mark.parametrize("shares", [False, True])
     def test_too_little_room_is_found_before_anything_is_written(self, tmp_path, monkeypatch, shares):
-        monkeypatch.setattr(abliterate.partial_directory, "can_share_blocks", lambda source, directory: shares)
+        monkeypatch.setattr(
+            abliterate.checkpoints.resumable_directory, "can_share_blocks", lambda source, directory: shares
+        )
         interrupted(tmp_path / "out")
         run, _ = start(tmp_path / "out", resume=True)
         run.check_space({"config.json": 10**18, "rest": 1000}, source=tmp_path, edited=10)

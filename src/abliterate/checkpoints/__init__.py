@@ -1,0 +1,1 @@
+"""What lies in a model's directory: read from headers, written whole or not at all."""
