@@ -11,7 +11,7 @@ from pathlib import Path
 
 import transformers
 
-from abliterate.refused_architectures import refusal
+from abliterate.architectures.table import refusal
 from tests.support.conformance import CLEAN, DIRTY, REFUSED_TYPES, TEXT_TYPES, WRAPPER_TYPES, build_model, check
 from tests.support.conformance_models import VARIANTS
 from tests.support.matrix import HEADER, MATRIX, exact_row, refused_row

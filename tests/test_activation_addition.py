@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.abliteration_record import OrthogonalizationReport
 from abliterate.activation_addition import ADDITIONS, plan_addition
+from abliterate.architectures.writers import PostNorm, ResidualWriter, StreamMap
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
@@ -17,7 +18,6 @@ from abliterate.errors import AbliterateError, DirectionError, InputError, Unsup
 from abliterate.interventions import add_direction
 from abliterate.model import ChatModel, make_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.residual_writers import PostNorm, ResidualWriter, StreamMap
 from tests.support.chat_models import make_tokenizer
 from tests.support.loaded_models import TOKENS, load, logits, stored, tree
 from tests.support.tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from abliterate.architectures.writers import PostNorm
 from abliterate.checkpoint_checks import (
     EditedWriter,
     compare_bytes,
@@ -22,7 +23,6 @@ from abliterate.checkpoint_checks import (
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.errors import CheckpointError
 from abliterate.projection import effective_directions, project_out
-from abliterate.residual_writers import PostNorm
 from tests.support.loaded_models import stored
 from tests.support.tiny_models import D_MODEL, random_direction, save_tiny_model
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from abliterate.architectures.writers import map_stream
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.residual_writers import map_stream
 from tests.support.conformance import CLEAN, DIRTY, build_model, check, check_saved
 from tests.support.tiny_models import random_direction, save_tiny_llama
 

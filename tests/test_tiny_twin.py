@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate import architectures, cli, tiny_twin
+from abliterate import cli, tiny_twin
 from abliterate.abliteration_record import read_record
-from abliterate.architectures import ARCHITECTURES, WRAPPERS
+from abliterate.architectures import table
+from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
+from abliterate.architectures.tiny_config import shrink_config
 from abliterate.directions import make_direction
 from abliterate.edit_in_words import how_to_reproduce, what_was_done
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.planning import plan_layout, read_layout
-from abliterate.tiny_config import shrink_config
 from abliterate.tiny_twin import CLEAN, DIRTY, prove_on_tiny_twin
 from abliterate.verification import VerificationOptions, verify_checkpoint
 from tests.support.conformance import build_model
@@ -136,9 +137,9 @@ def test_a_known_type_needs_no_proof_and_is_recorded_as_known(edit, monkeypatch,
 @pytest.mark.parametrize("model_type", ["mixtral", "olmo2", "nemotron_h", "mistral3", "gpt_oss"])
 def test_experts_norms_hybrids_and_towers(model_type, tmp_path, monkeypatch):
     model = build_model(model_type)
-    for table in (ARCHITECTURES, WRAPPERS):
-        if model_type in table:
-            monkeypatch.delitem(table, model_type)
+    for types in (ARCHITECTURES, WRAPPERS):
+        if model_type in types:
+            monkeypatch.delitem(types, model_type)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     state = torch.random.get_rng_state()
     proof = prove_on_tiny_twin(layout=read_layout(model=str(tmp_path)))
@@ -211,7 +212,7 @@ def test_a_writer_that_the_checkpoint_has_not(tmp_path, refused, monkeypatch):
 
 
 def test_a_missed_writer_leaves_the_stream_unclean(unknown, refused, monkeypatch):
-    monkeypatch.setattr(architectures, "READER_PATHS", architectures.READER_PATHS | {"self_attn.o_proj"})
+    monkeypatch.setattr(table, "READER_PATHS", table.READER_PATHS | {"self_attn.o_proj"})
     refused(unknown, "a tiny model of it does not show that the edit is complete: |r.h|/|h| is 0.")
 
 

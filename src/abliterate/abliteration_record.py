@@ -21,8 +21,8 @@ from abliterate.untrusted import open_regular, parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from abliterate.architectures.writers import PostNorm, Role
     from abliterate.edit_plan import EditOptions
-    from abliterate.residual_writers import PostNorm, Role
     from abliterate.tensor_edits import Kind
 
 RECORD_NAME = "abliteration.json"

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from abliterate.architectures.writers import ResidualWriter, StreamMap
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.directions import Direction
 from abliterate.errors import CheckpointError, DirectionError, InputError, UnsupportedArchitectureError
-from abliterate.residual_writers import ResidualWriter, StreamMap
 from abliterate.tensor_edits import TensorEdit
 from abliterate.untrusted import shown
 

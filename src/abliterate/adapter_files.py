@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from abliterate.adapter_modules import AdaptedWeight, AdapterLayout
+from abliterate.architectures.writers import PostNorm
 from abliterate.checkpoint_checks import directions_through
 from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, assemble_files
 from abliterate.checkpoints.hashed_files import WrittenFile
@@ -23,7 +24,6 @@ from abliterate.errors import CheckpointError, VerificationError
 from abliterate.lora_factors import MergedWeight, coefficients, merge_factors, pack_factors, unpack_factors
 from abliterate.progress import Advance
 from abliterate.projection import component_and_norm, project_out, residue_bound
-from abliterate.residual_writers import PostNorm
 from abliterate.tensor_edits import TensorEdit
 
 WEIGHTS_NAME = "adapter_model.safetensors"

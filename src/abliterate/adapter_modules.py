@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from abliterate.architectures.names import parse_name
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import ModelError
 from abliterate.model import auto_class, empty_model
 from abliterate.tensor_edits import TensorEdit
-from abliterate.tensor_names import parse_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abliterate.architectures.writers import PostNorm
 from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
 from abliterate.checkpoints.quantized_formats import largest_residue
 from abliterate.checkpoints.safetensors_file import (
@@ -26,7 +27,6 @@ from abliterate.checkpoints.safetensors_file import (
 from abliterate.errors import CheckpointError
 from abliterate.progress import Advance
 from abliterate.projection import NormFactor, component_and_norm, effective_directions, residue_bound
-from abliterate.residual_writers import PostNorm
 
 _CHUNK_BYTES = 4 << 20
 

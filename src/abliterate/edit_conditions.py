@@ -7,7 +7,7 @@ ablation if no norm stands between a writer and the stream and the output head k
 from collections.abc import Mapping
 from typing import Any
 
-from abliterate.residual_writers import ROLES
+from abliterate.architectures.writers import ROLES
 
 
 def reasons_against_clean_stream(record: Mapping[str, Any]) -> tuple[str, ...]:

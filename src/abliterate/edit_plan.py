@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from abliterate.activation_addition import Addition, plan_addition
+from abliterate.architectures.writers import ROLES, ResidualWriter, Role, StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.quantized import (
@@ -25,13 +26,6 @@ from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.projection import orthonormalize
-from abliterate.residual_writers import (
-    ROLES,
-    ResidualWriter,
-    Role,
-    StreamMap,
-    map_stream,
-)
 from abliterate.tensor_edits import TensorEdit, check_codes
 from abliterate.tied_embeddings import TIED_POLICIES, TiedPolicy, WriterEdits, edits_of_writers
 from abliterate.untrusted import shown

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from abliterate.architectures.writers import PostNorm
 from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, Stretch, copied_ranges
 from abliterate.checkpoints.file_ranges import SourceFile, became_shorter
 from abliterate.checkpoints.safetensors_file import (
@@ -19,7 +20,6 @@ from abliterate.checkpoints.safetensors_file import (
 from abliterate.edit_plan import EditPlan
 from abliterate.projected_stretch import ProjectedTensor, Projection
 from abliterate.requantized_stretch import MadeMatrices, QuantizedEdit
-from abliterate.residual_writers import PostNorm
 from abliterate.tensor_edits import TensorEdit
 
 

@@ -17,11 +17,11 @@ from abliterate.abliteration_record import (
     OrthogonalizationReport,
     encode_subspace,
 )
+from abliterate.architectures.writers import ROLES
 from abliterate.checkpoints.atomic_directory import check_output_directory
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, read_json_object
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import InputError
-from abliterate.residual_writers import ROLES
 from abliterate.untrusted import has_file
 
 

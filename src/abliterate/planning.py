@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.architectures.writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import (
     CONFIG_NAME,
     check_tensor_names,
@@ -17,7 +18,6 @@ from abliterate.checkpoints.checkpoint import (
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.edit_plan import EditOptions, select_writers, unverified_note
-from abliterate.residual_writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
 from abliterate.untrusted import MAX_BYTES
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.

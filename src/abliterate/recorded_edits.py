@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, decode_subspace
+from abliterate.architectures.writers import PostNorm, map_stream
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.edit_plan import EditOptions, select_writers
 from abliterate.errors import InputError
-from abliterate.residual_writers import PostNorm, map_stream
 from abliterate.tied_embeddings import edits_of_writers
 
 _AGAIN = "run `abliterate orthogonalize` again"

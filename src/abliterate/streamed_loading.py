@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from abliterate.architectures.tiny_config import shrink_config
 from abliterate.chat_template import ChatFormat
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.errors import ModelError
@@ -14,7 +15,6 @@ from abliterate.layer_weights import LayerWeights
 from abliterate.model import ModelOptions, auto_class, choose_device, find_blocks, load_tokenizer, make_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.streamed_model import NotHandedOnError, StreamedChat
-from abliterate.tiny_config import shrink_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

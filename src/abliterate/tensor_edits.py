@@ -8,9 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from abliterate.architectures.writers import PostNorm, ResidualWriter, Role
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import QuantizedCheckpointError
-from abliterate.residual_writers import PostNorm, ResidualWriter, Role
 
 Kind = Literal["projected", "added", "untied"]
 

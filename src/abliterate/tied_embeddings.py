@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from abliterate.architectures.writers import ResidualWriter, StreamMap
 from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.errors import InputError
-from abliterate.residual_writers import ResidualWriter, StreamMap
 from abliterate.tensor_edits import TensorEdit, projection_of, renamed
 
 TiedPolicy = Literal["edit", "untie", "skip"]

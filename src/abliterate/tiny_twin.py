@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from abliterate.architectures import LAYER_LISTS, TOWER
+from abliterate.architectures.table import LAYER_LISTS, TOWER
+from abliterate.architectures.tiny_config import shrink_config
+from abliterate.architectures.writers import StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.edit_plan import EditOptions
@@ -24,8 +26,6 @@ from abliterate.errors import UnsupportedArchitectureError
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.planning import Layout, pattern_of
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.residual_writers import StreamMap, map_stream
-from abliterate.tiny_config import shrink_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from abliterate.residual_writers import Role
+    from abliterate.architectures.writers import Role
 
 COMPONENTS: "tuple[Role, ...]" = ("embed", "attn", "mlp")
 ALL_COMPONENTS = ",".join(COMPONENTS)

@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from abliterate.architectures import ARCHITECTURES, WRAPPERS
+from abliterate.architectures.table import ARCHITECTURES, REFUSED, WRAPPERS, refusal
 from abliterate.directions import make_direction
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.refused_architectures import REFUSED, refusal
 from tests.support.conformance import (
     ALL_TYPES,
     CLEAN,

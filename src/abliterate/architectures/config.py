@@ -5,20 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.architectures import (
+from abliterate.architectures.table import (
     ARCHITECTURES,
     DEPTH_KEYS,
     DEPTH_LISTS,
     EXPERT_KEYS,
+    REFUSED,
     SIZE,
     SIZE_KEYS,
     TEXT_SECTIONS,
     WRAPPERS,
     Architecture,
+    refusal,
 )
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
-from abliterate.refused_architectures import REFUSED, refusal
 from abliterate.untrusted import shown
 
 

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 import abliterate.edit_plan
 from abliterate.abliteration_record import read_record
+from abliterate.architectures.writers import PostNorm, ResidualWriter, StreamMap
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.errors import CheckpointError
 from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.residual_writers import PostNorm, ResidualWriter, StreamMap
 from tests.support.loaded_models import load, stored, stream_component
 from tests.support.tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 

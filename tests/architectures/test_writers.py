@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from abliterate.architectures.writers import PostNorm, ResidualWriter, StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
-from abliterate.residual_writers import PostNorm, ResidualWriter, StreamMap, map_stream
 from tests.support.tiny_models import D_MODEL, N_LAYERS, save_tiny_gpt2, save_tiny_llama, save_tiny_model
 
 
