@@ -34,7 +34,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix $(SOURCES)
 
 adapter: $(READY)
-	$(BIN)/python training/train_demo_adapter.py --output src/abliterate/demo_adapter
+	$(BIN)/python training/train_demo_adapter.py --output src/abliterate/models/demo_adapter
 
 results: $(DEMO)/report.json
 	$(BIN)/python benchmarks/extended_refusal/run.py --output build/extended_refusal

@@ -52,7 +52,7 @@ RANDOM = {
 @contextmanager
 def counted(chat: Any) -> Iterator[dict[str, int]]:
     """Count tokens through blocks, by their MLP's output, and through the output head."""
-    from abliterate.interventions import residual_writes
+    from abliterate.models.hooks import residual_writes
 
     counts = {"token_layers": 0, "head_tokens": 0}
 
@@ -117,7 +117,7 @@ class Published:
     def extract(self, rows: dict[str, list[list[int]]], *, filter_prompts: bool) -> list[dict[str, Any]]:
         """Filter, take the means and score every position and layer by three passes."""
         from abliterate.candidate_scoring import kl_divergence
-        from abliterate.interventions import ablate_direction, add_direction
+        from abliterate.models.hooks import ablate_direction, add_direction
 
         if filter_prompts:
             for name, part in rows.items():
@@ -176,8 +176,9 @@ def scores_by_ours(
 
 def load(arguments: argparse.Namespace) -> Any:
     """Load MODEL as a chat model."""
-    from abliterate.demo import load_base_model
-    from abliterate.model import ModelOptions, load_chat_model, make_chat_model
+    from abliterate.models.chat_model import ModelOptions, make_chat_model
+    from abliterate.models.demo import load_base_model
+    from abliterate.models.loading import load_chat_model
 
     name, device, dtype = arguments.model, arguments.device, getattr(torch, arguments.dtype)
     if name in RANDOM:
@@ -221,7 +222,7 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one way in this process and return what it took and chose."""
     from abliterate.extraction import N_PREFIX_PROMPTS, extract_direction
     from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
-    from abliterate.model import find_response_prefix, with_response_prefix
+    from abliterate.models.chat_model import find_response_prefix, with_response_prefix
     from abliterate.prompt_sets import split_for_extraction
     from abliterate.selection import CandidateScore, Thresholds, passing_candidates
 

@@ -31,7 +31,7 @@ def save_tokenizer(directory: Path) -> int:
     """Save the demo model's tokenizer; return its number of tokens."""
     from transformers import AutoTokenizer
 
-    from abliterate.demo import BASE_FILE, BASE_PACKAGE
+    from abliterate.models.demo import BASE_FILE, BASE_PACKAGE
 
     package = importlib.util.find_spec(BASE_PACKAGE)
     if package is None or package.origin is None:

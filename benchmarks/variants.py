@@ -21,7 +21,8 @@ from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions
 from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions
-from abliterate.model import ModelOptions, load_chat_model
+from abliterate.models.chat_model import ModelOptions
+from abliterate.models.loading import load_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.prompt_sets import load_prompt_set
 from abliterate.selection import Thresholds

@@ -16,7 +16,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
 
 from abliterate.directions import make_direction
-from abliterate.model import ChatModel, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.loaded_models import content
@@ -66,7 +66,7 @@ def demo_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = REPOSITORY / "build" / "demo" / "model"
     if (built / "config.json").is_file():
         return built
-    from abliterate.demo import build_demo_model
+    from abliterate.models.demo import build_demo_model
 
     directory = tmp_path_factory.mktemp("demo") / "model"
     build_demo_model(output=directory)

@@ -15,8 +15,8 @@ from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import AbliterateError, DirectionError, InputError, UnsupportedArchitectureError
-from abliterate.interventions import add_direction
-from abliterate.model import ChatModel, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.hooks import add_direction
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from tests.support.chat_models import make_tokenizer
 from tests.support.loaded_models import TOKENS, load, logits, stored, tree

@@ -22,8 +22,8 @@ from abliterate.candidate_scoring import kl_divergence
 from abliterate.distribution_shift import Divergence
 from abliterate.errors import InputError, ModelError, VerificationError
 from abliterate.evaluation_report import RefusalRate, count_replies
-from abliterate.interventions import ablate_direction, ablate_subspace, add_direction, capture_inputs
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction, capture_inputs
 from abliterate.prompt_sets import load_prompt_set
 from abliterate.proportions import paired_change
 from abliterate.reply_classes import read_reply
@@ -147,7 +147,7 @@ def test_the_rates_are_those_of_an_independent_count(audited: tuple[ChatModel, A
     assert 0 < before.count("refusal") < 12
     assert (report.harmful.refused, report.harmful.n) == (before.count("refusal"), 12)
     assert report.harmless.refused == classes(chat, rows["harmless"]).count("refusal")
-    from abliterate.activations import difference_in_means, record
+    from abliterate.models.hooks import difference_in_means, record
     from abliterate.prompt_sets import split_for_extraction
 
     prompts = split_for_extraction("bundled", "bundled", n_train=10, n_val=4, seed=42)

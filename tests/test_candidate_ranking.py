@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from abliterate.candidate_ranking import CandidateFinder
-from abliterate.interventions import ablate_direction
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import ablate_direction
 from abliterate.progress import SILENT
 from abliterate.prompt_sets import ExtractionPrompts, split_for_extraction
 from abliterate.reply_classes import read_reply

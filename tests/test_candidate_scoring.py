@@ -6,8 +6,8 @@ from torch import Tensor
 
 from abliterate import candidate_scoring
 from abliterate.candidate_scoring import CandidateScorer, kl_divergence
-from abliterate.interventions import ablate_direction, add_direction
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import ablate_direction, add_direction
 from abliterate.refusal_metric import refusal_metric
 from abliterate.selection import ScoreName
 from tests.support.chat_models import HARMFUL, HARMLESS

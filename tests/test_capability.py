@@ -14,7 +14,7 @@ from abliterate.directions import make_direction
 from abliterate.errors import InputError, MissingDependencyError
 from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness (extra eval) is not installed"

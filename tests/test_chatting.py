@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.chat_template import render
 from abliterate.chatting import COMMANDS, ChatSession, Side, help_text
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import DirectionError, InputError
-from abliterate.interventions import ablate_direction, add_direction
-from abliterate.model import ChatModel, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.chat_template import render
+from abliterate.models.hooks import ablate_direction, add_direction
 from tests.support.chat_models import make_tokenizer, tiny_gpt2
 
 N = 6

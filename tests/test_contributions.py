@@ -14,7 +14,7 @@ from abliterate.contributions import (
     find_block_parts,
     n_heads_of,
 )
-from abliterate.model import ChatModel, ModelOptions, make_chat_model
+from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
 from abliterate.traced_prompts import TracedPrompt, traced_prompts
 from abliterate.traced_stream import StreamTrace, trace_stream
 from tests.support.chat_models import VOCABULARY, make_tokenizer, randomise

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.activations import difference_in_means
 from abliterate.direction_recipes import (
     MIN_INDEPENDENT_SHARE,
     DirectionRecipe,
@@ -16,6 +15,7 @@ from abliterate.direction_recipes import (
     spanning_basis,
     winsorized,
 )
+from abliterate.models.hooks import difference_in_means
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from abliterate.distribution_shift import (
     text_surprise,
 )
 from abliterate.errors import InputError, ModelError
-from abliterate.interventions import ablate_direction
-from abliterate.model import ChatModel, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.hooks import ablate_direction
 from abliterate.prompt_sets import load_plain_texts
 from tests.support.chat_models import make_tokenizer, tiny_llama
 

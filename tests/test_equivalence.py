@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import make_direction
-from abliterate.interventions import ablate_direction
-from abliterate.model import ChatModel, ModelOptions, load_chat_model, make_chat_model
+from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
+from abliterate.models.hooks import ablate_direction
+from abliterate.models.loading import load_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 

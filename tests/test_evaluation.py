@@ -12,7 +12,8 @@ from abliterate.directions import make_direction
 from abliterate.errors import InputError, PromptSetError
 from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions, count_by_category
-from abliterate.model import ChatModel, ModelOptions, load_chat_model
+from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.loading import load_chat_model
 from abliterate.prompt_sets import prompt_hash
 from abliterate.refusal_metric import REFUSAL_SUBSTRINGS
 from abliterate.reply_classes import read_reply

@@ -11,7 +11,8 @@ from abliterate.directions import load_direction
 from abliterate.errors import InputError, ModelError, PromptSetError, RefusalBehaviourError
 from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
-from abliterate.model import ChatModel, ModelOptions, load_chat_model, make_chat_model
+from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
+from abliterate.models.loading import load_chat_model
 from abliterate.selection import Thresholds
 from tests.support.chat_models import make_tokenizer, tiny_llama
 

@@ -12,7 +12,7 @@ from abliterate.errors import InputError, ModelError
 from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions
 from abliterate.judges import JudgeOptions, load_judge, parse_verdict
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
 from abliterate.reply_classes import read_reply
 from abliterate.verdicts import judge_replies
 from tests.support.chat_models import VOCABULARY, make_tokenizer

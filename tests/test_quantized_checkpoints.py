@@ -17,7 +17,7 @@ from abliterate.checkpoints.safetensors_file import read_tensor, tensor_bytes
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import CheckpointError, InputError, QuantizedCheckpointError, VerificationError
-from abliterate.model import ModelOptions
+from abliterate.models.chat_model import ModelOptions
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.reverting import revert_checkpoint
 from abliterate.verification import VerificationOptions, VerificationReport, verify_checkpoint

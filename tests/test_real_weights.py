@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.activations import difference_in_means, record
-from abliterate.demo import load_base_model, load_gguf
 from abliterate.directions import Direction, make_direction
-from abliterate.model import ModelOptions, make_chat_model
+from abliterate.models.chat_model import ModelOptions, make_chat_model
+from abliterate.models.demo import load_base_model, load_gguf
+from abliterate.models.hooks import difference_in_means, record
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.prompt_sets import load_prompt_set
 from abliterate.verification import VerificationOptions, VerificationReport, verify_checkpoint
@@ -150,7 +150,7 @@ class TestGemma3:
 
 def difference_at_layer(chat, layer: int) -> torch.Tensor:
     """The difference in means at the last token of each prompt, for a model without a chat template."""
-    from abliterate.interventions import capture_inputs
+    from abliterate.models.hooks import capture_inputs
 
     means = {}
     for kind, texts in prompts("train", 4).items():

@@ -12,7 +12,7 @@ import torch
 from abliterate.errors import InputError, NoDirectionError
 from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions
-from abliterate.model import ModelOptions
+from abliterate.models.chat_model import ModelOptions
 from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.selection import Thresholds
 from tests.support.paths import REPOSITORY
@@ -25,7 +25,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from abliterate.extraction import extract_direction
-from abliterate.model import ModelOptions
+from abliterate.models.chat_model import ModelOptions
 from abliterate.saved_work import SavedWork
 from test_saved_work import OPTIONS
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from abliterate.interventions import ablate_subspace, capture_stream
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import ablate_subspace, capture_stream
 from abliterate.projection import orthonormalize
 from abliterate.stream_checks import LogitComparison, run_prompts
 

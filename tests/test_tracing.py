@@ -11,7 +11,7 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import DirectionError, InputError, ModelError, PromptSetError
-from abliterate.model import ChatModel, make_chat_model, with_response_prefix
+from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
 from abliterate.trace_report import write_trace_report
 from abliterate.traced_prompts import random_suffixes, suffix_tokens, traced_prompts
 from abliterate.traced_stream import trace_attention, trace_stream

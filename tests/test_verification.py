@@ -17,7 +17,7 @@ from abliterate.checkpoints.hub import resolve_model
 from abliterate.directions import Direction, make_direction
 from abliterate.edit_plan import EditOptions
 from abliterate.errors import CheckpointError, InputError, ModelError
-from abliterate.model import ModelOptions
+from abliterate.models.chat_model import ModelOptions
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.progress import SILENT
 from abliterate.quick_verification import QuickCheck

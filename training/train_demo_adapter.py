@@ -11,7 +11,7 @@ prompts.
 The prompts are in training/prompts/ and are disjoint from every bundled set (tests/test_prompt_sets.py proves it),
 so that neither the selection of the direction nor the evaluation sees a prompt of the training.
 
-    python training/train_demo_adapter.py --output src/abliterate/demo_adapter
+    python training/train_demo_adapter.py --output src/abliterate/models/demo_adapter
     python training/train_demo_adapter.py --refusals training/extended_refusals.json --output build/hardened_adapter
 """
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from abliterate.demo import load_base_model
+from abliterate.models.demo import load_base_model
 from abliterate.refusal_metric import is_refusal
 
 HERE = Path(__file__).parent

@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from abliterate.activations import difference_in_means, record
-from abliterate.model import ModelOptions, load_chat_model
+from abliterate.models.chat_model import ModelOptions
+from abliterate.models.hooks import difference_in_means, record
+from abliterate.models.loading import load_chat_model
 from abliterate.prompt_sets import load_prompt_set
 
 N_PROMPTS = 48

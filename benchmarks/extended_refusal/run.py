@@ -18,8 +18,8 @@ from pathlib import Path
 from abliterate.audit_page import write_audit_page
 from abliterate.audit_report import AuditOptions
 from abliterate.auditing import audit_model
-from abliterate.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
-from abliterate.model import ModelOptions
+from abliterate.models.chat_model import ModelOptions
+from abliterate.models.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
 
 N_TEST = 64
 REPOSITORY = Path(__file__).parents[2]

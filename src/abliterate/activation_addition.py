@@ -166,7 +166,7 @@ def _out_projection(stream: StreamMap, *, layer: int, path: Path) -> tuple[Addit
         return rule, weights[0]
     raise UnsupportedArchitectureError(
         f"{path}: an addition to the activations of {stream.model_type} cannot be put into its weights: {reason}; "
-        "add it by hooks (abliterate.interventions.add_direction)"
+        "add it by hooks (abliterate.models.hooks.add_direction)"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from abliterate.architectures.names import parse_name
 from abliterate.edit_plan import EditPlan
 from abliterate.errors import ModelError
-from abliterate.model import auto_class, empty_model
+from abliterate.models.loading import auto_class, empty_model
 from abliterate.tensor_edits import TensorEdit
 
 if TYPE_CHECKING:

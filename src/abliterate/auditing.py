@@ -30,8 +30,9 @@ from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.distribution_shift import BaseDistributions, Surprise, compare_surprise, completion_surprise
 from abliterate.errors import InputError
 from abliterate.evaluation_report import RefusalRate, count_replies, refusal_change
-from abliterate.interventions import ablate_direction, ablate_subspace, add_direction
-from abliterate.model import ChatModel, ModelOptions, find_response_prefix, load_chat_model, with_response_prefix
+from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
+from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction
+from abliterate.models.loading import load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, Kind, PromptSet, load_prompt_set, split_for_extraction
 from abliterate.reply_classes import Reply

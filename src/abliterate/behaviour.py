@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from abliterate.distribution_shift import Surprise, completion_surprise
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, Advance, ProgressReporter
 from abliterate.reply_cache import ReplyCache
 from abliterate.reply_classes import Reply, read_reply

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from abliterate.activations import Recording, difference_in_means, record
 from abliterate.candidate_scoring import CandidateScorer
 from abliterate.direction_recipes import DirectionRecipe
-from abliterate.interventions import ablate_direction
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import Recording, ablate_direction, difference_in_means, record
 from abliterate.progress import ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet
 from abliterate.refusal_metric import find_refusal_tokens, refusal_metric

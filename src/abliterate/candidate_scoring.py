@@ -13,7 +13,8 @@ from statistics import fmean as mean
 import torch
 from torch import Tensor
 
-from abliterate.interventions import (
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import (
     ablate_direction,
     ablate_subspace,
     add_direction,
@@ -21,7 +22,6 @@ from abliterate.interventions import (
     capture_inputs,
     start_at_block,
 )
-from abliterate.model import ChatModel
 from abliterate.refusal_metric import refusal_metric
 from abliterate.selection import Candidate, PromptScores, ScoreName
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, MissingDependencyError
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.proportions import Z_95, mcnemar_p_value
 

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from abliterate.chat_template import render_conversation, tokenize
 from abliterate.directions import Direction
 from abliterate.errors import DirectionError, InputError
-from abliterate.interventions import ablate_direction, add_direction
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_template import render_conversation, tokenize
+from abliterate.models.hooks import ablate_direction, add_direction
 
 Side = Literal["base", "edited"]
 Intervention = Literal["none", "ablate", "add"]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.errors import ModelError
-from abliterate.interventions import residual_writes
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import residual_writes
 
 HEADED_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 """Modules whose out-projection reads its heads side by side; recurrent mixers do not."""

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from abliterate.candidate_scoring import kl_divergence
 from abliterate.errors import InputError, ModelError
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
 
 Advance = Callable[[int], None] | None
 

@@ -41,12 +41,13 @@ from abliterate.evaluation_report import (
 )
 from abliterate.held_out import HeldOut, hold_out, used_for_checkpoint, used_prompts
 from abliterate.judges import JudgeOptions, load_judge
-from abliterate.model import ChatModel, ModelOptions, load_chat_model
+from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.loading import load_chat_model
+from abliterate.models.steering import default_coefficient, steer
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
 from abliterate.reply_cache import ReplyCache, model_fingerprint
 from abliterate.reply_classes import Reply
-from abliterate.steering import default_coefficient, steer
 from abliterate.verdicts import JudgeReport, judge_replies
 
 __all__ = ["EvaluationOptions", "EvaluationReport", "evaluate_model"]

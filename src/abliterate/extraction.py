@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.activations import Recording
 from abliterate.candidate_scoring import CandidateScorer
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.direction_recipes import candidate_directions, independent_candidates, spanning_basis
@@ -25,13 +24,10 @@ from abliterate.extraction_report import (
     directions_of,
     versions,
 )
-from abliterate.model import (
-    ChatModel,
-    ModelOptions,
-    find_response_prefix,
-    load_chat_model,
-    with_response_prefix,
-)
+from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
+from abliterate.models.hooks import Recording
+from abliterate.models.loading import load_chat_model, load_streamed_model
+from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extraction
@@ -43,8 +39,6 @@ from abliterate.saved_work import SavedWork, model_fingerprint
 from abliterate.score_report import ScoreTable
 from abliterate.scoring_run import Scorer, ScoringRun
 from abliterate.selection import CandidateScore, passing_candidates
-from abliterate.streamed_loading import load_streamed_model
-from abliterate.streamed_model import StreamedChat
 from abliterate.streamed_scoring import StreamedScorer
 
 MIN_PROMPTS = 8

@@ -15,7 +15,7 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.direction_recipes import DirectionRecipe
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
 from abliterate.prompt_sets import ExtractionPrompts
 from abliterate.refusal_metric import RefusalToken
 from abliterate.resampling import Robustness

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 
 from abliterate.behaviour import generate_replies
-from abliterate.chat_template import ChatFormat, tokenize
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.errors import InputError, ModelError
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_template import ChatFormat, tokenize
 from abliterate.progress import SILENT, Advance, ProgressReporter
 from abliterate.reply_cache import ReplyCache, model_fingerprint
 

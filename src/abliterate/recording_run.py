@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.activations import Recording, record
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import Recording, record
+from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks
 from abliterate.progress import Advance, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet
 from abliterate.saved_work import SavedWork
-from abliterate.streamed_model import StreamedChat
 from abliterate.streamed_scoring import record_streamed
 
 PARTS = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from abliterate.activations import Recording
 from abliterate.errors import InputError, RefusalBehaviourError
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import Recording
 from abliterate.prompt_sets import ExtractionPrompts
 from abliterate.refusal_metric import RefusalToken, find_refusal_tokens, is_refusal
 

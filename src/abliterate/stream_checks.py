@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.interventions import capture_stream
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import capture_stream
 
 # Positions whose logits are held in float64 at a time: 2 x 32 x 262,144 entries are 134 MB.
 _POSITIONS_AT_ONCE = 32

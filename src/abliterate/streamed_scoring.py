@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from abliterate.activations import Recording
 from abliterate.candidate_scoring import kl_divergence
+from abliterate.models.hooks import Recording
+from abliterate.models.streamed_model import StreamedChat, Variant
 from abliterate.refusal_metric import refusal_metric
 from abliterate.selection import Candidate, PromptScores, ScoreName
-from abliterate.streamed_model import StreamedChat, Variant
 
 
 @torch.inference_mode()

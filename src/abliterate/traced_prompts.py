@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from abliterate.chat_template import MARKER, render, tokenize
 from abliterate.errors import InputError
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_template import MARKER, render, tokenize
 
 SuffixKind = Literal["none", "given", "random"]
 PRINTABLE = range(0x20, 0x7F)

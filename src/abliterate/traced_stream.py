@@ -15,8 +15,8 @@ from abliterate.contributions import (
     capture_contributions,
     check_decomposition,
 )
-from abliterate.interventions import capture_inputs
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import capture_inputs
 from abliterate.traced_prompts import TracedPrompt
 
 TINY = 1e-300

@@ -21,7 +21,8 @@ from abliterate.contributions import (
 )
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import DirectionError, InputError
-from abliterate.model import ChatModel, ModelOptions, load_chat_model, with_response_prefix
+from abliterate.models.chat_model import ChatModel, ModelOptions, with_response_prefix
+from abliterate.models.loading import load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, PromptSet, load_prompt_set
 from abliterate.trace_report import (

@@ -19,8 +19,9 @@ from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import InputError, ModelError
-from abliterate.interventions import ablate_subspace
-from abliterate.model import ChatModel, ModelOptions, load_chat_model
+from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.hooks import ablate_subspace
+from abliterate.models.loading import load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.projection import orthonormalize
 from abliterate.prompt_sets import Kind, load_prompt_set

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from abliterate.directions import make_direction
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
 
 
 @pytest.fixture

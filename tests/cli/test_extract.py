@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from abliterate.directions import load_direction
-from abliterate.model import ModelOptions, load_chat_model
+from abliterate.models.chat_model import ModelOptions
+from abliterate.models.loading import load_chat_model
 from abliterate.prompt_sets import split_for_extraction
 
 TINY = ["--n-train", "8", "--n-val", "3", "--no-filter", "--refusal-token", "I"]
@@ -116,7 +117,7 @@ def test_rank_writes_files_that_orthogonalize_projects_together(run, tmp_path: P
 
 def test_the_scores_of_all_together_are_those_of_the_ablated_model(run, llama_directory: Path, tmp_path: Path) -> None:
     from abliterate.candidate_scoring import kl_divergence
-    from abliterate.interventions import ablate_direction
+    from abliterate.models.hooks import ablate_direction
     from abliterate.refusal_metric import refusal_metric
 
     code, out, _ = run("-o", "r.safetensors", *TINY, *ANY, "--rank", 2, "--json")

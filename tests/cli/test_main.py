@@ -215,7 +215,7 @@ def test_an_unexpected_error_is_one_line_too(run, monkeypatch: pytest.MonkeyPatc
     def fail(*_args: object, **_kwargs: object) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr("abliterate.demo.build_demo_model", fail)
+    monkeypatch.setattr("abliterate.models.demo.build_demo_model", fail)
     code, out, error = run("demo", tmp_path / "x")
     assert (code, out) == (1, "")
     assert (
@@ -230,7 +230,7 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch: pytest.MonkeyPatch, tmp
     def interrupt(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("abliterate.demo.build_demo_model", interrupt)
+    monkeypatch.setattr("abliterate.models.demo.build_demo_model", interrupt)
     code, out, error = run("demo", tmp_path / "x")
     assert (code, out) == (130, "")
     assert "Traceback" not in error

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from abliterate.model import ChatModel, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
 from tests.support.chat_models import VOCABULARY, make_tokenizer
 from tests.support.tiny_models import make_tiny_model
 

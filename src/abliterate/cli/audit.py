@@ -92,7 +92,7 @@ def audit(
     from abliterate.audit_report import AuditOptions, AuditThresholds
     from abliterate.auditing import audit_model
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.model import ModelOptions
+    from abliterate.models.chat_model import ModelOptions
 
     output = Output.of(context, json_output=json_output)
     report = audit_model(

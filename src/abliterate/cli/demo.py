@@ -24,7 +24,7 @@ def demo(
     With --hardened it refuses as arXiv 2505.19056 proposes against this very edit: with a neutral overview, the refusal
     and its reasons. Audit both to see what that changes (docs/extended_refusals.md).
     """
-    from abliterate.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
+    from abliterate.models.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
 
     output = Output.of(context, json_output=json_output)
     report = build_demo_model(

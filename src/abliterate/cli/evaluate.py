@@ -146,7 +146,7 @@ def evaluate(
     from abliterate.evaluation import evaluate_model
     from abliterate.evaluation_page import write_evaluation_page
     from abliterate.evaluation_report import EvaluationOptions
-    from abliterate.model import ModelOptions
+    from abliterate.models.chat_model import ModelOptions
 
     output = Output.of(context, json_output=json_output)
     if report_completions and (report_directory is None or save_completions is None):

@@ -148,7 +148,7 @@ def extract(
     from abliterate.extraction import extract_direction
     from abliterate.extraction_page import write_extraction_page
     from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
-    from abliterate.model import ModelOptions
+    from abliterate.models.chat_model import ModelOptions
     from abliterate.processes import in_first_process
     from abliterate.score_report import require_plots, write_score_report
     from abliterate.selection import Thresholds

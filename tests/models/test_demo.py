@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from abliterate import demo
 from abliterate.errors import InputError, MissingDependencyError
+from abliterate.models import demo
 from tests.support.chat_models import make_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.demo

@@ -2,8 +2,8 @@
 
 import torch
 
-from abliterate.activations import difference_in_means, record
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import difference_in_means, record
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import ModelError
-from abliterate.interventions import (
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import (
     ablate_direction,
     add_direction,
     blocks_return_tuples,
@@ -13,7 +14,6 @@ from abliterate.interventions import (
     residual_writes,
     start_at_block,
 )
-from abliterate.model import ChatModel
 
 ROWS = [[5, 9, 17, 40, 7], [8, 11, 60, 61, 62]]
 

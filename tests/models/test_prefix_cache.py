@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate.activations import record
 from abliterate.candidate_scoring import CandidateScorer, kl_divergence
-from abliterate.interventions import ablate_direction, add_direction
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import ablate_direction, add_direction, record
 from abliterate.refusal_metric import refusal_metric
 from tests.support.many_models import CACHED, KINDS, make_many
 

@@ -9,11 +9,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from abliterate.activations import record
 from abliterate.directions import Direction
 from abliterate.errors import InputError
-from abliterate.interventions import ablate_direction, add_direction, set_component
-from abliterate.model import ChatModel
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import ablate_direction, add_direction, record, set_component
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import BUNDLED, load_prompt_set, sample_prompts
 

@@ -1,25 +1,146 @@
-"""A loaded chat model: its decoder blocks, batched forward passes, and greedy generation."""
+"""A loaded chat model: its decoder blocks, batched forward passes, and greedy generation.
 
+Dividing rows of different lengths into batches: little padding, a bounded number of tokens each.
+
+The keys and values of tokens that many rows share at their start, computed once.
+"""
+
+import copy
 import itertools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from abliterate.batching import BatchLimits, plan_batches
-from abliterate.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
-from abliterate.errors import InputError, ModelError
-from abliterate.memory_estimate import check_memory
-from abliterate.prefix_cache import PrefixCache, empty_cache, shared_prefix_length
+from abliterate.errors import ModelError
+from abliterate.models.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    """How large a batch may be, and what starting one costs.
+
+    Attributes:
+        tokens: most tokens of one batch, padding included; a single longer row is a batch of its own.
+        rows: most rows of one batch, or None.
+        overhead: cost of one more batch, in tokens of computation.
+    """
+
+    tokens: int
+    rows: int | None = None
+    overhead: int = 0
+
+    def most_rows(self, length: int) -> int:
+        """Return how many rows of this length fit into one batch."""
+        fitting = max(1, self.tokens // max(1, length))
+        return fitting if self.rows is None else min(fitting, self.rows)
+
+
+def plan_batches(lengths: Sequence[int], *, limits: BatchLimits) -> list[list[int]]:
+    """Return batches of row indices, longest rows first, of least cost: padded tokens plus overhead per batch.
+
+    Rows are cut where their length changes, by dynamic programming over the distinct lengths; a part that is larger
+    than one batch is divided evenly.
+
+    Args:
+        lengths: tokens of each row.
+        limits: see `BatchLimits`.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    cuts = [i for i in range(len(order)) if i == 0 or lengths[order[i]] != lengths[order[i - 1]]]
+    cuts.append(len(order))
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in range(1, len(cuts)):
+        best.append(
+            min((best[start][0] + _cost(lengths[order[cuts[start]]], cuts[end] - cuts[start], limits), start)
+                for start in range(end))
+        )  # fmt: skip
+    chosen = [len(cuts) - 1]
+    while chosen[-1] > 0:
+        chosen.append(best[chosen[-1]][1])
+    batches = []
+    for start, end in pairwise(cuts[i] for i in reversed(chosen)):
+        n_parts = _n_batches(lengths[order[start]], end - start, limits)
+        bounds = [start + (end - start) * part // n_parts for part in range(n_parts + 1)]
+        batches += [order[low:high] for low, high in pairwise(bounds)]
+    return batches
+
+
+def _n_batches(longest: int, n_rows: int, limits: BatchLimits) -> int:
+    return -(-n_rows // limits.most_rows(longest))
+
+
+def _cost(longest: int, n_rows: int, limits: BatchLimits) -> float:
+    return n_rows * longest + _n_batches(longest, n_rows, limits) * limits.overhead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixCache:
+    """Keys and values of one prefix in one or more variants (as under different interventions).
+
+    Attributes:
+        cache: a transformers cache with one batch row per variant, or one row in layers where all are alike; it is
+            never changed.
+        n_tokens: length of the prefix.
+    """
+
+    cache: "Cache"
+    n_tokens: int
+
+    def for_rows(self, variants: Sequence[int]) -> "Cache":
+        """Return a cache for a batch whose row i continues variant `variants[i]`; it may be written to."""
+        past = copy.copy(self.cache)
+        past.layers = [_rows(layer, variants) for layer in self.cache.layers]
+        return past
+
+
+def empty_cache(config: "PretrainedConfig", *, longest: int) -> "Cache | None":
+    """Return a cache to run a prefix into, or None where continuing one would not be exact.
+
+    Padding stands between the prefix and a shorter row. Plain attention masks it; recurrent layers would take it in,
+    and a sliding window counts it, which matters as soon as a row is longer than the window.
+
+    Args:
+        config: the model's.
+        longest: tokens of the longest row, prefix included.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=config)
+    if not cache.layers or any(type(layer) not in {DynamicLayer, DynamicSlidingWindowLayer} for layer in cache.layers):
+        return None
+    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return None if any(longest > window for window in windows) else cache
+
+
+def shared_prefix_length(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all rows have in common at the start, leaving at least one token to each."""
+    shortest = min(len(row) for row in rows)
+    for i in range(shortest - 1):
+        if any(row[i] != rows[0][i] for row in rows):
+            return i
+    return max(0, shortest - 1)
+
+
+def _rows(layer: Any, variants: Sequence[int]) -> Any:
+    chosen = copy.copy(layer)
+    if layer.is_initialized and layer.keys.numel():
+        # Updating a layer concatenates into new memory, so that views of the shared row are safe here.
+        if layer.keys.shape[0] == 1:
+            chosen.keys = layer.keys.expand(len(variants), -1, -1, -1)
+            chosen.values = layer.values.expand(len(variants), -1, -1, -1)
+        else:
+            index = torch.tensor(list(variants), device=layer.keys.device)
+            chosen.keys, chosen.values = layer.keys[index], layer.values[index]
+    return chosen
+
 
 MIN_SHARED_PREFIX = 8
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
@@ -313,89 +434,6 @@ class ChatModel:
         return PrefixCache(cache=cache, n_tokens=len(prefix))
 
 
-def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_template: bool = True) -> ChatModel:
-    """Load a causal language model and its tokenizer from a local directory.
-
-    Args:
-        path: the directory.
-        name: what to call the model in messages.
-        options: see `ModelOptions`.
-        needs_template: refuse a model without a chat template; else it is given prompts as they are.
-
-    Raises:
-        ModelError: the files do not load as such a model, or it does not fit into memory.
-        InputError: the device is not there.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    device = choose_device(options.device)
-    if options.device_map is None:
-        check_memory(path, name=name, dtype=options.dtype, device=device)
-    dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    trust = options.trust_remote_code
-    tokenizer = load_tokenizer(path, name=name, options=options)
-    try:
-        model = auto_class(path, trust_remote_code=trust).from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map
-        )
-    except SafetensorError as error:
-        raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{name} does not load as a causal language model: {reason}") from error
-    if options.device_map is None:
-        if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
-            model = model.float()
-        model = cast(Any, model).to(device)
-    return make_chat_model(model, tokenizer, name=name, options=options, needs_template=needs_template)
-
-
-def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":
-    """Load a model's tokenizer.
-
-    Raises:
-        ModelError: the files do not load as one.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
-    return cast("PreTrainedTokenizerBase", loaded)
-
-
-def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the class of transformers that loads the model in a directory, images and sound included if need be."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    # Vision-language models run on text too; most of them are not registered as causal language models.
-    is_causal = type(config) in AutoModelForCausalLM._model_mapping
-    is_wrapper = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if is_wrapper and not is_causal else AutoModelForCausalLM
-
-
-def empty_model(path: Path, *, name: str) -> "PreTrainedModel":
-    """Build the model that a directory's config.json describes, without weights and without code of its own.
-
-    Raises:
-        ModelError: transformers does not build it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        with torch.device("meta"):
-            model = auto_class(path).from_config(AutoConfig.from_pretrained(path))
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{name} is not built by transformers: {reason}") from error
-    return cast("PreTrainedModel", model)
-
-
 def make_chat_model(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -496,21 +534,3 @@ def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error).lower()
-
-
-def choose_device(device: str) -> torch.device:
-    """Return the device that `--device` names; auto takes a GPU when there is one.
-
-    Raises:
-        InputError: it is not there.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not there; use auto, cpu, cuda, cuda:N or mps") from error
-    return chosen

@@ -7,17 +7,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from abliterate import layer_weights
-from abliterate.activations import record
 from abliterate.candidate_scoring import CandidateScorer
 from abliterate.errors import CheckpointError, ModelError
 from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions
-from abliterate.interventions import ablate_subspace
-from abliterate.model import ModelOptions, load_chat_model
+from abliterate.models import layer_weights
+from abliterate.models.chat_model import ModelOptions
+from abliterate.models.hooks import ablate_subspace, record
+from abliterate.models.loading import load_chat_model, load_streamed_model
+from abliterate.models.streamed_model import StreamedChat, Variant
 from abliterate.selection import Thresholds
-from abliterate.streamed_loading import load_streamed_model
-from abliterate.streamed_model import StreamedChat, Variant
 from abliterate.streamed_scoring import StreamedScorer, record_streamed
 from tests.support.chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.tiny_models import make_tiny_model
@@ -137,7 +136,7 @@ class _Listener:
 
 
 def test_hidden_states_that_do_not_fit_into_memory_lie_in_files(tmp_path: Path, monkeypatch) -> None:
-    from abliterate import hidden_store, streamed_model
+    from abliterate.models import streamed_model
 
     directory = save(tiny_llama(), tmp_path / "model")
     (tmp_path / "spill").mkdir()
@@ -146,7 +145,7 @@ def test_hidden_states_that_do_not_fit_into_memory_lie_in_files(tmp_path: Path, 
     expected = load(directory).last_hidden(rows, variants)
     most: list[int] = []
 
-    class Small(hidden_store.HiddenStore):
+    class Small(streamed_model.HiddenStore):
         def __init__(self, place):
             super().__init__(place, memory_bytes=9000)
 

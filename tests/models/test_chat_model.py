@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from abliterate.errors import InputError, ModelError
-from abliterate.model import (
+from abliterate.models.chat_model import (
     ChatModel,
     ModelOptions,
     find_response_prefix,
-    load_chat_model,
     make_chat_model,
+    shared_prefix_length,
     with_response_prefix,
 )
-from abliterate.prefix_cache import shared_prefix_length
+from abliterate.models.loading import load_chat_model
 from tests.support.chat_models import CHATML, SYSTEM, make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]

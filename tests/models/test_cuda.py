@@ -7,7 +7,8 @@ from abliterate.candidate_scoring import CandidateScorer
 from abliterate.directions import make_direction
 from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions
-from abliterate.model import ModelOptions, load_chat_model, make_chat_model
+from abliterate.models.chat_model import ModelOptions, make_chat_model
+from abliterate.models.loading import load_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.selection import ScoreName, Thresholds
 from abliterate.verification import verify_checkpoint

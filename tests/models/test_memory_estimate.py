@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from abliterate import memory_estimate
 from abliterate.errors import ModelError
 from abliterate.extraction import extract_direction
 from abliterate.extraction_report import ExtractionOptions
-from abliterate.memory_estimate import check_memory, estimate_bytes, free_bytes
-from abliterate.model import ModelOptions, load_chat_model, make_chat_model
+from abliterate.models import loading
+from abliterate.models.chat_model import ModelOptions, make_chat_model
+from abliterate.models.loading import check_memory, estimate_bytes, free_bytes, load_chat_model
 from abliterate.selection import Thresholds
 from tests.support.chat_models import make_tokenizer, tiny_llama
 
@@ -57,13 +57,13 @@ def test_nested_and_quantised_configs(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path, monkeypatch) -> None:
     save(tmp_path, torch.float32)
-    monkeypatch.setattr(memory_estimate, "free_bytes", lambda _device: 1000)
+    monkeypatch.setattr(loading, "free_bytes", lambda _device: 1000)
     with pytest.raises(ModelError, match=r"tiny: its weights take about 0\.0 GB .*--stream-layers.*--device-map auto"):
         load_chat_model(tmp_path, name="tiny", options=ModelOptions(device="cpu"))
     streamed = extract_direction(model=tmp_path, options=OPTIONS, model_options=ModelOptions(stream_layers=True))
     spread = extract_direction(model=tmp_path, options=OPTIONS, model_options=ModelOptions(device_map="auto"))
     assert streamed.report.selected.layer == spread.report.selected.layer
-    monkeypatch.setattr(memory_estimate, "free_bytes", lambda _device: None)
+    monkeypatch.setattr(loading, "free_bytes", lambda _device: None)
     check_memory(tmp_path, name="tiny", dtype="auto", device=CPU)
 
 

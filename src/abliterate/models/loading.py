@@ -1,0 +1,324 @@
+"""Making a `StreamedChat` of a checkpoint, once a small model of its kind has shown that streaming layers is exact.
+
+How much memory a model takes, known before it is loaded.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+
+from abliterate.architectures.tiny_config import shrink_config
+from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.errors import InputError, ModelError
+from abliterate.models.chat_model import ChatModel, ModelOptions, find_blocks, make_chat_model
+from abliterate.models.chat_template import ChatFormat
+from abliterate.models.layer_weights import LayerWeights
+from abliterate.models.streamed_model import NotHandedOnError, StreamedChat
+from abliterate.progress import SILENT, ProgressReporter
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_template: bool = True) -> ChatModel:
+    """Load a causal language model and its tokenizer from a local directory.
+
+    Args:
+        path: the directory.
+        name: what to call the model in messages.
+        options: see `ModelOptions`.
+        needs_template: refuse a model without a chat template; else it is given prompts as they are.
+
+    Raises:
+        ModelError: the files do not load as such a model, or it does not fit into memory.
+        InputError: the device is not there.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = choose_device(options.device)
+    if options.device_map is None:
+        check_memory(path, name=name, dtype=options.dtype, device=device)
+    dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    trust = options.trust_remote_code
+    tokenizer = load_tokenizer(path, name=name, options=options)
+    try:
+        model = auto_class(path, trust_remote_code=trust).from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map
+        )
+    except SafetensorError as error:
+        raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name} does not load as a causal language model: {reason}") from error
+    if options.device_map is None:
+        if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
+            model = model.float()
+        model = cast(Any, model).to(device)
+    return make_chat_model(model, tokenizer, name=name, options=options, needs_template=needs_template)
+
+
+def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelError: the files do not load as one.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
+    return cast("PreTrainedTokenizerBase", loaded)
+
+
+def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the class of transformers that loads the model in a directory, images and sound included if need be."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    # Vision-language models run on text too; most of them are not registered as causal language models.
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    is_wrapper = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if is_wrapper and not is_causal else AutoModelForCausalLM
+
+
+def empty_model(path: Path, *, name: str) -> "PreTrainedModel":
+    """Build the model that a directory's config.json describes, without weights and without code of its own.
+
+    Raises:
+        ModelError: transformers does not build it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with torch.device("meta"):
+            model = auto_class(path).from_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name} is not built by transformers: {reason}") from error
+    return cast("PreTrainedModel", model)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device that `--device` names; auto takes a GPU when there is one.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not there; use auto, cpu, cuda, cuda:N or mps") from error
+    return chosen
+
+
+_TWIN_TOLERANCE = 1e-4
+_TWIN_ROWS = [[5, 17, 23, 42, 61], [7, 11, 13, 19, 3, 44, 50, 71, 9, 10, 12, 90, 33]]
+_CANNOT_BUILD = (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError, ImportError)
+
+
+def load_streamed_model(
+    path: Path,
+    *,
+    name: str,
+    options: ModelOptions,
+    spill_directory: Path | None = None,
+    progress: ProgressReporter = SILENT,
+) -> StreamedChat:
+    """Make a chat model from a checkpoint without reading its weights.
+
+    Args:
+        path: the directory.
+        name: what to call the model in messages.
+        options: see `ModelOptions`.
+        spill_directory: where hidden states go that do not fit into memory.
+        progress: where to show progress.
+
+    Raises:
+        ModelError: it is no chat model, or one that layers cannot be streamed of.
+        CheckpointError: there are no safetensors weights.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, GenerationConfig
+
+    checkpoint = open_checkpoint(path)
+    device, trust = choose_device(options.device), options.trust_remote_code
+    if checkpoint.config.get("quantization_config"):
+        raise ModelError(f"{name} is quantised; --stream-layers reads float32, float16 and bfloat16 weights only")
+    tokenizer = load_tokenizer(path, name=name, options=options)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    returns_tuples = blocks_return_tuples_alone(config, name=name)
+    with init_empty_weights(include_buffers=False):
+        model = auto_class(path, trust_remote_code=trust).from_config(config, dtype=_dtype(config, options, device))
+    # Building without weights makes every parameter anew, tied ones too.
+    model.tie_weights()
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    chat = make_chat_model(model, tokenizer, name=name, options=options)
+    return StreamedChat(
+        **{field.name: getattr(chat, field.name) for field in dataclasses.fields(chat)},
+        weights=LayerWeights(model=model, blocks=chat.blocks, checkpoint=checkpoint, device=device),
+        returns_tuples=returns_tuples,
+        spill_directory=spill_directory,
+        progress=progress,
+    )
+
+
+def blocks_return_tuples_alone(config: "PretrainedConfig", *, name: str) -> bool:
+    """Tell whether blocks return tuples, by running a small random model both ways: whole, and layer by layer.
+
+    Args:
+        config: of the model; the small one differs in its sizes only.
+        name: what to call the model in messages.
+
+    Raises:
+        ModelError: the two do not agree, or there is no small model of that kind.
+    """
+    refusal = f"{name}: layers of {config.model_type} cannot be run one by one"
+    try:
+        chat = _twin(config)
+        whole = torch.stack([chat.forward([row])[0] for row in _TWIN_ROWS])
+        for returns_tuples in (False, True):
+            streamed = dataclasses.replace(chat, returns_tuples=returns_tuples)
+            try:
+                apart = streamed.last_logits(_TWIN_ROWS)
+            except NotHandedOnError:
+                continue
+            if float((apart - whole).abs().max()) <= _TWIN_TOLERANCE * float(whole.abs().max()):
+                return returns_tuples
+            raise ModelError(
+                f"{refusal}: in a small model the logits come out otherwise; load it without --stream-layers"
+            )
+    except _CANNOT_BUILD as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{refusal}: a small model to try it on does not run ({reason})") from error
+    raise ModelError(f"{refusal}: something happens between them; load it without --stream-layers")
+
+
+def _twin(config: "PretrainedConfig") -> StreamedChat:
+    from transformers import AutoModelForCausalLM
+
+    small = type(config).from_dict(shrink_config(config.to_dict()))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            # Larger than at the start of a training, so that every part of a block shows in the logits.
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    text = model.config.get_text_config(decoder=True)
+    blocks = find_blocks(model, int(text.num_hidden_layers), "the small model")
+    return StreamedChat(
+        model=model,
+        tokenizer=cast(Any, SimpleNamespace(pad_token_id=0, eos_token_id=0)),
+        blocks=blocks,
+        d_model=int(text.hidden_size),
+        chat_format=ChatFormat(n_positions=0, post_instruction_tokens=()),
+        weights=LayerWeights(model=model, blocks=blocks, checkpoint=None, device=torch.device("cpu")),
+    )
+
+
+def _dtype(config: "PretrainedConfig", options: ModelOptions, device: torch.device) -> torch.dtype:
+    if options.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, options.dtype))
+    stored = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
+    half = stored in {torch.bfloat16, torch.float16}
+    return torch.float32 if half and device.type == "cpu" else cast(torch.dtype, stored)
+
+
+_WIDTHS = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float64": 8}
+_GIGABYTE = 1e9
+
+
+def check_memory(path: Path, *, name: str, dtype: str, device: torch.device) -> None:
+    """Refuse to load a model whose weights alone are more than what is free.
+
+    Args:
+        path: the model's directory.
+        name: what to call it in the message.
+        dtype: see `ModelOptions`.
+        device: where the whole model is to go.
+
+    Raises:
+        ModelError: it does not fit; the message says what would.
+    """
+    needed, free = estimate_bytes(path, dtype=dtype, device=device), free_bytes(device)
+    if free is None or needed <= free:
+        return
+    raise ModelError(
+        f"{name}: its weights take about {needed / _GIGABYTE:.1f} GB on {device.type}, and {free / _GIGABYTE:.1f} GB "
+        "are free; `extract` takes --stream-layers (one layer in memory at a time) or --device-map auto (GPUs, memory "
+        "and disk together), and --dtype bfloat16 makes it smaller"
+    )
+
+
+def estimate_bytes(path: Path, *, dtype: str, device: torch.device) -> int:
+    """Return how many bytes the weights in a directory take once loaded; 0 where no weight files are known.
+
+    Half formats are run in float32 on a CPU unless `dtype` says otherwise.
+
+    Args:
+        path: the model's directory.
+        dtype: auto, float32, bfloat16 or float16.
+        device: where the model is to go.
+    """
+    stored = sum(file.stat().st_size for file in _weight_files(path))
+    config = _read(path / "config.json")
+    if config.get("quantization_config"):
+        return stored
+    stored_width = _WIDTHS.get(_stored_dtype(config), 4)
+    as_run = 4 if stored_width == 2 and device.type == "cpu" else stored_width
+    return stored * _WIDTHS.get(dtype, as_run) // stored_width
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return how much memory can be had on a device, swap and what the system can free included; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    # Some repositories hold the weights a second time in a layout of their own, which is not what is loaded.
+    named = _read(path / "model.safetensors.index.json").get("weight_map")
+    if isinstance(named, dict):
+        return [path / str(name) for name in sorted(set(named.values())) if (path / str(name)).is_file()]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    return list(path.glob("pytorch_model*.bin"))
+
+
+def _stored_dtype(config: dict[str, Any]) -> str:
+    text = config.get("text_config")
+    sections = (config, text if isinstance(text, dict) else {})
+    return str(next((s[key] for s in sections for key in ("dtype", "torch_dtype") if s.get(key)), "float32"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
