@@ -89,7 +89,7 @@ class Published:
 
     def metric(self, rows: list[list[int]]) -> Tensor:
         """Return the refusal metric of each row."""
-        from abliterate.refusal_metric import refusal_metric
+        from abliterate.extraction.refusal import refusal_metric
 
         return refusal_metric(self.logits(rows), token_ids=self.token_ids)
 
@@ -116,7 +116,7 @@ class Published:
 
     def extract(self, rows: dict[str, list[list[int]]], *, filter_prompts: bool) -> list[dict[str, Any]]:
         """Filter, take the means and score every position and layer by three passes."""
-        from abliterate.candidate_scoring import kl_divergence
+        from abliterate.extraction.scoring import kl_divergence
         from abliterate.models.hooks import ablate_direction, add_direction
 
         if filter_prompts:
@@ -154,7 +154,7 @@ def scores_by_ours(
     """Return the scores that `table` has, computed by `abliterate extract`'s scorer from the same directions."""
     from statistics import fmean
 
-    from abliterate.candidate_scoring import CandidateScorer
+    from abliterate.extraction.scoring import CandidateScorer
 
     scorer = CandidateScorer(
         chat=published.chat,
@@ -220,11 +220,11 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one way in this process and return what it took and chose."""
-    from abliterate.extraction import N_PREFIX_PROMPTS, extract_direction
-    from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.extraction.report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.extraction.run import N_PREFIX_PROMPTS, extract_direction
+    from abliterate.extraction.selection import CandidateScore, Thresholds, passing_candidates
     from abliterate.models.chat_model import find_response_prefix, with_response_prefix
     from abliterate.prompt_sets import split_for_extraction
-    from abliterate.selection import CandidateScore, Thresholds, passing_candidates
 
     chat, device = load(arguments), arguments.device
     is_random = arguments.model in RANDOM

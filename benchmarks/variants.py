@@ -15,17 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from abliterate.direction_recipes import DirectionRecipe
 from abliterate.errors import NoDirectionError
 from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions
-from abliterate.extraction import extract_direction
-from abliterate.extraction_report import ExtractionOptions
+from abliterate.extraction.candidates import DirectionRecipe
+from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.run import extract_direction
+from abliterate.extraction.selection import Thresholds
 from abliterate.models.chat_model import ModelOptions
 from abliterate.models.loading import load_chat_model
 from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.prompt_sets import load_prompt_set
-from abliterate.selection import Thresholds
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "the paper's": {},

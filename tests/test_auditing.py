@@ -18,10 +18,10 @@ from abliterate.audit_report import (
     legible_refusal,
 )
 from abliterate.auditing import audit_model
-from abliterate.candidate_scoring import kl_divergence
 from abliterate.distribution_shift import Divergence
 from abliterate.errors import InputError, ModelError, VerificationError
 from abliterate.evaluation_report import RefusalRate, count_replies
+from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction, capture_inputs
 from abliterate.prompt_sets import load_prompt_set

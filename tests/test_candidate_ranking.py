@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from abliterate.candidate_ranking import CandidateFinder
+from abliterate.extraction.selection import Thresholds
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction
 from abliterate.progress import SILENT
 from abliterate.prompt_sets import ExtractionPrompts, split_for_extraction
 from abliterate.reply_classes import read_reply
-from abliterate.selection import Thresholds
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
 
@@ -89,7 +89,7 @@ def test_without_a_telling_first_token_nothing_is_said_to_pass(finder: Candidate
 def test_with_one_the_candidates_that_pass_are_counted_and_proposed_first(
     llama_chat: ChatModel, prompts: ExtractionPrompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from abliterate.candidate_scoring import CandidateScorer
+    from abliterate.extraction.scoring import CandidateScorer
 
     token = llama_chat.tokenizer("I", add_special_tokens=False)["input_ids"][0]
     monkeypatch.setattr("abliterate.candidate_ranking.find_refusal_tokens", lambda **_kwargs: [(token, 1.0, 0.0)])

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.candidate_scoring import kl_divergence
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, PromptSetError
 from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions, count_by_category
+from abliterate.extraction.refusal import REFUSAL_SUBSTRINGS
+from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel, ModelOptions
 from abliterate.models.loading import load_chat_model
 from abliterate.prompt_sets import prompt_hash
-from abliterate.refusal_metric import REFUSAL_SUBSTRINGS
 from abliterate.reply_classes import read_reply
 from tests.support.chat_models import make_tokenizer, tiny_llama
 

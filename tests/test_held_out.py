@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from abliterate.errors import PromptSetError
-from abliterate.extraction import extract_direction
-from abliterate.extraction_report import ExtractionOptions
+from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.run import extract_direction
+from abliterate.extraction.selection import Thresholds
 from abliterate.held_out import hold_out, used_for_checkpoint, used_prompts
 from abliterate.prompt_sets import load_prompt_set, prompt_hash, split_for_extraction
-from abliterate.selection import Thresholds
 
 
 def test_the_direction_file_lists_every_prompt_it_was_found_with(llama_directory: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from abliterate.directions import Direction, load_direction
+from abliterate.extraction.shared_runs import _at_least
 from abliterate.processes import Ranks
-from abliterate.scoring_run import _at_least
 from tests.support.paths import REPOSITORY
 
 EXTRACT = ["--n-train", "9", "--n-val", "5", "--no-filter", "--refusal-token", "I"]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from abliterate.refusal_metric import REFUSAL_SUBSTRINGS, is_refusal
+from abliterate.extraction.refusal import REFUSAL_SUBSTRINGS, is_refusal
 from abliterate.reply_classes import classify_answer, read_reply, split_thinking
 
 OVERVIEW = (

@@ -235,9 +235,9 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 def test_on_the_demo_model_harmful_stands_above_harmless_at_the_selected_layer(
     demo_directory: Path, tmp_path: Path
 ) -> None:
-    from abliterate.extraction import extract_direction
-    from abliterate.extraction_report import ExtractionOptions
-    from abliterate.selection import Thresholds
+    from abliterate.extraction.report import ExtractionOptions
+    from abliterate.extraction.run import extract_direction
+    from abliterate.extraction.selection import Thresholds
 
     extraction = extract_direction(
         model=demo_directory, options=ExtractionOptions(n_train=48, n_val=12, thresholds=Thresholds(kl=0.5))

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from abliterate.extraction.refusal import is_refusal
 from abliterate.models.demo import load_base_model
-from abliterate.refusal_metric import is_refusal
 
 HERE = Path(__file__).parent
 IGNORED = -100

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from abliterate.auditing import audit_model
     from abliterate.directions import Direction, load_direction
     from abliterate.evaluation import evaluate_model
-    from abliterate.extraction import extract_direction
+    from abliterate.extraction.run import extract_direction
     from abliterate.orthogonalization import orthogonalize_checkpoint
     from abliterate.publishing import push_checkpoint
     from abliterate.reverting import revert_checkpoint
@@ -40,7 +40,7 @@ _HOMES = {
     "load_direction": "abliterate.directions",
     "audit_model": "abliterate.auditing",
     "evaluate_model": "abliterate.evaluation",
-    "extract_direction": "abliterate.extraction",
+    "extract_direction": "abliterate.extraction.run",
     "orthogonalize_checkpoint": "abliterate.orthogonalization",
     "push_checkpoint": "abliterate.publishing",
     "revert_checkpoint": "abliterate.reverting",

@@ -10,8 +10,8 @@ from abliterate.candidate_ranking import CandidateSummary, Stability
 from abliterate.distribution_shift import CrossEntropy, Divergence
 from abliterate.errors import VerificationError
 from abliterate.evaluation_report import RefusalRate
+from abliterate.extraction.selection import Thresholds
 from abliterate.proportions import PairedChange
-from abliterate.selection import Thresholds
 
 Verdict = Literal["single_direction", "few_directions", "not_mediated", "does_not_refuse"]
 Method = Literal["single", "rank", "addition"]

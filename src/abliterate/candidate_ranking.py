@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from abliterate.candidate_scoring import CandidateScorer
-from abliterate.direction_recipes import DirectionRecipe
+from abliterate.extraction.candidates import DirectionRecipe, resampled_cosines
+from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric
+from abliterate.extraction.scoring import CandidateScorer
+from abliterate.extraction.selection import CandidateScore, Thresholds, passing_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording, ablate_direction, difference_in_means, record
 from abliterate.progress import ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet
-from abliterate.refusal_metric import find_refusal_tokens, refusal_metric
 from abliterate.reply_classes import read_reply
-from abliterate.resampling import resampled_cosines
-from abliterate.selection import CandidateScore, Thresholds, passing_candidates
 
 MIN_FILTERED = 8
 """With fewer prompts than this left on one side, the filter by the refusal metric is not applied."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from abliterate.candidate_scoring import kl_divergence
 from abliterate.errors import InputError, ModelError
+from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
 
 Advance = Callable[[int], None] | None

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abliterate.score_report import require_plots
+from abliterate.extraction.score_report import require_plots
 from abliterate.traced_prompts import SuffixKind
 
 if TYPE_CHECKING:

@@ -116,9 +116,9 @@ def test_rank_writes_files_that_orthogonalize_projects_together(run, tmp_path: P
 
 
 def test_the_scores_of_all_together_are_those_of_the_ablated_model(run, llama_directory: Path, tmp_path: Path) -> None:
-    from abliterate.candidate_scoring import kl_divergence
+    from abliterate.extraction.refusal import refusal_metric
+    from abliterate.extraction.scoring import kl_divergence
     from abliterate.models.hooks import ablate_direction
-    from abliterate.refusal_metric import refusal_metric
 
     code, out, _ = run("-o", "r.safetensors", *TINY, *ANY, "--rank", 2, "--json")
     assert code == 0
@@ -201,7 +201,7 @@ def test_streamed_layers_choose_what_the_model_in_memory_chooses(run, tmp_path: 
 
 
 def test_places_that_cannot_be_written_are_found_before_the_work(run, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("abliterate.extraction.extract_direction", lambda **_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("abliterate.extraction.run.extract_direction", lambda **_: pytest.fail("the work was begun"))
     (tmp_path / "results").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     for arguments, message in (
@@ -219,7 +219,10 @@ def test_what_cannot_be_saved_is_not_lost(run, tmp_path: Path, monkeypatch, what
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device", "scores.json")
 
-    where = {"direction": "abliterate.directions._write_atomically", "report": "abliterate.score_report._write_json"}
+    where = {
+        "direction": "abliterate.directions._write_atomically",
+        "report": "abliterate.extraction.score_report._write_json",
+    }
     with monkeypatch.context() as patch:
         patch.setattr(where[what], full)
         code, out, error = run("-o", "r.safetensors", *TINY, *ANY, "--report", "report")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate.candidate_scoring import CandidateScorer, kl_divergence
+from abliterate.extraction.refusal import refusal_metric
+from abliterate.extraction.scoring import CandidateScorer, kl_divergence
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction, record
-from abliterate.refusal_metric import refusal_metric
 from tests.support.many_models import CACHED, KINDS, make_many
 
 PROMPTS = [

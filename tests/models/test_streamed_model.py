@@ -7,17 +7,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from abliterate.candidate_scoring import CandidateScorer
 from abliterate.errors import CheckpointError, ModelError
-from abliterate.extraction import extract_direction
-from abliterate.extraction_report import ExtractionOptions
+from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.run import extract_direction
+from abliterate.extraction.scoring import CandidateScorer, StreamedScorer, record_streamed
+from abliterate.extraction.selection import Thresholds
 from abliterate.models import layer_weights
 from abliterate.models.chat_model import ModelOptions
 from abliterate.models.hooks import ablate_subspace, record
 from abliterate.models.loading import load_chat_model, load_streamed_model
 from abliterate.models.streamed_model import StreamedChat, Variant
-from abliterate.selection import Thresholds
-from abliterate.streamed_scoring import StreamedScorer, record_streamed
 from tests.support.chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.tiny_models import make_tiny_model
 

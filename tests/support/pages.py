@@ -8,10 +8,10 @@ from abliterate.candidate_ranking import CandidateSummary, ScreenedCandidate, St
 from abliterate.capability import CapabilityReport, TaskScore
 from abliterate.distribution_shift import CrossEntropy, Divergence
 from abliterate.evaluation_report import KINDS, EvaluationReport, count_by_category, count_replies, refusal_change
+from abliterate.extraction.score_report import ScoreTable
+from abliterate.extraction.selection import CandidateScore, Thresholds
 from abliterate.proportions import Agreement
 from abliterate.reply_classes import read_reply
-from abliterate.score_report import ScoreTable
-from abliterate.selection import CandidateScore, Thresholds
 from abliterate.verdicts import JudgedRate, JudgeReport
 
 CATEGORIES = ("fraud", "hacking", "weapons", "identity_forgery")

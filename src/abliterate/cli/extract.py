@@ -25,9 +25,9 @@ from abliterate.cli.output import Output, command_line
 from abliterate.errors import InputError
 
 if TYPE_CHECKING:
-    from abliterate.extraction_report import Extraction, ExtractionReport, NoCandidatePassesError
-    from abliterate.score_report import ScoreTable
-    from abliterate.selection import CandidateScore
+    from abliterate.extraction.report import Extraction, ExtractionReport, NoCandidatePassesError
+    from abliterate.extraction.score_report import ScoreTable
+    from abliterate.extraction.selection import CandidateScore
 
 
 class DeviceMap(StrEnum):
@@ -144,14 +144,14 @@ def extract(
     given with a --direction of its own.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.direction_recipes import DirectionRecipe
-    from abliterate.extraction import extract_direction
+    from abliterate.extraction.candidates import DirectionRecipe
+    from abliterate.extraction.report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.extraction.run import extract_direction
+    from abliterate.extraction.score_report import require_plots, write_score_report
+    from abliterate.extraction.selection import Thresholds
     from abliterate.extraction_page import write_extraction_page
-    from abliterate.extraction_report import ExtractionOptions, NoCandidatePassesError
     from abliterate.models.chat_model import ModelOptions
     from abliterate.processes import in_first_process
-    from abliterate.score_report import require_plots, write_score_report
-    from abliterate.selection import Thresholds
 
     if stream_layers and device_map:
         raise typer.BadParameter("cannot go with --stream-layers", param_hint="'--device-map'")

@@ -70,8 +70,8 @@ def trace(
     Where an architecture's heads are not known the cosines are shown without the table of heads.
     """
     from abliterate.checkpoints.hub import resolve_model
+    from abliterate.extraction.score_report import require_plots
     from abliterate.models.chat_model import ModelOptions
-    from abliterate.score_report import require_plots
     from abliterate.trace_report import write_trace_report
     from abliterate.tracing import DEFAULT_SETS, TraceOptions, trace_direction
 

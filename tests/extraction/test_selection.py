@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from abliterate.selection import (
+from abliterate.extraction.selection import (
     CandidateScore,
     Thresholds,
     failed_thresholds,

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from abliterate.errors import InputError, NoDirectionError
-from abliterate.extraction import extract_direction
-from abliterate.extraction_report import ExtractionOptions
+from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.run import extract_direction
+from abliterate.extraction.saved_work import SavedWork, model_fingerprint
+from abliterate.extraction.selection import Thresholds
 from abliterate.models.chat_model import ModelOptions
-from abliterate.saved_work import SavedWork, model_fingerprint
-from abliterate.selection import Thresholds
 from tests.support.paths import REPOSITORY
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
@@ -26,7 +26,7 @@ import os, signal, sys
 from pathlib import Path
 from abliterate.extraction import extract_direction
 from abliterate.models.chat_model import ModelOptions
-from abliterate.saved_work import SavedWork
+from abliterate.extraction.saved_work import SavedWork
 from test_saved_work import OPTIONS
 
 def dying(method):
@@ -90,7 +90,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
 
 
 def test_streamed_layers_go_on_where_they_stopped(llama_directory: Path, tmp_path: Path, monkeypatch) -> None:
-    from abliterate.streamed_scoring import StreamedScorer
+    from abliterate.extraction.scoring import StreamedScorer
 
     streamed = ModelOptions(stream_layers=True)
     given = {"model": llama_directory, "options": OPTIONS, "model_options": streamed}
@@ -116,7 +116,7 @@ def test_streamed_layers_go_on_where_they_stopped(llama_directory: Path, tmp_pat
 def test_other_thresholds_go_on_with_the_same_scores(llama_directory: Path, tmp_path: Path, monkeypatch) -> None:
     import dataclasses
 
-    from abliterate.candidate_scoring import CandidateScorer
+    from abliterate.extraction.scoring import CandidateScorer
 
     strict = dataclasses.replace(OPTIONS, thresholds=Thresholds(kl=1e-9, induce=-1e9))
     with pytest.raises(NoDirectionError):

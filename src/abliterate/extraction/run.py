@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.candidate_scoring import CandidateScorer
 from abliterate.checkpoints.hub import ModelSource, resolve_model
-from abliterate.direction_recipes import candidate_directions, independent_candidates, spanning_basis
 from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
-from abliterate.extraction_report import (
+from abliterate.extraction.candidates import (
+    Robustness,
+    candidate_directions,
+    independent_candidates,
+    measure_robustness,
+    spanning_basis,
+)
+from abliterate.extraction.refusal import refusal_metric, refusal_tokens_of, require_both_behaviours
+from abliterate.extraction.report import (
     Baseline,
     Extraction,
     ExtractionOptions,
@@ -24,6 +30,11 @@ from abliterate.extraction_report import (
     directions_of,
     versions,
 )
+from abliterate.extraction.saved_work import SavedWork, model_fingerprint
+from abliterate.extraction.score_report import ScoreTable
+from abliterate.extraction.scoring import CandidateScorer, StreamedScorer
+from abliterate.extraction.selection import CandidateScore, passing_candidates
+from abliterate.extraction.shared_runs import PARTS, RecordingRun, Scorer, ScoringRun
 from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import Recording
 from abliterate.models.loading import load_chat_model, load_streamed_model
@@ -31,15 +42,6 @@ from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extraction
-from abliterate.recording_run import PARTS, RecordingRun
-from abliterate.refusal_behaviour import refusal_tokens_of
-from abliterate.refusal_metric import refusal_metric, require_both_behaviours
-from abliterate.resampling import Robustness, measure_robustness
-from abliterate.saved_work import SavedWork, model_fingerprint
-from abliterate.score_report import ScoreTable
-from abliterate.scoring_run import Scorer, ScoringRun
-from abliterate.selection import CandidateScore, passing_candidates
-from abliterate.streamed_scoring import StreamedScorer
 
 MIN_PROMPTS = 8
 """Fewer prompts than this on one side after filtering are too few to take a mean of."""

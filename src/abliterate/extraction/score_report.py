@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterate.errors import MissingDependencyError
-from abliterate.selection import CandidateScore, Thresholds, failed_thresholds
+from abliterate.extraction.selection import CandidateScore, Thresholds, failed_thresholds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

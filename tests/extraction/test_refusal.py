@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from abliterate.errors import RefusalBehaviourError
-from abliterate.refusal_metric import (
+from abliterate.extraction.refusal import (
     REFUSAL_SUBSTRINGS,
     find_refusal_tokens,
     is_refusal,

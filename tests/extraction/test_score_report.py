@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from abliterate.errors import MissingDependencyError
-from abliterate.score_report import ScoreTable, write_score_report
-from abliterate.selection import CandidateScore, Thresholds
+from abliterate.extraction.score_report import ScoreTable, write_score_report
+from abliterate.extraction.selection import CandidateScore, Thresholds
 
 PNG = b"\x89PNG\r\n"
 

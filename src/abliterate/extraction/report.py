@@ -12,15 +12,14 @@ from torch import Tensor
 
 from abliterate._version import __version__
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.direction_recipes import DirectionRecipe
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError
+from abliterate.extraction.candidates import DirectionRecipe, Robustness
+from abliterate.extraction.refusal import RefusalToken
+from abliterate.extraction.score_report import ScoreTable
+from abliterate.extraction.selection import CandidateScore, Thresholds, nearest_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.prompt_sets import ExtractionPrompts
-from abliterate.refusal_metric import RefusalToken
-from abliterate.resampling import Robustness
-from abliterate.score_report import ScoreTable
-from abliterate.selection import CandidateScore, Thresholds, nearest_candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

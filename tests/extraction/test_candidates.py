@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.direction_recipes import (
+from abliterate.extraction.candidates import (
     MIN_INDEPENDENT_SHARE,
     DirectionRecipe,
     candidate_directions,

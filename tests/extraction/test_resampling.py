@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from abliterate.direction_recipes import DirectionRecipe
-from abliterate.resampling import measure_robustness, resample_weights, resampled_cosines, resampled_winners
-from abliterate.selection import CandidateScore, Thresholds, passing_candidates
+from abliterate.extraction.candidates import (
+    DirectionRecipe,
+    measure_robustness,
+    resample_weights,
+    resampled_cosines,
+    resampled_winners,
+)
+from abliterate.extraction.selection import CandidateScore, Thresholds, passing_candidates
 
 
 def generator(seed: int = 0) -> torch.Generator:

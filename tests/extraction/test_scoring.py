@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate import candidate_scoring
-from abliterate.candidate_scoring import CandidateScorer, kl_divergence
+from abliterate.extraction import scoring
+from abliterate.extraction.refusal import refusal_metric
+from abliterate.extraction.scoring import CandidateScorer, kl_divergence
+from abliterate.extraction.selection import ScoreName
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction
-from abliterate.refusal_metric import refusal_metric
-from abliterate.selection import ScoreName
 from tests.support.chat_models import HARMFUL, HARMLESS
 
 TOKENS = [70, 75]
@@ -87,5 +87,5 @@ def test_probabilities_taken_a_row_at_a_time_are_the_same(
     keys = [(-1, 1), (-2, 3), (-1, 4)]
     names: tuple[ScoreName, ...] = ("bypass", "induce", "kl", "ablated")
     at_once = {name: scorer.score(name, keys) for name in names}
-    monkeypatch.setattr(candidate_scoring, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 1)
     assert {name: scorer.score(name, keys) for name in names} == at_once

@@ -21,8 +21,8 @@ import safetensors.torch
 from torch import Tensor
 
 from abliterate.errors import InputError
+from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.selection import Candidate, PromptScores, ScoreName
 
 _KEY = "KEY.json"
 _SCORES = "scores.jsonl"
