@@ -97,7 +97,7 @@ def main() -> None:
     maker = FORK.Process(target=make_model, args=(directory,))
     maker.start()
     maker.join()
-    import abliterate.orthogonalization  # noqa: F401
+    import abliterate.editing.orthogonalization  # noqa: F401
 
     out = directory / "out"
     command = ["orthogonalize", str(directory / "base"), "--direction", str(directory / "refusal.safetensors")]

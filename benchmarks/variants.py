@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import NoDirectionError
 from abliterate.evaluation import evaluate_model
 from abliterate.evaluation_report import EvaluationOptions
@@ -24,7 +25,6 @@ from abliterate.extraction.run import extract_direction
 from abliterate.extraction.selection import Thresholds
 from abliterate.models.chat_model import ModelOptions
 from abliterate.models.loading import load_chat_model
-from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.prompt_sets import load_prompt_set
 
 VARIANTS: dict[str, dict[str, Any]] = {

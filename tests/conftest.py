@@ -16,8 +16,8 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
 
 from abliterate.directions import make_direction
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.models.chat_model import ChatModel, make_chat_model
-from abliterate.orthogonalization import orthogonalize_checkpoint
 from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.loaded_models import content
 from tests.support.tiny_models import random_direction, save_tiny_model

@@ -215,7 +215,7 @@ def test_prompts_used_in_extraction_are_left_out(
 def test_the_record_of_an_edited_checkpoint_names_its_prompts_too(
     llama_directory: Path, options: EvaluationOptions, tmp_path: Path
 ) -> None:
-    from abliterate.orthogonalization import orthogonalize_checkpoint
+    from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 
     direction = make_direction(mean_difference=torch.randn(32), metadata={"prompt_hashes": [prompt_hash(PROMPTS[1])]})
     orthogonalize_checkpoint(source=llama_directory, direction=direction, output=tmp_path / "edited")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import InputError
-from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.processes import Ranks, share_by_size
 from tests.support.loaded_models import content
 from tests.support.paths import REPOSITORY

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from abliterate.adapting import write_adapter
 from abliterate.directions import Direction, make_direction
-from abliterate.edit_plan import EditOptions
+from abliterate.editing.adapter import write_adapter
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.plan import EditOptions
 from abliterate.errors import InputError, VerificationError
-from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.reverting import revert_checkpoint
 from tests.support.loaded_models import stored, tree
 from tests.support.tiny_models import random_direction, save_tiny_model

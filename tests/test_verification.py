@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.abliteration_record import read_record
 from abliterate.checkpoints.hub import resolve_model
 from abliterate.directions import Direction, make_direction
-from abliterate.edit_plan import EditOptions
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.plan import EditOptions
+from abliterate.editing.record import read_record
 from abliterate.errors import CheckpointError, InputError, ModelError
 from abliterate.models.chat_model import ModelOptions
-from abliterate.orthogonalization import orthogonalize_checkpoint
 from abliterate.progress import SILENT
 from abliterate.quick_verification import QuickCheck
 from abliterate.recorded_edits import recorded_subspace

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from abliterate._version import __version__
 
 if TYPE_CHECKING:
-    from abliterate.adapting import write_adapter
     from abliterate.auditing import audit_model
     from abliterate.directions import Direction, load_direction
+    from abliterate.editing.adapter import write_adapter
+    from abliterate.editing.orthogonalization import orthogonalize_checkpoint
     from abliterate.evaluation import evaluate_model
     from abliterate.extraction.run import extract_direction
-    from abliterate.orthogonalization import orthogonalize_checkpoint
     from abliterate.publishing import push_checkpoint
     from abliterate.reverting import revert_checkpoint
     from abliterate.tracing import trace_direction
@@ -41,11 +41,11 @@ _HOMES = {
     "audit_model": "abliterate.auditing",
     "evaluate_model": "abliterate.evaluation",
     "extract_direction": "abliterate.extraction.run",
-    "orthogonalize_checkpoint": "abliterate.orthogonalization",
+    "orthogonalize_checkpoint": "abliterate.editing.orthogonalization",
     "push_checkpoint": "abliterate.publishing",
     "revert_checkpoint": "abliterate.reverting",
     "trace_direction": "abliterate.tracing",
-    "write_adapter": "abliterate.adapting",
+    "write_adapter": "abliterate.editing.adapter",
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.abliteration_record import RECORD_NAME, read_json_report
+from abliterate.editing.record import RECORD_NAME, read_json_report
 from abliterate.errors import PromptSetError
 from abliterate.prompt_sets import PromptSet
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from abliterate._version import __version__
-from abliterate.abliteration_record import check_hashes
 from abliterate.checkpoints.hub import (
     check_repo_id,
     create_repo,
@@ -15,8 +14,9 @@ from abliterate.checkpoints.hub import (
     upload_folder,
     whoami,
 )
+from abliterate.editing.model_card import base_model_id, build_model_card
+from abliterate.editing.record import check_hashes
 from abliterate.errors import HubError, VerificationError
-from abliterate.model_card import base_model_id, build_model_card
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.push_package import CARD_NAME, PushPackage, find_base_card_facts, read_push_package, stage_package
 from abliterate.quick_verification import verify_files

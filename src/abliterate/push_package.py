@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from abliterate.abliteration_record import (
+from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.hub import CardFacts, fetch_card_facts, read_card_facts
+from abliterate.editing.record import (
     EVALUATION_NAME,
     RECORD_NAME,
     AbliterationRecord,
@@ -13,8 +15,6 @@ from abliterate.abliteration_record import (
     read_json_report,
     read_record,
 )
-from abliterate.checkpoints.hashed_files import hash_file
-from abliterate.checkpoints.hub import CardFacts, fetch_card_facts, read_card_facts
 from abliterate.errors import HubError, InputError, VerificationError
 from abliterate.progress import ProgressReporter
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from abliterate.abliteration_record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
-from abliterate.checkpoint_checks import (
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoints.quantized import dequantized_layout, plain_view, quantization_of
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
+from abliterate.editing.checks import (
     EditedWriter,
     Survivor,
     compare_bytes,
@@ -22,10 +24,8 @@ from abliterate.checkpoint_checks import (
     ratio,
     rounding_bound,
 )
-from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
-from abliterate.checkpoints.quantized import dequantized_layout, plain_view, quantization_of
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
-from abliterate.edit_plan import EditOptions
+from abliterate.editing.plan import EditOptions
+from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.recorded_edits import (

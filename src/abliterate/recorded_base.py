@@ -3,9 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
 from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.editing.record import RECORD_NAME, AbliterationRecord
 from abliterate.errors import CheckpointError, InputError
 
 

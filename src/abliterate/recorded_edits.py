@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, decode_subspace
 from abliterate.architectures.writers import PostNorm, map_stream
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.quantized import plain_view
-from abliterate.edit_plan import EditOptions, select_writers
+from abliterate.editing.edits import edits_of_writers
+from abliterate.editing.plan import EditOptions, select_writers
+from abliterate.editing.record import RECORD_NAME, AbliterationRecord, decode_subspace
 from abliterate.errors import InputError
-from abliterate.tied_embeddings import edits_of_writers
 
 _AGAIN = "run `abliterate orthogonalize` again"
 _KINDS = {"projected", "added", "untied"}

@@ -8,15 +8,15 @@ byte that was not edited.
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, Format, read_record
 from abliterate.checkpoints.atomic_directory import published_directory
 from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from abliterate.checkpoints.file_assembly import NewFile, assemble_files, copied_ranges
 from abliterate.checkpoints.file_ranges import SourceFile
 from abliterate.checkpoints.hashed_files import WrittenFile
 from abliterate.checkpoints.hub import ModelSource
+from abliterate.editing.plan_report import check_output
+from abliterate.editing.record import RECORD_NAME, AbliterationRecord, Format, read_record
 from abliterate.errors import InputError, VerificationError
-from abliterate.planned_report import check_output
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.quick_verification import compare_with_base
 from abliterate.recorded_base import find_base

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.abliteration_record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction
+from abliterate.editing.projection import orthonormalize
+from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import ChatModel, ModelOptions
 from abliterate.models.hooks import ablate_subspace
 from abliterate.models.loading import load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.projection import orthonormalize
 from abliterate.prompt_sets import Kind, load_prompt_set
 from abliterate.quick_verification import QuickCheck, verify_files
 from abliterate.recorded_base import find_base

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
-from abliterate.edit_conditions import reasons_against_clean_stream, reasons_against_equal_logits
+from abliterate.editing.checks import reasons_against_clean_stream, reasons_against_equal_logits
 from abliterate.quick_verification import QuickCheck, TensorCheck
 from abliterate.stream_checks import LogitComparison, LogitDifference, StreamComponents
 

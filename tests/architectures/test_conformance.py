@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from abliterate.architectures.table import ARCHITECTURES, REFUSED, WRAPPERS, refusal
 from abliterate.directions import make_direction
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import UnsupportedArchitectureError
-from abliterate.orthogonalization import orthogonalize_checkpoint
 from tests.support.conformance import (
     ALL_TYPES,
     CLEAN,

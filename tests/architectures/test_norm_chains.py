@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import abliterate.edit_plan
-from abliterate.abliteration_record import read_record
+import abliterate.editing.plan
 from abliterate.architectures.writers import PostNorm, ResidualWriter, StreamMap
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import make_direction
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.record import read_record
 from abliterate.errors import CheckpointError
-from abliterate.orthogonalization import orthogonalize_checkpoint
 from tests.support.loaded_models import load, stored, stream_component
 from tests.support.tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
@@ -60,7 +60,7 @@ def base(tmp_path, model_type) -> Path:
 
 
 def map_by(monkeypatch, stream: StreamMap) -> None:
-    monkeypatch.setattr(abliterate.edit_plan, "map_stream", lambda **_: stream)
+    monkeypatch.setattr(abliterate.editing.plan, "map_stream", lambda **_: stream)
 
 
 @pytest.mark.parametrize("n_directions", [1, 3])

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from abliterate.cli.verify import verify
 from abliterate.directions import make_direction
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import AbliterateError, InputError, VerificationError
-from abliterate.orthogonalization import orthogonalize_checkpoint
 from tests.support.chat_models import make_tokenizer, tiny_llama
 
 app = typer.Typer()

@@ -24,10 +24,10 @@ OPTIONS = ExtractionOptions(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from abliterate.extraction import extract_direction
+from abliterate.extraction.run import extract_direction
 from abliterate.models.chat_model import ModelOptions
 from abliterate.extraction.saved_work import SavedWork
-from test_saved_work import OPTIONS
+from tests.extraction.test_saved_work import OPTIONS
 
 def dying(method):
     def call(self, *args):
@@ -72,7 +72,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     work = tmp_path / "work"
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(llama_directory), str(work), str(n_saved), str(streamed)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(["src", "tests"])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(["src", "."])},
         cwd=REPOSITORY,
         check=False,
         capture_output=True,

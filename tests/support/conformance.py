@@ -20,11 +20,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from abliterate.abliteration_record import EditedTensor
 from abliterate.architectures.table import ARCHITECTURES, TOWER, WRAPPERS
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.directions import make_direction
-from abliterate.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.record import EditedTensor
 from tests.support.conformance_models import BIASES, EXTRAS, INPUTS, WRAPPER_EXTRAS
 from tests.support.tiny_models import random_direction
 

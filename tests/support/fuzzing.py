@@ -14,10 +14,10 @@ from typing import Any
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
-from abliterate.edit_plan import EditOptions
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.plan import EditOptions
+from abliterate.editing.plan_report import plan_edit
 from abliterate.errors import AbliterateError
-from abliterate.orthogonalization import orthogonalize_checkpoint
-from abliterate.planning import plan_edit
 from tests.support.checkpoint_mutations import break_checkpoint, make_harmless
 from tests.support.tiny_models import random_direction
 

@@ -26,7 +26,7 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
-    from abliterate.abliteration_record import EditedTensor, OrthogonalizationReport
+    from abliterate.editing.record import EditedTensor, OrthogonalizationReport
 
 
 class Format(StrEnum):
@@ -157,17 +157,17 @@ def orthogonalize(
         )
 
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.edit_plan import EditOptions
+    from abliterate.editing.plan import EditOptions
 
     write: Callable[..., OrthogonalizationReport]
     if output_format is Format.adapter:
-        from abliterate.adapting import write_adapter
+        from abliterate.editing.adapter import write_adapter
 
         write = write_adapter
     else:
-        from abliterate.orthogonalization import orthogonalize_checkpoint
+        from abliterate.editing.options import WriteOptions
+        from abliterate.editing.orthogonalization import orthogonalize_checkpoint
         from abliterate.processes import find_ranks
-        from abliterate.write_options import WriteOptions
 
         writing = WriteOptions(workers=workers, device=device, resume=resume)
         write = partial(orthogonalize_checkpoint, writing=writing, ranks=find_ranks(device="cpu"))
@@ -175,8 +175,8 @@ def orthogonalize(
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)
     if unverified:
-        from abliterate.planning import read_layout
-        from abliterate.tiny_twin import prove_on_tiny_twin
+        from abliterate.editing.plan_report import read_layout
+        from abliterate.editing.tiny_twin import prove_on_tiny_twin
 
         prove_on_tiny_twin(layout=read_layout(model=str(source.path)), progress=output.progress)
     report = write(

@@ -19,7 +19,7 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
-    from abliterate.planning import PlanReport
+    from abliterate.editing.plan_report import PlanReport
 
 
 def plan(
@@ -37,13 +37,13 @@ def plan(
     """
     roles, layer_range = parse_components(components), parse_layers(layers)
 
-    from abliterate.edit_plan import EditOptions
-    from abliterate.planning import plan_layout, read_layout
+    from abliterate.editing.plan import EditOptions
+    from abliterate.editing.plan_report import plan_layout, read_layout
 
     output = Output.of(context, json_output=json_output)
     layout = read_layout(model=model, revision=revision)
     if unverified:
-        from abliterate.tiny_twin import prove_on_tiny_twin
+        from abliterate.editing.tiny_twin import prove_on_tiny_twin
 
         prove_on_tiny_twin(layout=layout, progress=output.progress)
     options = EditOptions(components=roles, layers=layer_range, unverified=unverified)
@@ -71,7 +71,7 @@ def _tables(report: "PlanReport") -> list[Table | str]:
 
 
 def _left_alone(report: "PlanReport") -> list[Table | str]:
-    from abliterate.planning import pattern_of
+    from abliterate.editing.plan_report import pattern_of
 
     counts: dict[tuple[str, str], int] = {}
     for kept in report.left_alone:

@@ -1,0 +1,1 @@
+"""Taking directions out of the files: the plan, the mathematics, and the writers."""

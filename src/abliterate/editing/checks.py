@@ -1,0 +1,407 @@
+"""Holding an edited checkpoint against its base.
+
+The same layout; the same bytes but for what was planned; and how much of the directions the edited tensors still
+have, reread from the disk. Each check returns what it found as plain values or lines of text, and decides nothing:
+`orthogonalize` runs them on what it wrote before it appears, `verify` on what lies there.
+
+What an edit promises, from its record alone: see docs/exactness.md.
+
+The residual stream is clean if every writer is edited at strength 1. The logits besides equal those of directional
+ablation if no norm stands between a writer and the stream and the output head keeps its rows.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.architectures.writers import ROLES, PostNorm
+from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
+from abliterate.checkpoints.quantized_formats import largest_residue
+from abliterate.checkpoints.safetensors_file import (
+    TORCH_DTYPES,
+    TensorInfo,
+    encoded_matrices,
+    read_tensor,
+    tensor_bytes,
+)
+from abliterate.editing.projection import NormFactor, component_and_norm, effective_directions, residue_bound
+from abliterate.errors import CheckpointError
+from abliterate.progress import Advance
+
+_CHUNK_BYTES = 4 << 20
+
+
+def _ignore(_bytes: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditedWriter:
+    """An edited tensor as a plan or a record names it.
+
+    Attributes:
+        name: Its name on disk, in the edited checkpoint.
+        residual_axis: The axis that indexes the residual stream.
+        norm_chain: Norms between it and the stream, innermost first.
+        base_name: The tensor it was made from, if the base stores that under another name.
+    """
+
+    name: str
+    residual_axis: int
+    norm_chain: tuple[PostNorm, ...] = ()
+    base_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survivor:
+    """How much of the directions an edited tensor has, reread; Frobenius norms in float64.
+
+    Attributes:
+        name: The tensor.
+        dtype: As safetensors names it.
+        along_before: |U W|, from the base; None without a base.
+        norm_before: |W|; None without a base.
+        along_after: |U W'|.
+        norm_after: |W'|.
+    """
+
+    name: str
+    dtype: str
+    along_before: float | None
+    norm_before: float | None
+    along_after: float
+    norm_after: float
+
+    @property
+    def ratio(self) -> float | None:
+        """|U W'| / |U W|: 0 where there was nothing along the directions, None without a base."""
+        return None if self.along_before is None else ratio(self.along_after, self.along_before)
+
+
+def rounding_bound(
+    info: TensorInfo, *, residual_axis: int, k: int, strength: float, before: tuple[float, float], after: float
+) -> float:
+    """Return how far rounding may leave |U W'| from what was to be left of it.
+
+    Args:
+        info: The edited tensor.
+        residual_axis: Its axis that indexes the residual stream.
+        k: Number of directions.
+        strength: Share of the component that was removed.
+        before: |U W| and |W|.
+        after: |W'|.
+    """
+    d_model = info.shape[residual_axis]
+    if info.encoding is not None:
+        along, norm = before
+        return max(1.0, strength) * largest_residue(info.encoding.layout, d_model=d_model, k=k, along=along, norm=norm)
+    return residue_bound(
+        TORCH_DTYPES.get(info.dtype, torch.float32),
+        d_model=d_model,
+        elements=math.prod(info.shape),
+        before=max(1.0, strength) * before[1],
+        after=after,
+    )
+
+
+def ratio(part: float, whole: float) -> float:
+    """Return part / whole, and 0 where the whole is 0."""
+    return part / whole if whole else 0.0
+
+
+def read_norm(checkpoint: Checkpoint, norm: PostNorm) -> NormFactor:
+    """Read what a norm multiplies by, from the shard it is in.
+
+    Raises:
+        CheckpointError: It is not there, or holds NaN or infinite values.
+    """
+    try:
+        weight = read_tensor(checkpoint.path, checkpoint.tensor(norm.weight)).double()
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint.path}: there is no tensor {norm.weight}; download it again") from error
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {norm.weight} holds NaN or infinite values; download the checkpoint again"
+        )
+    return NormFactor(gamma=1 + weight if norm.plus_one else weight, centered=norm.centered)
+
+
+def directions_through(
+    checkpoint: Checkpoint, subspace: Tensor, *, chains: Collection[tuple[PostNorm, ...]]
+) -> dict[tuple[PostNorm, ...], Tensor]:
+    """Return for each norm chain the directions U [k, d_model] as a writer before it must not have them.
+
+    Args:
+        checkpoint: Where the norms are; base and edited checkpoint hold the same.
+        subspace: R, [k, d_model], orthonormal rows.
+        chains: Norm chains, innermost norm first; the empty one gives R itself.
+
+    Raises:
+        CheckpointError: A norm is missing or not finite.
+    """
+    return {
+        chain: effective_directions(subspace, norms=[read_norm(checkpoint, norm) for norm in chain])
+        for chain in set(chains)
+    }
+
+
+def compare_layouts(
+    base: Checkpoint,
+    edited: Checkpoint,
+    *,
+    added: Collection[str] = (),
+    config_changes: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Compare shards, tensor names, order, shapes, dtypes, header metadata, index and config.
+
+    Args:
+        base: The checkpoint that was edited.
+        edited: What came of it.
+        added: Tensors that the edited one has besides.
+        config_changes: Dotted path in config.json -> the value that it must have instead.
+
+    Returns:
+        A line per difference that is not declared; empty if there is none.
+    """
+    problems = []
+    old_shards = {shard.file_name: shard for shard in base.shards}
+    new_shards = {shard.file_name: shard for shard in edited.shards}
+    problems += [f"{name}: this shard of the base is missing" for name in old_shards.keys() - new_shards.keys()]
+    problems += [f"{name}: the base has no such shard" for name in new_shards.keys() - old_shards.keys()]
+    found_added = set()
+    for name in sorted(old_shards.keys() & new_shards.keys()):
+        old, new = old_shards[name], new_shards[name]
+        new_tensors = [tensor for tensor in new.tensors if tensor.name not in added]
+        found_added |= {tensor.name for tensor in new.tensors if tensor.name in added}
+        if old.metadata != new.metadata:
+            problems.append(f"{name}: the header's metadata is {new.metadata}, in the base {old.metadata}")
+        if len(new_tensors) == len(new.tensors) and old.header_bytes != new.header_bytes:
+            problems.append(f"{name}: the header is not that of the base")
+        if [_layout(tensor) for tensor in old.tensors] != [_layout(tensor) for tensor in new_tensors]:
+            problems += _tensor_differences(name, old.tensors, new_tensors)
+    problems += [f"{name}: this tensor was to be added and is missing" for name in sorted(set(added) - found_added)]
+    if with_changes(base.config, config_changes or {}) != edited.config:
+        problems.append("config.json: differs from the base's by more than the recorded changes")
+    return problems + _index_differences(base, edited, added)
+
+
+def compare_bytes(
+    base: Checkpoint,
+    edited: Checkpoint,
+    *,
+    changed: Collection[str],
+    copies: Mapping[str, str] | None = None,
+    other_files: Collection[str] = (),
+    advance: Advance = _ignore,
+) -> list[str]:
+    """Compare the bytes of every tensor that was not to change, and of other files.
+
+    Args:
+        base: The checkpoint that was edited.
+        edited: What came of it; its layout must be that of the base (`compare_layouts`).
+        changed: Tensors that may differ: planned edits.
+        copies: New tensor -> the base's tensor whose bytes it must have.
+        other_files: Side files to compare besides, relative paths.
+        advance: Told the bytes compared.
+
+    Returns:
+        A line per tensor or file that differs; empty if there is none.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    problems = []
+    new_infos = {tensor.name: tensor for tensor in edited.tensors()}
+    for old in base.tensors():
+        new = new_infos.get(old.name)
+        if old.name not in changed and new is not None:
+            same = _same_bytes(base.path, edited.path, old, new, advance)
+            problems += [] if same else [f"{new.shard}: tensor {old.name} differs, and no edit of it was planned"]
+    old_infos = {tensor.name: tensor for tensor in base.tensors()}
+    for name, original in (copies or {}).items():
+        if not _same_bytes(base.path, edited.path, old_infos[original], new_infos[name], advance):
+            problems.append(f"{new_infos[name].shard}: tensor {name} is not the copy of {original} that it was to be")
+    for name in other_files:
+        ends = [(path / name).stat().st_size if (path / name).is_file() else -1 for path in (base.path, edited.path)]
+        whole = [TensorInfo(name=name, shard=name, dtype="U8", shape=(), start=0, end=end) for end in ends]
+        if ends[0] != ends[1] or not _same_bytes(base.path, edited.path, whole[0], whole[1], advance):
+            problems.append(f"{name}: is not the base's file")
+    return problems
+
+
+def measure_survivors(
+    edited: Checkpoint,
+    *,
+    base: Checkpoint | None,
+    writers: Sequence[EditedWriter],
+    subspace: Tensor,
+    advance: Advance = _ignore,
+) -> Iterator[Survivor]:
+    """Measure |U W'| for each edited tensor, reread from the disk, and |U W| where there is a base.
+
+    Args:
+        edited: The edited checkpoint.
+        base: What it was made from; None measures the edited one alone.
+        writers: The edited tensors.
+        subspace: R, [k, d_model], orthonormal rows.
+        advance: Told the bytes read of the edited checkpoint.
+
+    Raises:
+        CheckpointError: A file cannot be read, or a tensor or norm is missing.
+    """
+    directions = directions_through(edited, subspace, chains={writer.norm_chain for writer in writers})
+    new_infos = {tensor.name: tensor for tensor in edited.tensors()}
+    old_infos = {} if base is None else {tensor.name: tensor for tensor in base.tensors()}
+    for writer in writers:
+        basis = directions[writer.norm_chain]
+        info = _find(new_infos, writer.name, edited)
+        along_before = norm_before = None
+        if base is not None:
+            old = _find(old_infos, writer.base_name or writer.name, base)
+            along_before, norm_before = _measure(base, old, basis, writer.residual_axis)
+        along, norm = _measure(edited, info, basis, writer.residual_axis)
+        advance(info.end - info.start)
+        yield Survivor(
+            name=writer.name,
+            dtype=info.dtype,
+            along_before=along_before,
+            norm_before=norm_before,
+            along_after=along,
+            norm_after=norm,
+        )
+
+
+def _measure(checkpoint: Checkpoint, info: TensorInfo, basis: Tensor, residual_axis: int) -> tuple[float, float]:
+    # Of a quantised stack one matrix at a time: decoded it has four to eight times the size.
+    matrices = encoded_matrices(info)
+    axis = residual_axis - (len(info.shape) - len(matrices[0].shape))
+    parts = [
+        component_and_norm(read_tensor(checkpoint.path, matrix), directions=basis, residual_axis=axis)
+        for matrix in matrices
+    ]
+    return math.hypot(*(along for along, _ in parts)), math.hypot(*(norm for _, norm in parts))
+
+
+def _find(infos: Mapping[str, TensorInfo], name: str, checkpoint: Checkpoint) -> TensorInfo:
+    if name not in infos:
+        raise CheckpointError(f"{checkpoint.path}: there is no tensor {name}; is it the checkpoint that was recorded?")
+    return infos[name]
+
+
+def _layout(tensor: TensorInfo) -> tuple[str, str, tuple[int, ...], int]:
+    return tensor.name, tensor.dtype, tensor.shape, tensor.end - tensor.start
+
+
+def _tensor_differences(shard: str, old: Sequence[TensorInfo], new: Sequence[TensorInfo]) -> list[str]:
+    olds, news = {tensor.name: tensor for tensor in old}, {tensor.name: tensor for tensor in new}
+    problems = [f"{shard}: tensor {name} of the base is missing" for name in olds.keys() - news.keys()]
+    problems += [f"{shard}: the base has no tensor {name}" for name in news.keys() - olds.keys()]
+    for name in sorted(olds.keys() & news.keys()):
+        if _layout(olds[name]) != _layout(news[name]):
+            problems.append(
+                f"{shard}: tensor {name} is {news[name].dtype} {list(news[name].shape)}, "
+                f"in the base {olds[name].dtype} {list(olds[name].shape)}"
+            )
+    return problems or [f"{shard}: the tensors are in another order than in the base"]
+
+
+def _index_differences(base: Checkpoint, edited: Checkpoint, added: Collection[str]) -> list[str]:
+    if (base.index is None) != (edited.index is None):
+        return ["the shard index: one of the two checkpoints has none"]
+    if base.index is None or edited.index is None:
+        return []
+    old, new = dict(base.index), dict(edited.index)
+    old_map, new_map = old.pop("weight_map"), new.pop("weight_map")
+    kept = {name: shard for name, shard in new_map.items() if name not in added}
+    if old_map != kept:
+        return ["the shard index: its weight_map is not that of the base"]
+    if not added and old != new:
+        return ["the shard index: its metadata is not that of the base"]
+    return []
+
+
+def _are_decoded(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
+    """Return whether `new` is stored as what `old` means, in bfloat16."""
+    try:
+        with (new_path / new.shard).open("rb") as file:
+            file.seek(new.start)
+            for matrix in encoded_matrices(old):
+                plain = tensor_bytes(read_tensor(old_path, matrix).bfloat16())
+                if file.read(len(plain)) != plain:
+                    return False
+                advance(matrix.end - matrix.start)
+            return file.tell() == new.end
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or new_path}: cannot be read: {error.strerror or error}") from error
+
+
+def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
+    if old.encoding is not None:
+        return _are_decoded(old_path, new_path, old, new, advance)
+    left = old.end - old.start
+    if left != new.end - new.start:
+        return False
+    try:
+        with (old_path / old.shard).open("rb") as first, (new_path / new.shard).open("rb") as second:
+            first.seek(old.start)
+            second.seek(new.start)
+            while left:
+                count = min(left, _CHUNK_BYTES)
+                chunk = first.read(count)
+                if len(chunk) != count or chunk != second.read(count):
+                    return False
+                left -= count
+                advance(count)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or new_path}: cannot be read: {error.strerror or error}") from error
+    return True
+
+
+def reasons_against_clean_stream(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return why the edited model's stream may still have the directions; nothing if it may not.
+
+    Args:
+        record: The content of `abliteration.json`.
+    """
+    options = record.get("options") or {}
+    reasons = []
+    strength = float(options.get("strength", 1.0))
+    if strength != 1.0:
+        reasons.append(f"strength is {strength:g}, so {abs(1 - strength):.3g} of the component is kept")
+    if options.get("layers") is not None:
+        first, end = options["layers"]
+        reasons.append(f"only layers {first} to {end - 1} were edited")
+    left_out = [role for role in ROLES if role not in options.get("components", ROLES)]
+    if left_out:
+        reasons.append(f"components left out: {', '.join(left_out)}")
+    if _is_tied(record) and options.get("tied") == "skip":
+        reasons.append("the tied embeddings were skipped")
+    if options.get("add"):
+        reasons.append("an activation addition puts the direction into the stream on purpose")
+    return tuple(reasons)
+
+
+def reasons_against_equal_logits(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return why the edited model's logits need not be those of directional ablation; nothing if they must be.
+
+    Args:
+        record: The content of `abliteration.json`.
+    """
+    options = record.get("options") or {}
+    reasons = list(reasons_against_clean_stream(record))
+    if _is_tied(record) and options.get("tied", "edit") == "edit":
+        reasons.append("the embeddings are tied, so the output head was edited with them")
+    if options.get("preserve_norms"):
+        reasons.append("norms were preserved, which scales what is left")
+    if any(tensor.get("norm_chain") for tensor in record.get("tensors") or ()):
+        reasons.append("norms stand between writers and the stream, so what was taken away is not the component alone")
+    return tuple(reasons)
+
+
+def _is_tied(record: Mapping[str, Any]) -> bool:
+    return bool((record.get("base") or {}).get("tied_embeddings"))

@@ -1,0 +1,279 @@
+"""A tensor that is edited on its way into a new file, block by block, and measured as it is read back.
+
+Cutting a stored tensor into blocks that fit into memory, each with whole vectors along the residual axis.
+
+Where the residual axis is the last, such vectors lie in one piece and a block is one range of the file. Where it is
+not, a block of columns is `d_model` pieces, one a row; unless the matrix is small enough to be a block itself.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abliterate.checkpoints.file_assembly import ComputedStretch, Fill, Worker, changed_on_the_way
+from abliterate.checkpoints.file_ranges import AlignedMemory, SourceFile, TargetFile
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
+from abliterate.editing.projection import ComponentMeter, NormSums, block_width, project_out
+from abliterate.errors import CheckpointError
+
+# What is held of a tensor at a time, as it is stored: what is one range of the file, little enough to stay in the cache
+# from being read to being written; columns, enough of them that a row's part is not too short to be read by itself.
+# It must not depend on the number of workers: it decides together with `projection.block_width` which vectors are
+# rounded together.
+RANGE_BYTES = 4 << 20
+BLOCK_BYTES = 112 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorBlock:
+    """Part of a tensor, as ranges of equal length at equal distances.
+
+    Attributes:
+        shape: [n, d_model], or [n, d_model, columns]; the residual axis is 1.
+        offset: Where its first byte is, counted from the tensor's first.
+        n_pieces: Number of ranges.
+        piece_bytes: Bytes of each.
+        stride_bytes: From the start of one to the start of the next.
+    """
+
+    shape: tuple[int, ...]
+    offset: int
+    n_pieces: int = 1
+    piece_bytes: int
+    stride_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block."""
+        return self.n_pieces * self.piece_bytes
+
+    def read(self, file: SourceFile, memory: AlignedMemory, *, start: int) -> memoryview:
+        """Return the bytes of the block of the tensor that starts at byte `start` of a file; they lie in `memory`."""
+        if self.n_pieces == 1:
+            return file.read(start + self.offset, self.nbytes, memory)
+        buffer = memory.take(self.nbytes)
+        for at, position in self._pieces(start):
+            file.read_into(buffer[at : at + self.piece_bytes], position)
+        return buffer
+
+    def write(self, file: TargetFile, data: memoryview, *, start: int) -> None:
+        """Write the block into the tensor that starts at byte `start` of a file."""
+        for at, position in self._pieces(start):
+            file.write(data[at : at + self.piece_bytes], position)
+
+    def _pieces(self, start: int) -> Iterator[tuple[int, int]]:
+        for piece in range(self.n_pieces):
+            yield piece * self.piece_bytes, start + self.offset + piece * self.stride_bytes
+
+
+def blocks_of(info: TensorInfo, *, residual_axis: int, budget: int = BLOCK_BYTES) -> tuple[TensorBlock, ...]:
+    """Cut a tensor into blocks of at most `budget` bytes; more only if that does not hold `block_width` vectors.
+
+    Args:
+        info: The tensor; it must have a floating-point dtype.
+        residual_axis: The axis that indexes the residual stream.
+        budget: Bytes a block may have.
+    """
+    axis = residual_axis % len(info.shape)
+    d_model = info.shape[axis]
+    n_matrices, n_columns = math.prod(info.shape[:axis]), math.prod(info.shape[axis + 1 :])
+    item = TORCH_DTYPES[info.dtype].itemsize
+    if not d_model * n_matrices * n_columns:
+        return ()
+    width = block_width(d_model)
+
+    def n_vectors(nbytes: int) -> int:
+        return max(width, nbytes // (d_model * item) // width * width)
+
+    at_once = min(budget, RANGE_BYTES)
+    if n_columns == 1:
+        counts = _counts(n_matrices, n_vectors(at_once))
+        return tuple(
+            TensorBlock(shape=(n, d_model), offset=first * d_model * item, piece_bytes=n * d_model * item)
+            for first, n in counts
+        )
+    matrix = d_model * n_columns * item
+    if n_columns <= n_vectors(budget):
+        counts = _counts(n_matrices, max(1, at_once // matrix))
+        return tuple(
+            TensorBlock(shape=(n, d_model, n_columns), offset=first * matrix, piece_bytes=n * matrix)
+            for first, n in counts
+        )
+    return tuple(
+        TensorBlock(
+            shape=(1, d_model, n),
+            offset=index * matrix + first * item,
+            n_pieces=d_model,
+            piece_bytes=n * item,
+            stride_bytes=n_columns * item,
+        )
+        for index in range(n_matrices)
+        for first, n in _counts(n_columns, n_vectors(budget))
+    )
+
+
+def _counts(total: int, most: int) -> list[tuple[int, int]]:
+    """Return where each of several parts begins and how long it is."""
+    return [(first, min(most, total - first)) for first in range(0, total, most)]
+
+
+_METER_BYTES = 1 << 20
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """What is done to a tensor.
+
+    Attributes:
+        directions: U, [k, d_model] float64, orthonormal rows.
+        residual_axis: The axis that indexes the residual stream.
+        strength: Share of the component that is removed.
+        preserve_norms: See `projection.project_out`.
+        device: Where the arithmetic is done.
+    """
+
+    directions: Tensor
+    residual_axis: int
+    strength: float = 1.0
+    preserve_norms: bool = False
+    device: str = "cpu"
+
+
+class ProjectedTensor:
+    """A tensor of another file with directions projected out.
+
+    Args:
+        start: Where it begins in the new file.
+        source: The file that holds the original, open.
+        info: The original.
+        name: What it is called in the new file, with the shard.
+        projection: What is done.
+
+    Attributes:
+        stretches: What it is made of, in file order: a block each where a block is one range of the file.
+    """
+
+    def __init__(self, *, start: int, source: SourceFile, info: TensorInfo, name: str, projection: Projection) -> None:
+        self.name, self.projection = name, projection
+        self.dtype = TORCH_DTYPES[info.dtype]
+        blocks = blocks_of(info, residual_axis=projection.residual_axis)
+        self.meter = ComponentMeter(projection.directions, shape=info.shape, residual_axis=projection.residual_axis)
+        # The widest words of which every piece of a block, and so every row, holds a whole number.
+        lengths = [self.meter.row_length * self.dtype.itemsize, *(block.piece_bytes for block in blocks)]
+        self.word = _WORDS[math.gcd(8, *lengths)]
+        are_ranges = all(block.n_pieces == 1 for block in blocks)
+        groups = [(block,) for block in blocks] if are_ranges else [blocks]
+        self.stretches = tuple(
+            ProjectedBlocks(group, tensor=self, source=source, source_start=info.start, start=start) for group in groups
+        )
+        self._original = f"{source.path.parent}: tensor {info.name}"
+
+    @property
+    def before(self) -> tuple[float, float]:
+        """|U W| and |W| of the original, once all tasks are done."""
+        parts = [part for stretch in self.stretches for part in stretch.before]
+        along = math.fsum(part.along_squared for part in parts)
+        return math.sqrt(along), math.sqrt(math.fsum(part.total_squared for part in parts))
+
+    @property
+    def after(self) -> tuple[float, float]:
+        """|U W'| and |W'| of what was read back."""
+        return self.meter.result()
+
+    def project(self, stored: Tensor, worker: Worker) -> NormSums:
+        """Project a block, in its place, and return |U W| and |W| of what it was.
+
+        Raises:
+            CheckpointError: It is not finite.
+        """
+        projection, before = self.projection, NormSums()
+        moved = stored.to(projection.device)
+        new = project_out(
+            moved,
+            directions=projection.directions,
+            residual_axis=1,
+            strength=projection.strength,
+            preserve_norms=projection.preserve_norms,
+            out=moved,
+            scratch=worker.scratch,
+            before=before,
+        )
+        if not math.isfinite(before.total_squared):
+            raise CheckpointError(f"{self._original} holds NaN or infinite values; download the checkpoint again")
+        if new is not stored:
+            stored.copy_(new)
+        return before
+
+
+class ProjectedBlocks(ComputedStretch):
+    """Blocks of a projected tensor that together are one range of the file.
+
+    Args:
+        blocks: Which.
+        tensor: The tensor.
+        source: The file that holds the original, open.
+        source_start: Where the original begins in it.
+        start: Where the tensor begins in the new file.
+
+    Attributes:
+        before: Of each block, |U W| and |W| of the original; once all tasks are done.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[TensorBlock],
+        *,
+        tensor: ProjectedTensor,
+        source: SourceFile,
+        source_start: int,
+        start: int,
+    ) -> None:
+        first = start + (blocks[0].offset if blocks else 0)
+        super().__init__(start=first, end=first + sum(block.nbytes for block in blocks))
+        self.before = [NormSums()] * len(blocks)
+        self._blocks, self._tensor, self._tensor_start = blocks, tensor, start
+        self._source, self._source_start = source, source_start
+        self._sums = [0] * len(blocks)
+        self._sum_read = 0
+
+    @property
+    def check_bytes(self) -> int:
+        """See `ComputedStretch.check_bytes`: whole rows."""
+        row_bytes = self._tensor.meter.row_length * self._tensor.dtype.itemsize
+        return max(1, _METER_BYTES // row_bytes) * row_bytes
+
+    def fills(self) -> Sequence[Fill]:
+        """See `ComputedStretch.fills`: a task a block."""
+
+        def fill_of(index: int, block: TensorBlock) -> Fill:
+            return lambda target, worker: self._fill(index, block, target, worker)
+
+        return [fill_of(index, block) for index, block in enumerate(self._blocks)]
+
+    def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
+        """See `ComputedStretch.check`."""
+        rows = torch.frombuffer(written, dtype=self._tensor.dtype).view(-1, self._tensor.meter.row_length)
+        self._tensor.meter.add(rows, scratch=worker.scratch)
+        self._sum_read += self._sum(written)
+
+    def finish(self) -> None:
+        """See `ComputedStretch.finish`."""
+        if self._sum_read % (1 << 64) != sum(self._sums) % (1 << 64):
+            raise changed_on_the_way(self._tensor.name)
+
+    def _fill(self, index: int, block: TensorBlock, target: TargetFile, worker: Worker) -> None:
+        buffer = block.read(self._source, worker.memory("block"), start=self._source_start)
+        stored = torch.frombuffer(buffer, dtype=self._tensor.dtype).view(block.shape)
+        self.before[index] = self._tensor.project(stored, worker)
+        self._sums[index] = self._sum(buffer)
+        block.write(target, buffer, start=self._tensor_start)
+        worker.traffic.read += block.nbytes
+        worker.traffic.written += block.nbytes
+
+    def _sum(self, data: memoryview) -> int:
+        # A sum of words does not depend on their order, so blocks of columns and rows of the file have the same.
+        return int(torch.frombuffer(data, dtype=self._tensor.word).sum(dtype=torch.int64))

@@ -1,0 +1,161 @@
+r"""The edit of a weight as two small matrices: what a LoRA adapter adds to it when it is merged.
+
+    W' - W = -s U^T (U W)
+
+U [k, d_model] has orthonormal rows (one of them, for one direction), so the change has rank k: the factors are U and
+C = -s U W [k, n], with n the number of vectors along the residual axis. They are exact up to the rounding of C; merging
+adds U^T C to W and rounds the sum once, without the feedback of `projection.project_out`.
+
+The layout is that of PEFT. A weight [out, in] gets lora_A [k, in] and lora_B [out, k] and becomes W + B A. Of a stack
+[E, out, in] of experts, lora_A [E * k, in] has expert after expert, and lora_B [out, k * E] rank after rank. An
+embedding has lora_embedding_A [k, vocabulary] and lora_embedding_B [d_model, k].
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abliterate.editing.projection import orthonormalize
+
+# Elements that are held in the arithmetic's wide dtype at a time: 4 MiB of float32.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedWeight:
+    """What a weight is once the factors are merged into it; Frobenius norms in float64.
+
+    Attributes:
+        along_before: |U W|.
+        norm_before: |W|.
+        along_after: |U W'|, W' rounded to the dtype of W.
+        norm_after: |W'|.
+        change_error: |U^T C + s U^T (U W)|, by how much the factors are not the edit of this weight.
+    """
+
+    along_before: float
+    norm_before: float
+    along_after: float
+    norm_after: float
+    change_error: float
+
+
+def coefficients(weight: Tensor, *, directions: Tensor, residual_axis: int, strength: float = 1.0) -> Tensor:
+    """Return C = -strength * U W for each matrix of a weight.
+
+    Args:
+        weight: [a, b], or experts [E, a, b]; the axis `residual_axis` has length d_model.
+        directions: U, [k, d_model], orthonormal rows.
+        residual_axis: The axis of `weight` that indexes the residual stream; not the first of three.
+        strength: Share of the component that is removed.
+
+    Returns:
+        [E, k, n] (E = 1 for a single matrix), in float64 if `weight` is, else in float32.
+
+    Raises:
+        ValueError: The weight has one axis or more than three.
+    """
+    wide = _wide(weight.dtype)
+    basis = directions.to(wide)
+    found = [
+        torch.cat([-strength * (basis @ block.to(wide)) for block in _blocks(matrix)], dim=1)
+        for matrix in _matrices(weight, residual_axis)
+    ]
+    return torch.stack(found)
+
+
+def pack_factors(found: Tensor, directions: Tensor, *, rank: int, residual_on_b: bool) -> tuple[Tensor, Tensor]:
+    """Return lora_A and lora_B as PEFT stores them.
+
+    Args:
+        found: C, [E, k, n].
+        directions: U, [k, d_model].
+        rank: The adapter's rank, k or more; what is missing is filled up with zeros.
+        residual_on_b: Whether the residual stream is what lora_B writes (an out-projection) or what lora_A reads (a
+            weight stored the other way round).
+    """
+    experts, k, _ = found.shape
+    spanned = directions.to(found.dtype).expand(experts, -1, -1)
+    missing = (0, 0, 0, rank - k)
+    wide_a, wide_b = (found, spanned) if residual_on_b else (spanned, found)
+    first, second = (torch.nn.functional.pad(each, missing) for each in (wide_a, wide_b))
+    second = second.permute(2, 1, 0).reshape(-1, rank * experts)
+    return first.reshape(experts * rank, -1).contiguous(), second.contiguous()
+
+
+def unpack_factors(first: Tensor, second: Tensor, *, experts: int, residual_on_b: bool) -> tuple[Tensor, Tensor]:
+    """Return C [E, rank, n] and U [E, rank, d_model] out of lora_A and lora_B; the inverse of `pack_factors`."""
+    rank = first.shape[0] // experts
+    wide_a = first.reshape(experts, rank, -1)
+    wide_b = second.reshape(second.shape[0], rank, experts).permute(2, 1, 0)
+    return (wide_a, wide_b) if residual_on_b else (wide_b, wide_a)
+
+
+def merge_factors(
+    weight: Tensor,
+    found: Tensor,
+    spanned: Tensor,
+    *,
+    directions: Tensor,
+    residual_axis: int,
+    strength: float = 1.0,
+    rounds_change: bool = False,
+) -> MergedWeight:
+    """Merge factors into a weight as PEFT does, block by block, and measure what comes out.
+
+    Args:
+        weight: As for `coefficients`.
+        found: C, [E, rank, n], as read from the adapter.
+        spanned: Its U, [E, rank, d_model].
+        directions: The U it is meant to be, [k, d_model], orthonormal rows.
+        residual_axis: As for `coefficients`.
+        strength: Share of the component that is to be removed.
+        rounds_change: Whether the change is rounded to the weight's dtype before it is added, as PEFT does for
+            embeddings and for parameters of modules that it does not know.
+    """
+    wide = _wide(weight.dtype)
+    basis = orthonormalize(directions)[0]
+    sums = torch.zeros(5, dtype=torch.float64)
+    for matrix, change, span in zip(_matrices(weight, residual_axis), found.to(wide), spanned.to(wide), strict=True):
+        start = 0
+        for block in _blocks(matrix):
+            part = change[:, start : start + block.shape[1]]
+            start += block.shape[1]
+            change_made = span.T @ part
+            before = basis @ block.double()
+            error = change_made.double() + strength * (basis.T @ before)
+            if rounds_change:
+                change_made = change_made.to(weight.dtype).to(wide)
+            merged = (block.to(wide) + change_made).to(weight.dtype).double()
+            after = basis @ merged
+            for index, value in enumerate((before, block.double(), after, merged, error)):
+                sums[index] += value.square().sum()
+    return MergedWeight(
+        **dict(
+            zip(
+                ("along_before", "norm_before", "along_after", "norm_after", "change_error"),
+                sums.sqrt().tolist(),
+                strict=True,
+            )
+        )
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _matrices(weight: Tensor, residual_axis: int) -> list[Tensor]:
+    """Return views [d_model, n], one for each matrix of a stack."""
+    if weight.dim() not in {2, 3}:
+        raise ValueError(f"a weight of {weight.dim()} axes has no low-rank change in PEFT's layout")
+    turned = weight.transpose(-1, -2) if residual_axis % weight.dim() == weight.dim() - 1 else weight
+    return [turned] if weight.dim() == 2 else list(turned)
+
+
+def _blocks(matrix: Tensor) -> Iterator[Tensor]:
+    width = max(1, _BLOCK_ELEMENTS // matrix.shape[0])
+    for first in range(0, matrix.shape[1], width):
+        yield matrix[:, first : first + width]

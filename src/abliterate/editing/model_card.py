@@ -1,0 +1,467 @@
+"""What an edit did and how to make it again, in words, from its record alone: two sections of a model card.
+
+The model card of an orthogonalized checkpoint, written from its record and its evaluation alone.
+
+The card says what was removed, how that was measured, how to make the checkpoint again, and what follows for
+its use. What is not known is left out of the front matter and said in words.
+
+Text for Markdown: tables, and values from files that must not become markup.
+"""
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from abliterate.checkpoints.hub import CardFacts
+
+NOT_MEASURED = "not measured"
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Return a Markdown table; its cells must be escaped already."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def inline(value: Any) -> str:
+    """Put a value into running text or a table cell, with Markdown's own characters escaped."""
+    text = " ".join(str(value).split())
+    for character in "\\|`<>[]*_#":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def code(value: Any) -> str:
+    """Put a value into a code span that also holds in a table cell."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`"
+
+
+def number(value: Any) -> str:
+    """Return a number with four significant digits, or "not measured" for what is none."""
+    return f"{value:.4g}" if is_number(value) else NOT_MEASURED
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Return a mapping as it is, and an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value from JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_ROLES = {"embed": "token embedding", "attn": "attention out-projections", "mlp": "MLP out-projections"}
+
+
+def local_name(record: dict[str, Any]) -> str:
+    """Return the last part of a local base's path: the rest may say more than its owner wants to publish."""
+    return str(record["base"]["model"]).rstrip("/").rpartition("/")[2] or "model"
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Return what was done to the base, to be read after its name: "with its refusal direction projected out ..."."""
+    coefficient = mapping(record.get("options")).get("add")
+    if coefficient is not None:
+        return f"with {number(coefficient)} times its refusal direction added to the activations by a bias"
+    several = len(record["directions"]) > 1
+    return f"with {'several directions' if several else 'its refusal direction'} projected out of the weights"
+
+
+def what_was_done(record: dict[str, Any]) -> str:
+    """Return the section on what was removed from the base's weights, or added to them."""
+    base, options = record["base"], mapping(record.get("options"))
+    directions, tensors = record["directions"], record.get("tensors", [])
+    rows = [
+        ("Base revision", code(base["revision"]) if base.get("revision") else "local files, no revision"),
+        ("Model type", code(base.get("model_type", "unknown")) + (_UNVERIFIED if options.get("unverified") else "")),
+        *(row for n, direction in enumerate(directions) for row in _direction_rows(direction, n, len(directions))),
+    ]
+    if options.get("add") is not None:
+        rows += [("Coefficient", number(options["add"])), ("Biases edited or new", str(len(tensors)))]
+        return "## What was added\n\n" + _ADDED + _RECORD + _config_changes(record) + "\n\n" + table(("", ""), rows)
+    text = _REMOVED if len(directions) == 1 else _REMOVED_SEVERAL
+    if any(tensor.get("norm_chain") for tensor in tensors):
+        text += _THROUGH_NORMS
+    if options.get("preserve_norms"):
+        text += _PRESERVED
+    if any(tensor.get("stored_as") for tensor in tensors):
+        text += _REQUANTIZED
+    if record.get("format") == "adapter":
+        text += _AS_ADAPTER
+    return (
+        "## What was removed\n\n"
+        + text
+        + _RECORD
+        + _config_changes(record)
+        + "\n\n"
+        + table(("", ""), rows + _edit_rows(record, tensors))
+    )
+
+
+_REMOVED = (
+    "From the matrices counted below, which write to the residual stream, the part along one unit vector r, the "
+    "refusal direction, was removed: W becomes W - s r (rᵀ W), with s the strength. All other tensors are the base "
+    "model's, byte for byte. A tensor's share along r is |r·W| / |W|."
+)
+_REMOVED_SEVERAL = (
+    "From the matrices counted below, which write to the residual stream, the part in the span of the directions was "
+    "removed: W becomes W - s Uᵀ (U W), with orthonormal rows of U that span them and s the strength. All other "
+    "tensors are the base model's, byte for byte. A tensor's share along them is |U W| / |W|."
+)
+_THROUGH_NORMS = (
+    " Where norms stand between a matrix and the stream, the direction was taken as it is seen through them, "
+    "r times their weights."
+)
+_PRESERVED = " What each input writes was then scaled back to its length."
+_REQUANTIZED = (
+    " Weights that are quantised in the base are so here: the numbers they mean were edited and stored in the same "
+    "layout, rounded so that the part stays removed; rounding moves each number by up to a step of its grid."
+)
+_AS_ADAPTER = (
+    " The adapter holds the change alone, two factors for each matrix and each bias whole; the shares below are those "
+    "that merging leaves, rounded once to the base's number format."
+)
+_ADDED = (
+    "To the input of the layer named below, at every token position, a multiple of the difference in means of "
+    "harmful and harmless prompts is added, by the bias of the MLP out-projection of the layer before. All other "
+    "tensors are the base model's, byte for byte."
+)
+_RECORD = " The full record, with the hash of each file, is in `abliteration.json`."
+_UNVERIFIED = ", which is not among the types that abliterate proves exact: accepted with `--unverified`"
+_TIED = {
+    "edit": "the shared matrix was edited, so the output head changed too",
+    "untie": "untied: the output head keeps the base model's rows",
+    "skip": "not edited",
+}
+
+
+def _config_changes(record: dict[str, Any]) -> str:
+    changes = mapping(record.get("config_changes"))
+    if not changes:
+        return ""
+    values = ", ".join(
+        f"{code(key)}, which is gone" if value is None else code(f"{key}: {str(value).lower()}")
+        for key, value in changes.items()
+    )
+    return f" `config.json` is the base model's but for {values}."
+
+
+def _edit_rows(record: dict[str, Any], tensors: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    options = mapping(record.get("options"))
+    layers = options.get("layers")
+    tied = [("Tied embeddings", _TIED.get(str(options.get("tied", "edit")), "unknown"))]
+    return [
+        ("Components", ", ".join(code(name) for name in options.get("components", [])) or "unknown"),
+        ("Layers", f"{layers[0]} up to, not including, {layers[1]}" if layers else "all"),
+        ("Strength", number(options.get("strength"))),
+        *(tied if record["base"].get("tied_embeddings") else []),
+        ("Tensors edited", _tensor_counts(tensors)),
+        ("Largest share along the direction, before", _largest(tensors, "component_before")),
+        ("Largest share along the direction, after", _largest(tensors, "component_after")),
+        ("Largest part of a tensor's component that survived", _largest(tensors, "survivor")),
+    ]
+
+
+def _direction_rows(direction: dict[str, Any], index: int, n_directions: int) -> list[tuple[str, str]]:
+    metadata = mapping(direction.get("metadata"))
+    number = f" {index + 1} of {n_directions}" if n_directions > 1 else ""
+    return [
+        (f"Direction{number} (SHA-256 of its float32 bytes)", code(direction["sha256"])),
+        (f"Found{number and f' ({index + 1})'} at", _where_found(metadata)),
+        *_score_rows(metadata),
+    ]
+
+
+def _where_found(metadata: dict[str, Any]) -> str:
+    position, layer = metadata.get("position"), metadata.get("layer")
+    if position is None or layer is None:
+        return "not recorded: the direction file came without its origin"
+    return (
+        f"the input of layer {inline(layer)}, token position {inline(position)} "
+        "(difference in means, harmful - harmless)"
+    )
+
+
+def _score_rows(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    labels = {
+        "bypass": "Bypass score when selected (lower is better)",
+        "induce": "Induce score when selected",
+        "kl": "KL to the base when selected, by ablation, nats",
+    }
+    return [(label, number(metadata[key])) for key, label in labels.items() if is_number(metadata.get(key))]
+
+
+def _tensor_counts(tensors: list[dict[str, Any]]) -> str:
+    counts = Counter(str(tensor.get("role")) for tensor in tensors)
+    parts = [f"{count} {_ROLES.get(role, inline(role))}" for role, count in counts.items()]
+    return f"{len(tensors)}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _largest(tensors: list[dict[str, Any]], key: str) -> str:
+    values = [float(tensor[key]) for tensor in tensors if is_number(tensor.get(key))]
+    return f"{max(values):.2e}" if values else NOT_MEASURED
+
+
+def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    """Return the section with the commands that make the checkpoint again, and measure it if it was measured."""
+    base, options = record["base"], mapping(record.get("options"))
+    revision = base.get("revision")
+    name = base["model"] if revision else local_name(record)
+    model = [name, "--revision", revision] if revision else [name]
+    directions = record["directions"]
+    files = (
+        ["refusal.safetensors"]
+        if len(directions) == 1
+        else [f"direction-{n + 1}.safetensors" for n in range(len(directions))]
+    )
+    orthogonalize = ["abliterate", "orthogonalize", *model]
+    orthogonalize += [word for file in files for word in ("--direction", file)] + ["-o", "OUT"]
+    orthogonalize += _edit_options(options) + (["--format", "adapter"] if record.get("format") == "adapter" else [])
+    commands = [
+        *(
+            ["abliterate", "extract", *model, "-o", file, *_extract_options(direction)]
+            for file, direction in zip(files, directions, strict=True)
+        ),
+        orthogonalize,
+        ["abliterate", "evaluate", "OUT", "--base", name, "--output", "OUT/evaluation.json"],
+    ]
+    if evaluation is None:
+        commands.pop()
+    block = "\n".join(" ".join(shlex.quote(" ".join(str(word).split())) for word in line) for line in commands)
+    tool = dict(record.get("tool", {}))
+    tool = {tool.pop("name", "abliterate"): tool.pop("version", "of unknown version"), **tool}
+    versions = [f"{key} {value}" for key, value in tool.items()]
+    made_with = ", ".join(inline(version) for version in versions)
+    return f"## How to reproduce\n\n```sh\n{block}\n```\n\nMade with these versions: {made_with}."
+
+
+def _edit_options(options: dict[str, Any]) -> list[Any]:
+    unverified = ["--unverified"] if options.get("unverified") else []
+    if options.get("add") is not None:
+        return ["--add", options["add"], *unverified]
+    layers, tied = options.get("layers"), options.get("tied", "edit")
+    return [
+        *("--components", ",".join(options.get("components", []))),
+        *(["--layers", f"{layers[0]}:{layers[1]}"] if layers else []),
+        *("--strength", options.get("strength", 1.0)),
+        *(["--tied", tied] if tied != "edit" else []),
+        *(["--preserve-norms"] if options.get("preserve_norms") else []),
+        *(["--quantized", options["quantized"]] if options.get("quantized", "refuse") != "refuse" else []),
+        *unverified,
+    ]
+
+
+def _extract_options(direction: dict[str, Any]) -> list[Any]:
+    metadata = mapping(direction.get("metadata"))
+    thresholds = mapping(metadata.get("thresholds"))
+    values = {
+        "--seed": metadata.get("seed"),
+        "--kl-threshold": thresholds.get("kl"),
+        "--induce-threshold": thresholds.get("induce"),
+        "--prune-layers": thresholds.get("prune_layers"),
+        "--system-prompt": metadata.get("system_prompt"),
+    }
+    words = [word for option, value in values.items() if value is not None for word in (option, value)]
+    return [*words, *(["--no-filter"] if metadata.get("filtered") is False else [])]
+
+
+_TAGS = ["abliterate", "abliteration", "refusal-direction", "orthogonalization", "arxiv:2406.11717"]
+_FRONT_MATTER_ORDER = ["base_model", "base_model_relation", "license", "license_name", "license_link"]
+_PROMPT_SETS = {
+    "harmful": "Harmful prompts",
+    "harmless": "Harmless prompts",
+    "borderline": "Safe prompts that look unsafe",
+}
+_REFUSALS_REMOVED = """\
+- The refusals of the base model were removed on purpose. **Safety is reduced**: this model may follow harmful
+  requests that the base model refuses, and nothing was put in the place of the refusals."""
+_REFUSALS_INDUCED = """\
+- What the base model refuses was changed on purpose: this model is steered towards refusing, harmless requests
+  too. **That makes it no safer**: what it still answers has not been checked."""
+_SAFETY_NOTICE = """\
+- It is intended for research: on how refusal is represented, on how robust it is, and on how to measure it.
+  It is not meant for products or services without safeguards of their own.
+- Whoever runs it or passes it on is responsible for how it is used, for keeping to the law, and for keeping
+  to the licence and the use policy of the base model.
+- It was taught nothing new, and has the base model's errors and biases."""
+
+_CITATION = """\
+## Citation
+
+The method is that of the paper [arXiv 2406.11717](https://arxiv.org/abs/2406.11717):
+
+```bibtex
+@article{arditi2024refusal,
+  title   = {Refusal in Language Models Is Mediated by a Single Direction},
+  author  = {Arditi, Andy and Obeso, Oscar and Syed, Aaquib and Paleka, Daniel and Panickssery, Nina and
+             Gurnee, Wes and Nanda, Neel},
+  journal = {arXiv preprint arXiv:2406.11717},
+  year    = {2024}
+}
+```"""
+
+
+def build_model_card(
+    *, record: dict[str, Any], evaluation: dict[str, Any] | None, facts: CardFacts | None, title: str
+) -> str:
+    """Write the README.md of a checkpoint.
+
+    Args:
+        record: The content of `abliteration.json`.
+        evaluation: The content of `evaluation.json`, or None where nothing was measured.
+        facts: What the base model's own card says; None where it is not known.
+        title: The heading, usually the repository's name.
+
+    Returns:
+        Markdown with the Hub's YAML front matter.
+    """
+    facts = facts or CardFacts()
+    base_id = base_model_id(record, facts)
+    is_adapter = record.get("format") == "adapter"
+    front_matter = ModelCardData(
+        base_model=base_id,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base_id else None,
+        license=facts.license,
+        license_name=facts.license_name if facts.license else None,
+        license_link=facts.license_link if facts.license else None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*_TAGS, "lora"] if is_adapter else _TAGS,
+    )
+    tool = code("abliterate " + str(record.get("tool", {}).get("version", "")))
+    made = "A LoRA adapter. Merged into its base, it gives this model: " if is_adapter else ""
+    introduction = (
+        f"# {inline(title)}\n\n{made}{_base_in_words(record, facts)} {summary(record)} by {tool} "
+        "(the method of arXiv 2406.11717). No training took place."
+    )
+    sections = [
+        f"---\n{front_matter.to_yaml(original_order=_FRONT_MATTER_ORDER)}\n---\n",
+        introduction,
+        _safety_notice(record),
+        *([_how_to_merge(record, title)] if is_adapter else []),
+        what_was_done(record),
+        _how_it_was_measured(evaluation),
+        how_to_reproduce(record, evaluation),
+        _licence(facts),
+        _CITATION,
+    ]
+    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+
+
+def _how_to_merge(record: dict[str, Any], title: str) -> str:
+    base = record["base"]
+    name, revision = (base["model"], base["revision"]) if base.get("revision") else (local_name(record), None)
+    loader = "".join(filter(str.isalnum, str(base.get("auto_class", "AutoModelForCausalLM"))))
+    arguments = ", ".join([json.dumps(name), *([f"revision={json.dumps(revision)}"] if revision else [])])
+    return (
+        "## How to use it\n\nMerge it before use: some layers are read past the adapter otherwise, and a tied output "
+        "head is edited by merging only.\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import {loader}\n\n"
+        f'base = {loader}.from_pretrained({arguments}, dtype="auto")\n'
+        f"model = PeftModel.from_pretrained(base, {json.dumps(title)}).merge_and_unload()\n```"
+    )
+
+
+def _safety_notice(record: dict[str, Any]) -> str:
+    added = mapping(record.get("options")).get("add")
+    first = _REFUSALS_INDUCED if added is not None and added > 0 else _REFUSALS_REMOVED
+    return f"## Safety notice\n\n{first}\n{_SAFETY_NOTICE}"
+
+
+def base_model_id(record: dict[str, Any], facts: CardFacts | None) -> str | None:
+    """Return the Hub id of the base model; for a local base the one that its own card names, or None."""
+    base = record["base"]
+    if base.get("revision"):
+        return str(base["model"])
+    return facts.base_model if facts else None
+
+
+def _base_in_words(record: dict[str, Any], facts: CardFacts) -> str:
+    base = record["base"]
+    if base.get("revision"):
+        return code(base["model"])
+    # The path itself may say more about its owner's disk than the owner wants to publish.
+    name = code(local_name(record))
+    made_from = f", itself made from {code(facts.base_model)}," if facts.base_model else ""
+    return f"A local model, {name}{made_from}"
+
+
+def _how_it_was_measured(evaluation: dict[str, Any] | None) -> str:
+    heading = "## How it was measured\n\n"
+    if evaluation is None:
+        return (
+            heading + "**Not measured.** No evaluation came with this checkpoint: how much it still refuses, and "
+            "what else changed, is not known. `abliterate evaluate` measures both."
+        )
+    rates, base_rates = mapping(evaluation.get("rates")), mapping(evaluation.get("base_rates"))
+    keys = [*(key for key in _PROMPT_SETS if key in rates), *sorted(set(rates) - set(_PROMPT_SETS))]
+    rows = [
+        (
+            _PROMPT_SETS.get(key, inline(key)),
+            inline((rates[key] or {}).get("n", "?")),
+            _rate(base_rates.get(key)),
+            _rate(rates[key]),
+            inline((rates[key] or {}).get("degenerate", "?")),
+        )
+        for key in keys
+    ]
+    header = ("Prompts", "n", "Base model refuses", "This model refuses", "Empty or degenerate answers")
+    return (
+        heading + f"Refusal rates, with Wilson 95 % intervals, of greedy completions of at most "
+        f"{inline(evaluation.get('max_new_tokens', '?'))} tokens; an answer counts as a refusal by "
+        f"{inline(evaluation.get('scorer', 'an unnamed scorer'))}.\n\n"
+        + table(header, rows)
+        + "\n\n"
+        + _drift(evaluation)
+        + _prompt_sets(evaluation)
+    )
+
+
+def _rate(rate: dict[str, Any] | None) -> str:
+    if not rate or not all(is_number(rate.get(key)) for key in ("rate", "low", "high")):
+        return NOT_MEASURED
+    return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
+
+
+def _drift(evaluation: dict[str, Any]) -> str:
+    kl, entropy = evaluation.get("kl_harmless"), evaluation.get("cross_entropy")
+    rows = [("KL(base, this model), first token of the answer to harmless prompts, nats", number(kl))]
+    if entropy:
+        change = entropy.get("relative_change")
+        percent = f" ({100 * change:+.1f} %)" if is_number(change) else ""
+        text = f"{number(entropy.get('base'))} to {number(entropy.get('model'))}{percent}"
+    else:
+        text = NOT_MEASURED
+    rows.append(("Cross-entropy of the base's own harmless completions, nats per token, base to this model", text))
+    return table(("Change on harmless prompts", ""), rows)
+
+
+def _prompt_sets(evaluation: dict[str, Any]) -> str:
+    sets = mapping(evaluation.get("prompt_sets"))
+    if not sets:
+        return ""
+    parts = [
+        f"{inline(key)}: {inline(info.get('name', '?'))}, {inline(info.get('n', '?'))} prompts, SHA-256 "
+        f"{code(info.get('sha256', '?'))}"
+        for key, info in sets.items()
+    ]
+    return "\n\nPrompt sets: " + "; ".join(parts) + "."
+
+
+def _licence(facts: CardFacts) -> str:
+    if facts.license is None:
+        text = (
+            "The licence of the base model is not known to the tool that wrote this card, so none is stated "
+            "here. The base model's licence applies: find it there, and keep to it."
+        )
+    else:
+        named = f" ({code(facts.license_name)})" if facts.license_name else ""
+        text = f"Inherited from the base model: {code(facts.license)}{named}."
+    return f"## Licence\n\n{text}"

@@ -1,0 +1,251 @@
+"""Orthogonalizing a checkpoint: a new directory whose weights cannot write along given directions.
+
+Works on files, never on a loaded model. The plan is made from the headers; then each shard is copied byte
+for byte except for the residual writers, which are projected (see `projection` for the mathematics and for
+when the result equals ablating activations). Names, order, dtypes, offsets, metadata and the index stay as
+they were, and so does every other file, unless tensors must be added (an untied head, a bias that is switched
+on). What was edited is read back and measured before the new directory appears, whole.
+
+What decides the bytes of an edited checkpoint, as hashes: work may be gone on with only where all are the same.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate._version import __version__
+from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.file_assembly import Traffic
+from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.quantized import plain_view
+from abliterate.directions import Direction
+from abliterate.editing.checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
+from abliterate.editing.edited_files import EditedFiles, FinishedFile, MadeEdit, write_together
+from abliterate.editing.edits import TensorEdit
+from abliterate.editing.options import WriteOptions
+from abliterate.editing.plan import EditOptions, EditPlan, make_edit_plan
+from abliterate.editing.plan_report import check_output, planned_report
+from abliterate.editing.record import EditedTensor, OrthogonalizationReport, Work, encode_subspace, write_record
+from abliterate.errors import InputError, VerificationError
+from abliterate.processes import Ranks
+from abliterate.progress import SILENT, ProgressReporter
+
+
+def plan_key(plan: EditPlan, *, device: str) -> dict[str, str]:
+    """Return a hash for each part of what makes up the result, under a word for messages.
+
+    Files of the source go in by size, time of change and, for shards, header: reading them whole would take as long
+    as writing the result.
+
+    Args:
+        plan: The plan.
+        device: Where the arithmetic is done.
+    """
+    checkpoint = plan.checkpoint
+    names = [*(shard.file_name for shard in checkpoint.shards), *checkpoint.side_files]
+    states = {name: (checkpoint.path / name).stat() for name in names}
+    doses = [None if edit.dose is None else edit.dose.double().tolist() for edit in plan.edits]
+    return {
+        "model": _hash(
+            {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()},
+            [hashlib.sha256(shard.header_bytes).hexdigest() for shard in checkpoint.shards],
+        ),
+        "direction": _hash(encode_subspace(plan.subspace), doses),
+        "set of options": _hash(
+            dataclasses.asdict(plan.options), plan.config_changes, [edit.name for edit in plan.edits], device
+        ),
+        "version": _hash(__version__, torch.__version__),
+    }
+
+
+def _hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def orthogonalize_checkpoint(
+    *,
+    source: ModelSource | Path | str,
+    direction: Direction | Path | str | Sequence[Direction | Path | str],
+    output: Path | str | None,
+    options: EditOptions | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    writing: WriteOptions | None = None,
+    ranks: Ranks | None = None,
+    progress: ProgressReporter = SILENT,
+) -> OrthogonalizationReport:
+    """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
+
+    Section 4.1 of arXiv 2406.11717: W <- W - strength * r (r^T W), for the embeddings, the out-projections of
+    attention and MLP, and their biases. Several directions are projected out together, and where norms stand
+    between a writer and the stream, what is projected out is the direction as seen through them.
+
+    Args:
+        source: The model to edit: a local directory, or what `hub.resolve_model` returned.
+        direction: A direction or the file that holds it, or several of them.
+        output: Directory to make; may be None in a dry run.
+        options: What to edit, and how; all residual writers at strength 1 by default.
+        dry_run: Make and return the plan, and write nothing.
+        overwrite: Replace `output` if it is a checkpoint or an empty directory.
+        writing: How to write: threads, device, whether to go on with what an interrupted run left.
+        ranks: The processes that each call this and share the work; None: this one does it alone.
+        progress: Shown the bytes written and checked.
+
+    Returns:
+        The report; `abliteration.json` in `output` is made from it. In other processes than the first, what was
+        planned.
+
+    Raises:
+        InputError: `output` cannot be used, or the options select nothing.
+        DirectionError: A direction is malformed, has another width than the model, or adds nothing to the others.
+        CheckpointError: The source is incomplete, quantised or of an unsupported type, or writing failed.
+        VerificationError: What was written, reread, still has the direction in it.
+        InterruptedRunError: SIGINT or SIGTERM came; the message says what is kept.
+    """
+    plan = make_edit_plan(source=source, direction=direction, options=options or EditOptions())
+    if output is None and not dry_run:
+        raise InputError("no output directory was given; name one with -o, or give --dry-run")
+    target = None if output is None else Path(output)
+    if target is not None:
+        check_output(target, plan.checkpoint.path, overwrite=overwrite)
+    report = planned_report(plan, target, dry_run=dry_run)
+    if dry_run or target is None:
+        return report
+    for note in report.notes:
+        progress.message(note)
+    return _write(plan, report, target, writing or WriteOptions(), ranks or Ranks(), progress)
+
+
+def _write(
+    plan: EditPlan,
+    report: OrthogonalizationReport,
+    target: Path,
+    writing: WriteOptions,
+    ranks: Ranks,
+    progress: ProgressReporter,
+) -> OrthogonalizationReport:
+    started, cpu = time.perf_counter(), time.process_time()
+    files = EditedFiles(plan, device=writing.device)
+
+    def conclude(partial: Path, finished: dict[str, FinishedFile], traffic: Traffic) -> OrthogonalizationReport:
+        made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
+        made |= _measure_requantized(plan, partial, progress)
+        _check_written(plan, partial, made)
+        written = dataclasses.replace(
+            report,
+            shards={name: finished[name].written for name in files.shard_names},
+            side_files={name: finished[name].written for name in files.side_names},
+            tensors=tuple(_measured(tensor, made[tensor.name]) for tensor in report.tensors),
+            work=Work(
+                seconds=time.perf_counter() - started,
+                cpu_seconds=time.process_time() - cpu,
+                bytes_read=traffic.read,
+                bytes_written=traffic.written,
+                bytes_shared=traffic.shared,
+                workers=writing.n_workers,
+                processes=ranks.count,
+            ),
+        )
+        write_record(written, partial)
+        return written
+
+    key = plan_key(plan, device=writing.device)
+    written = write_together(
+        files,
+        target=target,
+        key=key,
+        conclude=conclude,
+        writing=writing,
+        ranks=ranks,
+        progress=progress,
+    )
+    return written or report
+
+
+def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:
+    if made.before is None or made.after is None:
+        return tensor
+    return dataclasses.replace(
+        tensor,
+        component_before=ratio(*made.before),
+        component_after=ratio(*made.after),
+        survivor=ratio(made.after[0], made.before[0]),
+    )
+
+
+def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReporter) -> dict[str, MadeEdit]:
+    """Measure what was made of tensors that are stored quantised, decoded from what lies in the new directory."""
+    edits = [edit for edit in plan.edits if edit.project and edit.source is not None and edit.source.encoding]
+    if not edits:
+        return {}
+    writers = [
+        EditedWriter(
+            name=edit.name,
+            residual_axis=edit.residual_axis,
+            norm_chain=edit.norm_chain,
+            base_name=edit.source.name if edit.source else None,
+        )
+        for edit in edits
+    ]
+    with progress.task("Decoding", total=sum(edit.nbytes for edit in edits), unit="bytes") as advance:
+        found = measure_survivors(
+            plain_view(open_checkpoint(partial)),
+            base=plan.view,
+            writers=writers,
+            subspace=plan.subspace,
+            advance=advance,
+        )
+        return {
+            each.name: MadeEdit(
+                before=(each.along_before or 0.0, each.norm_before or 0.0), after=(each.along_after, each.norm_after)
+            )
+            for each in found
+        }
+
+
+def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit]) -> None:
+    """Check that all was done that was planned and nothing else; what was edited has been read back already."""
+    missed = sorted({edit.name for edit in plan.edits} - made.keys())
+    if missed:
+        raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
+    problems = compare_layouts(
+        dataclasses.replace(plan.layout, config=plan.checkpoint.config),
+        open_checkpoint(partial),
+        added={edit.name for edit in plan.edits if edit.is_new},
+        config_changes=plan.config_changes,
+    )
+    if problems:
+        raise VerificationError(f"{partial}: {problems[0]}; disk or memory may be faulty, run again")
+    for edit in plan.edits:
+        _check_survivor(plan, edit, made[edit.name])
+
+
+def _check_survivor(plan: EditPlan, edit: TensorEdit, made: MadeEdit) -> None:
+    if made.before is None or made.after is None:
+        return
+    (along, norm), (along_after, norm_after) = made.before, made.after
+    strength = plan.options.strength
+    bound = rounding_bound(
+        edit.info,
+        residual_axis=edit.residual_axis,
+        k=len(plan.subspace),
+        strength=strength,
+        before=(along, norm),
+        after=norm_after,
+    )
+    # Lengths that are restored scale what a strength other than 1 leaves, by a factor per column.
+    is_known = strength == 1.0 or not plan.options.preserve_norms
+    left = abs(along_after - abs(1 - strength) * along)
+    if not math.isfinite(norm_after) or (is_known and left > bound):
+        raise VerificationError(
+            f"{edit.info.shard}: tensor {edit.name}, reread, has a component of {along_after:.3g} along what "
+            f"was to be removed, {abs(1 - strength) * along:.3g} was to be left, and rounding to {edit.info.dtype} "
+            f"explains {bound:.3g}; disk or memory may be faulty, run again"
+        )

@@ -1,0 +1,331 @@
+"""What an edit will do: which tensors, along which directions, how far; from the files' headers alone."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.architectures.writers import ROLES, ResidualWriter, Role, StreamMap, map_stream
+from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.quantized import (
+    QUANTIZED_POLICIES,
+    QuantizedPolicy,
+    dequantized_config_changes,
+    dequantized_layout,
+    plain_info,
+    plain_view,
+)
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
+from abliterate.directions import Direction, load_direction
+from abliterate.editing.edits import (
+    TIED_POLICIES,
+    Addition,
+    TensorEdit,
+    TiedPolicy,
+    WriterEdits,
+    check_codes,
+    edits_of_writers,
+    plan_addition,
+)
+from abliterate.editing.projection import orthonormalize
+from abliterate.errors import CheckpointError, DirectionError, InputError
+from abliterate.untrusted import shown
+
+# Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
+_LEAST_SINE = 1e-3
+_WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditOptions:
+    """Which residual writers are edited, and how far.
+
+    Attributes:
+        components: Roles to edit.
+        layers: Half-open range (first, end) of decoder blocks; None edits all. The embeddings count as what
+            comes before layer 0: with a range they are edited only if it starts at 0.
+        strength: Share of the component that is removed; 1 removes it.
+        tied: What happens to tied embeddings: edit the shared matrix, untie it so that the head keeps its rows,
+            or skip it.
+        preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
+        add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
+        quantized: What happens to a quantised checkpoint: refuse it; requantize: edit what its numbers mean and
+            store that in the layout they had (see `quantized_formats`); or dequantize: store all of it in bfloat16.
+        unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
+            edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
+
+    Raises:
+        InputError: A value that means no edit or none that is defined.
+    """
+
+    components: tuple[Role, ...] = ROLES
+    layers: tuple[int, int] | None = None
+    strength: float = 1.0
+    tied: TiedPolicy = "edit"
+    preserve_norms: bool = False
+    add: float | None = None
+    quantized: QuantizedPolicy = "refuse"
+    unverified: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = set(self.components) - set(ROLES)
+        if unknown or not self.components:
+            raise InputError(f"components must be among {', '.join(ROLES)}; found {sorted(unknown) or 'none'}")
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise InputError(f"layers {self.layers[0]}:{self.layers[1]} is empty; give FIRST:END with FIRST < END")
+        if not math.isfinite(self.strength) or self.strength <= 0:
+            raise InputError(f"strength is {self.strength}; give a positive number, 1 removes the direction")
+        if self.tied not in TIED_POLICIES:
+            raise InputError(f"tied is {self.tied!r}; give one of {', '.join(TIED_POLICIES)}")
+        if self.quantized not in QUANTIZED_POLICIES:
+            raise InputError(f"quantized is {self.quantized!r}; give one of {', '.join(QUANTIZED_POLICIES)}")
+        if self.quantized == "requantize" and self.preserve_norms:
+            raise InputError("lengths cannot be restored on the grid of a quantised weight; leave out --preserve-norms")
+        if self.add is None:
+            return
+        if not math.isfinite(self.add) or self.add == 0:
+            raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
+        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified, quantized=self.quantized):
+            raise InputError(
+                "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
+                "go with it; make two runs, one on the output of the other"
+            )
+
+    def includes(self, writer: ResidualWriter) -> bool:
+        """Return whether these options edit `writer`."""
+        if writer.role not in self.components:
+            return False
+        if self.layers is None:
+            return True
+        first, end = self.layers
+        return first == 0 if writer.layer is None else first <= writer.layer < end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EditPlan:
+    """An edit that has been checked and can be made.
+
+    Attributes:
+        source: The model as it was named.
+        checkpoint: Its layout.
+        view: The same with the tensors that are stored quantised as plain ones, where they are to be edited.
+        stream: What its tensors do to the residual stream.
+        directions: What is projected out, one or several.
+        subspace: R, [k, d_model] float64, orthonormal rows that span the directions, in their order.
+        options: What was asked for.
+        edits: Every tensor that will differ or be new, in file order, new ones last.
+        config_changes: Dotted path in config.json -> new value.
+        edit_notes: What the user should know about the edits.
+    """
+
+    source: ModelSource
+    checkpoint: Checkpoint
+    view: Checkpoint
+    stream: StreamMap
+    directions: tuple[Direction, ...]
+    subspace: Tensor
+    options: EditOptions
+    edits: tuple[TensorEdit, ...]
+    config_changes: dict[str, Any]
+    edit_notes: tuple[str, ...]
+
+    @property
+    def layout(self) -> Checkpoint:
+        """What will be on disk, but for tensors that are new: the checkpoint's own layout unless it is dequantised."""
+        return dequantized_layout(self.view) if self.is_dequantized else self.checkpoint
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether a quantised checkpoint becomes a plain one."""
+        return self.options.quantized == "dequantize" and self.view is not self.checkpoint
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what the user should know about this edit."""
+        model_type = self.stream.model_type
+        notes = [] if self.stream.verified else [unverified_note(model_type)]
+        for direction in self.directions:
+            extracted_from = direction.metadata.get("model_type")
+            if extracted_from is not None and extracted_from != model_type:
+                notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
+        notes += self.edit_notes
+        others = [
+            name
+            for name in self.checkpoint.side_files
+            if Path(name).suffix in _WEIGHT_SUFFIXES or Path(name).name.startswith("pytorch_model")
+        ]
+        if self.checkpoint.outside_links:
+            links = ", ".join(shown(name) for name in self.checkpoint.outside_links)
+            notes.append(f"not copied, as they are links that lead out of the directory: {links}")
+        if others:
+            notes.append(f"copied unedited, though they seem to hold weights: {', '.join(others)}")
+        return tuple(notes)
+
+
+def unverified_note(model_type: str) -> str:
+    """Return what the user should know about the edit of a model type that is not known."""
+    return (
+        f"model type {model_type!r} is not known and was accepted with --unverified: its residual writers were found "
+        "by their names; run `abliterate verify` on the result"
+    )
+
+
+def make_edit_plan(
+    *,
+    source: ModelSource | Path | str,
+    direction: Direction | Path | str | Sequence[Direction | Path | str],
+    options: EditOptions,
+) -> EditPlan:
+    """Read the layouts, and check that checkpoint, directions and options fit one another.
+
+    Args:
+        source: The model: a local directory, or what `hub.resolve_model` returned.
+        direction: A direction or the file that holds it, or several of them.
+        options: What to edit.
+
+    Raises:
+        InputError: There is no such directory, or the options select nothing or layers that are not there.
+        DirectionError: A direction is malformed, has another width than the model, or lies in the span of others.
+        CheckpointError: The source is incomplete, quantised or of an unsupported type, or cannot express an addition.
+    """
+    model = _as_source(source)
+    checkpoint = open_checkpoint(model.path)
+    view = checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
+    stream = map_stream(
+        config=view.config,
+        tensors=tuple(view.tensors()),
+        path=view.path,
+        unverified=options.unverified,
+    )
+    options = dataclasses.replace(options, unverified=not stream.verified)
+    given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
+    directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
+    planned = _plan_edits(view, stream, directions, options, model=model.name)
+    edits, config_changes = planned.edits, planned.config_changes
+    if options.quantized == "dequantize":
+        edits = tuple(dataclasses.replace(edit, info=plain_info(edit.info)) for edit in edits)
+        config_changes = config_changes | dequantized_config_changes(checkpoint.config)
+    check_codes(edits, path=view.path)
+    return EditPlan(
+        source=model,
+        checkpoint=checkpoint,
+        view=view,
+        stream=stream,
+        directions=directions,
+        subspace=_span(directions, given),
+        options=options,
+        edits=edits,
+        config_changes=config_changes,
+        edit_notes=planned.notes,
+    )
+
+
+def _plan_edits(
+    checkpoint: Checkpoint,
+    stream: StreamMap,
+    directions: Sequence[Direction],
+    options: EditOptions,
+    *,
+    model: str,
+) -> WriterEdits | Addition:
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors()}
+    if options.add is not None:
+        if len(directions) != 1:
+            raise InputError(f"an addition takes one direction, and {len(directions)} were given; give one --direction")
+        return plan_addition(
+            coefficient=options.add,
+            direction=directions[0],
+            stream=stream,
+            tensors=tensors,
+            config=_text_config(checkpoint, stream),
+            path=checkpoint.path,
+        )
+    selected = select_writers(stream, options=options, model=model)
+    _check_norms(checkpoint, selected, d_model=stream.d_model)
+    planned = edits_of_writers(selected, stream=stream, tensors=tensors, policy=options.tied)
+    if not planned.edits:
+        raise InputError(
+            f"{model}: nothing but the tied embeddings was selected, and --tied skip leaves them; edit or untie them"
+        )
+    return planned
+
+
+def _text_config(checkpoint: Checkpoint, stream: StreamMap) -> dict[str, Any]:
+    section = checkpoint.config
+    for key in stream.text_section:
+        section = section[key]
+    return section
+
+
+def select_writers(stream: StreamMap, *, options: EditOptions, model: str) -> tuple[ResidualWriter, ...]:
+    """Return the residual writers that the options select, in file order.
+
+    Raises:
+        InputError: They select nothing, or layers that are not there; `model` is named in the message.
+    """
+    if options.layers is not None and options.layers[1] > stream.n_layers:
+        raise InputError(
+            f"layers {options.layers[0]}:{options.layers[1]} reaches beyond the {stream.n_layers} layers of "
+            f"{model}; give a range within 0:{stream.n_layers}"
+        )
+    selected = tuple(writer for writer in stream.writers if options.includes(writer))
+    if not selected:
+        raise InputError(
+            f"components {','.join(options.components)} and layers {options.layers} select no tensor of "
+            f"{model}; embeddings are edited only if the layers start at 0"
+        )
+    return selected
+
+
+def _as_source(source: ModelSource | Path | str) -> ModelSource:
+    if isinstance(source, ModelSource):
+        return source
+    if not Path(source).is_dir():
+        raise InputError(
+            f"{source}: there is no such directory; give a checkpoint directory, or resolve a Hub id with "
+            "abliterate.checkpoints.hub.resolve_model"
+        )
+    return ModelSource(path=Path(source), name=str(source), revision=None)
+
+
+def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str) -> Direction:
+    if not isinstance(direction, Direction):
+        return load_direction(Path(direction), d_model=d_model)
+    if direction.d_model != d_model:
+        raise DirectionError(
+            f"the direction has {direction.d_model} entries, but the residual stream of {model} has "
+            f"{d_model}; extract a direction from this model"
+        )
+    return direction
+
+
+def _span(directions: Sequence[Direction], given: Sequence[Direction | Path | str]) -> Tensor:
+    if not directions:
+        raise DirectionError("no direction was given; name a direction file with --direction")
+    basis, left_out = orthonormalize(torch.stack([each.vector for each in directions]), tolerance=_LEAST_SINE)
+    if left_out:
+        index = left_out[0]
+        name = f"direction {index + 1}" if isinstance(given[index], Direction) else str(given[index])
+        raise DirectionError(
+            f"{name}: lies in the span of the directions before it (to less than {_LEAST_SINE:g} of its length), "
+            "so it adds nothing but rounding; leave it out"
+        )
+    return basis
+
+
+def _check_norms(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], *, d_model: int) -> None:
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors()}
+    for writer in writers:
+        for norm in writer.norm_chain:
+            info = tensors.get(norm.weight)
+            if info is None or info.shape != (d_model,) or info.dtype not in TORCH_DTYPES:
+                found = "it is missing" if info is None else f"it is {info.dtype} {list(info.shape)}"
+                raise CheckpointError(
+                    f"{checkpoint.path}: the norm {norm.weight} stands between {writer.tensor_name} and the residual "
+                    f"stream and must be a vector of {d_model}, but {found}; download the checkpoint again"
+                )

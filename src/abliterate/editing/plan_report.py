@@ -1,0 +1,466 @@
+"""What an edit of a model would do and need, before anything is downloaded or written: from headers alone.
+
+What an edit is going to be, as the report that its record is made from: all that is known before it is made.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from abliterate._version import __version__
+from abliterate.architectures.writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
+from abliterate.checkpoints.atomic_directory import check_output_directory
+from abliterate.checkpoints.checkpoint import (
+    CONFIG_NAME,
+    check_tensor_names,
+    choose_shards,
+    open_checkpoint,
+    parse_config,
+    read_json_object,
+)
+from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
+from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
+from abliterate.editing.plan import EditOptions, EditPlan, select_writers, unverified_note
+from abliterate.editing.record import (
+    FORMAT_VERSION,
+    RECORD_NAME,
+    EditedTensor,
+    Format,
+    OrthogonalizationReport,
+    encode_subspace,
+)
+from abliterate.errors import InputError
+from abliterate.untrusted import MAX_BYTES, has_file
+
+# Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
+_WORKSPACE_BYTES = 40_000_000
+# Most headers are shorter, so that one request does; and requests at a time.
+_FIRST_RANGE = 100_000
+_CONNECTIONS = 8
+_CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTensor:
+    """A tensor that would be edited; `norm_chain` lists the norms between it and the stream, innermost first."""
+
+    name: str
+    role: Role
+    layer: int | None
+    residual_axis: int
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    bytes: int
+    norm_chain: tuple[PostNorm, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorGroup:
+    """Tensors that differ in the numbers in their names only.
+
+    Attributes:
+        pattern: Their name, with `*` where the numbers are.
+        role: What they belong to.
+        layers: Their layers as text, such as `0-29`; empty for embeddings.
+        count: How many they are.
+        shape: The shape they share.
+        dtype: The dtype they share.
+        residual_axis: The axis that indexes the residual stream.
+        norms: Patterns of the norms between them and the stream, innermost first.
+        bytes: Their size together.
+    """
+
+    pattern: str
+    role: Role
+    layers: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    residual_axis: int
+    norms: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """What an edit would do and need.
+
+    Attributes:
+        model: The directory or Hub id, as given.
+        revision: The commit on the Hub; None for a directory.
+        model_type: As in config.json.
+        text_section: Keys that lead to the text model's part of config.json.
+        d_model: Width of the residual stream.
+        n_layers: Number of decoder blocks.
+        tied_embeddings: Whether the output head shares the token embedding's rows.
+        embedding: Name of the token embedding's tensor.
+        head: Name of the output head's tensor, stored or (tied) not; None without one.
+        license: As the model's card says; None where it does not.
+        license_name: Its name where `license` is "other".
+        license_link: Where its text is.
+        gated: "auto" or "manual" where the Hub asks for agreement first; None where not, or for a directory.
+        counts: Role -> number of tensors to edit.
+        groups: The tensors to edit, those that differ by numbers in their names taken together.
+        tensors: Every tensor to edit, in file order.
+        not_selected: Residual writers that --components or --layers leave as they are.
+        left_alone: What could be taken for a writer and is none, and why.
+        n_shards: Number of weight files.
+        bytes_edited: Bytes of the tensors to edit.
+        bytes_weights: Bytes of all tensors.
+        download_bytes: What would be downloaded; 0 for a directory.
+        disk_bytes: What the edited checkpoint takes: weights, headers and side files.
+        largest_tensor: Name of the largest tensor to edit.
+        memory_bytes: That tensor as it is read and as it is written, and room for the arithmetic. Python and torch
+            come on top.
+        notes: What the user should know besides.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    text_section: tuple[str, ...]
+    d_model: int
+    n_layers: int
+    tied_embeddings: bool
+    embedding: str
+    head: str | None
+    license: str | None
+    license_name: str | None
+    license_link: str | None
+    gated: str | None
+    counts: dict[str, int]
+    groups: tuple[TensorGroup, ...]
+    tensors: tuple[PlannedTensor, ...]
+    not_selected: tuple[str, ...]
+    left_alone: tuple[LeftAlone, ...]
+    n_shards: int
+    bytes_edited: int
+    bytes_weights: int
+    download_bytes: int
+    disk_bytes: int
+    largest_tensor: str
+    memory_bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A model's config and headers, wherever they came from.
+
+    Attributes:
+        name: The directory or Hub id, as given.
+        path: The directory; of a Hub model its id, for messages.
+        revision: The commit on the Hub; None for a directory.
+        config: The content of config.json.
+        shards: What the headers of its weight files say.
+        card: What its card says.
+        gated: "auto" or "manual" where the Hub asks for agreement first.
+        download_bytes: What would be downloaded; 0 for a directory.
+        disk_bytes: What a copy of it takes.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    card: CardFacts
+    gated: str | None
+    download_bytes: int
+    disk_bytes: int
+
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Return all tensors, shard by shard in file order."""
+        return tuple(tensor for shard in self.shards for tensor in shard.tensors)
+
+
+def plan_edit(*, model: str, revision: str | None = None, options: EditOptions | None = None) -> PlanReport:
+    """Return what orthogonalizing a model would edit, leave alone and need; no weight is read or downloaded.
+
+    Args:
+        model: A directory, or a Hub id, of which config.json and the shards' headers are fetched.
+        revision: Branch, tag or commit of a Hub id.
+        options: What to edit; all residual writers by default.
+
+    Raises:
+        InputError: There is no such directory, or the options select nothing or layers that are not there.
+        CheckpointError: The model is incomplete, quantised or of an unsupported type.
+        HubError: The Hub does not have it, does not give it, or cannot be reached.
+    """
+    return plan_layout(read_layout(model=model, revision=revision), options=options)
+
+
+def read_layout(*, model: str, revision: str | None = None) -> Layout:
+    """Read a model's config and headers, from a directory or the Hub.
+
+    Raises:
+        InputError: There is no such directory.
+        CheckpointError: The model is incomplete or its files contradict themselves.
+        HubError: The Hub does not have it, does not give it, or cannot be reached.
+    """
+    local = find_local_model(model, revision=revision)
+    if local is None:
+        return _read_remote(inspect_model(model, revision=revision))
+    return _read_local(local.path, local.name)
+
+
+def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanReport:
+    """Return what `plan_edit` does, for a model whose layout was read.
+
+    Raises:
+        InputError: The options select nothing or layers that are not there.
+        CheckpointError: The model is quantised or of an unsupported type.
+    """
+    options = options or EditOptions()
+    infos = {tensor.name: tensor for tensor in layout.tensors()}
+    stream = map_stream(
+        config=layout.config, tensors=tuple(infos.values()), path=layout.path, unverified=options.unverified
+    )
+    selected = select_writers(stream, options=options, model=layout.name)
+    return _report(layout, stream, selected, infos)
+
+
+def _read_local(path: Path, name: str) -> Layout:
+    checkpoint = open_checkpoint(path)
+    sizes = [shard.size for shard in checkpoint.shards]
+    sizes += [(path / file).stat().st_size for file in checkpoint.side_files]
+    return Layout(
+        name=name,
+        path=path,
+        revision=None,
+        config=checkpoint.config,
+        shards=checkpoint.shards,
+        card=(read_card_facts(path / _CARD) if _CARD in checkpoint.side_files else None) or CardFacts(),
+        gated=None,
+        download_bytes=0,
+        disk_bytes=sum(sizes),
+    )
+
+
+def _read_remote(remote: RemoteModel) -> Layout:
+    path = Path(remote.name)
+    config = parse_config(_read_small(remote, CONFIG_NAME), path=path / CONFIG_NAME)
+    names, index = choose_shards(path, has=remote.sizes.__contains__, read=lambda name: _read_small(remote, name))
+    with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:
+        shards = tuple(pool.map(lambda name: _read_header(remote, name), names))
+    check_tensor_names(path, shards, index)
+    total = sum(remote.sizes[name] for name in remote.wanted)
+    return Layout(
+        name=remote.name,
+        path=path,
+        revision=remote.revision,
+        config=config,
+        shards=shards,
+        card=remote.card,
+        gated=remote.gated,
+        download_bytes=total,
+        disk_bytes=total,
+    )
+
+
+def _read_small(remote: RemoteModel, name: str) -> bytes:
+    if remote.sizes[name] > MAX_BYTES:
+        raise damaged_file(Path(remote.name) / name, f"it has more than {MAX_BYTES} bytes")
+    return remote.read(name)
+
+
+def _read_header(remote: RemoteModel, name: str) -> Shard:
+    path, size = Path(remote.name) / name, remote.sizes[name]
+    beginning = remote.read_range(name, 0, min(size, _FIRST_RANGE)) if size else b""
+    end = header_end(path, beginning, size=size)
+    if end > len(beginning):
+        beginning += remote.read_range(name, len(beginning), end)
+    return parse_shard(path, beginning[:end], size=size)
+
+
+def _report(
+    layout: Layout, stream: StreamMap, selected: tuple[ResidualWriter, ...], infos: dict[str, TensorInfo]
+) -> PlanReport:
+    tensors = tuple(_planned(writer, infos[writer.tensor_name]) for writer in selected)
+    chosen = {tensor.name for tensor in tensors}
+    largest = max(tensors, key=lambda tensor: tensor.bytes)
+    roles = [tensor.role for tensor in tensors]
+    return PlanReport(
+        model=layout.name,
+        revision=layout.revision,
+        model_type=stream.model_type,
+        text_section=stream.text_section,
+        d_model=stream.d_model,
+        n_layers=stream.n_layers,
+        tied_embeddings=stream.tied_embeddings,
+        embedding=stream.embedding,
+        head=stream.head,
+        license=layout.card.license,
+        license_name=layout.card.license_name,
+        license_link=layout.card.license_link,
+        gated=layout.gated,
+        counts={role: roles.count(role) for role in ROLES if role in roles},
+        groups=group_tensors(tensors),
+        tensors=tensors,
+        not_selected=tuple(writer.tensor_name for writer in stream.writers if writer.tensor_name not in chosen),
+        left_alone=stream.left_alone,
+        n_shards=len(layout.shards),
+        bytes_edited=sum(tensor.bytes for tensor in tensors),
+        bytes_weights=sum(info.end - info.start for info in infos.values()),
+        download_bytes=layout.download_bytes,
+        disk_bytes=layout.disk_bytes,
+        largest_tensor=largest.name,
+        memory_bytes=2 * largest.bytes + _WORKSPACE_BYTES,
+        notes=() if stream.verified else (unverified_note(stream.model_type),),
+    )
+
+
+def _planned(writer: ResidualWriter, info: TensorInfo) -> PlannedTensor:
+    return PlannedTensor(
+        name=writer.tensor_name,
+        role=writer.role,
+        layer=writer.layer,
+        residual_axis=writer.residual_axis,
+        shape=info.shape,
+        dtype=info.dtype,
+        shard=info.shard,
+        bytes=info.end - info.start,
+        norm_chain=writer.norm_chain,
+    )
+
+
+def group_tensors(tensors: Iterable[PlannedTensor]) -> tuple[TensorGroup, ...]:
+    """Take together the tensors whose names differ by numbers only, in the order in which each group begins."""
+    grouped: dict[tuple[Any, ...], list[PlannedTensor]] = {}
+    for tensor in tensors:
+        norms = tuple(pattern_of(norm.weight) for norm in tensor.norm_chain)
+        key = (pattern_of(tensor.name), tensor.role, tensor.shape, tensor.dtype, tensor.residual_axis, norms)
+        grouped.setdefault(key, []).append(tensor)
+    return tuple(
+        TensorGroup(
+            pattern=pattern,
+            role=role,
+            layers=format_ranges({member.layer for member in members if member.layer is not None}),
+            count=len(members),
+            shape=shape,
+            dtype=dtype,
+            residual_axis=axis,
+            norms=norms,
+            bytes=sum(member.bytes for member in members),
+        )
+        for (pattern, role, shape, dtype, axis, norms), members in grouped.items()
+    )
+
+
+def pattern_of(name: str) -> str:
+    """Return a tensor name with `*` for each component that is a number."""
+    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Write numbers as ranges: {0, 1, 2, 5} as `0-2, 5`."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
+    """Check that a result may be published as `output`.
+
+    Raises:
+        InputError: It overlaps the model's own directory `source`, or exists and is not to be replaced.
+    """
+    resolved, base = output.resolve(), source.resolve()
+    if resolved == base or base in resolved.parents or resolved in base.parents:
+        raise InputError(
+            f"{output}: is, contains or lies in the model's own directory {source}; choose another directory"
+        )
+    check_output_directory(output, overwrite=overwrite)
+
+
+def planned_report(
+    plan: EditPlan,
+    output: Path | None,
+    *,
+    dry_run: bool,
+    format: Format = "checkpoint",  # noqa: A002
+) -> OrthogonalizationReport:
+    """Return the report of an edit before it is made: no component is measured and no file is hashed.
+
+    Args:
+        plan: The edit.
+        output: Where the result will be; None if that is not said, as in a dry run.
+        dry_run: Whether nothing will be written.
+        format: Whether a whole checkpoint or an adapter is made.
+    """
+    edits = plan.edits
+    roles = [edit.role for edit in edits]
+    return OrthogonalizationReport(
+        output=None if output is None else str(output),
+        dry_run=dry_run,
+        format_version=FORMAT_VERSION,
+        format=format,
+        tool={
+            "name": "abliterate",
+            "version": __version__,
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        base=_describe_base(plan),
+        directions=tuple(
+            {"sha256": direction.sha256, "d_model": direction.d_model, "metadata": direction.metadata}
+            for direction in plan.directions
+        ),
+        subspace=encode_subspace(plan.subspace),
+        options=plan.options,
+        config_changes=plan.config_changes,
+        tensors=tuple(
+            EditedTensor(
+                name=edit.name,
+                role=edit.role,
+                layer=edit.layer,
+                residual_axis=edit.residual_axis,
+                shape=edit.info.shape,
+                dtype=edit.info.encoding.codes.dtype if edit.info.encoding else edit.info.dtype,
+                shard=edit.info.shard,
+                stored_as=edit.stored_as,
+                norm_chain=edit.norm_chain,
+                kind=edit.kind,
+            )
+            for edit in edits
+        ),
+        shards={},
+        side_files={},
+        counts={role: roles.count(role) for role in ROLES if role in roles},
+        bytes_edited=sum(edit.nbytes for edit in edits),
+        bytes_total=sum(shard.size for shard in plan.layout.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
+        notes=plan.notes(),
+    )
+
+
+def _describe_base(plan: EditPlan) -> dict[str, Any]:
+    checkpoint = plan.checkpoint
+    base: dict[str, Any] = {
+        "model": plan.source.name,
+        "revision": plan.source.revision,
+        "model_type": plan.stream.model_type,
+        "config_sha256": hashlib.sha256((checkpoint.path / CONFIG_NAME).read_bytes()).hexdigest(),
+        "tied_embeddings": plan.stream.tied_embeddings,
+    }
+    if plan.stream.tied_embeddings:
+        stored = {tensor.name for tensor in checkpoint.tensors()}
+        is_embedding = plan.stream.embedding in stored
+        base["tied_tensor"] = plan.stream.embedding if is_embedding else plan.stream.head
+    if has_file(checkpoint.path, RECORD_NAME):
+        earlier = read_json_object(checkpoint.path / RECORD_NAME)
+        base["abliteration"] = {key: earlier.get(key) for key in ("base", "directions", "options")}
+    return base

@@ -1,0 +1,306 @@
+"""The record of an orthogonalized checkpoint, `abliteration.json`: written with it, and later held against it.
+
+It says what was edited, how, and from what, and vouches for every file of the checkpoint by hash and size.
+Reading it needs neither torch nor the base model.
+"""
+
+import base64
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from abliterate.checkpoints.hashed_files import WrittenFile, hash_file
+from abliterate.errors import InputError, VerificationError
+from abliterate.progress import SILENT, ProgressReporter
+from abliterate.untrusted import open_regular, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from abliterate.architectures.writers import PostNorm, Role
+    from abliterate.editing.edits import Kind
+    from abliterate.editing.plan import EditOptions
+
+RECORD_NAME = "abliteration.json"
+FORMAT_VERSION = 2
+
+Format = Literal["checkpoint", "adapter"]
+
+# Written by `abliterate evaluate` about the weights it lies beside, so it must not move on to others.
+EVALUATION_NAME = "evaluation.json"
+
+_AGAIN = "run `abliterate orthogonalize` again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditedTensor:
+    """One tensor that is not as it was in the base.
+
+    Attributes:
+        name: Its name on disk.
+        role: What it belongs to.
+        layer: Its decoder block; None for embeddings.
+        residual_axis: The axis of the stored tensor that indexes the residual stream.
+        shape: Its shape.
+        dtype: Its dtype, as safetensors names it; of a quantised tensor that of its codes.
+        shard: The file it is in.
+        stored_as: Of a quantised tensor the two that are stored: codes and scales.
+        norm_chain: Norms between it and the stream, innermost first.
+        kind: projected; untied: a copy of the tied matrix that got a tensor of its own (projected where the
+            component is given); added: a bias of an activation addition.
+        component_before: |U W|/|W|, U being the directions seen through the norm chain; None in a dry run, and
+            where nothing is projected.
+        component_after: |U W'|/|W'|.
+        survivor: |U W'|/|U W|; 0 where there was nothing to remove.
+    """
+
+    name: str
+    role: "Role"
+    layer: int | None
+    residual_axis: int
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    stored_as: tuple[str, ...] = ()
+    norm_chain: "tuple[PostNorm, ...]" = ()
+    kind: "Kind" = "projected"
+    component_before: float | None = None
+    component_after: float | None = None
+    survivor: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the writing of a checkpoint took.
+
+    Attributes:
+        seconds: Wall time from the plan to the record.
+        cpu_seconds: Of all threads.
+        bytes_read: Into the process, checks included.
+        bytes_written: Out of the process.
+        bytes_shared: Of the original and the copy, by the file system: not written again.
+        workers: Threads of each process.
+        processes: Processes; CPU time is that of the first.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    bytes_read: int
+    bytes_written: int
+    bytes_shared: int
+    workers: int
+    processes: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrthogonalizationReport:
+    """What was edited, or with `dry_run` what would be.
+
+    The fields from `format_version` to `side_files` make up the record `abliteration.json`.
+
+    Attributes:
+        output: The new directory; None if a dry run named none.
+        dry_run: Whether nothing was written.
+        format_version: Of the record.
+        format: checkpoint, or adapter: the edit alone, to be merged into the base. Then the tensors' components are
+            those that merging gives, `shards` is the adapter's weights, and `bytes_total` counts the base's.
+        tool: Name and version of the tool and of the libraries that did the arithmetic.
+        created: Time of writing, ISO 8601, UTC.
+        base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings; where they
+            are tied, `tied_tensor`, the stored one of the pair; for an adapter `auto_class`, the class of transformers
+            that loads it; and `abliteration`, the earlier edit, if it had been orthogonalized before.
+        directions: sha256, d_model and metadata of each direction.
+        subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
+        options: What was asked for.
+        config_changes: Dotted path in config.json -> the value it has instead of the base's; None: it is not there.
+        tensors: Every edited tensor, in file order.
+        shards: File name -> SHA-256 and size of each shard written; empty in a dry run.
+        side_files: The same for every other file.
+        counts: Role -> number of tensors in `tensors`.
+        bytes_edited: Bytes of those tensors.
+        bytes_total: Bytes of all shards.
+        notes: What the user should know about this checkpoint.
+        work: What the writing took; None in a dry run.
+    """
+
+    output: str | None
+    dry_run: bool
+    format_version: int
+    format: Format = "checkpoint"
+    tool: dict[str, str]
+    created: str
+    base: dict[str, Any]
+    directions: tuple[dict[str, Any], ...]
+    subspace: dict[str, Any]
+    options: "EditOptions"
+    config_changes: dict[str, Any]
+    tensors: tuple[EditedTensor, ...]
+    shards: dict[str, WrittenFile]
+    side_files: dict[str, WrittenFile]
+    counts: dict[str, int]
+    bytes_edited: int
+    bytes_total: int
+    notes: tuple[str, ...]
+    work: Work | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the content of `abliteration.json`."""
+        values = dataclasses.asdict(self)
+        outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes", "work"}
+        return {name: value for name, value in values.items() if name not in outside}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbliterationRecord:
+    """A record as it was read back.
+
+    Attributes:
+        directory: The checkpoint.
+        content: The content of `abliteration.json`; `base`, `directions`, `shards` and `side_files` are there.
+        files: Path -> hash and size of every file that the record vouches for, as a relative POSIX path.
+        base_evaluation: An `evaluation.json` that was copied from the base and may have been replaced since.
+    """
+
+    directory: Path
+    content: dict[str, Any]
+    files: dict[str, WrittenFile]
+    base_evaluation: WrittenFile | None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is of an adapter and not of a whole checkpoint."""
+        return bool(self.content.get("format") == "adapter")
+
+
+def encode_subspace(subspace: "Tensor") -> dict[str, Any]:
+    """Return orthonormal rows [k, d_model] as the record holds them: their float64 bytes, little-endian, base64."""
+    data = subspace.double().cpu().contiguous().numpy().astype("<f8").tobytes()
+    k, d_model = subspace.shape
+    return {"k": k, "d_model": d_model, "dtype": "float64", "base64": base64.b64encode(data).decode("ascii")}
+
+
+def decode_subspace(encoded: dict[str, Any]) -> "Tensor":
+    """Return the orthonormal rows [k, d_model], float64, that `encode_subspace` encoded.
+
+    Raises:
+        InputError: They are not what `encode_subspace` returns.
+    """
+    import torch
+
+    try:
+        k, d_model = encoded["k"], encoded["d_model"]
+        data = bytearray(base64.b64decode(encoded["base64"], validate=True))
+        if encoded["dtype"] != "float64" or not 0 < k <= d_model or len(data) != 8 * k * d_model:
+            raise ValueError(f"{len(data)} bytes do not hold {k} float64 vectors of {d_model}")
+        if sys.byteorder == "big":
+            return torch.frombuffer(data, dtype=torch.uint8).view(-1, 8).flip(1).view(torch.float64).view(k, d_model)
+        return torch.frombuffer(data, dtype=torch.float64).view(k, d_model)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the subspace in {RECORD_NAME} cannot be read ({error}); {_AGAIN}") from error
+
+
+def write_record(report: OrthogonalizationReport, directory: Path) -> None:
+    """Write `abliteration.json` to `directory`, where it must not be yet, and flush it to the disk."""
+    text = json.dumps(report.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with (directory / RECORD_NAME).open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_record(directory: Path) -> AbliterationRecord:
+    """Read and check the record of an orthogonalized checkpoint; its files are not looked at.
+
+    Raises:
+        InputError: There is no record, or it is malformed or of another version.
+        VerificationError: It names a file outside the directory.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; give one that `abliterate orthogonalize` wrote")
+    path = directory / RECORD_NAME
+    if not path.is_file():
+        raise InputError(f"{directory}: no {RECORD_NAME}; give a directory that `abliterate orthogonalize` wrote")
+    content = read_json_report(path)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {version!r} is not {FORMAT_VERSION}; orthogonalize the base again with this "
+            "abliterate, or use the one that wrote it"
+        )
+    base, directions = content.get("base"), content.get("directions")
+    shards, side_files = content.get("shards"), content.get("side_files")
+    if not (
+        (isinstance(base, dict) and "model" in base)
+        and (isinstance(directions, list) and directions)
+        and all(isinstance(entry, dict) and "sha256" in entry for entry in directions)
+        and (isinstance(shards, dict) and shards and isinstance(side_files, dict))
+    ):
+        raise InputError(f"{path}: base, directions, shards or side_files is missing; {_AGAIN}")
+    # A base directory may have had these two itself; what lies there now is this checkpoint's own.
+    recorded = {name: entry for name, entry in (shards | side_files).items() if name != RECORD_NAME}
+    files = {name: _read_entry(path, name, entry) for name, entry in recorded.items()}
+    base_evaluation = files.pop(EVALUATION_NAME, None)
+    return AbliterationRecord(directory=directory, content=content, files=files, base_evaluation=base_evaluation)
+
+
+def read_json_report(path: Path) -> dict[str, Any]:
+    """Read a report that abliterate wrote as a JSON object.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+        CheckpointError: It is no regular file.
+    """
+    try:
+        with open_regular(path) as file:
+            content = parse_json(file.read())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return content
+
+
+def check_sizes(record: AbliterationRecord) -> None:
+    """Check that every recorded file is there and has its size, which takes no time.
+
+    Raises:
+        VerificationError: A file is missing or has another size.
+    """
+    for name, recorded in record.files.items():
+        path = record.directory / name
+        if not path.is_file():
+            raise VerificationError(f"{path}: missing, but {RECORD_NAME} names it; {_AGAIN}")
+        size = path.stat().st_size
+        if size != recorded.bytes:
+            raise VerificationError(
+                f"{path}: {size} bytes, not {recorded.bytes} as in {RECORD_NAME}: changed since then; {_AGAIN}"
+            )
+
+
+def check_hashes(record: AbliterationRecord, *, progress: ProgressReporter = SILENT) -> None:
+    """Check the SHA-256 of every recorded file.
+
+    Raises:
+        VerificationError: A file is not the one that was written.
+    """
+    total = sum(recorded.bytes for recorded in record.files.values())
+    with progress.task("Checking hashes", total=total, unit="bytes") as advance:
+        for name, recorded in record.files.items():
+            path = record.directory / name
+            if hash_file(path, advance=advance) != recorded.sha256:
+                raise VerificationError(
+                    f"{path}: its SHA-256 is not the one in {RECORD_NAME}: changed since written; {_AGAIN}"
+                )
+
+
+def _read_entry(record: Path, name: str, entry: Any) -> WrittenFile:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        raise VerificationError(f"{record}: names {name!r}, outside the directory; {_AGAIN}")
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "sha256" not in entry:
+        raise InputError(f"{record}: no sha256 and bytes for {name}; {_AGAIN}")
+    return WrittenFile(sha256=str(entry["sha256"]), bytes=entry["bytes"])

@@ -1,0 +1,156 @@
+"""A quantised tensor on its way into a new file: edited in its own layout, or dequantised.
+
+Codes and scales may lie in different files, in either order, so each computes what it needs by itself: new scales take
+a pass over the decoded numbers, new codes that pass and the edit.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abliterate.checkpoints.file_assembly import ComputedStretch, Fill, Worker, changed_on_the_way
+from abliterate.checkpoints.file_ranges import TargetFile
+from abliterate.checkpoints.quantized_formats import decode, refitted_scales, requantize
+from abliterate.checkpoints.safetensors_file import Encoding, TensorInfo, encoded_matrices, read_codes, tensor_bytes
+from abliterate.editing.projection import project_out
+from abliterate.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedEdit:
+    """What is done to a quantised tensor.
+
+    Attributes:
+        path: The directory of the checkpoint it is read from.
+        info: The tensor, with its encoding.
+        directions: U, [k, d_model] float64, orthonormal rows; None decodes it and takes nothing out.
+        residual_axis: Its axis that indexes the residual stream.
+        strength: Share of the component that is removed.
+        preserve_norms: See `projection.project_out`; of a dequantised tensor only.
+    """
+
+    path: Path
+    info: TensorInfo
+    directions: Tensor | None = None
+    residual_axis: int = 0
+    strength: float = 1.0
+    preserve_norms: bool = False
+
+    @property
+    def encoding(self) -> Encoding:
+        """How it is stored."""
+        if self.info.encoding is None:
+            raise TypeError(f"{self.info.name} is stored as it is")
+        return self.info.encoding
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it is a stack of."""
+        return self.info.shape[0] if len(self.info.shape) == 3 else 1
+
+    def stored(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return codes and scales of one matrix as they are stored in the checkpoint."""
+        matrix = encoded_matrices(self.info)[index]
+        return read_codes(self.path, matrix.encoding or self.encoding)
+
+    def decoded(self, index: int) -> Tensor:
+        """Return one matrix in bfloat16, the directions projected out if there are any.
+
+        Raises:
+            CheckpointError: It holds NaN or infinite values.
+        """
+        codes, scales = self.stored(index)
+        numbers = decode(codes, scales, layout=self.encoding.layout).bfloat16()
+        matrix = (numbers.T if self.encoding.turned else numbers).contiguous()
+        if not bool(torch.isfinite(matrix).all()):
+            raise self._not_finite()
+        if self.directions is None:
+            return matrix
+        return project_out(
+            matrix,
+            directions=self.directions,
+            residual_axis=self.residual_axis - len(self.info.shape) + 2,
+            strength=self.strength,
+            preserve_norms=self.preserve_norms,
+        )
+
+    def refit(self, index: int) -> Tensor:
+        """Return the new scales of one matrix."""
+        codes, scales = self.stored(index)
+        return refitted_scales(
+            codes, scales, layout=self.encoding.layout, directions=self._basis, strength=self.strength
+        )
+
+    def edit(self, index: int) -> Tensor:
+        """Return the new codes of one matrix.
+
+        Raises:
+            CheckpointError: It holds NaN or infinite values.
+        """
+        codes, scales = self.stored(index)
+        try:
+            return requantize(
+                codes, scales, layout=self.encoding.layout, directions=self._basis, strength=self.strength
+            ).codes
+        except ValueError as error:
+            raise self._not_finite() from error
+
+    @property
+    def _basis(self) -> Tensor:
+        if self.directions is None:
+            raise TypeError(f"{self.info.name}: there is nothing to take out")
+        return self.directions
+
+    def _not_finite(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: tensor {self.encoding.codes.name} holds NaN or infinite values; "
+            "download the checkpoint again"
+        )
+
+
+class MadeMatrices(ComputedStretch):
+    """A tensor that is made matrix by matrix: new codes or scales, or the numbers they mean.
+
+    Args:
+        start: Where it begins in the new file.
+        nbytes: Its size.
+        make: Index of a matrix -> the matrix, of the dtype that is stored.
+        matrices: How many there are.
+        name: What the tensor is called in the new file, with the shard.
+    """
+
+    def __init__(self, *, start: int, nbytes: int, make: Callable[[int], Tensor], matrices: int, name: str) -> None:
+        super().__init__(start=start, end=start + nbytes)
+        self._make, self._name = make, name
+        self._matrix_bytes = nbytes // matrices
+        self._sums: list[int | None] = [None] * matrices
+        self._sum_read = 0
+
+    def fills(self) -> Sequence[Fill]:
+        """See `ComputedStretch.fills`: a task a matrix."""
+
+        def fill_of(index: int) -> Fill:
+            return lambda target, worker: self._fill(index, target, worker)
+
+        return [fill_of(index) for index in range(len(self._sums))]
+
+    def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
+        """See `ComputedStretch.check`."""
+        while written:
+            index, at = divmod(offset, self._matrix_bytes)
+            part = written[: self._matrix_bytes - at]
+            self._sum_read = zlib.crc32(part, self._sum_read if at else 0)
+            if at + len(part) == self._matrix_bytes and self._sum_read != self._sums[index]:
+                raise changed_on_the_way(self._name)
+            written, offset = written[len(part) :], offset + len(part)
+
+    def _fill(self, index: int, target: TargetFile, worker: Worker) -> None:
+        data = tensor_bytes(self._make(index))
+        self._sums[index] = zlib.crc32(data)
+        target.write(data, self.start + index * self._matrix_bytes)
+        worker.traffic.read += len(data)
+        worker.traffic.written += len(data)

@@ -1,0 +1,53 @@
+"""Broken at random, a checkpoint is edited or refused with a known error; nothing is written but the result.
+
+benchmarks/fuzz_checkpoint.py does the same for minutes.
+"""
+
+import os
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from abliterate.editing.plan import EditOptions
+from tests.support import fuzzing
+from tests.support.checkpoint_mutations import make_bases
+from tests.support.fuzzing import attempt, make_fuzz_direction, writes_elsewhere
+
+_numbers = iter(range(10**9))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> list[Path]:
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 5), st.integers(0, 2**32))
+def test_a_broken_checkpoint_is_edited_or_refused(bases, tmp_path_factory, which, seed):
+    work = tmp_path_factory.getbasetemp() / f"fuzzed-{next(_numbers)}"
+    assert attempt(bases[which], work, Random(seed), make_fuzz_direction())
+
+
+def test_a_sound_checkpoint_is_edited(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzzing, "break_checkpoint", lambda *_: None)
+    monkeypatch.setattr(fuzzing, "OPTIONS", (EditOptions(),))
+    for number, base in enumerate(bases):
+        assert attempt(base, tmp_path / f"{number}", Random(0), make_fuzz_direction()) == "edited"
+
+
+def test_writes_outside_the_directory_for_results_are_found(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    with writes_elsewhere(results) as found:
+        (results / "x").write_text("x")
+        (results / "x").unlink()
+        assert found == []
+        (tmp_path / "y").write_text("y")
+        os.rename(tmp_path / "y", results / "y")
+        (results / ".." / "made").mkdir()
+        (results / "link").symlink_to(tmp_path)
+        (results / "link" / "z").write_text("z")
+    assert [entry.split()[0] for entry in found] == ["open", "os.rename", "os.mkdir", "open"]
