@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from abliterate.editing.orthogonalization import orthogonalize_checkpoint
     from abliterate.evaluation import evaluate_model
     from abliterate.extraction.run import extract_direction
-    from abliterate.publishing import push_checkpoint
-    from abliterate.reverting import revert_checkpoint
+    from abliterate.release.publishing import push_checkpoint
+    from abliterate.release.reverting import revert_checkpoint
     from abliterate.tracing import trace_direction
 
 __all__ = [
@@ -42,8 +42,8 @@ _HOMES = {
     "evaluate_model": "abliterate.evaluation",
     "extract_direction": "abliterate.extraction.run",
     "orthogonalize_checkpoint": "abliterate.editing.orthogonalization",
-    "push_checkpoint": "abliterate.publishing",
-    "revert_checkpoint": "abliterate.reverting",
+    "push_checkpoint": "abliterate.release.publishing",
+    "revert_checkpoint": "abliterate.release.reverting",
     "trace_direction": "abliterate.tracing",
     "write_adapter": "abliterate.editing.adapter",
 }

@@ -20,8 +20,8 @@ from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan import EditOptions
 from abliterate.errors import CheckpointError, InputError, QuantizedCheckpointError, VerificationError
 from abliterate.models.chat_model import ModelOptions
-from abliterate.reverting import revert_checkpoint
-from abliterate.verification import VerificationOptions, VerificationReport, verify_checkpoint
+from abliterate.release.reverting import revert_checkpoint
+from abliterate.release.verification import VerificationOptions, VerificationReport, verify_checkpoint
 from tests.support.loaded_models import stored, stream_component, tree
 from tests.support.quantized_models import FP8_FORMATS, save_fp8_llama, save_mxfp4_gpt_oss
 from tests.support.tiny_models import random_direction, save_tiny_llama

@@ -22,7 +22,7 @@ from abliterate.models.chat_model import ModelOptions, make_chat_model
 from abliterate.models.demo import load_base_model, load_gguf
 from abliterate.models.hooks import difference_in_means, record
 from abliterate.prompt_sets import load_prompt_set
-from abliterate.verification import VerificationOptions, VerificationReport, verify_checkpoint
+from abliterate.release.verification import VerificationOptions, VerificationReport, verify_checkpoint
 
 GEMMA = os.environ.get("ABLITERATE_TEST_GEMMA")
 FIGURES = os.environ.get("ABLITERATE_FIGURES")

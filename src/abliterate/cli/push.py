@@ -11,7 +11,7 @@ from abliterate.cli.options import JsonOption
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
-    from abliterate.publishing import PushReport
+    from abliterate.release.publishing import PushReport
 
 
 def push(
@@ -41,7 +41,7 @@ def push(
     Every file is checked against abliteration.json first. The token is that of `hf auth login` or HF_TOKEN.
     An interrupted push goes on where it stopped when it is repeated; nothing on the Hub is ever deleted.
     """
-    from abliterate.publishing import push_checkpoint
+    from abliterate.release.publishing import push_checkpoint
 
     output = Output.of(context, json_output=json_output)
     report = push_checkpoint(

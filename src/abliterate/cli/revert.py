@@ -10,7 +10,7 @@ from abliterate.cli.options import JsonOption
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
-    from abliterate.reverting import RevertReport
+    from abliterate.release.reverting import RevertReport
 
 
 def revert(
@@ -41,7 +41,7 @@ def revert(
     if output_directory is None and not dry_run:
         raise typer.BadParameter("is needed unless --dry-run is given", param_hint="'-o' / '--output'")
 
-    from abliterate.reverting import revert_checkpoint
+    from abliterate.release.reverting import revert_checkpoint
 
     output = Output.of(context, json_output=json_output)
     report = revert_checkpoint(

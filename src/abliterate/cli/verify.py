@@ -18,8 +18,8 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
-    from abliterate.quick_verification import TensorCheck
-    from abliterate.verification_report import LogitCheck, StreamCheck, VerificationReport
+    from abliterate.release.file_checks import TensorCheck
+    from abliterate.release.report import LogitCheck, StreamCheck, VerificationReport
 
 
 def verify(
@@ -54,7 +54,7 @@ def verify(
     """
     from abliterate.errors import VerificationError
     from abliterate.models.chat_model import ModelOptions
-    from abliterate.verification import VerificationOptions, verify_checkpoint
+    from abliterate.release.verification import VerificationOptions, verify_checkpoint
 
     output = Output.of(context, json_output=json_output)
     report = verify_checkpoint(

@@ -25,11 +25,9 @@ from abliterate.models.hooks import ablate_subspace
 from abliterate.models.loading import load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, load_prompt_set
-from abliterate.quick_verification import QuickCheck, verify_files
-from abliterate.recorded_base import find_base
-from abliterate.recorded_edits import recorded_options, recorded_subspace
-from abliterate.stream_checks import LogitComparison, StreamComponents, run_prompts
-from abliterate.verification_report import (
+from abliterate.release.file_checks import QuickCheck, verify_files
+from abliterate.release.recorded_edits import find_base, recorded_options, recorded_subspace
+from abliterate.release.report import (
     LogitCheck,
     StreamCheck,
     VerificationReport,
@@ -38,6 +36,7 @@ from abliterate.verification_report import (
     logit_failures,
     stream_failures,
 )
+from abliterate.release.stream_checks import LogitComparison, StreamComponents, run_prompts
 
 # Sine of the angle below which two subspaces are the same; directions are stored in float32.
 _SAME_SUBSPACE = 1e-6

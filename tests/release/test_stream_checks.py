@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div, log_softmax
 from abliterate.editing.projection import orthonormalize
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_subspace, capture_stream
-from abliterate.stream_checks import LogitComparison, run_prompts
+from abliterate.release.stream_checks import LogitComparison, run_prompts
 
 ROWS = [[4, 5, 6, 7, 8], [9, 10, 11]]
 

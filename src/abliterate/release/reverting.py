@@ -18,8 +18,8 @@ from abliterate.editing.plan_report import check_output
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, Format, read_record
 from abliterate.errors import InputError, VerificationError
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.quick_verification import compare_with_base
-from abliterate.recorded_base import find_base
+from abliterate.release.file_checks import compare_with_base
+from abliterate.release.recorded_edits import find_base
 
 # One copies while the other reads back.
 _WORKERS = 2

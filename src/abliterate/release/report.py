@@ -17,8 +17,8 @@ import torch
 
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
 from abliterate.editing.checks import reasons_against_clean_stream, reasons_against_equal_logits
-from abliterate.quick_verification import QuickCheck, TensorCheck
-from abliterate.stream_checks import LogitComparison, LogitDifference, StreamComponents
+from abliterate.release.file_checks import QuickCheck, TensorCheck
+from abliterate.release.stream_checks import LogitComparison, LogitDifference, StreamComponents
 
 _FLOAT32_ROUNDOFF = torch.finfo(torch.float32).eps / 2
 

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from abliterate import publishing
 from abliterate.checkpoints import hub as hub_module
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import AbliterateError, CheckpointError, HubError, InputError, VerificationError
-from abliterate.publishing import PushReport, push_checkpoint
+from abliterate.release import publishing
+from abliterate.release.publishing import PushReport, push_checkpoint
 from tests.support.fake_hub import FakeHub, evaluation_report, write_checkpoint
 from tests.support.tiny_models import random_direction, save_tiny_model
 

@@ -13,7 +13,7 @@ from abliterate.editing.adapter import write_adapter
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan import EditOptions
 from abliterate.errors import InputError, VerificationError
-from abliterate.reverting import revert_checkpoint
+from abliterate.release.reverting import revert_checkpoint
 from tests.support.loaded_models import stored, tree
 from tests.support.tiny_models import random_direction, save_tiny_model
 

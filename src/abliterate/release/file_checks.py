@@ -28,7 +28,7 @@ from abliterate.editing.plan import EditOptions
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.recorded_edits import (
+from abliterate.release.recorded_edits import (
     RecordedTensor,
     differences_from_plan,
     recorded_options,

@@ -20,10 +20,10 @@ from abliterate.editing.record import read_record
 from abliterate.errors import CheckpointError, InputError, ModelError
 from abliterate.models.chat_model import ModelOptions
 from abliterate.progress import SILENT
-from abliterate.quick_verification import QuickCheck
-from abliterate.recorded_edits import recorded_subspace
-from abliterate.verification import VerificationOptions, VerificationReport, _Run, verify_checkpoint
-from abliterate.verification_report import LogitCheck, StreamCheck, logit_failures, stream_failures
+from abliterate.release.file_checks import QuickCheck
+from abliterate.release.recorded_edits import recorded_subspace
+from abliterate.release.report import LogitCheck, StreamCheck, logit_failures, stream_failures
+from abliterate.release.verification import VerificationOptions, VerificationReport, _Run, verify_checkpoint
 from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.fake_hub import FakeHub
 
@@ -147,7 +147,7 @@ class TestWhatOrthogonalizeWrote:
         assert report.files.bytes_compared == unedited
 
     def test_quick_runs_no_model(self, made, monkeypatch):
-        monkeypatch.setattr("abliterate.verification.load_chat_model", None)
+        monkeypatch.setattr("abliterate.release.verification.load_chat_model", None)
         report = verify(made[1], options=QUICK)
         assert report.passed
         assert (report.stream, report.logits) == (None, None)

@@ -1,0 +1,1 @@
+"""What is done with an edited checkpoint: it is proved, published, undone."""
