@@ -17,8 +17,8 @@ from typing import Any
 
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import NoDirectionError
-from abliterate.evaluation import evaluate_model
-from abliterate.evaluation_report import EvaluationOptions
+from abliterate.evaluation.report import EvaluationOptions
+from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.candidates import DirectionRecipe
 from abliterate.extraction.report import ExtractionOptions
 from abliterate.extraction.run import extract_direction

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.audit_report import AuditThresholds
+from abliterate.evaluation.audit_report import AuditThresholds
 from scripts import results
 from tests.support.paths import REPOSITORY
 

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from abliterate.audit_page import write_audit_page
-from abliterate.audit_report import AuditOptions
-from abliterate.auditing import audit_model
+from abliterate.evaluation.audit_report import AuditOptions
+from abliterate.evaluation.auditing import audit_model
 from abliterate.models.chat_model import ModelOptions
 from abliterate.models.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from abliterate._version import __version__
 
 if TYPE_CHECKING:
-    from abliterate.auditing import audit_model
     from abliterate.directions import Direction, load_direction
     from abliterate.editing.adapter import write_adapter
     from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-    from abliterate.evaluation import evaluate_model
+    from abliterate.evaluation.auditing import audit_model
+    from abliterate.evaluation.run import evaluate_model
+    from abliterate.evaluation.tracing import trace_direction
     from abliterate.extraction.run import extract_direction
     from abliterate.release.publishing import push_checkpoint
     from abliterate.release.reverting import revert_checkpoint
-    from abliterate.tracing import trace_direction
 
 __all__ = [
     "Direction",
@@ -38,13 +38,13 @@ __all__ = [
 _HOMES = {
     "Direction": "abliterate.directions",
     "load_direction": "abliterate.directions",
-    "audit_model": "abliterate.auditing",
-    "evaluate_model": "abliterate.evaluation",
+    "audit_model": "abliterate.evaluation.auditing",
+    "evaluate_model": "abliterate.evaluation.run",
     "extract_direction": "abliterate.extraction.run",
     "orthogonalize_checkpoint": "abliterate.editing.orthogonalization",
     "push_checkpoint": "abliterate.release.publishing",
     "revert_checkpoint": "abliterate.release.reverting",
-    "trace_direction": "abliterate.tracing",
+    "trace_direction": "abliterate.evaluation.tracing",
     "write_adapter": "abliterate.editing.adapter",
 }
 

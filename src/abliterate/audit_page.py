@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from abliterate.audit_report import AuditedIntervention, AuditReport
-from abliterate.evaluation_report import RefusalRate
+from abliterate.evaluation.audit_report import AuditedIntervention, AuditReport
+from abliterate.evaluation.report import RefusalRate
 from abliterate.report_charts import Interval, interval_chart
 from abliterate.report_page import (
     Section,

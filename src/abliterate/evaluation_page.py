@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from abliterate.distribution_shift import CONTINUATION_TOKENS
-from abliterate.evaluation_report import CategoryRate, EvaluationReport, RefusalRate
+from abliterate.evaluation.drift import CONTINUATION_TOKENS
+from abliterate.evaluation.judges import JudgedRate
+from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
 from abliterate.report_charts import Interval, Part, interval_chart, share_chart
 from abliterate.report_page import (
     Section,
@@ -20,7 +21,6 @@ from abliterate.report_page import (
     table,
     write_page,
 )
-from abliterate.verdicts import JudgedRate
 
 _NAMES = {"harmful": "Harmful", "harmless": "Harmless", "borderline": "Borderline"}
 _CLASS_COLOURS = (("refusal", "--base"), ("answer", "--answer"), ("degenerate", "--fifth"))

@@ -3,16 +3,23 @@
 import random
 from html.parser import HTMLParser
 
-from abliterate.audit_report import AuditedIntervention, AuditOptions, AuditReport, Method, decide, is_bearable
-from abliterate.candidate_ranking import CandidateSummary, ScreenedCandidate, Stability
-from abliterate.capability import CapabilityReport, TaskScore
-from abliterate.distribution_shift import CrossEntropy, Divergence
-from abliterate.evaluation_report import KINDS, EvaluationReport, count_by_category, count_replies, refusal_change
+from abliterate.evaluation.audit_report import (
+    AuditedIntervention,
+    AuditOptions,
+    AuditReport,
+    Method,
+    decide,
+    is_bearable,
+)
+from abliterate.evaluation.candidate_ranking import CandidateSummary, ScreenedCandidate, Stability
+from abliterate.evaluation.capability import CapabilityReport, TaskScore
+from abliterate.evaluation.drift import CrossEntropy, Divergence
+from abliterate.evaluation.judges import JudgedRate, JudgeReport
+from abliterate.evaluation.reply_classes import read_reply
+from abliterate.evaluation.report import KINDS, EvaluationReport, count_by_category, count_replies, refusal_change
+from abliterate.evaluation.statistics import Agreement
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.selection import CandidateScore, Thresholds
-from abliterate.proportions import Agreement
-from abliterate.reply_classes import read_reply
-from abliterate.verdicts import JudgedRate, JudgeReport
 
 CATEGORIES = ("fraud", "hacking", "weapons", "identity_forgery")
 VOID = {"meta", "br", "rect", "circle", "line", "path", "i"}

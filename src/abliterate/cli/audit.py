@@ -23,8 +23,8 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output, command_line
 
 if TYPE_CHECKING:
-    from abliterate.audit_report import AuditedIntervention, AuditReport
-    from abliterate.evaluation_report import RefusalRate
+    from abliterate.evaluation.audit_report import AuditedIntervention, AuditReport
+    from abliterate.evaluation.report import RefusalRate
 
 
 def audit(
@@ -89,9 +89,9 @@ def audit(
     is, unless --fail-if-brittle asks for a gate. Replies are greedy, measured on held-out prompts and written nowhere.
     """
     from abliterate.audit_page import write_audit_page
-    from abliterate.audit_report import AuditOptions, AuditThresholds
-    from abliterate.auditing import audit_model
     from abliterate.checkpoints.hub import resolve_model
+    from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
+    from abliterate.evaluation.auditing import audit_model
     from abliterate.models.chat_model import ModelOptions
 
     output = Output.of(context, json_output=json_output)

@@ -25,7 +25,7 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
-    from abliterate.chatting import ChatSession, Side
+    from abliterate.evaluation.chatting import ChatSession, Side
 
 
 def chat(
@@ -49,9 +49,9 @@ def chat(
     --json it holds one document with all turns, at the end. Ctrl-C stops a reply; at the prompt, or from a pipe, it
     ends the run. Nothing is written unless /save asks for it.
     """
-    from abliterate.chatting import ChatSession
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.directions import load_direction
+    from abliterate.evaluation.chatting import ChatSession
     from abliterate.models.chat_model import ModelOptions
     from abliterate.models.loading import load_chat_model
 

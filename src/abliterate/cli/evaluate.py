@@ -24,9 +24,9 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output, command_line
 
 if TYPE_CHECKING:
-    from abliterate.capability import CapabilityReport
-    from abliterate.evaluation_report import CategoryRate, EvaluationReport, RefusalRate
-    from abliterate.verdicts import JudgedRate
+    from abliterate.evaluation.capability import CapabilityReport
+    from abliterate.evaluation.judges import JudgedRate
+    from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
 
 
 class InterventionChoice(StrEnum):
@@ -141,11 +141,11 @@ def evaluate(
     Replies are greedy and are not written anywhere unless --save-completions or --cache asks for it. Prompts that the
     direction was found with are left out.
     """
-    from abliterate.capability import TaskOptions
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.evaluation import evaluate_model
+    from abliterate.evaluation.capability import TaskOptions
+    from abliterate.evaluation.report import EvaluationOptions
+    from abliterate.evaluation.run import evaluate_model
     from abliterate.evaluation_page import write_evaluation_page
-    from abliterate.evaluation_report import EvaluationOptions
     from abliterate.models.chat_model import ModelOptions
 
     output = Output.of(context, json_output=json_output)

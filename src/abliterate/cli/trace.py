@@ -23,7 +23,7 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output
 
 if TYPE_CHECKING:
-    from abliterate.trace_report import TokenTrace, TraceReport
+    from abliterate.evaluation.trace_report import TokenTrace, TraceReport
 
 N_ROWS = 12
 
@@ -70,10 +70,10 @@ def trace(
     Where an architecture's heads are not known the cosines are shown without the table of heads.
     """
     from abliterate.checkpoints.hub import resolve_model
+    from abliterate.evaluation.trace_report import write_trace_report
+    from abliterate.evaluation.tracing import DEFAULT_SETS, TraceOptions, trace_direction
     from abliterate.extraction.score_report import require_plots
     from abliterate.models.chat_model import ModelOptions
-    from abliterate.trace_report import write_trace_report
-    from abliterate.tracing import DEFAULT_SETS, TraceOptions, trace_direction
 
     output = Output.of(context, json_output=json_output)
     if report is not None:

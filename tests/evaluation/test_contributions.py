@@ -7,16 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abliterate.contributions import (
+from abliterate.evaluation.contributions import (
     Contributions,
     HeadsUnknownError,
     check_decomposition,
     find_block_parts,
     n_heads_of,
 )
+from abliterate.evaluation.traced_stream import StreamTrace, TracedPrompt, trace_stream, traced_prompts
 from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
-from abliterate.traced_prompts import TracedPrompt, traced_prompts
-from abliterate.traced_stream import StreamTrace, trace_stream
 from tests.support.chat_models import VOCABULARY, make_tokenizer, randomise
 
 SIZES: dict[str, Any] = {

@@ -9,12 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.errors import InputError, ModelError
-from abliterate.evaluation import evaluate_model
-from abliterate.evaluation_report import EvaluationOptions
-from abliterate.judges import JudgeOptions, load_judge, parse_verdict
+from abliterate.evaluation.judges import JudgeOptions, judge_replies, load_judge, parse_verdict
+from abliterate.evaluation.reply_classes import read_reply
+from abliterate.evaluation.report import EvaluationOptions
+from abliterate.evaluation.run import evaluate_model
 from abliterate.models.chat_model import ChatModel
-from abliterate.reply_classes import read_reply
-from abliterate.verdicts import judge_replies
 from tests.support.chat_models import VOCABULARY, make_tokenizer
 
 GUARD_TEMPLATE = (

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.audit_report import (
+from abliterate.errors import InputError, ModelError, VerificationError
+from abliterate.evaluation.audit_report import (
     AuditedIntervention,
     AuditOptions,
     AuditReport,
@@ -17,16 +18,15 @@ from abliterate.audit_report import (
     is_bearable,
     legible_refusal,
 )
-from abliterate.auditing import audit_model
-from abliterate.distribution_shift import Divergence
-from abliterate.errors import InputError, ModelError, VerificationError
-from abliterate.evaluation_report import RefusalRate, count_replies
+from abliterate.evaluation.auditing import audit_model
+from abliterate.evaluation.drift import Divergence
+from abliterate.evaluation.reply_classes import read_reply
+from abliterate.evaluation.report import RefusalRate, count_replies
+from abliterate.evaluation.statistics import paired_change
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction, capture_inputs
 from abliterate.prompt_sets import load_prompt_set
-from abliterate.proportions import paired_change
-from abliterate.reply_classes import read_reply
 
 FEW = AuditOptions(
     n_train=10,
@@ -122,9 +122,9 @@ def starts_with_a_vowel(text: str) -> bool:
 
 @pytest.fixture
 def audited(llama_chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> tuple[ChatModel, AuditReport]:
-    monkeypatch.setattr("abliterate.reply_classes.is_refusal", starts_with_a_vowel)
+    monkeypatch.setattr("abliterate.evaluation.reply_classes.is_refusal", starts_with_a_vowel)
     # Random text is as unlikely to a random model as any other.
-    monkeypatch.setattr("abliterate.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
+    monkeypatch.setattr("abliterate.evaluation.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
     return llama_chat, audit_model(model=llama_chat, options=FEW)
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from abliterate._version import __version__
-from abliterate.audit_report import (
+from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.errors import InputError
+from abliterate.evaluation.audit_report import (
     AuditedIntervention,
     AuditOptions,
     AuditReport,
@@ -24,18 +26,16 @@ from abliterate.audit_report import (
     is_bearable,
     legible_refusal,
 )
-from abliterate.behaviour import Answers, answer_prompts, measure_surprise, read_replies
-from abliterate.candidate_ranking import CandidateFinder, CandidateSummary, Stability
-from abliterate.checkpoints.hub import ModelSource, resolve_model
-from abliterate.distribution_shift import BaseDistributions, Surprise, compare_surprise, completion_surprise
-from abliterate.errors import InputError
-from abliterate.evaluation_report import RefusalRate, count_replies, refusal_change
+from abliterate.evaluation.candidate_ranking import CandidateFinder, CandidateSummary, Stability
+from abliterate.evaluation.drift import BaseDistributions, Surprise, compare_surprise, completion_surprise
+from abliterate.evaluation.replies import Answers, answer_prompts, measure_surprise, read_replies
+from abliterate.evaluation.reply_classes import Reply
+from abliterate.evaluation.report import RefusalRate, count_replies, refusal_change
 from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction
 from abliterate.models.loading import load_chat_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, Kind, PromptSet, load_prompt_set, split_for_extraction
-from abliterate.reply_classes import Reply
 
 N_PREFIX_PROMPTS = 8
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from abliterate.candidate_ranking import CandidateFinder
+from abliterate.evaluation.candidate_ranking import CandidateFinder
+from abliterate.evaluation.reply_classes import read_reply
 from abliterate.extraction.selection import Thresholds
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction
 from abliterate.progress import SILENT
 from abliterate.prompt_sets import ExtractionPrompts, split_for_extraction
-from abliterate.reply_classes import read_reply
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
 
@@ -92,7 +92,9 @@ def test_with_one_the_candidates_that_pass_are_counted_and_proposed_first(
     from abliterate.extraction.scoring import CandidateScorer
 
     token = llama_chat.tokenizer("I", add_special_tokens=False)["input_ids"][0]
-    monkeypatch.setattr("abliterate.candidate_ranking.find_refusal_tokens", lambda **_kwargs: [(token, 1.0, 0.0)])
+    monkeypatch.setattr(
+        "abliterate.evaluation.candidate_ranking.find_refusal_tokens", lambda **_kwargs: [(token, 1.0, 0.0)]
+    )
     scorer = CandidateScorer(
         chat=llama_chat,
         candidates=make_finder(llama_chat, prompts).candidates,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from abliterate.evaluation.reply_classes import read_reply
 from abliterate.extraction.candidates import DirectionRecipe, resampled_cosines
 from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric
 from abliterate.extraction.scoring import CandidateScorer
@@ -20,7 +21,6 @@ from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording, ablate_direction, difference_in_means, record
 from abliterate.progress import ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, PromptSet
-from abliterate.reply_classes import read_reply
 
 MIN_FILTERED = 8
 """With fewer prompts than this left on one side, the filter by the refusal metric is not applied."""

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from abliterate.distribution_shift import (
+from abliterate.errors import InputError, ModelError
+from abliterate.evaluation.drift import (
     BaseDistributions,
     Surprise,
     compare_surprise,
     completion_surprise,
     text_surprise,
 )
-from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.hooks import ablate_direction
 from abliterate.prompt_sets import load_plain_texts
@@ -103,7 +103,7 @@ def test_a_full_disk_is_said(llama_chat: ChatModel, monkeypatch: pytest.MonkeyPa
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("abliterate.distribution_shift.tempfile.TemporaryFile", Full)
+    monkeypatch.setattr("abliterate.evaluation.drift.tempfile.TemporaryFile", Full)
     with BaseDistributions(rows=[[5, 6]], completions=[[7]]) as distributions:
         with pytest.raises(InputError, match=r"No space left.*TMPDIR"):
             distributions.record(llama_chat)

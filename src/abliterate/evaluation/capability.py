@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, MissingDependencyError
+from abliterate.evaluation.statistics import Z_95, mcnemar_p_value
 from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.proportions import Z_95, mcnemar_p_value
 
 _DOCUMENTS_PER_BATCH = 8
 

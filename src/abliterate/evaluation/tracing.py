@@ -12,20 +12,16 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.hub import ModelSource, resolve_model
-from abliterate.contributions import (
+from abliterate.directions import Direction, load_direction
+from abliterate.errors import DirectionError, InputError
+from abliterate.evaluation.contributions import (
     BlockParts,
     Contributions,
     HeadsUnknownError,
     find_block_parts,
     n_heads_of,
 )
-from abliterate.directions import Direction, load_direction
-from abliterate.errors import DirectionError, InputError
-from abliterate.models.chat_model import ChatModel, ModelOptions, with_response_prefix
-from abliterate.models.loading import load_chat_model
-from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import Kind, PromptSet, load_prompt_set
-from abliterate.trace_report import (
+from abliterate.evaluation.trace_report import (
     LAST_TOKEN,
     HeadAttention,
     LayerProfile,
@@ -36,8 +32,20 @@ from abliterate.trace_report import (
     TracedSet,
     TraceReport,
 )
-from abliterate.traced_prompts import SuffixKind, TracedPrompt, random_suffixes, suffix_tokens, traced_prompts
-from abliterate.traced_stream import StreamTrace, trace_attention, trace_stream
+from abliterate.evaluation.traced_stream import (
+    StreamTrace,
+    SuffixKind,
+    TracedPrompt,
+    random_suffixes,
+    suffix_tokens,
+    trace_attention,
+    trace_stream,
+    traced_prompts,
+)
+from abliterate.models.chat_model import ChatModel, ModelOptions, with_response_prefix
+from abliterate.models.loading import load_chat_model
+from abliterate.progress import SILENT, ProgressReporter
+from abliterate.prompt_sets import Kind, PromptSet, load_prompt_set
 
 DEFAULT_SETS = get_args(Kind)
 

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from abliterate.capability import CapabilityReport, TaskOptions
-from abliterate.distribution_shift import CrossEntropy, Divergence
-from abliterate.proportions import PairedChange, paired_change, wilson_interval
-from abliterate.reply_classes import DEGENERATE, Reply
-from abliterate.verdicts import JudgeReport
+from abliterate.evaluation.capability import CapabilityReport, TaskOptions
+from abliterate.evaluation.drift import CrossEntropy, Divergence
+from abliterate.evaluation.judges import JudgeReport
+from abliterate.evaluation.reply_classes import DEGENERATE, Reply
+from abliterate.evaluation.statistics import PairedChange, paired_change, wilson_interval
 
 Intervention = Literal["none", "ablate", "add", "affine"]
 Kind = Literal["harmful", "harmless", "borderline"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from scipy import stats
 
-from abliterate import capability
-from abliterate.capability import TaskOptions, _samples, _score, run_tasks
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, MissingDependencyError
-from abliterate.evaluation import evaluate_model
-from abliterate.evaluation_report import EvaluationOptions
+from abliterate.evaluation import capability
+from abliterate.evaluation.capability import TaskOptions, _samples, _score, run_tasks
+from abliterate.evaluation.report import EvaluationOptions
+from abliterate.evaluation.run import evaluate_model
 from abliterate.models.chat_model import ChatModel
 
 needs_harness = pytest.mark.skipif(

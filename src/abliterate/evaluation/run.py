@@ -2,11 +2,16 @@
 
 All numbers are on prompts that extraction did not use: those whose hashes the direction lists are left out. Replies
 are greedy and are written only on request.
+
+Keeping the prompts a direction was found with out of its evaluation.
+
+The direction file lists the hashes of the prompts it was extracted with; the record of an orthogonalized checkpoint
+carries the direction's metadata along. So both are known without the prompts themselves.
 """
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,11 +21,12 @@ from typing import Any
 import torch
 
 from abliterate._version import __version__
-from abliterate.behaviour import Answers, answer_prompts, let_think, measure_surprise, read_replies
-from abliterate.capability import TaskSamples, compare_tasks, require_harness, run_tasks
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.directions import Direction, load_direction
-from abliterate.distribution_shift import (
+from abliterate.editing.record import RECORD_NAME, read_json_report
+from abliterate.errors import InputError, PromptSetError
+from abliterate.evaluation.capability import TaskSamples, compare_tasks, require_harness, run_tasks
+from abliterate.evaluation.drift import (
     BaseDistributions,
     Divergence,
     Surprise,
@@ -28,8 +34,18 @@ from abliterate.distribution_shift import (
     completion_surprise,
     text_surprise,
 )
-from abliterate.errors import InputError
-from abliterate.evaluation_report import (
+from abliterate.evaluation.judges import JudgeOptions, JudgeReport, judge_replies, load_judge
+from abliterate.evaluation.replies import (
+    Answers,
+    ReplyCache,
+    answer_prompts,
+    let_think,
+    measure_surprise,
+    model_fingerprint,
+    read_replies,
+)
+from abliterate.evaluation.reply_classes import Reply
+from abliterate.evaluation.report import (
     KINDS,
     SCORER,
     EvaluationOptions,
@@ -39,16 +55,64 @@ from abliterate.evaluation_report import (
     count_replies,
     refusal_change,
 )
-from abliterate.held_out import HeldOut, hold_out, used_for_checkpoint, used_prompts
-from abliterate.judges import JudgeOptions, load_judge
 from abliterate.models.chat_model import ChatModel, ModelOptions
 from abliterate.models.loading import load_chat_model
 from abliterate.models.steering import default_coefficient, steer
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
-from abliterate.reply_cache import ReplyCache, model_fingerprint
-from abliterate.reply_classes import Reply
-from abliterate.verdicts import JudgeReport, judge_replies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """A prompt set without the prompts used before, and how many those were."""
+
+    prompts: PromptSet
+    excluded: int
+
+
+def used_prompts(metadata: Mapping[str, Any]) -> frozenset[str]:
+    """Return the prompt hashes that a direction's metadata lists; none for a direction of another origin."""
+    hashes = metadata.get("prompt_hashes")
+    return frozenset(str(value) for value in hashes) if isinstance(hashes, list) else frozenset()
+
+
+def used_for_checkpoint(directory: Path) -> frozenset[str]:
+    """Return the hashes of the prompts behind an orthogonalized checkpoint, its earlier edits included.
+
+    A directory without a record is no orthogonalized checkpoint, and nothing was used for it.
+
+    Raises:
+        InputError: the record cannot be read.
+    """
+    path = directory / RECORD_NAME
+    return frozenset(_hashes_in(read_json_report(path))) if path.is_file() else frozenset()
+
+
+def hold_out(prompts: PromptSet, used: frozenset[str]) -> HeldOut:
+    """Leave the prompts that were used out.
+
+    Raises:
+        PromptSetError: none is left.
+    """
+    left = prompts.without(used)
+    if len(prompts) and not len(left):
+        raise PromptSetError(
+            f"{prompts.name}: the direction was found with every one of its {len(prompts)} prompts, so rates on them "
+            "would say nothing; evaluate on other prompts"
+        )
+    return HeldOut(prompts=left, excluded=len(prompts) - len(left))
+
+
+def _hashes_in(value: Any) -> Iterable[str]:
+    """Find every `prompt_hashes` in a record, however deep: a checkpoint may rest on several directions and edits."""
+    if isinstance(value, Mapping):
+        yield from used_prompts(value)
+        for item in value.values():
+            yield from _hashes_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _hashes_in(item)
+
 
 __all__ = ["EvaluationOptions", "EvaluationReport", "evaluate_model"]
 

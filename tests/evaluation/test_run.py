@@ -9,14 +9,14 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, PromptSetError
-from abliterate.evaluation import evaluate_model
-from abliterate.evaluation_report import EvaluationOptions, count_by_category
+from abliterate.evaluation.reply_classes import read_reply
+from abliterate.evaluation.report import EvaluationOptions, count_by_category
+from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.refusal import REFUSAL_SUBSTRINGS
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel, ModelOptions
 from abliterate.models.loading import load_chat_model
 from abliterate.prompt_sets import prompt_hash
-from abliterate.reply_classes import read_reply
 from tests.support.chat_models import make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]

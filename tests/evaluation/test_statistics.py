@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from abliterate.proportions import cohens_kappa, mcnemar_p_value, paired_change, wilson_interval
+from abliterate.evaluation.statistics import cohens_kappa, mcnemar_p_value, paired_change, wilson_interval
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (3, 10), (97, 144), (1, 1000)])

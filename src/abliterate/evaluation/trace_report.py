@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from abliterate.evaluation.traced_stream import SuffixKind
 from abliterate.extraction.score_report import require_plots
-from abliterate.traced_prompts import SuffixKind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from abliterate.candidate_ranking import CandidateSummary, Stability
-from abliterate.distribution_shift import CrossEntropy, Divergence
 from abliterate.errors import VerificationError
-from abliterate.evaluation_report import RefusalRate
+from abliterate.evaluation.candidate_ranking import CandidateSummary, Stability
+from abliterate.evaluation.drift import CrossEntropy, Divergence
+from abliterate.evaluation.report import RefusalRate
+from abliterate.evaluation.statistics import PairedChange
 from abliterate.extraction.selection import Thresholds
-from abliterate.proportions import PairedChange
 
 Verdict = Literal["single_direction", "few_directions", "not_mediated", "does_not_refuse"]
 Method = Literal["single", "rank", "addition"]

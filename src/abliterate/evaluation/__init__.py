@@ -1,0 +1,1 @@
+"""Measuring what an edit did, and how brittle a model's refusals are."""
