@@ -88,11 +88,11 @@ def audit(
     The verdict is single_direction, few_directions, not_mediated or does_not_refuse; the exit code is 0 whatever it
     is, unless --fail-if-brittle asks for a gate. Replies are greedy, measured on held-out prompts and written nowhere.
     """
-    from abliterate.audit_page import write_audit_page
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
     from abliterate.evaluation.auditing import audit_model
     from abliterate.models.chat_model import ModelOptions
+    from abliterate.reports.audit_page import write_audit_page
 
     output = Output.of(context, json_output=json_output)
     report = audit_model(

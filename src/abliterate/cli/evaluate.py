@@ -145,8 +145,8 @@ def evaluate(
     from abliterate.evaluation.capability import TaskOptions
     from abliterate.evaluation.report import EvaluationOptions
     from abliterate.evaluation.run import evaluate_model
-    from abliterate.evaluation_page import write_evaluation_page
     from abliterate.models.chat_model import ModelOptions
+    from abliterate.reports.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
     if report_completions and (report_directory is None or save_completions is None):

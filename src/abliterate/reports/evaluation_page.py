@@ -7,8 +7,8 @@ from pathlib import Path
 from abliterate.evaluation.drift import CONTINUATION_TOKENS
 from abliterate.evaluation.judges import JudgedRate
 from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
-from abliterate.report_charts import Interval, Part, interval_chart, share_chart
-from abliterate.report_page import (
+from abliterate.reports.charts import Interval, Part, interval_chart, share_chart
+from abliterate.reports.page import (
     Section,
     commands,
     facts,

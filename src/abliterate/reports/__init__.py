@@ -1,0 +1,1 @@
+"""Values to files and pages: HTML without scripts from outside, and its charts."""
