@@ -56,7 +56,7 @@ def start(arguments: list[str], fault: tuple[str, int] | None = None) -> ForkPro
 def run(arguments: list[str], fault: tuple[str, int] | None) -> None:
     """Be `abliterate`."""
     import abliterate.checkpoints.file_ranges
-    from abliterate.cli import main as abliterate_main
+    from abliterate.cli.app import main as abliterate_main
 
     left = 0 if fault is None else fault[1]
 

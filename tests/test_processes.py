@@ -18,7 +18,7 @@ from tests.support.paths import REPOSITORY
 DYING = """
 import os, signal
 import abliterate.checkpoints.resumable_directory
-from abliterate.cli import main
+from abliterate.cli.app import main
 add = abliterate.checkpoints.resumable_directory.Journal.add
 def add_and_die(self, name, entry):
     add(self, name, entry)

@@ -20,7 +20,7 @@ EXTRACT += ["--kl-threshold", "1e9", "--induce-threshold", "-12"]
 # Says on stderr that it takes part, so that a launcher that starts one process for three does not pass for three.
 COUNTED = """
 import os, sys
-from abliterate.cli import main
+from abliterate.cli.app import main
 print(f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}", file=sys.stderr, flush=True)
 main()
 """

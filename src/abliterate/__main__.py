@@ -1,6 +1,6 @@
 """`python -m abliterate`, and `torchrun -m abliterate`."""
 
-from abliterate.cli import main
+from abliterate.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from abliterate.cli import main
+from abliterate.cli.app import main
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 
 from abliterate.directions import make_direction
 
-COMMAND = [sys.executable, "-c", "from abliterate.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from abliterate.cli.app import main; main()"]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.cli import app
+from abliterate.cli.app import app
 from abliterate.directions import make_direction
 
 TINY = ["--n-train", "8", "--n-val", "2", "--no-filter", "--refusal-token", "I"]
@@ -30,7 +30,7 @@ def assert_one_error_line(error: str) -> None:
 
 def test_help_is_light_and_documents_the_exit_codes() -> None:
     started = time.monotonic()
-    code = "import sys; from abliterate.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = "import sys; from abliterate.cli.app import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 20  # a hang, not a measurement; see benchmarks/
     loaded = set(done.stderr.split())
@@ -238,9 +238,9 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_termination_has_its_own_exit_code_in_every_command():
     program = (
-        "import os, signal, sys; import abliterate.cli as cli; "
-        "cli.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGTERM)); "
-        "sys.argv = ['abliterate', 'wait']; cli.main()"
+        "import os, signal, sys; from abliterate.cli import app; "
+        "app.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGTERM)); "
+        "sys.argv = ['abliterate', 'wait']; app.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert done.returncode == 143

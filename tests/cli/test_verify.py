@@ -85,7 +85,7 @@ def test_a_failure_is_one_line_and_the_report_is_there(files):
     name = "model.layers.3.mlp.down_proj.weight"
     undo(base, out, name)
     environment = os.environ | {"COLUMNS": "200"}
-    code = "from abliterate.cli import main; main()"
+    code = "from abliterate.cli.app import main; main()"
     command = [sys.executable, "-c", code, "-q", "verify", str(out), "--quick", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1

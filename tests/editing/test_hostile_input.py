@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate import cli
+from abliterate.cli import app
 from abliterate.directions import make_direction
 from abliterate.editing.plan import EditOptions, make_edit_plan
 from abliterate.editing.plan_report import plan_edit
@@ -50,7 +50,7 @@ def run(monkeypatch, capsys):
     def command(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["abliterate", *(str(word) for word in words)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            app.main()
         code = stopped.value.code
         return (code if isinstance(code, int) else int(code is not None)), *capsys.readouterr()
 

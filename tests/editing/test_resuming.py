@@ -27,7 +27,7 @@ from tests.support.tiny_models import random_direction, save_tiny_model
 SLOWLY = """
 import sys, time
 import abliterate.checkpoints.file_ranges, abliterate.checkpoints.file_assembly
-from abliterate.cli import main
+from abliterate.cli.app import main
 write, finish = abliterate.checkpoints.file_ranges.write_some, abliterate.checkpoints.file_assembly._Assembly._finish
 def slowly(*arguments):
     time.sleep(0.004)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate import cli
 from abliterate.architectures import table
 from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
 from abliterate.architectures.tiny_config import shrink_config
+from abliterate.cli import app
 from abliterate.directions import make_direction
 from abliterate.editing import tiny_twin
 from abliterate.editing.model_card import how_to_reproduce, what_was_done
@@ -43,7 +43,7 @@ class Run:
     def __init__(self, monkeypatch, capsys, *words: object) -> None:
         monkeypatch.setattr(sys, "argv", ["abliterate", *(str(word) for word in words)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            app.main()
         self.exit_code = stopped.value.code or 0
         self.stdout, self.stderr = capsys.readouterr()
 
