@@ -52,8 +52,6 @@ RANDOM = {
 @contextmanager
 def counted(chat: Any) -> Iterator[dict[str, int]]:
     """Count tokens through blocks, by their MLP's output, and through the output head."""
-    from abliterate.models.hooks import residual_writes
-
     counts = {"token_layers": 0, "head_tokens": 0}
 
     def counter(name: str) -> Callable[..., None]:
@@ -63,7 +61,8 @@ def counted(chat: Any) -> Iterator[dict[str, int]]:
 
         return count
 
-    handles = [residual_writes(block)[1].register_forward_hook(counter("token_layers")) for block in chat.blocks]
+    last_writes = [block.writes[-1].module for block in chat.stream.blocks]
+    handles = [module.register_forward_hook(counter("token_layers")) for module in last_writes]
     handles.append(chat.model.get_output_embeddings().register_forward_hook(counter("head_tokens")))
     try:
         yield counts

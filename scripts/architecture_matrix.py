@@ -14,12 +14,12 @@ import transformers
 from abliterate.architectures.table import refusal
 from tests.support.conformance import CLEAN, DIRTY, REFUSED_TYPES, TEXT_TYPES, WRAPPER_TYPES, build_model, check
 from tests.support.conformance_models import VARIANTS
-from tests.support.matrix import HEADER, MATRIX, exact_row, refused_row
+from tests.support.matrix import HEADER, MATRIX, REASONS, exact_row, reason_rows, refused_row
 
 
 def main() -> int:
     """Check all types, write the document, and return the exit code."""
-    rows = []
+    rows, reasons = [], []
     for name in sorted([*TEXT_TYPES, *WRAPPER_TYPES, *VARIANTS]):
         model_type, changes = VARIANTS.get(name, (name, {}))
         with tempfile.TemporaryDirectory() as work:
@@ -27,10 +27,13 @@ def main() -> int:
         if result.after >= CLEAN or result.before <= DIRTY or min(result.without.values()) <= CLEAN:
             print(f"{name}: not exact ({result})", file=sys.stderr)
             return 1
-        rows.append(exact_row(name, result.writers))
+        rows.append(exact_row(name, result))
+        reasons += reason_rows(name, result)
+        print(rows[-1][:100], file=sys.stderr)
     rows += [refused_row(name, refusal(name)) for name in REFUSED_TYPES]
     MATRIX.parent.mkdir(exist_ok=True)
-    MATRIX.write_text(HEADER.format(version=transformers.__version__) + "\n".join(rows) + "\n")
+    text = HEADER.format(version=transformers.__version__) + "\n".join(rows) + "\n" + REASONS + "\n".join(reasons)
+    MATRIX.write_text(text + "\n")
     print(f"{MATRIX}: {len(rows)} rows", file=sys.stderr)
     return 0
 

@@ -21,8 +21,8 @@ from tests.support.conformance import (
     build_model,
     check,
 )
-from tests.support.conformance_models import VARIANTS
-from tests.support.matrix import exact_row, refused_row, written_rows
+from tests.support.conformance_models import FLOAT32, VARIANTS
+from tests.support.matrix import exact_row, reason_rows, refused_row, written_rows
 from tests.support.tiny_models import random_direction
 
 CHECKED = [*TEXT_TYPES, *WRAPPER_TYPES, *VARIANTS]
@@ -37,7 +37,12 @@ def test_the_stream_is_clean_and_each_group_of_edits_is_needed(tmp_path, name):
     assert min(result.without.values()) > max(CLEAN, 100 * result.after), result.without
     # Every entry that was edited on disk is one that the model has, and no other changed.
     assert result.edited_on_disk == result.edited_in_memory
-    assert exact_row(name, result.writers) in written_rows(), "run `python -m scripts.architecture_matrix`"
+    hooks = result.hooks
+    assert hooks.ablated < (1e-6 if model_type in FLOAT32 else 1e-9)
+    assert (hooks.unlike_edited or 0) < 1e-6
+    assert (hooks.unlike_hidden_states or 0) < 1e-9
+    rows = [exact_row(name, result), *reason_rows(name, result)]
+    assert set(rows) <= set(written_rows()), "run `python -m scripts.architecture_matrix`"
 
 
 @pytest.mark.parametrize("model_type", REFUSED_TYPES)
@@ -56,8 +61,15 @@ def test_every_other_type_is_refused_by_name_and_nothing_is_written(tmp_path, mo
 
 
 def test_the_matrix_has_a_row_for_each_type_and_no_other():
-    names = [row.split(" | ")[0].removeprefix("| ") for row in written_rows()]
+    rows = [row.split(" | ") for row in written_rows()]
+    names = [row[0].removeprefix("| ") for row in rows if row[1] in {"exact", "refused"}]
     assert sorted(names) == sorted([*CHECKED, *REFUSED_TYPES])
+    not_extracted = {row[0] for row in rows if row[1] == "exact" and row[2] == "no"}
+    assert len(not_extracted) <= 5
+    explained = {(row[0], row[1]) for row in rows}
+    assert not_extracted <= {name for name, column in explained if column == "extract"}
+    not_streamed = {row[0] for row in rows if row[1] == "exact" and row[3] == "no"}
+    assert not_streamed - not_extracted <= {name for name, column in explained if column == "stream layers"}
 
 
 def test_how_many_types_are_exact():
@@ -69,14 +81,14 @@ def test_how_many_types_are_exact():
 
 @pytest.mark.parametrize("model_type", TEXT_TYPES)
 def test_the_default_tie_of_a_text_type_is_that_of_the_config_class(model_type):
-    assert ARCHITECTURES[model_type].tied_by_default == bool(AutoConfig.for_model(model_type).tie_word_embeddings)
+    assert ARCHITECTURES[model_type].tied == bool(AutoConfig.for_model(model_type).tie_word_embeddings)
 
 
 @pytest.mark.parametrize("model_type", WRAPPER_TYPES)
 def test_the_defaults_of_a_wrapper_are_those_of_its_config_class(model_type):
     config = AutoConfig.for_model(model_type)
     wrapper = WRAPPERS[model_type]
-    assert wrapper.tied_by_default == bool(getattr(config, "tie_word_embeddings", False))
+    assert wrapper.tied == bool(getattr(config, "tie_word_embeddings", False))
     assert wrapper.text_type == config.get_text_config().model_type
 
 

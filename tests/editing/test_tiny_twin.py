@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.architectures import table
+from abliterate.architectures import vocabulary
 from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.cli import app
@@ -213,7 +213,7 @@ def test_a_writer_that_the_checkpoint_has_not(tmp_path, refused, monkeypatch):
 
 
 def test_a_missed_writer_leaves_the_stream_unclean(unknown, refused, monkeypatch):
-    monkeypatch.setattr(table, "READER_PATHS", table.READER_PATHS | {"self_attn.o_proj"})
+    monkeypatch.setattr(vocabulary, "READER_PATHS", vocabulary.READER_PATHS | {"self_attn.o_proj"})
     refused(unknown, "a tiny model of it does not show that the edit is complete: |r.h|/|h| is 0.")
 
 

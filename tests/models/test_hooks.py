@@ -9,11 +9,10 @@ from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import (
     ablate_direction,
     add_direction,
-    blocks_return_tuples,
     capture_inputs,
-    residual_writes,
     start_at_block,
 )
+from abliterate.models.stream_probe import probe_stream
 
 ROWS = [[5, 9, 17, 40, 7], [8, 11, 60, 61, 62]]
 
@@ -42,7 +41,7 @@ def test_ablation_keeps_the_direction_out_of_the_stream(chat: ChatModel) -> None
         # Watchers attached after the ablating hooks see what the block sees.
         after = max(float((h @ unit).abs().max() / h.norm(dim=-1).max()) for h in stream(chat))
     handle.remove()
-    assert attached == 3 * chat.n_layers
+    assert attached == sum(1 + len(block.writes) for block in chat.stream.blocks) == 3 * chat.n_layers
     assert before > 1e-2
     assert after < 1e-6
 
@@ -90,10 +89,11 @@ def test_starting_at_a_block_gives_the_same_logits(chat: ChatModel) -> None:
     hidden = stream(chat)
     expected = chat.forward(ROWS)
     calls = []
-    handle = residual_writes(chat.blocks[1])[1].register_forward_hook(lambda *_: calls.append(1))
+    handle = chat.stream.blocks[1].writes[-1].module.register_forward_hook(lambda *_: calls.append(1))
+    returned = probe_stream(chat, rows=ROWS).returned
     for layer in (0, 2, chat.n_layers - 1):
         calls.clear()
-        with start_at_block(chat, hidden[layer], layer=layer, tuple_output=blocks_return_tuples(chat)):
+        with start_at_block(chat, hidden[layer], layer=layer, returned=returned):
             calls.clear()
             assert torch.allclose(chat.forward(ROWS), expected, atol=1e-5)
         assert len(calls) == (1 if layer <= 1 else 0)
@@ -109,7 +109,7 @@ def test_hooks_are_removed_whatever_happens(chat: ChatModel) -> None:
         ablate_direction(chat, vector),
         add_direction(chat, vector, layer=1),
         capture_inputs(chat, lambda *_: None),
-        start_at_block(chat, torch.zeros(2, 5, chat.d_model), layer=3, tuple_output=False),
+        start_at_block(chat, torch.zeros(2, 5, chat.d_model), layer=3, returned=[0] * 3),
     ):
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
             with intervention:
@@ -122,27 +122,3 @@ def test_hooks_are_removed_whatever_happens(chat: ChatModel) -> None:
 def test_a_direction_of_another_width_is_refused(chat: ChatModel) -> None:
     with pytest.raises(ModelError, match="width is 32"), ablate_direction(chat, torch.ones(31)):
         pass
-
-
-def test_an_unknown_block_is_refused_by_its_childrens_names() -> None:
-    block = torch.nn.Module()
-    block.add_module("gearbox", torch.nn.Linear(2, 2))
-    with pytest.raises(ModelError, match="gearbox"):
-        residual_writes(block)
-
-
-def test_post_norms_are_what_writes() -> None:
-    def block(*names: str) -> torch.nn.Module:
-        made = torch.nn.Module()
-        for name in names:
-            made.add_module(name, torch.nn.Identity())
-        return made
-
-    llama = block("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-    assert residual_writes(llama) == (llama.self_attn, llama.mlp)
-    gemma = block(
-        "self_attn", "mlp", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-    )
-    assert residual_writes(gemma) == (gemma.post_attention_layernorm, gemma.post_feedforward_layernorm)
-    glm4 = block("self_attn", "mlp", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
-    assert residual_writes(glm4) == (glm4.post_self_attn_layernorm, glm4.post_mlp_layernorm)

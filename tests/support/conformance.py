@@ -1,7 +1,9 @@
 """The conformance check of one architecture: a tiny random model, edited on disk and loaded, keeps a clean stream.
 
-Clean means that r . h is zero at the input of every block and after the last one. `Conformance.run` also restores
-each group of edited parameters in memory, one at a time: if the stream stays clean, that group was edited needlessly.
+Clean means that r . h is zero at each block's own output and before the final norm. `check` also restores each group
+of edited parameters in memory, one at a time: if the stream stays clean, that group was edited needlessly. And it holds
+the hooks against the files: with the direction ablated in the base the stream is as clean, and, where no norm stands
+behind a writer, the same as the edited model's.
 """
 
 import copy
@@ -9,7 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +23,19 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from abliterate.architectures.table import ARCHITECTURES, TOWER, WRAPPERS
+from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
 from abliterate.architectures.tiny_config import shrink_config
+from abliterate.architectures.vocabulary import TOWER
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.record import EditedTensor
+from abliterate.errors import ModelError
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_template import ChatFormat
+from abliterate.models.hooks import ablate_direction, capture_stream
+from abliterate.models.loading import try_streaming
+from abliterate.models.stream import find_blocks
+from abliterate.models.stream_probe import probe_stream
 from tests.support.conformance_models import BIASES, EXTRAS, INPUTS, WRAPPER_EXTRAS
 from tests.support.tiny_models import random_direction
 
@@ -84,7 +95,9 @@ def _auto_class(model_type: str) -> Any:
 def build_model(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Build the tiny random model of a model type in float64, its norms and biases random too."""
     config = tiny_config(model_type, **changes)
-    model = _auto_class(model_type).from_config(config, attn_implementation="eager", dtype=torch.float64)
+    model = _auto_class(model_type).from_config(
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float64
+    )
     generator = torch.Generator().manual_seed(seed)
     starts = [(n, b) for n, b in model.named_buffers() if n.endswith("z_L_init")]
     with torch.no_grad():
@@ -127,7 +140,12 @@ def layer_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
 
 
 def stream_component(model: PreTrainedModel, inputs: Mapping[str, Tensor], direction: Tensor) -> float:
-    """Return max |r . h| / |h| over all block inputs, what the final norm gets, and all tokens."""
+    """Return max |r . h| / |h| over all tokens of `read_stream`."""
+    return max(_component(stream, direction) for stream in read_stream(model, inputs))
+
+
+def read_stream(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return what the first block receives, what each block puts out, and what the final norm receives."""
     streams: list[Tensor] = []
     handles = []
 
@@ -142,8 +160,8 @@ def stream_component(model: PreTrainedModel, inputs: Mapping[str, Tensor], direc
     try:
         for name, blocks in stacks:
             parent = model.get_submodule(name.rpartition(".")[0])
-            handles += [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-            handles.append(blocks[-1].register_forward_hook(after))
+            handles.append(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+            handles += [block.register_forward_hook(after) for block in blocks]
             norms = [
                 getattr(parent, norm) for norm in _FINAL_NORMS if isinstance(getattr(parent, norm, None), nn.Module)
             ]
@@ -154,7 +172,7 @@ def stream_component(model: PreTrainedModel, inputs: Mapping[str, Tensor], direc
         for handle in handles:
             handle.remove()
     assert len(streams) >= sum(len(blocks) + 1 for _, blocks in stacks)
-    return max(_component(stream, direction) for stream in streams)
+    return streams
 
 
 def _component(stream: Tensor, direction: Tensor) -> float:
@@ -175,6 +193,7 @@ class Result:
         edited_on_disk: Entries of the tensors that were edited.
         edited_in_memory: Entries of the parameters that changed.
         writers: The edited tensors on disk in words, numbers as `*`.
+        hooks: What hooks see and do in the base.
     """
 
     before: float
@@ -183,6 +202,30 @@ class Result:
     edited_on_disk: int
     edited_in_memory: int
     writers: str
+    hooks: "HookResult"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookResult:
+    """What the check of the hooks found.
+
+    Attributes:
+        ablated: The stream's component in the base with the direction ablated by hooks.
+        unlike_edited: Largest difference between that stream and the edited model's, over the stream's length; None
+            where norms stand behind writers, so that the two are not the same.
+        unlike_hidden_states: Largest difference between what is recorded and transformers' `output_hidden_states`; None
+            where nothing is.
+        starts_at_blocks: A pass may start at any block.
+        not_extracted: Why no direction can be extracted; None where one can.
+        not_streamed: Why layers cannot be read one at a time; None where they can.
+    """
+
+    ablated: float
+    unlike_edited: float | None
+    unlike_hidden_states: float | None
+    starts_at_blocks: bool | None
+    not_extracted: str | None
+    not_streamed: str | None
 
 
 def check(model_type: str, work: Path, *, model: PreTrainedModel | None = None, shard: str = "60KB") -> Result:
@@ -212,7 +255,67 @@ def check_saved(model_type: str, work: Path) -> Result:
         edited_on_disk=sum(_entries(tensor.shape) for tensor in report.tensors),
         edited_in_memory=sum(changed.numel() for group in groups.values() for changed, _ in group),
         writers=describe_writers(report.tensors),
+        hooks=check_hooks(base, edited, inputs, direction),
     )
+
+
+def as_chat(model: PreTrainedModel) -> ChatModel:
+    """Wrap a model without a tokenizer; it is run on token ids."""
+    text = model.config.get_text_config(decoder=True)
+    return ChatModel(
+        model=model,
+        tokenizer=cast(Any, SimpleNamespace(pad_token_id=0, eos_token_id=0)),
+        blocks=find_blocks(model, int(text.num_hidden_layers), "the model"),
+        d_model=int(text.hidden_size),
+        chat_format=ChatFormat(n_positions=0, post_instruction_tokens=()),
+    )
+
+
+def check_hooks(
+    base: PreTrainedModel, edited: PreTrainedModel, inputs: Mapping[str, Tensor], direction: Tensor
+) -> HookResult:
+    """Ablate a direction by hooks, record, and ask whether a direction can be extracted and layers streamed."""
+    chat = as_chat(base)
+    with ablate_direction(chat, direction):
+        ablated = read_stream(base, inputs)
+    has_norms = any(writer.has_norm for block in chat.stream.blocks for writer in block.writers)
+    starts, not_extracted, not_streamed = None, None, None
+    try:
+        starts = probe_stream(chat, rows=[[5, 17, 23, 42, 61], [7, 11, 13, 19, 3]]).starts_at_blocks
+    except ModelError as error:
+        not_extracted = str(error).partition(": ")[2].partition(";")[0]
+    try:
+        try_streaming(base.config, name=base.config.model_type)
+    except ModelError as error:
+        not_streamed = str(error).partition(": ")[2].partition(";")[0]
+    return HookResult(
+        ablated=max(_component(stream, direction) for stream in ablated),
+        unlike_edited=None if has_norms else _largest_difference(ablated, read_stream(edited, inputs)),
+        unlike_hidden_states=None if chat.stream.not_extracted else _unlike_hidden_states(chat, inputs),
+        starts_at_blocks=starts,
+        not_extracted=not_extracted,
+        not_streamed=not_streamed,
+    )
+
+
+def _largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    pairs = zip(first, second, strict=True)
+    return max(
+        float(((a - b).double().norm(dim=-1) / a.double().norm(dim=-1).clamp_min(1e-300)).max()) for a, b in pairs
+    )
+
+
+def _unlike_hidden_states(chat: ChatModel, inputs: Mapping[str, Tensor]) -> float:
+    recorded: list[Tensor] = []
+    with torch.no_grad(), capture_stream(chat, lambda _layer, hidden: recorded.append(hidden)):
+        hidden_states = chat.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+    assert len(hidden_states) == chat.n_layers + 1
+    # The last of them is normed. Mamba's are each block's output instead of its input.
+    aligned = min(
+        (recorded[start : start + chat.n_layers] for start in (0, 1)),
+        key=lambda streams: _largest_difference(streams[:1], hidden_states[:1]),
+    )
+    return _largest_difference(aligned, hidden_states[: chat.n_layers])
 
 
 def describe_writers(tensors: Sequence[EditedTensor]) -> str:

@@ -82,6 +82,8 @@ WRAPPER_EXTRAS: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
 
+_SHARED_KEYS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
 # Settings that change which tensors a model type has, by a name of our own: model type and changes.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon, new decoder": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -89,6 +91,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4 with experts": (
         "gemma4_text",
         {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    ),
+    "gemma4 with shared keys": (
+        "gemma4_text",
+        {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _SHARED_KEYS},
     ),
     "gpt_bigcode, many heads of keys": ("gpt_bigcode", {"multi_query": False}),
     "gpt_neox, sequential": ("gpt_neox", {"use_parallel_residual": False}),
@@ -115,6 +121,9 @@ def _mllama_inputs(model: Any) -> dict[str, Tensor]:
         "cross_attention_mask": torch.ones(3, 20, 1, vision.max_num_tiles, dtype=torch.int64),
     }
 
+
+# Computed in float32 in part, whatever the model is loaded in.
+FLOAT32 = {"falcon_mamba", "hy_v3", "hy_v4", "mamba", "mamba2"}
 
 # What a type needs beside tokens to use all of its writers.
 INPUTS: dict[str, Callable[[Any], dict[str, Tensor]]] = {"mllama": _mllama_inputs}

@@ -1,5 +1,6 @@
-"""The document docs/architectures.md: a row for each model type, exact with its writers, or refused and why."""
+"""The document docs/architectures.md: for each model type what can be done, its writers, or why it is refused."""
 
+from tests.support.conformance import Result
 from tests.support.paths import DOCS
 
 MATRIX = DOCS / "architectures.md"
@@ -7,29 +8,52 @@ MATRIX = DOCS / "architectures.md"
 HEADER = """\
 # Which architectures can be orthogonalized
 
-Made by `python -m scripts.architecture_matrix`; do not edit. *Exact* means: a tiny random model of this type
-(norms and biases random, float64, saved in shards by transformers {version}) is edited by `abliterate
-orthogonalize` and loaded again, and then max |r.h|/|h| is below 1e-6 at the input of every block and of the
-final norm, where it was above 1e-3; and each group of edited tensors is needed, that is, restoring it alone
-brings the direction back. `*` stands for a number, *through* for norms that stand between the writer and the
-residual stream, and `[axis n]` for a residual axis other than 0. For models with images or sound this holds
-for text: what their towers put in the place of token embeddings is left as it is.
+Made by `python -m scripts.architecture_matrix`; do not edit.
 
-| model type | | residual writers, or why it is refused |
+- **edit**, *exact*: a tiny random model of this type (norms and biases random, float64, saved in shards by transformers
+  {version}) is edited by `abliterate orthogonalize` and loaded again, and then max |r.h|/|h| is below 1e-6 at each
+  block's own output and before the final norm, where it was above 1e-3; and each group of edited tensors is needed,
+  that is, restoring it alone brings the direction back.
+- **extract**: hooks that ablate the direction in the base leave |r.h|/|h| below 1e-9 at the same places (1e-6 where the
+  model computes in float32), and where no norm stands behind a writer the stream is then the edited model's; what is
+  recorded equals transformers' `output_hidden_states`; and the look that `extract` takes at a model passes.
+- **stream layers**: a small model run layer by layer gives the logits of the whole (`extract --stream-layers`).
+
+`*` stands for a number, *through* for norms that stand between the writer and the residual stream, and `[axis n]` for a
+residual axis other than 0. For models with images or sound this holds for text: what their towers put in the place of
+token embeddings is left as it is. Why a type is not extracted or not streamed stands below the table.
+
+| model type | edit | extract | stream layers | residual writers, or why it is refused |
+|---|---|---|---|---|
+"""
+
+REASONS = """
+## Why not
+
+| model type | | reason |
 |---|---|---|
 """
 
 
-def exact_row(name: str, writers: str) -> str:
+def exact_row(name: str, result: Result) -> str:
     """Return the row of a type (or a variant of one) that was found exact."""
-    return f"| {name} | exact | {writers} |"
+    hooks = result.hooks
+    extract, stream = ("no" if reason else "yes" for reason in (hooks.not_extracted, hooks.not_streamed))
+    return f"| {name} | exact | {extract} | {stream} | {result.writers} |"
+
+
+def reason_rows(name: str, result: Result) -> list[str]:
+    """Return a row for each thing that cannot be done with a type that is exact."""
+    extract, stream = result.hooks.not_extracted, result.hooks.not_streamed
+    rows = [f"| {name} | extract | {extract} |"] if extract else []
+    return [*rows, f"| {name} | stream layers | {stream} |"] if stream and not extract else rows
 
 
 def refused_row(name: str, reason: str) -> str:
     """Return the row of a type that is refused."""
-    return f"| {name} | refused | {reason} |"
+    return f"| {name} | refused | no | no | {reason} |"
 
 
 def written_rows() -> list[str]:
-    """Return the rows of the document as it stands."""
-    return [line for line in MATRIX.read_text().splitlines() if " | exact | " in line or " | refused | " in line]
+    """Return the rows of the document as it stands, those of its table and those of its reasons."""
+    return [line for line in MATRIX.read_text().splitlines() if line.startswith("| ") and "model type" not in line]

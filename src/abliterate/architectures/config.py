@@ -1,23 +1,21 @@
 """What a config.json says about the text model of a checkpoint: its architecture, sizes, experts and ties."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abliterate.architectures.table import (
     ARCHITECTURES,
-    DEPTH_KEYS,
-    DEPTH_LISTS,
-    EXPERT_KEYS,
     REFUSED,
     SIZE,
-    SIZE_KEYS,
     TEXT_SECTIONS,
     WRAPPERS,
     Architecture,
+    Condition,
     refusal,
 )
+from abliterate.architectures.vocabulary import DEPTH_KEYS, DEPTH_LISTS, EXPERT_KEYS, SIZE_KEYS
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 from abliterate.untrusted import shown
@@ -71,7 +69,7 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
     tied = config.get("tie_word_embeddings")
     if tied is not None and not isinstance(tied, bool):
         raise _wrong_value("tie_word_embeddings", tied, "true or false", path)
-    default = WRAPPERS[model_type].tied_by_default if model_type in WRAPPERS else row.tied_by_default
+    default = WRAPPERS[model_type].tied if model_type in WRAPPERS else row.tied
     model = TextModel(
         model_type=model_type,
         row=row,
@@ -85,6 +83,45 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
     )
     _check_conditions(text, model, path)
     return model
+
+
+def read_loaded_row(*, config: Mapping[str, Any], d_model: int, name: str) -> tuple[Architecture, bool]:
+    """Return the row of a loaded model's text model, and whether towers may lie beside it.
+
+    A type that is in neither table is given the rules common to all: code of its own that runs was allowed to.
+
+    Args:
+        config: The loaded model's config, as in config.json.
+        d_model: Width of the residual stream.
+        name: What to call the model in messages.
+
+    Raises:
+        UnsupportedArchitectureError: The model type is refused by name, or one of its settings is.
+    """
+    top = str(config.get("model_type"))
+    wrapper = WRAPPERS.get(top)
+    sections = (
+        [key for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)] if top not in ARCHITECTURES else []
+    )
+    text = config[sections[0]] if sections else config
+    text_type = str(text.get("model_type", wrapper.text_type if wrapper else top))
+    refused = next((kind for kind in (top, text_type) if kind in REFUSED), None)
+    if refused is not None:
+        raise UnsupportedArchitectureError(
+            f"{name}: in a model of type {refused!r} a direction cannot be ablated: {refusal(refused)}; "
+            "use another model"
+        )
+    row = ARCHITECTURES.get(text_type) or _by_common_rules(text_type)
+    for condition, value in _broken_conditions(text, row, d_model):
+        raise UnsupportedArchitectureError(
+            f"{name}: in a model of type {text_type!r} with {condition.key} = {shown(value)} a direction cannot be "
+            f"ablated: {condition.reason}; use another model"
+        )
+    return row, row.towers or bool(sections) or wrapper is not None
+
+
+def _by_common_rules(text_type: str) -> Architecture:
+    return Architecture(model_type=text_type, post_norm=True, single=True, latent_experts=True, positions=True)
 
 
 def _row_and_section(
@@ -113,9 +150,7 @@ def _row_and_section(
         return row, section
     if is_accepted and not refused:
         # Every rule is open to it: what they find is proved, or not, on a tiny twin.
-        return Architecture(
-            model_type=str(text_type), post_norm=True, single=True, latent_experts=True, positions=True
-        ), section
+        return _by_common_rules(str(text_type)), section
     name = refused[0] if refused else (top if wrapper is None else text_type)
     hint = "" if refused else ", and --unverified tries the edit on a tiny model of this one first"
     raise UnsupportedArchitectureError(
@@ -173,12 +208,18 @@ def _expert_count(text: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _check_conditions(text: Mapping[str, Any], model: TextModel, path: Path) -> None:
-    for condition in model.row.conditions:
+def _broken_conditions(
+    text: Mapping[str, Any], row: Architecture, d_model: int | None
+) -> Iterator[tuple[Condition, Any]]:
+    for condition in row.conditions:
         value = text.get(condition.key)
-        exact = [model.d_model if allowed is SIZE else allowed for allowed in condition.exact]
-        if value not in exact:
-            raise UnsupportedArchitectureError(
-                f"{path / CONFIG_NAME}: model type {model.row.model_type!r} with {condition.key} = {shown(value)} "
-                f"cannot be orthogonalized: {condition.reason}; use another model"
-            )
+        if value not in [d_model if allowed is SIZE else allowed for allowed in condition.exact]:
+            yield condition, value
+
+
+def _check_conditions(text: Mapping[str, Any], model: TextModel, path: Path) -> None:
+    for condition, value in _broken_conditions(text, model.row, model.d_model):
+        raise UnsupportedArchitectureError(
+            f"{path / CONFIG_NAME}: model type {model.row.model_type!r} with {condition.key} = {shown(value)} "
+            f"cannot be orthogonalized: {condition.reason}; use another model"
+        )

@@ -1,10 +1,8 @@
-"""What the name of a tensor on disk says: in which layer it lies, and whether it writes to the residual stream.
+"""What the name of a tensor says: in which layer it lies, whether it writes to the stream, and through which norms.
 
-Only names are read here; `residual_writers` brings in shapes and the config. The vocabulary is that of `architectures`.
-
-Which norms stand between a writer and the residual stream, read off the names of the writer's own layer.
-
-For y = gamma * x / rms(x), r . y = 0 exactly when (gamma * r) . x = 0, so an edit must know gamma (see `projection`).
+Only names are read here; `writers` brings in shapes and the config. Which norms stand between a writer and the residual
+stream is read off the names of the writer's own layer: for y = gamma * x / rms(x), r . y = 0 exactly when
+(gamma * r) . x = 0, so an edit must know gamma (see `editing.projection`).
 """
 
 import re
@@ -14,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal
 
-from abliterate.architectures import table as table
+from abliterate.architectures import vocabulary
 
 Role = Literal["embed", "attn", "mlp"]
 
@@ -72,8 +70,8 @@ def _roles(text: str, role: Role) -> dict[str, Role]:
     return rules
 
 
-WRITERS: Mapping[str, Role] = _roles(table.ATTENTION_OUT, "attn") | _roles(table.MLP_OUT, "mlp")
-_IN_LAYER = re.compile(rf"((?:[^.]+\.)*?(?:{'|'.join(table.LAYER_LISTS)}))\.([0-9]+)\.(.+)")
+WRITERS: Mapping[str, Role] = _roles(vocabulary.ATTENTION_OUT, "attn") | _roles(vocabulary.MLP_OUT, "mlp")
+_IN_LAYER = re.compile(rf"((?:[^.]+\.)*?(?:{'|'.join(vocabulary.LAYER_LISTS)}))\.([0-9]+)\.(.+)")
 _EXPERT = re.compile(r"(?:^|\.)experts\.([0-9]+)\.")
 _COMPANION = re.compile(
     r"weight_.+|q?weight|qzeros|scales?|scale_inv|g_idx|SCB|absmax|quant_.*|nested_.*|bitsandbytes__.*|.*_(blocks|scales)"
@@ -89,13 +87,13 @@ def parse_name(name: str, *, has_towers: bool = False) -> TensorName:
     """
     match = _IN_LAYER.fullmatch(name)
     before = (match[1] if match else name).split(".")
-    if any(table.PREDICTION.fullmatch(part) for part in before):
+    if any(vocabulary.PREDICTION.fullmatch(part) for part in before):
         return TensorName(part=Part.PREDICTION, path=name)
-    if has_towers and any(table.TOWER.fullmatch(part) for part in before):
+    if has_towers and any(vocabulary.TOWER.fullmatch(part) for part in before):
         return TensorName(part=Part.TOWER, path=name)
     if match is None:
         return _outside(name)
-    if not set(before[:-1]) <= table.PREFIX_PARTS:
+    if not set(before[:-1]) <= vocabulary.PREFIX_PARTS:
         return TensorName(part=Part.UNKNOWN, path=name)
     return _in_layer(match[1], int(match[2]), match[3])
 
@@ -122,24 +120,24 @@ def _module(path: str) -> tuple[str, bool]:
 
 
 def _part_in_layer(path: str, *, is_bias: bool) -> tuple[Part, Role | None]:
-    owner = table.BIAS_OF.get(path)
+    owner = vocabulary.BIAS_OF.get(path)
     if owner is not None and (is_bias or path.endswith("_bias")):
         return Part.BIAS, WRITERS[owner]
-    if path in table.READER_PATHS:
+    if path in vocabulary.READER_PATHS:
         return Part.READER, None
     if path in WRITERS:
         return (Part.BIAS if is_bias else Part.WRITER), WRITERS[path]
     parent, _, leaf = path.rpartition(".")
-    if leaf in table.POST_NORMS:
+    if leaf in vocabulary.POST_NORMS:
         return Part.POST_NORM, None
-    if leaf in table.NORMS or path in table.NORMS:
+    if leaf in vocabulary.NORMS or path in vocabulary.NORMS:
         return Part.NORM, None
-    if leaf in table.READERS or path.endswith(".rotary_emb.inv_freq"):
+    if leaf in vocabulary.READERS or path.endswith(".rotary_emb.inv_freq"):
         return Part.READER, None
     for owner in WRITERS:
         if path.startswith((f"{owner}.", f"{owner}_")):
             return Part.COMPANION, WRITERS[owner]
-    if parent.rpartition(".")[2] in table.READERS and _COMPANION.fullmatch(leaf):
+    if parent.rpartition(".")[2] in vocabulary.READERS and _COMPANION.fullmatch(leaf):
         return Part.READER_COMPANION, None
     return Part.UNKNOWN, None
 
@@ -147,16 +145,16 @@ def _part_in_layer(path: str, *, is_bias: bool) -> tuple[Part, Role | None]:
 def _outside(name: str) -> TensorName:
     module, is_bias = _module(name)
     parts = module.split(".")
-    while len(parts) > 1 and parts[0] in table.PREFIX_PARTS:
+    while len(parts) > 1 and parts[0] in vocabulary.PREFIX_PARTS:
         parts = parts[1:]
     path = ".".join(parts)
     for names, part, role in (
-        (table.EMBEDDING_NORMS, Part.EMBEDDING_NORM, "embed"),
-        (table.TOKEN_EMBEDDINGS, Part.TOKEN_EMBEDDING, "embed"),
-        (table.POSITION_EMBEDDINGS, Part.POSITION_EMBEDDING, "embed"),
-        (table.STREAM_STARTS, Part.STREAM_START, "embed"),
-        (table.HEADS, Part.HEAD, None),
-        (table.OUTSIDE_READERS, Part.OUTSIDE_READER, None),
+        (vocabulary.EMBEDDING_NORMS, Part.EMBEDDING_NORM, "embed"),
+        (vocabulary.TOKEN_EMBEDDINGS, Part.TOKEN_EMBEDDING, "embed"),
+        (vocabulary.POSITION_EMBEDDINGS, Part.POSITION_EMBEDDING, "embed"),
+        (vocabulary.STREAM_STARTS, Part.STREAM_START, "embed"),
+        (vocabulary.HEADS, Part.HEAD, None),
+        (vocabulary.OUTSIDE_READERS, Part.OUTSIDE_READER, None),
     ):
         if path in names:
             return TensorName(part=part, path=path, is_bias=is_bias, role=role)  # type: ignore[arg-type]
@@ -202,7 +200,9 @@ class NormChains:
             else:
                 centered = tensor_name.removesuffix(".weight") + ".bias" in names
                 norm = PostNorm(weight=tensor_name, plus_one=plus_one, centered=centered)
-                self._of_layer[name.stack, name.layer][name.path] = norm
+                # A loaded model may keep a norm that stands after a sub-layer inside of it.
+                path = name.path.rpartition(".")[2] if name.part is Part.POST_NORM else name.path
+                self._of_layer[name.stack, name.layer][path] = norm
 
     def of(self, name: TensorName) -> tuple[PostNorm, ...]:
         """Return the norms between a writer (or a norm's own bias) and the stream, innermost first."""
@@ -212,16 +212,16 @@ class NormChains:
             return ()
         norms = self._of_layer[name.stack, name.layer]
         if name.part is Part.POST_NORM:
-            is_inner = name.path in {table.DENSE_POST_NORM, table.EXPERT_POST_NORM}
-            return tuple(_first(norms, table.MLP_POST_NORMS)) if is_inner else ()
-        if name.path in table.SIDE_POST_NORMS:
-            return tuple(_first(norms, (table.SIDE_POST_NORMS[name.path],)))
+            is_inner = name.path in {vocabulary.DENSE_POST_NORM, vocabulary.EXPERT_POST_NORM}
+            return tuple(_first(norms, vocabulary.MLP_POST_NORMS)) if is_inner else ()
+        if name.path in vocabulary.SIDE_POST_NORMS:
+            return tuple(_first(norms, (vocabulary.SIDE_POST_NORMS[name.path],)))
         if name.role == "attn":
-            own = tuple(_first(norms, table.ATTENTION_POST_NORMS))
-            shared = not own and any(norm in norms for norm in table.MLP_OWN_NORMS)
-            return tuple(_first(norms, (table.SHARED_NORM,))) if shared else own
-        part = table.EXPERT_POST_NORM if "experts" in name.path.split(".") else table.DENSE_POST_NORM
-        return (*_first(norms, (part,)), *_first(norms, table.MLP_POST_NORMS))
+            own = tuple(_first(norms, vocabulary.ATTENTION_POST_NORMS))
+            shared = not own and any(norm in norms for norm in vocabulary.MLP_OWN_NORMS)
+            return tuple(_first(norms, (vocabulary.SHARED_NORM,))) if shared else own
+        part = vocabulary.EXPERT_POST_NORM if "experts" in name.path.split(".") else vocabulary.DENSE_POST_NORM
+        return (*_first(norms, (part,)), *_first(norms, vocabulary.MLP_POST_NORMS))
 
 
 def _first(norms: Mapping[str, PostNorm], names: Sequence[str]) -> Iterator[PostNorm]:

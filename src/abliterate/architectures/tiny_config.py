@@ -50,6 +50,10 @@ _LAYER_INDEX_LISTS = frozenset(
     {"moe_layers", "full_attn_idxs", "mlp_only_layers", "hybrid_layer_ids", "attn_layer_indices"}
 )
 _PERIODS = frozenset({"attn_layer_period", "expert_layer_period"})
+_STATE_SPACE_HEADS = (
+    ("mamba_d_ssm", "mamba_expand", "mamba_n_heads", "mamba_d_head"),
+    ("", "expand", "num_heads", "head_dim"),
+)
 _SAME_AS_BEFORE = (("num_key_value_heads", "num_attention_heads"), ("linear_num_value_heads", "linear_num_key_heads"))
 
 
@@ -68,7 +72,19 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
         # Multi-head latent attention: the rotated part is the head that position embeddings know of.
         shrunk["head_dim"] = shrunk["qk_rope_head_dim"]
     _fit_rotary_sections(shrunk)
+    _fit_state_space_heads(shrunk)
     return shrunk
+
+
+def _fit_state_space_heads(shrunk: dict[str, Any]) -> None:
+    # The heads of a Mamba 2 mixer share its inner width evenly; the width is a size of its own or a multiple.
+    for width, expand, heads, head in _STATE_SPACE_HEADS:
+        if not all(type(shrunk.get(name)) is int for name in (heads, head)):
+            continue
+        if type(shrunk.get(width)) is int:
+            shrunk[width] = shrunk[heads] * shrunk[head]
+        elif type(shrunk.get(expand)) is int and type(shrunk.get("hidden_size")) is int:
+            shrunk[heads] = max(1, shrunk[expand] * shrunk["hidden_size"] // shrunk[head])
 
 
 def _fit_rotary_sections(shrunk: dict[str, Any]) -> None:

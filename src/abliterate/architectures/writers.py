@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.architectures import table as table
+from abliterate.architectures import vocabulary
 from abliterate.architectures.config import TextModel, read_text_model
 from abliterate.architectures.names import NormChains, Part, PostNorm, Role, TensorName, parse_name
 from abliterate.architectures.table import Architecture
@@ -250,8 +250,7 @@ class _Mapper:
                 "is incomplete; download it again"
             )
         prefix = stacks[0].rpartition(".")[0]
-        unstored = table.UNSTORED_EMBEDDINGS.get(self.row.model_type, "embed_tokens")
-        embedding = embeddings[0] if embeddings else f"{prefix}.{unstored}.weight".removeprefix(".")
+        embedding = embeddings[0] if embeddings else f"{prefix}.{self.row.embedding}.weight".removeprefix(".")
         if heads:
             self._check_tied_head(heads[0], embedding)
             return embedding, heads[0]
@@ -307,7 +306,7 @@ class _Mapper:
             return 1
         if len(tensor.shape) == 3:
             return self._fused_axis(tensor)
-        return table.AXES.get(name.path, 1 if self.row.conv1d else 0)
+        return vocabulary.AXES.get(name.path, 1 if self.row.conv1d else 0)
 
     def _fused_axis(self, tensor: TensorInfo) -> int:
         matching = [axis for axis in (1, 2) if tensor.shape[axis] == self.d_model]
@@ -315,7 +314,7 @@ class _Mapper:
             return matching[0]
         # Square: what stands beside it, with both of its halves, tells the order of its axes.
         module = tensor.name.removesuffix(".weight")
-        reader = module.rpartition(".")[0] + "." + table.FUSED_READERS.get(module.rpartition(".")[2], "")
+        reader = module.rpartition(".")[0] + "." + vocabulary.FUSED_READERS.get(module.rpartition(".")[2], "")
         shape = self.shapes.get(reader, self.shapes.get(f"{reader}.weight", ()))
         if len(shape) == 3 and (shape[1] == self.d_model) != (shape[2] == self.d_model):
             return 2 if shape[1] == self.d_model else 1

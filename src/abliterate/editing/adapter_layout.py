@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from abliterate.architectures.names import parse_name
+from abliterate.architectures.table import ARCHITECTURES
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
 from abliterate.errors import ModelError
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Form = Literal["linear", "conv1d", "embedding", "parameter"]
-
-# What PEFT refuses to adapt, because these models' fast path reads the weight past its module.
-_BYPASSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 # Where transformers stacks experts as it loads them, PEFT takes layers of these names for experts stored apart, and
 # would leave the dense ones out; named as parameters they are what they are.
@@ -189,7 +187,8 @@ class _LoadedNames:
             edits, axis = [first], 1
         else:
             edits, axis = self._in_order(name, edits), self._loaded_axis(name, first)
-        if self.plan.stream.model_type in _BYPASSED and module_name.endswith(".out_proj"):
+        row = ARCHITECTURES.get(self.plan.stream.model_type)
+        if row is not None and row.out_proj_bypassed and module_name.endswith(".out_proj"):
             raise _inexpressible(self.plan, first, f"PEFT does not adapt {module_name} of this model type")
         shape = self.loaded[name].shape
         form = _form_of(module, parameter)

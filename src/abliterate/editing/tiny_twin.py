@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from abliterate.architectures.table import LAYER_LISTS, TOWER
 from abliterate.architectures.tiny_config import shrink_config
+from abliterate.architectures.vocabulary import LAYER_LISTS, TOWER
 from abliterate.architectures.writers import StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, open_checkpoint
 from abliterate.directions import make_direction

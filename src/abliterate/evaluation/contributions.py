@@ -9,7 +9,7 @@ number of the token, which is measured; given s the write is linear again, and h
 The sum is compared with the component measured in the stream at every block (`Contributions.largest_gap`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from abliterate.architectures.modules import ModuleWriter
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.hooks import residual_writes
+from abliterate.models.stream import BlockStream
 
-HEADED_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-"""Modules whose out-projection reads its heads side by side; recurrent mixers do not."""
-OUT_PROJECTION_NAMES = ("o_proj", "c_proj", "out_proj", "dense", "wo")
+RECURRENT_MIXERS = ("mamba", "mixer", "linear_attn", "temporal_block", "conv", "mlstm_layer")
+"""Modules whose out-projection reads no attention heads side by side."""
 LINEARITY_TOLERANCE = 0.02
 """Relative; a norm that centres its input misses by far more, and bfloat16 rounds by less."""
 
@@ -40,14 +40,14 @@ class BlockParts:
         attention: the attention module.
         out_projection: its last linear map; its input holds the heads side by side.
         attention_norm: the norm between attention and the stream, or None.
-        mlp_write: the module whose output is the MLP's write.
+        mlp_writes: the modules whose outputs are the MLP's writes.
         multiplier: what each write is multiplied with as it is added (granite's `residual_multiplier`).
     """
 
     attention: nn.Module
     out_projection: nn.Module
     attention_norm: nn.Module | None
-    mlp_write: nn.Module
+    mlp_writes: tuple[nn.Module, ...]
     multiplier: float
 
 
@@ -92,7 +92,11 @@ def find_block_parts(chat: ChatModel) -> tuple[BlockParts, ...]:
     Raises:
         HeadsUnknownError: the architecture's heads cannot be told apart.
     """
-    return tuple(_parts_of(block, _architecture(chat)) for block in chat.blocks)
+    try:
+        blocks = chat.stream.blocks
+    except ModelError as error:
+        raise HeadsUnknownError(str(error)) from error
+    return tuple(_parts_of(chat, block) for block in blocks)
 
 
 def n_heads_of(chat: ChatModel) -> int | None:
@@ -187,7 +191,7 @@ class _Watcher:
         parts = self._parts
         handles = [
             parts.out_projection.register_forward_pre_hook(lambda _m, args: self._keep("heads", args[0])),
-            parts.mlp_write.register_forward_hook(lambda _m, _a, output: self._keep("mlp", output)),
+            *(module.register_forward_hook(self._add_mlp) for module in parts.mlp_writes),
         ]
         if parts.attention_norm is not None:
             handles.append(parts.attention_norm.register_forward_hook(self._keep_norm))
@@ -201,21 +205,28 @@ class _Watcher:
             )
         self._seen[name] = tensor[:, -1].double()
 
+    def _add_mlp(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        before = self._seen.get("mlp")
+        self._keep("mlp", output)
+        if before is not None:
+            self._seen["mlp"] = before + self._seen["mlp"]
+
     def _keep_norm(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._keep("norm_input", args[0])
         self._keep("norm_output", output)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return heads [n, n_heads], bias [n] and MLP [n], each as components along the direction."""
-        seen, multiplier = self._seen, self._parts.multiplier
-        scale = multiplier * self._scale(len(seen["mlp"]))
+        seen, multiplier = dict(self._seen), self._parts.multiplier
+        self._seen.clear()
+        scale = multiplier * self._scale(seen)
         per_head = (seen["heads"].reshape(len(scale), self._n_heads, -1) * self._per_head).sum(dim=-1)
         return scale[:, None] * per_head, scale * self._bias, multiplier * (seen["mlp"] @ self._unit)
 
-    def _scale(self, n: int) -> Tensor:
+    def _scale(self, seen: Mapping[str, Tensor]) -> Tensor:
         if self._gain is None:
-            return self._unit.new_ones(n)
-        scaled, output = self._gain * self._seen["norm_input"], self._seen["norm_output"]
+            return self._unit.new_ones(len(seen["mlp"]))
+        scaled, output = self._gain * seen["norm_input"], seen["norm_output"]
         scale: Tensor = (scaled * output).sum(-1) / (scaled * scaled).sum(-1).clamp(min=1e-300)
         miss = (output - scale[:, None] * scaled).norm(dim=-1) / output.norm(dim=-1).clamp(min=1e-300)
         if float(miss.max()) > LINEARITY_TOLERANCE:
@@ -230,27 +241,32 @@ def _architecture(chat: ChatModel) -> str:
     return str(chat.model.config.model_type)
 
 
-def _parts_of(block: nn.Module, architecture: str) -> BlockParts:
-    children = dict(block.named_children())
-    try:
-        attention_write, mlp_write = residual_writes(block)
-    except ModelError as error:
-        raise HeadsUnknownError(f"{architecture}: {error}") from error
-    attention = next((children[name] for name in HEADED_ATTENTION_NAMES if name in children), None)
-    inner = dict(attention.named_children()) if attention is not None else {}
-    projection = next((inner[name] for name in OUT_PROJECTION_NAMES if name in inner), None)
-    if attention is None or projection is None:
+def _parts_of(chat: ChatModel, stream: BlockStream) -> BlockParts:
+    architecture, block = _architecture(chat), type(stream.block).__name__
+    attention = {writer.owner: writer for writer in stream.writers if writer.role == "attn"}
+    headed = [owner for owner in attention if owner.rpartition(".")[0].rpartition(".")[2] not in RECURRENT_MIXERS]
+    mlps = dict.fromkeys(_sublayer(writer) for writer in stream.writers if writer.role == "mlp")
+    if len(attention) != 1 or not headed or not mlps or not attention[headed[0]].parameter.endswith(("weight", "bias")):
         raise HeadsUnknownError(
-            f"{architecture}: the head table needs an attention module with an out-projection of a known name in "
-            f"every block ({type(block).__name__} has {', '.join([*children, *inner])})"
+            f"{architecture}: the head table needs one attention module with an out-projection, and an MLP, in every "
+            f"block ({block} has {', '.join([*attention, *mlps]) or 'neither'})"
         )
+    writer = attention[headed[0]]
     return BlockParts(
-        attention=attention,
-        out_projection=projection,
-        attention_norm=None if attention_write is attention else attention_write,
-        mlp_write=mlp_write,
-        multiplier=float(getattr(block, "residual_multiplier", 1.0)),
+        attention=chat.model.get_submodule(writer.owner.rpartition(".")[0]),
+        out_projection=chat.model.get_submodule(writer.owner),
+        attention_norm=chat.model.get_submodule(writer.module) if writer.has_norm else None,
+        mlp_writes=tuple(chat.model.get_submodule(path) for path in mlps),
+        multiplier=float(getattr(stream.block, "residual_multiplier", 1.0)),
     )
+
+
+def _sublayer(writer: ModuleWriter) -> str:
+    """Return the module that writes for a whole sub-layer, so that its parts are not counted apart."""
+    if writer.has_norm:
+        return writer.module
+    stack = writer.parameter.split(f".{writer.layer}.")[0]
+    return f"{stack}.{writer.layer}." + writer.parameter.removeprefix(f"{stack}.{writer.layer}.").partition(".")[0]
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -25,7 +25,7 @@ from abliterate.evaluation.contributions import (
 )
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.chat_template import MARKER, render, tokenize
-from abliterate.models.hooks import capture_inputs
+from abliterate.models.hooks import capture_stream
 
 SuffixKind = Literal["none", "given", "random"]
 PRINTABLE = range(0x20, 0x7F)
@@ -131,21 +131,6 @@ class StreamTrace:
     contributions: Contributions | None
 
 
-@contextmanager
-def capture_stream(chat: ChatModel, receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `receive` with the stream [batch, tokens, d_model] at each block's input and after the last block."""
-
-    def after(_module: Any, _args: Any, output: Any) -> None:
-        receive(output[0] if isinstance(output, tuple) else output)
-
-    with capture_inputs(chat, lambda _layer, hidden: receive(hidden)):
-        handle = chat.blocks[-1].register_forward_hook(after)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
 @torch.inference_mode()
 def trace_stream(
     chat: ChatModel,
@@ -175,7 +160,7 @@ def trace_stream(
         read: list[Tensor] = []
         lengths: list[Tensor] = []
 
-        def keep(hidden: Tensor) -> None:
+        def keep(_layer: int, hidden: Tensor) -> None:
             wide = hidden.double()
             read.append((wide @ unit).cpu())
             lengths.append(wide.norm(dim=-1).cpu())

@@ -38,6 +38,7 @@ from abliterate.extraction.shared_runs import PARTS, RecordingRun, Scorer, Scori
 from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import Recording
 from abliterate.models.loading import load_chat_model, load_streamed_model
+from abliterate.models.stream_probe import StreamProbe, probe_stream
 from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
@@ -89,13 +90,15 @@ def extract_direction(
     ranks = find_ranks(device=model_options.device)
     spill = None if work_directory is None else work_directory.absolute().parent
     source, chat = _load(model, model_options, progress, spill)
+    # A small model of the kind has been looked at where layers are streamed.
+    probe = None if isinstance(chat, StreamedChat) else probe_stream(chat)
     chat = _force_response_prefix(chat, prompts, progress)
     saved = SavedWork(
         work_directory if source is not None and ranks.is_first else None,
         key=_work_key(source, prompts, options, model_options),
         progress=progress,
     )
-    run = _Run(chat=chat, prompts=prompts, options=options, progress=progress, saved=saved, ranks=ranks)
+    run = _Run(chat=chat, probe=probe, prompts=prompts, options=options, progress=progress, saved=saved, ranks=ranks)
     try:
         extraction = run.extract(source)
     except (InputError, RefusalBehaviourError):
@@ -168,6 +171,7 @@ class _Run:
     """One extraction on a loaded model."""
 
     chat: ChatModel
+    probe: StreamProbe | None
     prompts: ExtractionPrompts
     options: ExtractionOptions
     progress: ProgressReporter
@@ -257,7 +261,7 @@ class _Run:
     def _scorer(
         self, candidates: Tensor, rows: dict[str, list[list[int]]], base_logits: Tensor, token_ids: Sequence[int]
     ) -> Scorer:
-        prompts = {"harmful_rows": rows["harmful"], "harmless_rows": rows["harmless"]}
+        prompts: dict[str, Any] = {"harmful_rows": rows["harmful"], "harmless_rows": rows["harmless"]}
         if isinstance(self.chat, StreamedChat):
             return StreamedScorer(
                 chat=self.chat,
@@ -266,7 +270,7 @@ class _Run:
                 token_ids=token_ids,
                 **prompts,
             )
-        return CandidateScorer(chat=self.chat, candidates=candidates, token_ids=token_ids, **prompts)
+        return CandidateScorer(chat=self.chat, candidates=candidates, token_ids=token_ids, probe=self.probe, **prompts)
 
     def _choose(self, candidates: Tensor, passing: Sequence[CandidateScore]) -> list[CandidateScore]:
         by_key = {(score.position, score.layer): score for score in passing}

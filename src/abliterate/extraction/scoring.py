@@ -26,10 +26,10 @@ from abliterate.models.hooks import (
     ablate_direction,
     ablate_subspace,
     add_direction,
-    blocks_return_tuples,
     capture_inputs,
     start_at_block,
 )
+from abliterate.models.stream_probe import StreamProbe, probe_stream
 from abliterate.models.streamed_model import StreamedChat, Variant
 
 KL_EPSILON = 1e-6
@@ -73,6 +73,7 @@ class CandidateScorer:
         harmful_rows: token ids of the harmful validation prompts.
         harmless_rows: token ids of the harmless validation prompts.
         token_ids: the refusal tokens.
+        probe: what was found about the model's blocks; None to find out.
     """
 
     kl_at_once: int | None = 1
@@ -85,11 +86,12 @@ class CandidateScorer:
         harmful_rows: Sequence[Sequence[int]],
         harmless_rows: Sequence[Sequence[int]],
         token_ids: Sequence[int],
+        probe: StreamProbe | None = None,
     ) -> None:
         self._chat = chat
         self._candidates = candidates
         self._token_ids = token_ids
-        self._stream = _ResidualStream(chat, harmless_rows)
+        self._stream = _RecordedInputs(chat, harmless_rows, probe or probe_stream(chat))
         self.base_harmless_logits = self._stream.logits
         self._n_harmful = len(harmful_rows)
         rows = [*harmful_rows, *harmless_rows]
@@ -205,18 +207,18 @@ class CandidateScorer:
         chat.for_batches([len(row) + chat.cached_share(n_cached) for row in rows] * len(vectors), run)
 
 
-class _ResidualStream:
+class _RecordedInputs:
     """The residual stream of some prompts at every block's input, so that a pass can start at any block.
 
     Attributes:
         logits: [n, vocab] of the unchanged model.
     """
 
-    def __init__(self, chat: ChatModel, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, chat: ChatModel, rows: Sequence[Sequence[int]], probe: StreamProbe) -> None:
         self._chat = chat
-        self._tuple_output = blocks_return_tuples(chat)
-        self._prefix_hidden: list[Tensor] = []
-        with capture_inputs(chat, lambda _layer, hidden: self._prefix_hidden.append(hidden)):
+        self._probe = probe
+        self._prefix_hidden: dict[int, Tensor] = {}
+        with capture_inputs(chat, self._prefix_hidden.__setitem__):
             self._cache, self._n_cached = chat.share_prefix(rows)
         self._prefix = list(rows[0][: self._n_cached])
         self._rows = [list(row[self._n_cached :]) for row in rows]
@@ -256,7 +258,7 @@ class _ResidualStream:
             with self._from_block(layer, hidden, vectors):
                 cache = chat.run_prefix(self._prefix, n_variants=len(vectors))
             # The blocks that were skipped have cached nothing; theirs is the unchanged model's.
-            if cache is not None:
+            if cache is not None and self._probe.starts_at_blocks:
                 cache.cache.layers[:layer] = self._cache.cache.layers[:layer]
         metric = torch.empty(len(vectors), n_rows, dtype=torch.float64)
 
@@ -276,7 +278,9 @@ class _ResidualStream:
     @contextmanager
     def _from_block(self, layer: int, hidden: Tensor, vectors: Tensor) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(start_at_block(self._chat, hidden, layer=layer, tuple_output=self._tuple_output))
+            if self._probe.starts_at_blocks:
+                returned = self._probe.returned
+                stack.enter_context(start_at_block(self._chat, hidden, layer=layer, returned=returned))
             stack.enter_context(add_direction(self._chat, vectors, layer=layer))
             yield
 

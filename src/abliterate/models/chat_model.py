@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from abliterate.errors import ModelError
 from abliterate.models.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
+from abliterate.models.stream import ResidualStream, find_blocks, find_stream
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -196,11 +197,25 @@ class ChatModel:
     system_prompt: str | None = None
     batch_size: int | None = None
     _limit: dict[str, int] = field(default_factory=dict)
+    _stream: list[ResidualStream] = field(default_factory=list)
 
     @property
     def n_layers(self) -> int:
         """Number of decoder blocks."""
         return len(self.blocks)
+
+    @property
+    def stream(self) -> ResidualStream:
+        """What each block writes to the residual stream.
+
+        Raises:
+            ModelError: it is not known.
+            UnsupportedArchitectureError: the model's type is refused by name.
+        """
+        if not self._stream:
+            name = str(self.model.config.model_type)
+            self._stream.append(find_stream(self.model, self.blocks, d_model=self.d_model, name=name))
+        return self._stream[0]
 
     @property
     def device(self) -> torch.device:
@@ -298,7 +313,7 @@ class ChatModel:
             position_ids=positions,
             past_key_values=past,
             use_cache=past is not None,
-            logits_to_keep=1,
+            logits_to_keep=self.last_token(ids.shape[1]),
         )
         logits: Tensor = out.logits[:, -1]
         return logits
@@ -348,6 +363,15 @@ class ChatModel:
         finally:
             model.generation_config = shipped
         return completions
+
+    def last_token(self, n_tokens: int) -> int | Tensor:
+        """Return which token's logits a pass over `n_tokens` is asked for: the last one's.
+
+        Where the last blocks share their keys, a plain 1 would have them computed for that token alone; a position has
+        not.
+        """
+        shares_keys = getattr(self.model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+        return torch.tensor([n_tokens - 1], device=self.device) if shares_keys else 1
 
     @property
     def pad_token_id(self) -> int:
@@ -430,7 +454,7 @@ class ChatModel:
         if cache is None:
             return None
         ids = torch.tensor([list(prefix)] * n_variants, device=self.device)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=self.last_token(len(prefix)))
         return PrefixCache(cache=cache, n_tokens=len(prefix))
 
 
@@ -504,25 +528,6 @@ def find_response_prefix(chat: ChatModel, prompts: Sequence[str]) -> str:
 def _may_be_thoughts(chat: ChatModel, starts: Sequence[Sequence[int]]) -> bool:
     texts = [chat.decode(start, skip_special_tokens=False).lstrip() for start in starts]
     return any(all(t.startswith(opener) or opener.startswith(t) for t in texts) for opener in THOUGHT_CLOSERS)
-
-
-def find_blocks(model: nn.Module, n_layers: int, name: str) -> tuple[nn.Module, ...]:
-    """Return a model's decoder blocks, in order.
-
-    Raises:
-        ModelError: there is no list of that many modules.
-    """
-    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
-    lists = [
-        module
-        for root in (decoder, model)
-        if isinstance(root, nn.Module)
-        for _, module in root.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
-    if not lists:
-        raise ModelError(f"{name}: no list of {n_layers} decoder blocks found; this architecture is not supported")
-    return tuple(lists[0])
 
 
 def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:

@@ -1,10 +1,9 @@
-"""Interventions on activations, as hooks that live only inside a `with` block.
+"""Interventions on activations, as hooks that live only inside a `with` block, and recording them.
 
-*Ablation* removes a direction at every write to the residual stream: x <- x - r (r . x) at each block's input and
-after its attention and MLP (Arditi et al. 2024, equation 4). *Addition* adds a vector at one block's input at all
-positions (equation 3). *Affine* editing sets the component instead of removing it.
-
-Recording the residual stream: `resid_pre[l]`, the input of block l, at the tokens that are needed.
+*Ablation* removes a direction at every write to the residual stream: x <- x - r (r . x) at each block's input and at
+all that is added in it (Arditi et al. 2024, equation 4); `stream` says what that is. *Addition* adds a vector at one
+block's input at all positions (equation 3). *Affine* editing sets the component instead of removing it. What is
+recorded is `resid_pre[l]`, the input of block l, at the tokens that are needed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,44 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
 
-ATTENTION_NAMES = (
-    "self_attn",
-    "attn",
-    "attention",
-    "linear_attn",
-    "self_attention",
-    "temporal_block",
-    "mamba",
-    "mixer",
-)
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "moe")
-POST_ATTENTION_NORMS = ("post_self_attn_layernorm", "post_attn_norm", "post_norm1")
-POST_MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_ffn_norm", "post_norm2")
-
-
-def residual_writes(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the two modules of a block whose outputs are added to the residual stream: attention's and MLP's.
-
-    Where a norm stands between a sub-layer and the stream, it is the norm's output that is added.
-
-    Raises:
-        ModelError: the block has no attention or no MLP under a known name.
-    """
-    children = dict(block.named_children())
-    attention = _first(children, ATTENTION_NAMES)
-    mlp = _first(children, MLP_NAMES)
-    if attention is None or mlp is None:
-        raise ModelError(
-            f"{type(block).__name__}: cannot tell which modules write to the residual stream "
-            f"(children: {', '.join(children)}); this architecture is not supported"
-        )
-    post_mlp = _first(children, POST_MLP_NORMS)
-    post_attention = _first(children, POST_ATTENTION_NORMS)
-    # In llama, `post_attention_layernorm` is the norm before the MLP; beside a norm after the MLP it is what it says.
-    if post_attention is None and (post_mlp is not None or "pre_mlp_layernorm" in children):
-        post_attention = children.get("post_attention_layernorm")
-    return post_attention or attention, post_mlp or mlp
-
 
 @contextmanager
 def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
@@ -69,27 +30,32 @@ def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
             here, a zero vector removes nothing.
 
     Yields:
-        how many hooks are attached (three a block).
+        how many hooks are attached: one for each block's input and one for each of its writes.
+
+    Raises:
+        ModelError: what writes to the stream of this model is not known, or its type is refused by name.
     """
     with ExitStack() as stack:
-        yield sum(stack.enter_context(ablate_in_block(chat, block, direction)) for block in chat.blocks)
+        yield sum(stack.enter_context(ablate_in_block(chat, layer, direction)) for layer in range(chat.n_layers))
 
 
 @contextmanager
-def ablate_in_block(chat: ChatModel, block: nn.Module, direction: Tensor) -> Iterator[int]:
-    """Remove `direction` at one block's input and after its attention and MLP; see `ablate_direction`."""
+def ablate_in_block(chat: ChatModel, layer: int, direction: Tensor) -> Iterator[int]:
+    """Remove `direction` at one block's input and from all that it writes; see `ablate_direction`."""
     placed = _placed(_unit(direction, chat))
 
     def ablate(hidden: Tensor) -> Tensor:
         unit = placed(hidden.device)
         if unit.dim() == 1:
             return hidden - (hidden @ unit).unsqueeze(-1) * unit
+        if hidden.dim() == 1:
+            return hidden - (unit @ hidden)[:, None, None] * unit[:, None]
         # Some mixtures of experts hand on all tokens of a batch in one axis, row after row.
         rows = hidden.reshape(len(unit), -1, hidden.shape[-1])
         share = torch.bmm(rows, unit.unsqueeze(-1))
         return torch.baddbmm(rows, share, unit.unsqueeze(1), alpha=-1).reshape(hidden.shape)
 
-    with _edit_writes(block, ablate) as n_hooks:
+    with _edit_stream(chat, layer, ablate) as n_hooks:
         yield n_hooks
 
 
@@ -102,15 +68,15 @@ def ablate_subspace(chat: ChatModel, basis: Tensor) -> Iterator[int]:
         basis: [k, d_model], orthonormal rows.
 
     Yields:
-        how many hooks are attached (three a block).
+        how many hooks are attached, as `ablate_direction` does.
     """
     with ExitStack() as stack:
-        yield sum(stack.enter_context(ablate_subspace_in_block(chat, block, basis)) for block in chat.blocks)
+        yield sum(stack.enter_context(ablate_subspace_in_block(chat, layer, basis)) for layer in range(chat.n_layers))
 
 
 @contextmanager
-def ablate_subspace_in_block(chat: ChatModel, block: nn.Module, basis: Tensor) -> Iterator[int]:
-    """Remove several directions together at one block's input and after its attention and MLP."""
+def ablate_subspace_in_block(chat: ChatModel, layer: int, basis: Tensor) -> Iterator[int]:
+    """Remove several directions together at one block's input and from all that it writes."""
     if basis.dim() != 2 or basis.shape[1] != chat.d_model:
         raise ModelError(f"basis has shape {tuple(basis.shape)}; the model's width is {chat.d_model}")
     placed = _placed(basis.to(chat.device, chat.model.dtype))
@@ -120,7 +86,7 @@ def ablate_subspace_in_block(chat: ChatModel, block: nn.Module, basis: Tensor) -
         ablated: Tensor = hidden - (hidden @ rows.T) @ rows
         return ablated
 
-    with _edit_writes(block, ablate) as n_hooks:
+    with _edit_stream(chat, layer, ablate) as n_hooks:
         yield n_hooks
 
 
@@ -142,7 +108,7 @@ def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: f
 def set_component(chat: ChatModel, direction: Tensor, components: Sequence[float]) -> Iterator[int]:
     """Hold the residual stream's component along `direction` at given values: affine concept editing.
 
-    At the input of block l, x <- x - r (r . x) + components[l] r; what attention and MLP write is ablated, so that
+    At the input of block l, x <- x - r (r . x) + components[l] r; what the block writes is ablated, so that
     the component stays there until the next block (Marshall et al. 2024, arXiv 2411.09003, with the
     harmless mean as the point of reference). With components of zero this is `ablate_direction`.
 
@@ -152,7 +118,7 @@ def set_component(chat: ChatModel, direction: Tensor, components: Sequence[float
         components: one value a block, in the units of the stream.
 
     Yields:
-        how many hooks are attached (four a block).
+        how many hooks are attached: one more a block than `ablate_direction` does.
     """
     unit = _unit(direction, chat)
     with ablate_direction(chat, direction) as n_hooks, ExitStack() as stack:
@@ -190,29 +156,24 @@ def _watch(layer: int, receive: Callable[[int, Tensor], None]) -> Callable[[Tens
     return look
 
 
-def blocks_return_tuples(chat: ChatModel) -> bool:
-    """Tell whether this model's blocks return a tuple rather than the hidden states alone."""
-    seen: list[bool] = []
-    handle = chat.blocks[0].register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))
-    try:
-        chat.forward([[chat.pad_token_id]])
-    finally:
-        handle.remove()
-    return seen[0]
-
-
 @contextmanager
-def start_at_block(chat: ChatModel, hidden: Tensor, *, layer: int, tuple_output: bool) -> Iterator[None]:
+def start_at_block(chat: ChatModel, hidden: Tensor, *, layer: int, returned: Sequence[int]) -> Iterator[None]:
     """Skip the blocks before `layer` and give block `layer` the input `hidden` [batch, tokens, d_model].
 
-    The model must be run on token ids of the same shape, so that positions and masks are the right ones.
-    `tuple_output` says whether this model's blocks return a tuple.
+    The model must be run on token ids of the same shape, so that positions and masks are the right ones. Where a block
+    needs more of those before it than their output, this is not the same pass; `stream_probe` finds out.
+
+    Args:
+        chat: the model.
+        hidden: the block's input.
+        layer: the block.
+        returned: of each block how many values it returns; 0 for one that is not in a tuple.
     """
     handle = _edit_input(chat.blocks[layer], lambda _ignored: hidden)
     try:
         with ExitStack() as stack:
-            for block in chat.blocks[:layer]:
-                stack.enter_context(replaced_forward(block, _pass_through(tuple_output)))
+            for block, count in zip(chat.blocks[:layer], returned, strict=False):
+                stack.enter_context(replaced_forward(block, _pass_through(count)))
             yield
     finally:
         handle.remove()
@@ -232,20 +193,22 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             cast(Any, module).forward = before
 
 
-def _pass_through(tuple_output: bool) -> Callable[..., Any]:
+def _pass_through(count: int) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return (hidden_states,) if tuple_output else hidden_states
+        return (hidden_states, *[None] * (count - 1)) if count else hidden_states
 
     return forward
 
 
 @contextmanager
-def _edit_writes(block: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[int]:
+def _edit_stream(chat: ChatModel, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[int]:
+    """Edit a block's input and all that it adds to the stream."""
+    writes = chat.stream.blocks[layer].writes
     with ExitStack() as stack:
-        stack.callback(_edit_input(block, edit).remove)
-        for module in residual_writes(block):
-            stack.callback(_edit_output(module, edit).remove)
-        yield 3
+        stack.callback(_edit_input(chat.blocks[layer], edit).remove)
+        for write in writes:
+            stack.callback(_edit_output(write.module, edit, output=write.output).remove)
+        yield 1 + len(writes)
 
 
 def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
@@ -266,22 +229,24 @@ def _placed(tensor: Tensor) -> Callable[[torch.device], Tensor]:
     return cache(tensor.to)
 
 
-def _first(children: dict[str, nn.Module], names: tuple[str, ...]) -> nn.Module | None:
-    return next((children[name] for name in names if name in children), None)
-
-
 def _edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
             return (edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+        # A block takes the stream first, under whatever name.
+        name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+        return args, {**kwargs, name: edit(kwargs[name])}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+def _edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor], *, output: int = 0) -> RemovableHandle:
+    def hook(_module: nn.Module, _args: Any, returned: Any) -> Any:
+        if not isinstance(returned, tuple):
+            return edit(returned)
+        if returned[output] is None:
+            return returned
+        return (*returned[:output], edit(returned[output]), *returned[output + 1 :])
 
     return module.register_forward_hook(hook)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from abliterate.architectures.vocabulary import MERGED_EXPERTS
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_rows, read_tensor
 from abliterate.errors import ModelError
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 Stored = tuple[tuple[TensorInfo, ...], ...]
 """What a parameter is made of: one tensor, or for each expert those that are put below each other."""
-
-_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Parameters of merged experts, [n_experts, out, in], and the parts of each expert on disk."""
 
 
 _READ_BYTES = 16 << 20
@@ -192,7 +190,7 @@ class LayerWeights:
             same_rows = module is self._embedding and info.shape[1:] == tuple(parameter.shape[1:])
             if info.dtype in TORCH_DTYPES and (info.shape == tuple(parameter.shape) or same_rows):
                 return ((info,),)
-        if name in _EXPERTS and parameter.dim() == 3 and (experts := self._experts(full_name, parameter)):
+        if name in MERGED_EXPERTS and parameter.dim() == 3 and (experts := self._experts(full_name, parameter)):
             return experts
         model_type = self._model.config.model_type
         raise ModelError(
@@ -205,7 +203,7 @@ class LayerWeights:
         n_experts, n_out, n_in = parameter.shape
         experts = []
         for i in range(n_experts):
-            parts = [self._stored_as(f"{path}.{i}.{part}.weight") for part in _EXPERTS[name]]
+            parts = [self._stored_as(f"{path}.{i}.{part}.weight") for part in MERGED_EXPERTS[name]]
             known = tuple(part for part in parts if part is not None and part.dtype in TORCH_DTYPES)
             shapes = [part.shape for part in known]
             if len(known) < len(parts) or any(len(shape) != 2 or shape[1] != n_in for shape in shapes):

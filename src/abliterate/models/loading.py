@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.errors import InputError, ModelError
-from abliterate.models.chat_model import ChatModel, ModelOptions, find_blocks, make_chat_model
+from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
 from abliterate.models.chat_template import ChatFormat
 from abliterate.models.layer_weights import LayerWeights
+from abliterate.models.stream import find_blocks
+from abliterate.models.stream_probe import probe_stream
 from abliterate.models.streamed_model import NotHandedOnError, StreamedChat
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -83,9 +85,15 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
 
 def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the class of transformers that loads the model in a directory, images and sound included if need be."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return class_of(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+
+
+def class_of(config: "PretrainedConfig") -> Any:
+    """Return the class of transformers that loads a model with this config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     # Vision-language models run on text too; most of them are not registered as causal language models.
     is_causal = type(config) in AutoModelForCausalLM._model_mapping
     is_wrapper = type(config) in AutoModelForImageTextToText._model_mapping
@@ -162,7 +170,7 @@ def load_streamed_model(
         raise ModelError(f"{name} is quantised; --stream-layers reads float32, float16 and bfloat16 weights only")
     tokenizer = load_tokenizer(path, name=name, options=options)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    returns_tuples = blocks_return_tuples_alone(config, name=name)
+    returned = try_streaming(config, name=name)
     with init_empty_weights(include_buffers=False):
         model = auto_class(path, trust_remote_code=trust).from_config(config, dtype=_dtype(config, options, device))
     # Building without weights makes every parameter anew, tied ones too.
@@ -173,50 +181,50 @@ def load_streamed_model(
     return StreamedChat(
         **{field.name: getattr(chat, field.name) for field in dataclasses.fields(chat)},
         weights=LayerWeights(model=model, blocks=chat.blocks, checkpoint=checkpoint, device=device),
-        returns_tuples=returns_tuples,
+        returned=returned,
         spill_directory=spill_directory,
         progress=progress,
     )
 
 
-def blocks_return_tuples_alone(config: "PretrainedConfig", *, name: str) -> bool:
-    """Tell whether blocks return tuples, by running a small random model both ways: whole, and layer by layer.
+def try_streaming(config: "PretrainedConfig", *, name: str) -> int:
+    """Run a small random model both ways, whole and layer by layer; return how many values its blocks return.
 
     Args:
         config: of the model; the small one differs in its sizes only.
         name: what to call the model in messages.
 
+    Returns:
+        0 where blocks return the stream alone, and not in a tuple.
+
     Raises:
-        ModelError: the two do not agree, or there is no small model of that kind.
+        ModelError: the two do not agree, there is no small model of that kind, or no direction can be extracted.
     """
     refusal = f"{name}: layers of {config.model_type} cannot be run one by one"
     try:
         chat = _twin(config)
-        whole = torch.stack([chat.forward([row])[0] for row in _TWIN_ROWS])
-        for returns_tuples in (False, True):
-            streamed = dataclasses.replace(chat, returns_tuples=returns_tuples)
-            try:
-                apart = streamed.last_logits(_TWIN_ROWS)
-            except NotHandedOnError:
-                continue
-            if float((apart - whole).abs().max()) <= _TWIN_TOLERANCE * float(whole.abs().max()):
-                return returns_tuples
-            raise ModelError(
-                f"{refusal}: in a small model the logits come out otherwise; load it without --stream-layers"
-            )
     except _CANNOT_BUILD as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{refusal}: a small model to try it on does not run ({reason})") from error
-    raise ModelError(f"{refusal}: something happens between them; load it without --stream-layers")
+        raise ModelError(f"{refusal}: a small model to try it on is not built ({reason})") from error
+    returned = set(probe_stream(chat, rows=[row[-5:] for row in _TWIN_ROWS]).returned)
+    try:
+        whole = torch.stack([chat.forward([row])[0] for row in _TWIN_ROWS])
+        apart = dataclasses.replace(chat, returned=max(returned)).last_logits(_TWIN_ROWS)
+    except NotHandedOnError as error:
+        raise ModelError(f"{refusal}: something happens between them; load it without --stream-layers") from error
+    except _CANNOT_BUILD as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{refusal}: a small model to try it on does not run so ({reason})") from error
+    if not float((apart - whole).abs().max()) <= _TWIN_TOLERANCE * float(whole.abs().max()):
+        raise ModelError(f"{refusal}: in a small model the logits come out otherwise; load it without --stream-layers")
+    return max(returned)
 
 
 def _twin(config: "PretrainedConfig") -> StreamedChat:
-    from transformers import AutoModelForCausalLM
-
     small = type(config).from_dict(shrink_config(config.to_dict()))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+        model = class_of(small).from_config(small, dtype=torch.float32).eval()
         for parameter in model.parameters():
             # Larger than at the start of a training, so that every part of a block shows in the logits.
             if parameter.dim() > 1:

@@ -137,13 +137,13 @@ class StreamedChat(ChatModel):
 
     Attributes:
         weights: reads what is needed.
-        returns_tuples: whether the blocks return a tuple.
+        returned: how many values each block returns; 0 where it returns the stream alone.
         spill_directory: where hidden states go that do not fit into memory; None: the system's temporary directory.
         progress: is told how many layers are done.
     """
 
     weights: LayerWeights
-    returns_tuples: bool = False
+    returned: int = 0
     spill_directory: Path | None = None
     progress: ProgressReporter = SILENT
 
@@ -283,7 +283,7 @@ class StreamedChat(ChatModel):
         def stand_in(layer: int) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
                 returned = call(layer, hidden_states, (args, kwargs))
-                return (returned,) if self.returns_tuples else returned
+                return (returned, *[None] * (self.returned - 1)) if self.returned else returned
 
             return forward
 
@@ -321,7 +321,7 @@ class _Pass:
 
     def _run(self, number: int, variant: Variant, layer: int, block: nn.Module) -> None:
         ablated = variant.ablated
-        with nullcontext() if ablated is None else ablate_subspace_in_block(self.chat, block, ablated):
+        with nullcontext() if ablated is None else ablate_subspace_in_block(self.chat, layer, ablated):
             for i, batch in enumerate(self.batches):
                 hidden = self.store.get((_UNCHANGED if variant.start == layer else number, i))
                 if self.watch is not None and number == 0:
