@@ -287,7 +287,7 @@ class _RecordedInputs:
 
 @torch.inference_mode()
 def record_streamed(chat: StreamedChat, rows: Sequence[Sequence[int]]) -> Recording:
-    """Run the prompts once, as `activations.record` does; reads the weights once.
+    """Run the prompts once, as `hooks.record` does; reads the weights once.
 
     Args:
         chat: the model.

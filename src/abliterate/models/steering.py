@@ -1,6 +1,6 @@
 """A direction at work in a loaded model: which intervention, at which layer, with which dose.
 
-`interventions` holds the hooks themselves; here a direction file says where they act and how strongly.
+`hooks` holds the hooks themselves; here a direction file says where they act and how strongly.
 """
 
 import random
