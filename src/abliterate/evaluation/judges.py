@@ -16,7 +16,6 @@ Degenerate replies are not shown to a judge: it would call gibberish safe (see a
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -187,10 +186,8 @@ class _CausalJudge:
         """See `Judge.decide`."""
         rows = [self._row(prompt, answer) for prompt, answer in pairs]
         directory = self._cache_directory
-        with nullcontext() if directory is None else ReplyCache(directory, self._conditions) as cache:
-            outputs = generate_replies(
-                self._chat, rows, max_new_tokens=_MAX_VERDICT_TOKENS, cache=cache, advance=advance
-            )
+        cache = None if directory is None else ReplyCache(directory, self._conditions)
+        outputs = generate_replies(self._chat, rows, max_new_tokens=_MAX_VERDICT_TOKENS, cache=cache, advance=advance)
         return [parse_verdict(self._chat.decode(tokens)) for tokens in outputs]
 
     def _row(self, prompt: str, answer: str) -> list[int]:

@@ -11,13 +11,13 @@ change of any makes a new file. Each line holds one reply as token ids, under th
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
 from abliterate.evaluation.reply_classes import Reply, read_reply
@@ -29,7 +29,7 @@ _WRITTEN_ABOUT_IT = frozenset(("abliteration.json", "evaluation.json"))
 
 
 class ReplyCache:
-    """The replies of one model under one set of conditions; use it as a context manager.
+    """The replies of one model under one set of conditions.
 
     Args:
         directory: where the file lies; made if need be, readable by its owner alone.
@@ -43,19 +43,12 @@ class ReplyCache:
         text = json.dumps(dict(conditions), sort_keys=True, ensure_ascii=False)
         self.path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
         self.hits = 0
-        self._replies: dict[str, list[int]] = {}
+        self._lines = JsonLines(self.path, remedy="delete the file, and its replies are generated again", mode=0o600)
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._read()
-            self._file = _open_for_append(self.path)
+            self._replies: dict[str, list[int]] = dict(self._lines.resume(_kept_reply))
         except OSError as error:
             raise InputError(f"--cache {directory}: cannot be used: {error.strerror or error}") from error
-
-    def __enter__(self) -> "ReplyCache":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def get(self, row: Sequence[int]) -> list[int] | None:
         """Return the reply to a rendered prompt (token ids), or None if it is not kept."""
@@ -67,22 +60,14 @@ class ReplyCache:
         """Keep a reply; it is on the disk when this returns."""
         key = _key(row)
         self._replies[key] = list(reply)
-        self._file.write(json.dumps({"prompt": key, "reply": list(reply)}) + "\n")
-        self._file.flush()
+        self._lines.append({"prompt": key, "reply": list(reply)})
 
-    def _read(self) -> None:
-        if not self.path.is_file():
-            return
-        kept = 0
-        with self.path.open("rb") as file:
-            for line in file:
-                # A run that was killed while it wrote leaves half a line, and it is the last.
-                if not line.endswith(b"\n"):
-                    break
-                entry = json.loads(line)
-                self._replies[entry["prompt"]] = entry["reply"]
-                kept += len(line)
-        os.truncate(self.path, kept)
+
+def _kept_reply(line: Any) -> tuple[str, list[int]]:
+    prompt, reply = line["prompt"], line["reply"]
+    if not isinstance(prompt, str) or not isinstance(reply, list):
+        raise TypeError("not a prompt's hash and a reply's tokens")
+    return prompt, reply
 
 
 def model_fingerprint(directory: Path, *, progress: ProgressReporter = SILENT) -> str:
@@ -99,10 +84,6 @@ def model_fingerprint(directory: Path, *, progress: ProgressReporter = SILENT) -
 
 def _key(row: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(row)).encode()).hexdigest()
-
-
-def _open_for_append(path: Path) -> IO[str]:
-    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

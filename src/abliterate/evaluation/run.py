@@ -262,24 +262,22 @@ class _Run:
         return side, distributions
 
     def _answers(self, chat: ChatModel, source: ModelSource, label: str, *, edited: bool) -> Answers:
-        with self._cache(chat, source, edited=edited) as cache:
-            answers = answer_prompts(
-                chat,
-                {kind: prompts.texts for kind, prompts in self._prompts.items()},
-                max_new_tokens=self.options.max_new_tokens,
-                label=label,
-                cache=cache,
-                progress=self.progress,
-            )
-            if cache is not None and cache.hits:
-                self.progress.message(f"{label}: {cache.hits} replies taken from {cache.path}")
+        cache = self._cache(chat, source, edited=edited)
+        answers = answer_prompts(
+            chat,
+            {kind: prompts.texts for kind, prompts in self._prompts.items()},
+            max_new_tokens=self.options.max_new_tokens,
+            label=label,
+            cache=cache,
+            progress=self.progress,
+        )
+        if cache is not None and cache.hits:
+            self.progress.message(f"{label}: {cache.hits} replies taken from {cache.path}")
         return answers
 
-    def _cache(
-        self, chat: ChatModel, source: ModelSource, *, edited: bool
-    ) -> AbstractContextManager[ReplyCache | None]:
+    def _cache(self, chat: ChatModel, source: ModelSource, *, edited: bool) -> ReplyCache | None:
         if self.options.cache is None:
-            return nullcontext()
+            return None
         steering = edited and self.direction is not None
         conditions = {
             "model": model_fingerprint(source.path, progress=self.progress),

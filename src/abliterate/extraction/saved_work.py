@@ -7,7 +7,6 @@
 Thresholds are no part of the key: they choose among scores and do not change them.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import InputError
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
 from abliterate.progress import SILENT, ProgressReporter
@@ -46,6 +46,7 @@ class SavedWork:
         self._scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = {}
         if directory is None:
             return
+        self._lines = JsonLines(directory / _SCORES, remedy="delete the file, and its scores are computed again")
         try:
             self._open(directory, dict(json.loads(json.dumps(key))), progress)
         except OSError as error:
@@ -54,7 +55,8 @@ class SavedWork:
     def _open(self, directory: Path, key: dict[str, Any], progress: ProgressReporter) -> None:
         saved = _read_key(directory)
         if saved == key:
-            self._scores = _read_scores(directory / _SCORES)
+            for scores in self._lines.resume(_scores_of):
+                self._scores |= scores
             n_recordings = len(list(directory.glob("*.safetensors")))
             progress.message(f"continuing: {n_recordings} recordings and {len(self._scores)} scores are in {directory}")
             return
@@ -91,11 +93,7 @@ class SavedWork:
         for candidate, scores in zip(candidates, values, strict=True):
             self._scores |= {(name, candidate): prompts for name, prompts in scores.items()}
         if self._directory is not None:
-            line = json.dumps([[*c, v] for c, v in zip(candidates, map(dict, values), strict=True)])
-            with (self._directory / _SCORES).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._lines.append([[*c, v] for c, v in zip(candidates, map(dict, values), strict=True)])
 
     def discard(self) -> None:
         """Delete the directory: the work is done."""
@@ -130,19 +128,12 @@ def _read_key(directory: Path) -> dict[str, Any] | None:
     return key if isinstance(key, dict) else None
 
 
-def _read_scores(path: Path) -> dict[tuple[ScoreName, Candidate], tuple[float, ...]]:
-    scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = {}
-    if not path.is_file():
-        return scores
-    lines = path.read_bytes().split(b"\n")
-    # What follows the last newline is a line that a kill cut short; it must not meet the next one.
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - len(lines[-1]))
-    for line in lines[:-1]:
-        with contextlib.suppress(json.JSONDecodeError):
-            for position, layer, values in json.loads(line):
-                scores |= {(name, (position, layer)): tuple(prompts) for name, prompts in values.items()}
-    return scores
+def _scores_of(line: Any) -> dict[tuple[ScoreName, Candidate], tuple[float, ...]]:
+    return {
+        (name, (position, layer)): tuple(prompts)
+        for position, layer, values in line
+        for name, prompts in values.items()
+    }
 
 
 def _write(path: Path, content: bytes) -> None:
