@@ -177,7 +177,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("abliterate.directions.os.fsync", no_space)
+    monkeypatch.setattr("abliterate.files.os.fsync", no_space)
     with pytest.raises(DirectionError, match="No space left on device"):
         make_direction(mean_difference=torch.ones(4)).save(path)
     assert path.read_bytes() == before

@@ -14,7 +14,6 @@ a file that another tool wrote is a direction file as soon as it has that one 1-
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import DirectionError
-from abliterate.untrusted import parse_json
+from abliterate.files import parse_json, write_file
 
 METADATA_KEY = "abliterate"
 SCORE_NAMES = ("bypass", "induce", "kl")
@@ -76,7 +75,7 @@ class Direction:
         metadata = {METADATA_KEY: json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)}
         content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata)
         try:
-            _write_atomically(Path(path), content)
+            write_file(Path(path), content)
         except OSError as error:
             raise DirectionError(
                 f"{path}: cannot be written: {error.strerror or error}; choose another path with -o"
@@ -256,16 +255,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from abliterate.architectures.table import (
 )
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
-from abliterate.untrusted import shown
+from abliterate.files import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

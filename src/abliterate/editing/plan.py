@@ -35,7 +35,7 @@ from abliterate.editing.edits import (
 )
 from abliterate.editing.projection import orthonormalize
 from abliterate.errors import CheckpointError, DirectionError, InputError
-from abliterate.untrusted import shown
+from abliterate.files import shown
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3

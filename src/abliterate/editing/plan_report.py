@@ -38,7 +38,7 @@ from abliterate.editing.record import (
     encode_subspace,
 )
 from abliterate.errors import InputError
-from abliterate.untrusted import MAX_BYTES, has_file
+from abliterate.files import MAX_BYTES, has_file
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
 _WORKSPACE_BYTES = 40_000_000

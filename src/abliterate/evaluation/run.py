@@ -55,6 +55,7 @@ from abliterate.evaluation.report import (
     count_replies,
     refusal_change,
 )
+from abliterate.files import write_file
 from abliterate.models.chat_model import ChatModel, ModelOptions
 from abliterate.models.loading import load_chat_model
 from abliterate.models.steering import default_coefficient, steer
@@ -426,20 +427,20 @@ def _versions() -> dict[str, str]:
 
 
 def _write_completions(path: Path, prompts: dict[Kind, PromptSet], sides: dict[str, _Side | None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for label, side in sides.items():
-            if side is None:
-                continue
-            for kind, chosen in prompts.items():
-                for prompt_id, prompt, reply in zip(chosen.ids, chosen.texts, side.replies[kind], strict=True):
-                    line = {
-                        "model": label,
-                        "kind": kind,
-                        "id": prompt_id,
-                        "prompt": prompt,
-                        "class": reply.reply_class,
-                        "completion": reply.answer,
-                        "thinking": reply.thinking,
-                    }
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = []
+    for label, side in sides.items():
+        if side is None:
+            continue
+        for kind, chosen in prompts.items():
+            for prompt_id, prompt, reply in zip(chosen.ids, chosen.texts, side.replies[kind], strict=True):
+                line = {
+                    "model": label,
+                    "kind": kind,
+                    "id": prompt_id,
+                    "prompt": prompt,
+                    "class": reply.reply_class,
+                    "completion": reply.answer,
+                    "thinking": reply.thinking,
+                }
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_file(path, "".join(lines))

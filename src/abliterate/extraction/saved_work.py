@@ -9,7 +9,6 @@ Thresholds are no part of the key: they choose among scores and do not change th
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import InputError
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
+from abliterate.files import write_file
 from abliterate.progress import SILENT, ProgressReporter
 
 _KEY = "KEY.json"
@@ -68,7 +68,7 @@ class SavedWork:
                 progress.message(f"starting anew: {', '.join(changed)} changed since {directory} was written")
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
-        _write(directory / _KEY, json.dumps(key, indent=1, sort_keys=True).encode())
+        write_file(directory / _KEY, json.dumps(key, indent=1, sort_keys=True))
 
     def recording(self, name: str) -> dict[str, Tensor] | None:
         """Return the tensors saved under this name, or None."""
@@ -79,7 +79,7 @@ class SavedWork:
     def save_recording(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Save some tensors, whole or not at all."""
         if self._directory is not None:
-            _write(self._directory / f"{name}.safetensors", safetensors.torch.save(dict(tensors)))
+            write_file(self._directory / f"{name}.safetensors", safetensors.torch.save(dict(tensors)))
 
     def scores(self, name: ScoreName, candidate: Candidate) -> PromptScores | None:
         """Return a candidate's saved scores of this name, or None unless all are there."""
@@ -134,12 +134,3 @@ def _scores_of(line: Any) -> dict[tuple[ScoreName, Candidate], tuple[float, ...]
         for position, layer, values in line
         for name, prompts in values.items()
     }
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
