@@ -3,7 +3,6 @@
 What an edit is going to be, as the report that its record is made from: all that is known before it is made.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import safetensors
-import torch
 
 from abliterate._version import __version__
 from abliterate.architectures.writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
@@ -26,7 +22,9 @@ from abliterate.checkpoints.checkpoint import (
     parse_config,
     read_json_object,
 )
+from abliterate.checkpoints.hashed_files import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
+from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.plan import EditOptions, EditPlan, select_writers, unverified_note
 from abliterate.editing.record import (
@@ -408,12 +406,7 @@ def planned_report(
         dry_run=dry_run,
         format_version=FORMAT_VERSION,
         format=format,
-        tool={
-            "name": "abliterate",
-            "version": __version__,
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        tool={"name": "abliterate", "version": __version__, **versions("torch", "safetensors")},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=_describe_base(plan),
         directions=tuple(
@@ -453,7 +446,7 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
         "model": plan.source.name,
         "revision": plan.source.revision,
         "model_type": plan.stream.model_type,
-        "config_sha256": hashlib.sha256((checkpoint.path / CONFIG_NAME).read_bytes()).hexdigest(),
+        "config_sha256": hash_file(checkpoint.path / CONFIG_NAME),
         "tied_embeddings": plan.stream.tied_embeddings,
     }
     if plan.stream.tied_embeddings:

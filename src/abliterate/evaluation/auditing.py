@@ -8,14 +8,12 @@ who wants the refusals gone; nothing beyond these interventions is searched for.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from abliterate._version import __version__
 from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.provenance import versions
 from abliterate.errors import InputError
 from abliterate.evaluation.audit_report import (
     AuditedIntervention,
@@ -182,11 +180,7 @@ class _Audit:
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
                 for kind, chosen in self._test.items()
             },
-            versions={
-                "abliterate": __version__,
-                "torch": str(torch.__version__),
-                "transformers": version("transformers"),
-            },
+            versions=versions("abliterate", "torch", "transformers"),
         )
 
     def _answer(self, kinds: tuple[str, ...], label: str) -> Answers:

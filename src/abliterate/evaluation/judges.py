@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 
 from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.provenance import model_sha256
 from abliterate.errors import InputError, ModelError
-from abliterate.evaluation.replies import ReplyCache, generate_replies, model_fingerprint
+from abliterate.evaluation.replies import ReplyCache, generate_replies
 from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import Agreement, PairedChange, cohens_kappa, paired_change, wilson_interval
 from abliterate.models.chat_model import ChatModel
@@ -179,7 +180,7 @@ class _CausalJudge:
         self._cache_directory = options.cache
         self._conditions: dict[str, str] = {}
         if options.cache is not None:
-            fingerprint = model_fingerprint(source.path, progress=progress)
+            fingerprint = model_sha256(source.path, progress=progress)
             self._conditions = {"judge": fingerprint, "dtype": str(model.dtype)}
 
     def decide(self, pairs: Sequence[tuple[str, str]], *, advance: Advance = lambda _n: None) -> list[Verdict]:

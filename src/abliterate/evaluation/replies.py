@@ -9,23 +9,18 @@ holds the replies of one model under one set of conditions; its name is a hash o
 change of any makes a new file. Each line holds one reply as token ids, under the hash of its rendered prompt.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoints.hashed_files import hash_file
 from abliterate.checkpoints.json_lines import JsonLines
+from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
 from abliterate.evaluation.reply_classes import Reply, read_reply
 from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, Advance, ProgressReporter
-
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py")
-_WRITTEN_ABOUT_IT = frozenset(("abliteration.json", "evaluation.json"))
 
 
 class ReplyCache:
@@ -40,8 +35,7 @@ class ReplyCache:
     """
 
     def __init__(self, directory: Path, conditions: Mapping[str, Any]) -> None:
-        text = json.dumps(dict(conditions), sort_keys=True, ensure_ascii=False)
-        self.path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+        self.path = directory / f"{values_sha256(dict(conditions))[:32]}.jsonl"
         self.hits = 0
         self._lines = JsonLines(self.path, remedy="delete the file, and its replies are generated again", mode=0o600)
         try:
@@ -70,20 +64,8 @@ def _kept_reply(line: Any) -> tuple[str, list[int]]:
     return prompt, reply
 
 
-def model_fingerprint(directory: Path, *, progress: ProgressReporter = SILENT) -> str:
-    """Return a SHA-256 over the names and contents of a model's files: weights, configuration, tokenizer, code."""
-    files = sorted({path for pattern in _MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
-    files = [path for path in files if path.name not in _WRITTEN_ABOUT_IT]
-    digest = hashlib.sha256()
-    total = sum(path.stat().st_size for path in files)
-    with progress.task(f"Hashing {directory.name}", total=total, unit="bytes") as advance:
-        for path in files:
-            digest.update(f"{path.name}\0{hash_file(path, advance=advance)}\n".encode())
-    return digest.hexdigest()
-
-
 def _key(row: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps(list(row)).encode()).hexdigest()
+    return values_sha256(list(row))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

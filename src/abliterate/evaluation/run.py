@@ -14,14 +14,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from abliterate._version import __version__
 from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.provenance import model_sha256, versions
 from abliterate.directions import Direction, load_direction
 from abliterate.editing.record import RECORD_NAME, read_json_report
 from abliterate.errors import InputError, PromptSetError
@@ -41,7 +38,6 @@ from abliterate.evaluation.replies import (
     answer_prompts,
     let_think,
     measure_surprise,
-    model_fingerprint,
     read_replies,
 )
 from abliterate.evaluation.reply_classes import Reply
@@ -281,14 +277,14 @@ class _Run:
             return None
         steering = edited and self.direction is not None
         conditions = {
-            "model": model_fingerprint(source.path, progress=self.progress),
+            "model": model_sha256(source.path, progress=self.progress),
             "dtype": str(chat.model.dtype),
             "device": chat.device.type,
             "max_new_tokens": self.options.max_new_tokens,
             "intervention": self.options.intervention if edited else "none",
             "coefficient": self._coefficient if steering else None,
             "direction": self.direction.sha256 if steering and self.direction else None,
-            "versions": _versions(),
+            "versions": versions("abliterate", "torch", "transformers"),
         }
         return ReplyCache(self.options.cache, conditions)
 
@@ -392,7 +388,7 @@ class _Run:
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
                 for kind, chosen in prompts.items()
             },
-            versions=_versions(),
+            versions=versions("abliterate", "torch", "transformers"),
         )
 
 
@@ -416,14 +412,6 @@ def _describe(direction: Direction | None) -> dict[str, Any] | None:
         return None
     known = {key: direction.metadata.get(key) for key in ("model", "position", "layer")}
     return {"sha256": direction.sha256, **known}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "abliterate": __version__,
-        "torch": str(torch.__version__),
-        "transformers": version("transformers"),
-    }
 
 
 def _write_completions(path: Path, prompts: dict[Kind, PromptSet], sides: dict[str, _Side | None]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.provenance import quick_model_sha256, versions
 from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.candidates import (
     Robustness,
@@ -28,9 +29,8 @@ from abliterate.extraction.report import (
     NoCandidatePassesError,
     PromptCounts,
     directions_of,
-    versions,
 )
-from abliterate.extraction.saved_work import SavedWork, model_fingerprint
+from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.scoring import CandidateScorer, StreamedScorer
 from abliterate.extraction.selection import CandidateScore, passing_candidates
@@ -113,13 +113,13 @@ def _work_key(
     source: ModelSource | None, prompts: ExtractionPrompts, options: ExtractionOptions, model_options: ModelOptions
 ) -> dict[str, Any]:
     return {
-        "model": None if source is None else {"files": model_fingerprint(source.path), "revision": source.revision},
+        "model": None if source is None else {"files": quick_model_sha256(source.path), "revision": source.revision},
         "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
         "refusal tokens": options.refusal_tokens,
         "filter": options.filter_prompts,
         "recipe": asdict(options.recipe),
         "model options": asdict(model_options),
-        "versions": versions(),
+        "versions": versions("abliterate", "python", "torch", "transformers"),
     }
 
 

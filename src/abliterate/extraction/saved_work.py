@@ -7,7 +7,6 @@
 Thresholds are no part of the key: they choose among scores and do not change them.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,6 @@ from abliterate.progress import SILENT, ProgressReporter
 
 _KEY = "KEY.json"
 _SCORES = "scores.jsonl"
-_EDGE_BYTES = 1 << 20
 
 
 class SavedWork:
@@ -99,25 +97,6 @@ class SavedWork:
         """Delete the directory: the work is done."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def model_fingerprint(directory: Path) -> str:
-    """Return a hash of a model's files: small ones whole; of large ones size, time, and both ends.
-
-    A checkpoint of hundreds of gigabytes is not read a second time for this; an edit that keeps a file's size, its time
-    of change and its first and last megabyte goes unseen.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in directory.iterdir() if p.is_file()):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE_BYTES))
-            if status.st_size > _EDGE_BYTES:
-                digest.update(f"{status.st_mtime_ns}".encode())
-                file.seek(max(_EDGE_BYTES, status.st_size - _EDGE_BYTES))
-                digest.update(file.read())
-    return digest.hexdigest()
 
 
 def _read_key(directory: Path) -> dict[str, Any] | None:
