@@ -22,7 +22,7 @@ from abliterate.checkpoints.quantized import (
     plain_view,
 )
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
-from abliterate.directions import Direction, load_direction
+from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.edits import (
     TIED_POLICIES,
     Addition,
@@ -33,7 +33,6 @@ from abliterate.editing.edits import (
     edits_of_writers,
     plan_addition,
 )
-from abliterate.editing.projection import orthonormalize
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.files import shown
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.checkpoints.provenance import quick_model_sha256, versions
+from abliterate.directions import orthonormalize
 from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.candidates import (
     Robustness,
     candidate_directions,
     independent_candidates,
     measure_robustness,
-    spanning_basis,
 )
 from abliterate.extraction.refusal import refusal_metric, refusal_tokens_of, require_both_behaviours
 from abliterate.extraction.report import (
@@ -284,7 +284,7 @@ class _Run:
         if len(chosen) == 1:
             return None
         vectors = torch.stack([candidates[score.position, score.layer] for score in chosen])
-        scores = scorer.score_together(spanning_basis(vectors))
+        scores = scorer.score_together(orthonormalize(vectors)[0])
         return JointScores(bypass=fmean(scores["bypass"]), kl=fmean(scores["kl"]))
 
     def _robustness(

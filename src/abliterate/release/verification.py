@@ -16,8 +16,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.directions import Direction, load_direction
-from abliterate.editing.projection import orthonormalize
+from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import ChatModel, ModelOptions
