@@ -268,6 +268,11 @@ def resolve_model(model: str, *, revision: str | None = None, weights: bool = Tr
     return local or _download(model, revision=revision, weights=weights)
 
 
+def as_source(model: "str | Path | ModelSource") -> ModelSource:
+    """Return a source as it is, and that of a directory or Hub id; see `resolve_model`."""
+    return model if isinstance(model, ModelSource) else resolve_model(str(model))
+
+
 def find_local_model(model: str, *, revision: str | None = None) -> ModelSource | None:
     """Return the source of a model that is a directory; None where `model` can only be a Hub id.
 

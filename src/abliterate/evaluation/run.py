@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.provenance import model_sha256, versions
 from abliterate.directions import Direction, load_direction
 from abliterate.editing.record import RECORD_NAME, read_json_report
@@ -53,7 +53,7 @@ from abliterate.evaluation.report import (
 )
 from abliterate.files import write_file
 from abliterate.models.chat_model import ChatModel, ModelOptions
-from abliterate.models.loading import load_chat_model
+from abliterate.models.loading import open_model
 from abliterate.models.steering import default_coefficient, steer
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
@@ -148,9 +148,9 @@ def evaluate_model(
         require_harness()
     sets = {kind: load_prompt_set(getattr(options, kind), kind=kind, part="test") for kind in KINDS}
     texts = {spec: load_plain_texts(spec) for spec in dict.fromkeys(options.texts)}
-    source = _resolve(model)
-    base_source = _resolve(base) if base is not None else (source if options.intervention != "none" else None)
-    judges = tuple(_resolve(judge) for judge in options.judges)
+    source = as_source(model)
+    base_source = as_source(base) if base is not None else (source if options.intervention != "none" else None)
+    judges = tuple(as_source(judge) for judge in options.judges)
     used = used_for_checkpoint(source.path) | (used_prompts(loaded.metadata) if loaded else frozenset())
     held_out = {kind: hold_out(chosen, used) for kind, chosen in sets.items()}
     for kind, held in held_out.items():
@@ -233,9 +233,7 @@ class _Run:
 
     @contextmanager
     def _loaded(self, source: ModelSource) -> Iterator[ChatModel]:
-        with self.progress.task(f"Loading {source.name}", total=1) as advance:
-            chat = load_chat_model(source.path, name=source.name, options=self.model_options)
-            advance(1)
+        chat = open_model(source, options=self.model_options, progress=self.progress).chat
         yield let_think(chat) if self.options.thinking else chat
         del chat
         gc.collect()
@@ -401,10 +399,6 @@ def _check_options(options: EvaluationOptions, direction: Direction | None) -> N
         raise InputError("--direction is given but --intervention is none; choose ablate, add or affine")
     if options.coefficient is not None and options.intervention not in {"add", "affine"}:
         raise InputError("--coefficient is the dose of --intervention add or affine; leave it out otherwise")
-
-
-def _resolve(model: str | Path | ModelSource) -> ModelSource:
-    return model if isinstance(model, ModelSource) else resolve_model(str(model))
 
 
 def _describe(direction: Direction | None) -> dict[str, Any] | None:

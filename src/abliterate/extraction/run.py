@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import quick_model_sha256, versions
 from abliterate.directions import orthonormalize
 from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
@@ -37,7 +37,7 @@ from abliterate.extraction.selection import CandidateScore, passing_candidates
 from abliterate.extraction.shared_runs import PARTS, RecordingRun, Scorer, ScoringRun
 from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import Recording
-from abliterate.models.loading import load_chat_model, load_streamed_model
+from abliterate.models.loading import open_model
 from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
@@ -88,7 +88,8 @@ def extract_direction(
     model_options = model_options or ModelOptions()
     ranks = find_ranks(device=model_options.device)
     spill = None if work_directory is None else work_directory.absolute().parent
-    source, chat = _load(model, model_options, progress, spill)
+    opened = open_model(model, options=model_options, can_stream=True, spill_directory=spill, progress=progress)
+    source, chat = opened.source, opened.chat
     chat = _force_response_prefix(chat, prompts, progress)
     saved = SavedWork(
         work_directory if source is not None and ranks.is_first else None,
@@ -134,25 +135,6 @@ def _check_options(options: ExtractionOptions) -> None:
     for name, value, low in (("rank", options.rank, 1), ("bootstrap", options.n_bootstrap, 0)):
         if value < low:
             raise InputError(f"--{name} {value} must be at least {low}")
-
-
-def _load(
-    model: "str | Path | ModelSource | ChatModel",
-    options: ModelOptions,
-    progress: ProgressReporter,
-    spill_directory: Path | None,
-) -> tuple[ModelSource | None, ChatModel]:
-    if isinstance(model, ChatModel):
-        return None, model
-    source = model if isinstance(model, ModelSource) else resolve_model(str(model))
-    if options.stream_layers:
-        return source, load_streamed_model(
-            source.path, name=source.name, options=options, spill_directory=spill_directory, progress=progress
-        )
-    with progress.task("Loading the model", total=1) as advance:
-        chat = load_chat_model(source.path, name=source.name, options=options)
-        advance(1)
-    return source, chat
 
 
 def _force_response_prefix(chat: ChatModel, prompts: ExtractionPrompts, progress: ProgressReporter) -> ChatModel:
