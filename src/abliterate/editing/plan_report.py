@@ -181,24 +181,12 @@ class Layout:
         return tuple(tensor for shard in self.shards for tensor in shard.tensors)
 
 
-def plan_edit(*, model: str, revision: str | None = None, options: EditOptions | None = None) -> PlanReport:
-    """Return what orthogonalizing a model would edit, leave alone and need; no weight is read or downloaded.
+def read_layout(*, model: str, revision: str | None = None) -> Layout:
+    """Read a model's config and headers; no weight is read or downloaded.
 
     Args:
         model: A directory, or a Hub id, of which config.json and the shards' headers are fetched.
         revision: Branch, tag or commit of a Hub id.
-        options: What to edit; all residual writers by default.
-
-    Raises:
-        InputError: There is no such directory, or the options select nothing or layers that are not there.
-        CheckpointError: The model is incomplete, quantised or of an unsupported type.
-        HubError: The Hub does not have it, does not give it, or cannot be reached.
-    """
-    return plan_layout(read_layout(model=model, revision=revision), options=options)
-
-
-def read_layout(*, model: str, revision: str | None = None) -> Layout:
-    """Read a model's config and headers, from a directory or the Hub.
 
     Raises:
         InputError: There is no such directory.
@@ -212,7 +200,11 @@ def read_layout(*, model: str, revision: str | None = None) -> Layout:
 
 
 def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanReport:
-    """Return what `plan_edit` does, for a model whose layout was read.
+    """Return what orthogonalizing a model would edit, leave alone and need.
+
+    Args:
+        layout: Of the model.
+        options: What to edit; all residual writers by default.
 
     Raises:
         InputError: The options select nothing or layers that are not there.

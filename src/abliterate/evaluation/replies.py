@@ -121,13 +121,11 @@ def answer_prompts(
     return Answers(rows=rows, tokens=tokens, max_new_tokens=max_new_tokens)
 
 
-def measure_surprise(
-    chat: ChatModel, answers: Answers, *, label: str = "base", progress: ProgressReporter = SILENT
-) -> dict[str, Surprise]:
+def measure_surprise(chat: ChatModel, answers: Answers, *, progress: ProgressReporter = SILENT) -> dict[str, Surprise]:
     """Return how unlikely a model finds some replies, by kind: the base's view tells incoherent ones."""
     found = {}
     for kind, rows in answers.rows.items():
-        with progress.task(f"Reading {kind} replies ({label})", total=len(rows)) as advance:
+        with progress.task(f"Reading {kind} replies (base)", total=len(rows)) as advance:
             found[kind] = completion_surprise(chat, rows, answers.tokens[kind], advance=advance)
     return found
 
