@@ -52,6 +52,11 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(
     assert names(tmp_path) == ["x"]
 
 
+def test_a_name_of_the_greatest_length_finds_room(tmp_path: Path) -> None:
+    write_file(tmp_path / ("n" * 255), "x")
+    assert names(tmp_path) == ["n" * 255]
+
+
 def test_links_are_followed_and_what_is_no_regular_file_is_written_to(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
@@ -59,15 +64,17 @@ def test_links_are_followed_and_what_is_no_regular_file_is_written_to(tmp_path: 
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
-        write_file(tmp_path / "pipe", "through it")
-        assert os.read(reader, 100) == b"through it"
+        for name in ("pipe", "to-pipe"):
+            write_file(tmp_path / name, "through it")
+            assert os.read(reader, 100) == b"through it"
     finally:
         os.close(reader)
     with pytest.raises(IsADirectoryError):
         write_file(tmp_path, "x")
-    assert names(tmp_path) == ["link", "pipe", "real"]
+    assert names(tmp_path) == ["link", "pipe", "real", "to-pipe"]
 
 
 def test_documents_and_tables(tmp_path: Path) -> None:

@@ -207,13 +207,14 @@ def write_file(path: Path, content: bytes | str) -> None:
         OSError: It cannot be written.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    path = path.resolve() if path.is_symlink() else path
-    path.parent.mkdir(parents=True, exist_ok=True)
     mode = path.stat().st_mode if path.exists() else None
     if mode is not None and not stat.S_ISREG(mode):
         path.write_bytes(data)
         return
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not the whole name: one of the greatest length must still find room.
+    partial = path.with_name(f".{path.name[:50]}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
             if mode is not None:
