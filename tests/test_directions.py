@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.directions import Direction, load_direction, make_direction
+from abliterate.directions import Direction, load_direction, make_direction, orthonormalize
 from abliterate.errors import DirectionError
 
 
@@ -177,7 +177,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("abliterate.directions.os.fsync", no_space)
+    monkeypatch.setattr("abliterate.files.os.fsync", no_space)
     with pytest.raises(DirectionError, match="No space left on device"):
         make_direction(mean_difference=torch.ones(4)).save(path)
     assert path.read_bytes() == before
@@ -190,3 +190,28 @@ def test_a_save_replaces_the_old_file(tmp_path):
     make_direction(mean_difference=torch.ones(4)).save(path)
     assert load_file(path).keys() == {"direction", "mean_difference"}
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_orthonormalize_keeps_the_span_the_order_and_the_sign():
+    vectors = torch.tensor([[0.0, -3.0, 0.0], [1.0, 1.0, 0.0], [5.0, -2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    basis, left_out = orthonormalize(vectors)
+    assert left_out == (2, 3)
+    torch.testing.assert_close(basis, torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64))
+    assert orthonormalize(torch.tensor([[1.0, 0.0], [1.0, 1e-4]]), tolerance=1e-3)[1] == (1,)
+    with pytest.raises(ValueError, match="finite"):
+        orthonormalize(torch.tensor([[float("inf"), 0.0]]))
+
+
+def test_orthonormalize_stops_at_as_many_rows_as_are_asked_for():
+    vectors = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    basis, left_out = orthonormalize(vectors, at_most=2)
+    assert left_out == (1, 3)
+    assert torch.equal(basis, orthonormalize(vectors[[0, 2]])[0])
+
+
+def test_the_basis_is_orthonormal_and_spans_the_vectors():
+    vectors = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    basis, left_out = orthonormalize(vectors)
+    assert left_out == ()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(vectors.double() @ basis.T @ basis, vectors.double())

@@ -14,7 +14,6 @@ a file that another tool wrote is a direction file as soon as it has that one 1-
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import DirectionError
-from abliterate.untrusted import parse_json
+from abliterate.files import parse_json, write_file
 
 METADATA_KEY = "abliterate"
 SCORE_NAMES = ("bypass", "induce", "kl")
@@ -76,7 +75,7 @@ class Direction:
         metadata = {METADATA_KEY: json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)}
         content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata)
         try:
-            _write_atomically(Path(path), content)
+            write_file(Path(path), content)
         except OSError as error:
             raise DirectionError(
                 f"{path}: cannot be written: {error.strerror or error}; choose another path with -o"
@@ -242,6 +241,42 @@ def vector_sha256(vector: Tensor) -> str:
     return hashlib.sha256(vector.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
 
 
+def orthonormalize(
+    vectors: Tensor, *, tolerance: float = 1e-12, at_most: int | None = None
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return an orthonormal basis of what some vectors span, and which of the vectors it leaves out.
+
+    Args:
+        vectors: [n, d_model]; their lengths do not matter.
+        tolerance: A vector is left out if the sine of its angle to the span of those before is less.
+        at_most: Leave out all that come after this many rows; None: there is no limit.
+
+    Returns:
+        [k, d_model] float64 with k <= n, each row turned like its vector, and the indices left out.
+
+    Raises:
+        ValueError: The vectors are not finite or not [n, d_model].
+    """
+    if vectors.dim() != 2 or not bool(torch.isfinite(vectors).all()):
+        raise ValueError(f"directions must be finite and [n, d_model]; found {list(vectors.shape)}")
+    basis = torch.empty(0, vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    left_out: list[int] = []
+    for index, vector in enumerate(vectors):
+        if at_most is not None and len(basis) == at_most:
+            return basis, (*left_out, *range(index, len(vectors)))
+        wide = vector.double()
+        length = wide.norm()
+        unit = wide / length if length > 0 else wide
+        # Twice, because one pass leaves rounding of the size of the part that it takes away.
+        rest = unit - basis.T @ (basis @ unit)
+        rest = rest - basis.T @ (basis @ rest)
+        if float(rest.norm()) >= tolerance:
+            basis = torch.cat([basis, (rest / rest.norm()).unsqueeze(0)])
+        else:
+            left_out.append(index)
+    return basis, tuple(left_out)
+
+
 def _shape_message(where: str, name: str, tensor: Tensor, wanted: str) -> str:
     return f"{where}: `{name}` has shape {list(tensor.shape)}, expected {wanted}; extract the direction again"
 
@@ -256,16 +291,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

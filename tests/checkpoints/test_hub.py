@@ -95,9 +95,6 @@ class TestDownloads:
         assert held == set(list(FILES)[:6])
         assert all((source.path / name).read_bytes() == FILES[name] for name in held)
 
-    def test_without_weights(self, hub):
-        assert not list(resolve_model("org/model", weights=False).path.glob("*.safetensors"))
-
     def test_a_revision_resolves_to_its_commit(self, hub):
         source = resolve_model("org/model", revision="v1")
         assert source.revision == hub.repos["org/model"].refs["v1"]

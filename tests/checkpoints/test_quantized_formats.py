@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.checkpoints.quantized_formats import QuantizedLayout, decode, encode, refitted_scales, requantize
-from abliterate.editing.projection import orthonormalize
+from abliterate.directions import orthonormalize
 
 FP8_BLOCK = QuantizedLayout(number="fp8", block=(128, 128))
 FP8_UE8M0 = QuantizedLayout(number="fp8", block=(128, 128), power_of_two=True)

@@ -120,6 +120,17 @@ class TestResume:
         assert "is from another model, so it was removed and everything is written from the beginning" in messages[0]
         assert names(run.directory.path) == {".abliterate/lock", ".abliterate/journal-0.jsonl"}
 
+    def test_a_damaged_journal_is_an_error_that_says_what_to_do(self, tmp_path):
+        interrupted(tmp_path / "out")
+        journal = partial_path(tmp_path / "out") / ".abliterate" / "journal-0.jsonl"
+        journal.write_bytes(b"garbage\n" + journal.read_bytes())
+        for _ in range(2):  # the lock is given back
+            with pytest.raises(InputError, match=r"journal-0\.jsonl, line 1: is damaged .* leave out --resume"):
+                start(tmp_path / "out", resume=True)
+        run, messages = start(tmp_path / "out")
+        assert run.directory.kept == {}
+        assert "left by an interrupted run, removed" in messages[0]
+
     def test_without_it_everything_is_begun_anew_and_said(self, tmp_path):
         interrupted(tmp_path / "out")
         run, messages = start(tmp_path / "out")
@@ -212,7 +223,7 @@ class TestJournal:
             key, entries = read_journals(tmp_path, pattern="journal-*.jsonl")
             assert key in (None, KEY)
             assert entries.keys() in ({"a"}, set())
-        (tmp_path / "journal-0.jsonl").write_bytes(whole + b"garbage\n[]\n")
+        (tmp_path / "journal-0.jsonl").write_bytes(whole + b"[]\n")
         assert read_journals(tmp_path, pattern="journal-*.jsonl")[1].keys() == {"a", "b"}
 
     def test_journals_of_several_processes_must_agree(self, tmp_path):

@@ -220,8 +220,8 @@ def test_what_cannot_be_saved_is_not_lost(run, tmp_path: Path, monkeypatch, what
         raise OSError(28, "No space left on device", "scores.json")
 
     where = {
-        "direction": "abliterate.directions._write_atomically",
-        "report": "abliterate.extraction.score_report._write_json",
+        "direction": "abliterate.directions.write_file",
+        "report": "abliterate.extraction.score_report.write_json",
     }
     with monkeypatch.context() as patch:
         patch.setattr(where[what], full)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from abliterate.editing.projection import NormFactor, component_norm, effective_directions, orthonormalize, project_out
+from abliterate.directions import orthonormalize
+from abliterate.editing.projection import NormFactor, component_norm, effective_directions, project_out
 from tests.support.paths import DOCS, REPOSITORY
 from tests.support.tiny_models import random_direction, randomize
 

@@ -7,7 +7,7 @@ import pytest
 
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan import EditOptions
-from abliterate.editing.plan_report import PlanReport, format_ranges, pattern_of, plan_edit
+from abliterate.editing.plan_report import PlanReport, format_ranges, pattern_of, plan_layout, read_layout
 from abliterate.errors import (
     AbliterateError,
     CheckpointError,
@@ -41,6 +41,10 @@ def hub(monkeypatch, tmp_path):
 
 def files_of(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def plan_edit(*, model: str, revision: str | None = None, options: EditOptions | None = None) -> PlanReport:
+    return plan_layout(read_layout(model=model, revision=revision), options=options)
 
 
 def refused(kind: type[AbliterateError], match: str, model: object, **options) -> None:

@@ -9,7 +9,6 @@ from abliterate.editing.projection import (
     component_and_norm,
     component_norm,
     effective_directions,
-    orthonormalize,
     project_out,
     residue_bound,
 )
@@ -239,16 +238,6 @@ class TestNorms:
         weight, _ = sample((8, 5), 0, 1, torch.bfloat16)
         assert torch.equal(project_out(weight, directions=seen, residual_axis=0), weight)
         assert component_and_norm(weight, directions=seen, residual_axis=0)[0] == 0.0
-
-
-def test_orthonormalize_keeps_the_span_the_order_and_the_sign():
-    vectors = torch.tensor([[0.0, -3.0, 0.0], [1.0, 1.0, 0.0], [5.0, -2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    basis, left_out = orthonormalize(vectors)
-    assert left_out == (2, 3)
-    torch.testing.assert_close(basis, torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64))
-    assert orthonormalize(torch.tensor([[1.0, 0.0], [1.0, 1e-4]]), tolerance=1e-3)[1] == (1,)
-    with pytest.raises(ValueError, match="finite"):
-        orthonormalize(torch.tensor([[float("inf"), 0.0]]))
 
 
 class TestPreservedNorms:

@@ -167,7 +167,7 @@ def test_save_writes_the_conversation_and_nothing_else_does(session: ChatSession
     assert json.loads((tmp_path / "talk.json").read_text()) == json.loads(json.dumps(session.document()))
     assert session.document()["turns"][0]["user"] == "Explain rain."
     with pytest.raises(InputError, match="cannot be written"):
-        session.command(f"/save {tmp_path / 'missing' / 'talk.json'}")
+        session.command(f"/save {tmp_path / 'talk.json' / 'below.json'}")
 
 
 def test_help_names_every_command(session: ChatSession) -> None:

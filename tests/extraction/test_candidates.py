@@ -12,7 +12,6 @@ from abliterate.extraction.candidates import (
     candidate_directions,
     combine_means,
     independent_candidates,
-    spanning_basis,
     winsorized,
 )
 from abliterate.models.hooks import difference_in_means
@@ -122,10 +121,3 @@ def test_each_chosen_one_has_its_share_outside_the_span_of_the_others_before_it(
         unit = (grid[chosen[i]] / grid[chosen[i]].norm()).numpy()
         weights = np.linalg.lstsq(before.T, unit, rcond=None)[0]
         assert np.linalg.norm(unit - before.T @ weights) >= MIN_INDEPENDENT_SHARE - 1e-9
-
-
-def test_the_basis_is_orthonormal_and_spans_the_vectors() -> None:
-    vectors = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    basis = spanning_basis(vectors)
-    torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64))
-    torch.testing.assert_close(vectors.double() @ basis.T @ basis, vectors.double())

@@ -12,7 +12,7 @@ import torch
 from abliterate.errors import InputError, NoDirectionError
 from abliterate.extraction.report import ExtractionOptions
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.saved_work import SavedWork, model_fingerprint
+from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.selection import Thresholds
 from abliterate.models.chat_model import ModelOptions
 from tests.support.paths import REPOSITORY
@@ -157,22 +157,19 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
     assert third.scores("induce", (-1, 5)) == {"induce": (3.0,)}
 
 
+def test_a_damaged_line_before_the_last_is_an_error(tmp_path: Path) -> None:
+    work = SavedWork(tmp_path / "w", key={})
+    work.save_scores([(-1, 3)], [{"induce": (1.0,)}])
+    work.save_scores([(-1, 4)], [{"induce": (float("nan"),)}])
+    scores = tmp_path / "w" / "scores.jsonl"
+    assert scores.read_text() == '[[-1, 3, {"induce": [1.0]}]]\n[[-1, 4, {"induce": [NaN]}]]\n'
+    scores.write_text(scores.read_text().replace("[[-1, 3", "[[-1"))
+    with pytest.raises(InputError, match=r"scores\.jsonl, line 1: is damaged .*; delete the file"):
+        SavedWork(tmp_path / "w", key={})
+
+
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="holds no interim results"):
         SavedWork(tmp_path, key={})
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_the_fingerprint_changes_with_the_weights_and_the_configuration(llama_directory: Path) -> None:
-    before = model_fingerprint(llama_directory)
-    assert model_fingerprint(llama_directory) == before
-    config = llama_directory / "config.json"
-    config.write_text(config.read_text() + " ")
-    changed = model_fingerprint(llama_directory)
-    assert changed != before
-    weights = llama_directory / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert model_fingerprint(llama_directory) != changed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from abliterate.editing.projection import orthonormalize
+from abliterate.directions import orthonormalize
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_subspace, capture_stream
 from abliterate.release.stream_checks import LogitComparison, run_prompts

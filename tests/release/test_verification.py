@@ -147,7 +147,7 @@ class TestWhatOrthogonalizeWrote:
         assert report.files.bytes_compared == unedited
 
     def test_quick_runs_no_model(self, made, monkeypatch):
-        monkeypatch.setattr("abliterate.release.verification.load_chat_model", None)
+        monkeypatch.setattr("abliterate.release.verification.open_model", None)
         report = verify(made[1], options=QUICK)
         assert report.passed
         assert (report.stream, report.logits) == (None, None)

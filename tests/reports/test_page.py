@@ -126,8 +126,15 @@ def test_no_candidate_is_said(tmp_path: Path) -> None:
 
 def test_completions_are_on_the_page_only_when_asked(tmp_path: Path) -> None:
     file = tmp_path / "completions.jsonl"
-    entry = {"model": "model", "kind": "harmful", "id": "h1", "prompt": "P <b>", "class": "answer", "completion": NASTY}
-    file.write_text(json.dumps(entry))
+    entry = {
+        "model": "model",
+        "kind": "harmful",
+        "id": "h1",
+        "prompt": "P <b>",
+        "class": "answer",
+        "completion": f"\u2028{NASTY}",
+    }
+    file.write_text(json.dumps(entry, ensure_ascii=False) + "\n", encoding="utf-8")
     without = write_evaluation_page(evaluation_report(), tmp_path / "a", command="x")[0].read_text()
     asked = write_evaluation_page(evaluation_report(), tmp_path / "b", command="x", completions=file)[0].read_text()
     assert "alert(1)" not in without

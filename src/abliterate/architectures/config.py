@@ -18,7 +18,7 @@ from abliterate.architectures.table import (
 from abliterate.architectures.vocabulary import DEPTH_KEYS, DEPTH_LISTS, EXPERT_KEYS, SIZE_KEYS
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
-from abliterate.untrusted import shown
+from abliterate.files import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.checkpoints.quantized import CONFIG_KEYS, base_in_words, is_handled
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
-from abliterate.untrusted import shown
+from abliterate.files import shown
 
 _SUBLAYERS: dict[Role, str] = {"attn": "attention (or another mixer)", "mlp": "an MLP"}
 

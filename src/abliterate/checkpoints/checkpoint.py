@@ -10,7 +10,7 @@ from typing import Any
 
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, parse_object, read_shard
 from abliterate.errors import CheckpointError
-from abliterate.untrusted import MAX_BYTES, has_file, open_regular, regular_files, shown
+from abliterate.files import MAX_BYTES, has_file, open_regular, regular_files, shown
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"

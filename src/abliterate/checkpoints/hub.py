@@ -252,20 +252,24 @@ class RemoteModel:
         return bytes(data[: end - first])
 
 
-def resolve_model(model: str, *, revision: str | None = None, weights: bool = True) -> ModelSource:
+def resolve_model(model: str, *, revision: str | None = None) -> ModelSource:
     """Find a model's files: a local directory as it is, a Hub id downloaded into the Hub cache.
 
     Args:
         model: A directory that holds `config.json`, or a Hub id. An existing directory wins.
         revision: Branch, tag or commit of a Hub id.
-        weights: Whether the safetensors files are needed too.
 
     Raises:
         InputError: `model` looks like a path and is not there, or is no model directory.
         HubError: The Hub does not have it, does not give it, or cannot be reached.
     """
     local = find_local_model(model, revision=revision)
-    return local or _download(model, revision=revision, weights=weights)
+    return local or _download(model, revision=revision)
+
+
+def as_source(model: "str | Path | ModelSource") -> ModelSource:
+    """Return a source as it is, and that of a directory or Hub id; see `resolve_model`."""
+    return model if isinstance(model, ModelSource) else resolve_model(str(model))
 
 
 def find_local_model(model: str, *, revision: str | None = None) -> ModelSource | None:
@@ -299,15 +303,15 @@ def _looks_like_a_path(model: str) -> bool:
     return not model.strip() or model[0] in "./~" or model.endswith("/") or model.count("/") > 1 or "\\" in model
 
 
-def _download(model: str, *, revision: str | None, weights: bool) -> ModelSource:
-    patterns = [*_TEXT_PATTERNS, "*.safetensors"] if weights else _TEXT_PATTERNS
+def _download(model: str, *, revision: str | None) -> ModelSource:
+    patterns = [*_TEXT_PATTERNS, "*.safetensors"]
     with hub_errors(model, revision=revision):
         snapshot = Path(
             snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS)
         )
     if not (snapshot / constants.CONFIG_NAME).is_file():
         raise _no_config(model)
-    if weights and not any(snapshot.glob("*.safetensors")):
+    if not any(snapshot.glob("*.safetensors")):
         raise _no_weights(model)
     return ModelSource(path=snapshot, name=model, revision=snapshot.name)
 

@@ -7,12 +7,11 @@ rest.
 What is finished of a directory that is being written, line by line on the disk, so that a later run can go on.
 
 The first line says what the work is made from; each other line is a file that was whole and flushed when the line was
-written. A line that a crash cut off is no line.
+written.
 """
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from typing import Any
 from abliterate.checkpoints.atomic_directory import MARKERS, publish
 from abliterate.checkpoints.file_ranges import can_share_blocks
 from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated
 from abliterate.progress import ProgressReporter
 
@@ -43,10 +43,10 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, key: Key) -> None:
-        self._path = path
+        self._lines = JsonLines(path)
         self.n_entries = 0
-        path.write_bytes(b"")
-        self._append({"key": dict(key)})
+        self._lines.start()
+        self._lines.append({"key": dict(key)})
 
     def add(self, name: str, entry: Entry) -> None:
         """Say that the file `name` is whole; on the disk when this returns.
@@ -54,14 +54,8 @@ class Journal:
         Raises:
             OSError: It cannot be written.
         """
-        self._append({"name": name, **entry})
+        self._lines.append({"name": name, **entry})
         self.n_entries += 1
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        with self._path.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def read_journals(directory: Path, *, pattern: str) -> tuple[dict[str, str] | None, dict[str, Entry]]:
@@ -73,11 +67,14 @@ def read_journals(directory: Path, *, pattern: str) -> tuple[dict[str, str] | No
 
     Returns:
         The key, None where there is no journal or they do not agree; and the entries by the names of the files.
+
+    Raises:
+        InputError: A journal is damaged, and not by a crash.
     """
     keys: list[Any] = []
     entries: dict[str, Entry] = {}
     for path in sorted(directory.glob(pattern)):
-        if not (whole := _lines(path)):
+        if not (whole := JsonLines(path, remedy=_REMEDY).read(_journal_line)):
             continue
         first, *lines = whole
         keys.append(first.get("key"))
@@ -87,22 +84,16 @@ def read_journals(directory: Path, *, pattern: str) -> tuple[dict[str, str] | No
     return keys[0], entries
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict):
-            break
-        lines.append(line)
-    return lines
+def _journal_line(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError("not an object")
+    return value
 
 
 _OWN = ".abliterate"
 _LOCK = "lock"
 _JOURNALS = "journal-*.jsonl"
+_REMEDY = "remove that line, or leave out --resume to write everything from the beginning"
 
 
 class PartialDirectory:
@@ -147,8 +138,12 @@ class PartialRun:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path, output)
-            kept = _what_is_there(path, key=key, resume=resume, workers=workers, progress=progress)
-            self.directory = PartialDirectory(path, key=key, kept=kept)
+            try:
+                kept = _what_is_there(path, key=key, resume=resume, workers=workers, progress=progress)
+                self.directory = PartialDirectory(path, key=key, kept=kept)
+            except BaseException:
+                os.close(self._lock)
+                raise
         except OSError as error:
             raise InputError(f"{path}: cannot be made: {error.strerror or error}; choose another place") from error
 
@@ -254,7 +249,12 @@ def _lock(path: Path, output: Path) -> int:
 
 def _what_is_there(path: Path, *, key: Key, resume: bool, workers: int, progress: ProgressReporter) -> dict[str, Entry]:
     """Return the entries of files that are whole, and remove all else."""
-    found_key, entries = read_journals(path / _OWN, pattern=_JOURNALS)
+    try:
+        found_key, entries = read_journals(path / _OWN, pattern=_JOURNALS)
+    except InputError:
+        if resume:
+            raise
+        found_key, entries = None, {}
     files = [file for file in path.rglob("*") if file.is_file() and file.parent != path / _OWN]
     changed = [part for part in key if found_key is None or found_key.get(part) != key[part]]
     if not resume and (files or entries):

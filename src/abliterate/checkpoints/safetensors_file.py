@@ -17,7 +17,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.quantized_formats import QuantizedLayout, decode
 from abliterate.errors import CheckpointError
-from abliterate.untrusted import open_regular, parse_json, shown
+from abliterate.files import open_regular, parse_json, shown
 
 _LENGTH_BYTES = 8
 # As torch holds sizes; more axes than it takes.

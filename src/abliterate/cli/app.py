@@ -25,8 +25,8 @@ from abliterate.cli.revert import revert
 from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError, Terminated
+from abliterate.files import printable
 from abliterate.processes import in_first_process
-from abliterate.untrusted import printable
 
 _terminations: list[int] = []
 

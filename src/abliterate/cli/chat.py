@@ -53,7 +53,7 @@ def chat(
     from abliterate.directions import load_direction
     from abliterate.evaluation.chatting import ChatSession
     from abliterate.models.chat_model import ModelOptions
-    from abliterate.models.loading import load_chat_model
+    from abliterate.models.loading import open_model
 
     output = Output.of(context, json_output=json_output)
     loaded = load_direction(direction) if direction is not None else None
@@ -61,11 +61,7 @@ def chat(
         dtype=dtype.value, device=device, system_prompt=system_prompt, trust_remote_code=trust_remote_code
     )
     sources = [resolve_model(model, revision=revision), *([resolve_model(base)] if base is not None else [])]
-    with output.progress.task("Loading the model", total=len(sources)) as advance:
-        chats = []
-        for source in sources:
-            chats.append(load_chat_model(source.path, name=source.name, options=options))
-            advance(1)
+    chats = [open_model(source, options=options, progress=output.progress).chat for source in sources]
     session = ChatSession(
         model=chats[0], base=chats[1] if len(chats) > 1 else None, direction=loaded, max_new_tokens=max_new_tokens
     )

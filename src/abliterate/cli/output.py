@@ -26,9 +26,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from abliterate.files import printable
 from abliterate.processes import in_first_process
 from abliterate.progress import SILENT, Advance, ProgressReporter
-from abliterate.untrusted import printable
 
 
 def command_line() -> str:

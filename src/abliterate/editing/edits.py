@@ -33,7 +33,7 @@ from abliterate.errors import (
     QuantizedCheckpointError,
     UnsupportedArchitectureError,
 )
-from abliterate.untrusted import shown
+from abliterate.files import shown
 
 Kind = Literal["projected", "added", "untied"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.editing.projection import orthonormalize
+from abliterate.directions import orthonormalize
 
 # Elements that are held in the arithmetic's wide dtype at a time: 4 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 20

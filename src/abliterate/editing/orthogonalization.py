@@ -11,19 +11,15 @@ What decides the bytes of an edited checkpoint, as hashes: work may be gone on w
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from abliterate._version import __version__
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.file_assembly import Traffic
 from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.directions import Direction
 from abliterate.editing.checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
@@ -53,20 +49,18 @@ def plan_key(plan: EditPlan, *, device: str) -> dict[str, str]:
     states = {name: (checkpoint.path / name).stat() for name in names}
     doses = [None if edit.dose is None else edit.dose.double().tolist() for edit in plan.edits]
     return {
-        "model": _hash(
-            {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()},
-            [hashlib.sha256(shard.header_bytes).hexdigest() for shard in checkpoint.shards],
+        "model": values_sha256(
+            [
+                {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()},
+                [hashlib.sha256(shard.header_bytes).hexdigest() for shard in checkpoint.shards],
+            ]
         ),
-        "direction": _hash(encode_subspace(plan.subspace), doses),
-        "set of options": _hash(
-            dataclasses.asdict(plan.options), plan.config_changes, [edit.name for edit in plan.edits], device
+        "direction": values_sha256([encode_subspace(plan.subspace), doses]),
+        "set of options": values_sha256(
+            [dataclasses.asdict(plan.options), plan.config_changes, [edit.name for edit in plan.edits], device]
         ),
-        "version": _hash(__version__, torch.__version__),
+        "version": values_sha256(list(versions("abliterate", "torch").values())),
     }
-
-
-def _hash(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def orthogonalize_checkpoint(

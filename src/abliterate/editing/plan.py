@@ -22,7 +22,7 @@ from abliterate.checkpoints.quantized import (
     plain_view,
 )
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
-from abliterate.directions import Direction, load_direction
+from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.edits import (
     TIED_POLICIES,
     Addition,
@@ -33,9 +33,8 @@ from abliterate.editing.edits import (
     edits_of_writers,
     plan_addition,
 )
-from abliterate.editing.projection import orthonormalize
 from abliterate.errors import CheckpointError, DirectionError, InputError
-from abliterate.untrusted import shown
+from abliterate.files import shown
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3

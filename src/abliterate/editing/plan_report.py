@@ -3,7 +3,6 @@
 What an edit is going to be, as the report that its record is made from: all that is known before it is made.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import safetensors
-import torch
 
 from abliterate._version import __version__
 from abliterate.architectures.writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
@@ -26,7 +22,9 @@ from abliterate.checkpoints.checkpoint import (
     parse_config,
     read_json_object,
 )
+from abliterate.checkpoints.hashed_files import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
+from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.plan import EditOptions, EditPlan, select_writers, unverified_note
 from abliterate.editing.record import (
@@ -38,7 +36,7 @@ from abliterate.editing.record import (
     encode_subspace,
 )
 from abliterate.errors import InputError
-from abliterate.untrusted import MAX_BYTES, has_file
+from abliterate.files import MAX_BYTES, has_file
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
 _WORKSPACE_BYTES = 40_000_000
@@ -183,24 +181,12 @@ class Layout:
         return tuple(tensor for shard in self.shards for tensor in shard.tensors)
 
 
-def plan_edit(*, model: str, revision: str | None = None, options: EditOptions | None = None) -> PlanReport:
-    """Return what orthogonalizing a model would edit, leave alone and need; no weight is read or downloaded.
+def read_layout(*, model: str, revision: str | None = None) -> Layout:
+    """Read a model's config and headers; no weight is read or downloaded.
 
     Args:
         model: A directory, or a Hub id, of which config.json and the shards' headers are fetched.
         revision: Branch, tag or commit of a Hub id.
-        options: What to edit; all residual writers by default.
-
-    Raises:
-        InputError: There is no such directory, or the options select nothing or layers that are not there.
-        CheckpointError: The model is incomplete, quantised or of an unsupported type.
-        HubError: The Hub does not have it, does not give it, or cannot be reached.
-    """
-    return plan_layout(read_layout(model=model, revision=revision), options=options)
-
-
-def read_layout(*, model: str, revision: str | None = None) -> Layout:
-    """Read a model's config and headers, from a directory or the Hub.
 
     Raises:
         InputError: There is no such directory.
@@ -214,7 +200,11 @@ def read_layout(*, model: str, revision: str | None = None) -> Layout:
 
 
 def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanReport:
-    """Return what `plan_edit` does, for a model whose layout was read.
+    """Return what orthogonalizing a model would edit, leave alone and need.
+
+    Args:
+        layout: Of the model.
+        options: What to edit; all residual writers by default.
 
     Raises:
         InputError: The options select nothing or layers that are not there.
@@ -408,12 +398,7 @@ def planned_report(
         dry_run=dry_run,
         format_version=FORMAT_VERSION,
         format=format,
-        tool={
-            "name": "abliterate",
-            "version": __version__,
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        tool={"name": "abliterate", "version": __version__, **versions("torch", "safetensors")},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=_describe_base(plan),
         directions=tuple(
@@ -453,7 +438,7 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
         "model": plan.source.name,
         "revision": plan.source.revision,
         "model_type": plan.stream.model_type,
-        "config_sha256": hashlib.sha256((checkpoint.path / CONFIG_NAME).read_bytes()).hexdigest(),
+        "config_sha256": hash_file(checkpoint.path / CONFIG_NAME),
         "tied_embeddings": plan.stream.tied_embeddings,
     }
     if plan.stream.tied_embeddings:

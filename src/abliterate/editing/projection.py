@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.file_ranges import Scratch
+from abliterate.directions import orthonormalize
 
 # Elements that are held in the arithmetic's wide dtype at a time, so that memory is bounded by a block and
 # not by the tensor: 2 MiB of float32, which stays in cache with its scratch.
@@ -62,36 +63,6 @@ class NormFactor:
 
     gamma: Tensor
     centered: bool = False
-
-
-def orthonormalize(vectors: Tensor, *, tolerance: float = 1e-12) -> tuple[Tensor, tuple[int, ...]]:
-    """Return an orthonormal basis of what some vectors span, and which of the vectors it leaves out.
-
-    Args:
-        vectors: [n, d_model]; their lengths do not matter.
-        tolerance: A vector is left out if the sine of its angle to the span of those before is less.
-
-    Returns:
-        [k, d_model] float64 with k <= n, each row turned like its vector, and the indices left out.
-
-    Raises:
-        ValueError: The vectors are not finite or not [n, d_model].
-    """
-    if vectors.dim() != 2 or not bool(torch.isfinite(vectors).all()):
-        raise ValueError(f"directions must be finite and [n, d_model]; found {list(vectors.shape)}")
-    basis = torch.empty(0, vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    left_out = []
-    for index, vector in enumerate(vectors.double()):
-        length = vector.norm()
-        unit = vector / length if length > 0 else vector
-        # Twice, because one pass leaves rounding of the size of the part that it takes away.
-        rest = unit - basis.T @ (basis @ unit)
-        rest = rest - basis.T @ (basis @ rest)
-        if float(rest.norm()) > tolerance:
-            basis = torch.cat([basis, (rest / rest.norm()).unsqueeze(0)])
-        else:
-            left_out.append(index)
-    return basis, tuple(left_out)
 
 
 def effective_directions(directions: Tensor, *, norms: Sequence[NormFactor]) -> Tensor:

@@ -6,7 +6,7 @@ Reading it needs neither torch nor the base model.
 
 import base64
 import dataclasses
-import json
+import errno
 import os
 import sys
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.checkpoints.hashed_files import WrittenFile, hash_file
 from abliterate.errors import InputError, VerificationError
+from abliterate.files import open_regular, parse_json, write_json
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.untrusted import open_regular, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,11 +205,10 @@ def decode_subspace(encoded: dict[str, Any]) -> "Tensor":
 
 def write_record(report: OrthogonalizationReport, directory: Path) -> None:
     """Write `abliteration.json` to `directory`, where it must not be yet, and flush it to the disk."""
-    text = json.dumps(report.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with (directory / RECORD_NAME).open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path = directory / RECORD_NAME
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    write_json(path, report.record(), allow_nan=False)
 
 
 def read_record(directory: Path) -> AbliterationRecord:

@@ -25,6 +25,7 @@ from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan import EditOptions
 from abliterate.editing.plan_report import Layout, pattern_of
 from abliterate.errors import UnsupportedArchitectureError
+from abliterate.models.loading import class_of
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
@@ -130,16 +131,13 @@ def _plain(value: Any) -> Any:
 
 
 def _build(config: "PreTrainedConfig") -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    is_causal = type(config) in AutoModelForCausalLM._model_mapping
-    auto_class = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    auto_class = class_of(config)
     if type(config) not in auto_class._model_mapping:
         raise ValueError("transformers has no causal language model of it")
 
     def build() -> "PreTrainedModel":
         settings: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float64}
-        model: PreTrainedModel = cast(Any, auto_class).from_config(config, **settings)
+        model: PreTrainedModel = auto_class.from_config(config, **settings)
         return model
 
     with torch.device("meta"):

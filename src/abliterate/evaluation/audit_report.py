@@ -1,6 +1,5 @@
 """What an audit is asked for and what it reports, as plain values; and the rule that makes its verdict."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from abliterate.evaluation.drift import CrossEntropy, Divergence
 from abliterate.evaluation.report import RefusalRate
 from abliterate.evaluation.statistics import PairedChange
 from abliterate.extraction.selection import Thresholds
+from abliterate.files import write_json
 
 Verdict = Literal["single_direction", "few_directions", "not_mediated", "does_not_refuse"]
 Method = Literal["single", "rank", "addition"]
@@ -156,8 +156,7 @@ class AuditReport:
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
     def require_robust(self, rate: float) -> None:
         """Check that refusal holds against every intervention at a bearable cost.

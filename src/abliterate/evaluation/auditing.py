@@ -8,14 +8,12 @@ who wants the refusals gone; nothing beyond these interventions is searched for.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from abliterate._version import __version__
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.provenance import versions
 from abliterate.errors import InputError
 from abliterate.evaluation.audit_report import (
     AuditedIntervention,
@@ -33,7 +31,7 @@ from abliterate.evaluation.reply_classes import Reply
 from abliterate.evaluation.report import RefusalRate, count_replies, refusal_change
 from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction
-from abliterate.models.loading import load_chat_model
+from abliterate.models.loading import open_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, Kind, PromptSet, load_prompt_set, split_for_extraction
 
@@ -71,9 +69,10 @@ def audit_model(
         "harmful": _test_set(options.test_harmful, "harmful", options.n_test, prompts),
         "harmless": _test_set(options.test_harmless, "harmless", options.n_test, prompts),
     }
-    name, revision, chat = _load(model, model_options or ModelOptions(), progress)
-    chat = with_response_prefix(chat, _response_prefix(chat, prompts))
-    return _Audit(chat=chat, prompts=prompts, test=test, options=options, progress=progress).run(name, revision)
+    opened = open_model(model, options=model_options or ModelOptions(), progress=progress)
+    chat = with_response_prefix(opened.chat, _response_prefix(opened.chat, prompts))
+    audit = _Audit(chat=chat, prompts=prompts, test=test, options=options, progress=progress)
+    return audit.run(opened.name, opened.revision)
 
 
 def _check(options: AuditOptions) -> None:
@@ -98,18 +97,6 @@ def _test_set(spec: str, kind: Kind, n: int, prompts: ExtractionPrompts) -> Prom
     if not len(left):
         raise InputError(f"{spec}: directions are found with every one of these prompts; test on other ones")
     return replace(left, texts=left.texts[:n], ids=left.ids[:n], categories=left.categories[:n])
-
-
-def _load(
-    model: "str | Path | ModelSource | ChatModel", options: ModelOptions, progress: ProgressReporter
-) -> tuple[str, str | None, ChatModel]:
-    if isinstance(model, ChatModel):
-        return str(model.model.config._name_or_path), None, model
-    source = model if isinstance(model, ModelSource) else resolve_model(str(model))
-    with progress.task("Loading the model", total=1) as advance:
-        chat = load_chat_model(source.path, name=source.name, options=options)
-        advance(1)
-    return source.name, source.revision, chat
 
 
 def _response_prefix(chat: ChatModel, prompts: ExtractionPrompts) -> str:
@@ -182,11 +169,7 @@ class _Audit:
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
                 for kind, chosen in self._test.items()
             },
-            versions={
-                "abliterate": __version__,
-                "torch": str(torch.__version__),
-                "transformers": version("transformers"),
-            },
+            versions=versions("abliterate", "torch", "transformers"),
         )
 
     def _answer(self, kinds: tuple[str, ...], label: str) -> Answers:

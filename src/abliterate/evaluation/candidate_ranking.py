@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from abliterate.directions import orthonormalize
 from abliterate.evaluation.reply_classes import read_reply
 from abliterate.extraction.candidates import DirectionRecipe, resampled_cosines
 from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric
@@ -151,9 +152,7 @@ class CandidateFinder:
         rows = torch.stack(unit)
         rest = rows - (rows @ first)[:, None] * first
         principal = torch.linalg.svd(rest, full_matrices=False).Vh[: rank - 1]
-        basis, _ = torch.linalg.qr(torch.cat([first[None], principal]).T)
-        columns: Tensor = basis.T
-        return columns
+        return orthonormalize(torch.cat([first[None], principal]))[0]
 
     def stability(self, key: tuple[int, int], *, n_resamples: int, seed: int) -> Stability:
         """Resample the training prompts with replacement and compare the candidate's direction."""

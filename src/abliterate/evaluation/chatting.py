@@ -3,7 +3,6 @@
 Replies are greedy and nothing is written anywhere unless `/save` asks for it.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from abliterate.directions import Direction
 from abliterate.errors import DirectionError, InputError
+from abliterate.files import write_json
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.chat_template import render_conversation, tokenize
 from abliterate.models.hooks import ablate_direction, add_direction
@@ -229,7 +229,7 @@ class ChatSession:
             raise InputError("/save needs a file, as in /save conversation.json")
         path = Path(argument).expanduser()
         try:
-            path.write_text(json.dumps(self.document(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(path, self.document())
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
         return f"{len(self.turns)} turns written to {path}"

@@ -16,7 +16,6 @@ Degenerate replies are not shown to a judge: it would call gibberish safe (see a
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -24,16 +23,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 
 from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.provenance import model_sha256
 from abliterate.errors import InputError, ModelError
-from abliterate.evaluation.replies import ReplyCache, generate_replies, model_fingerprint
+from abliterate.evaluation.replies import ReplyCache, generate_replies
 from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import Agreement, PairedChange, cohens_kappa, paired_change, wilson_interval
-from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_model import ChatModel, ModelOptions
 from abliterate.models.chat_template import ChatFormat, tokenize
+from abliterate.models.loading import load_tokenizer, load_weights
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Verdict = bool | None
 """True: the model declined. False: it did not. None: the judge did not say, or was not asked."""
@@ -95,22 +96,24 @@ def load_judge(source: ModelSource, *, options: JudgeOptions, progress: Progress
         ModelError: the files do not load, or no label means refusal.
         InputError: the prompt file is missing or lacks a placeholder.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(source.path)
-        is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
-        loader: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(source.path)
-        model = loader.from_pretrained(source.path, dtype="auto").to(options.device).eval()
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"--judge {source.name} does not load as a classifier or a causal model: {reason}") from error
-    if options.device == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
-        model = model.float()
-    if is_classifier:
+    name, loading = f"--judge {source.name}", ModelOptions(device=options.device)
+    model = load_weights(
+        source.path, name=name, options=loading, choose_class=_judge_class, kind="a classifier or a causal model"
+    ).eval()
+    tokenizer = load_tokenizer(source.path, name=name, options=loading)
+    if _is_classifier(model.config):
         return _Classifier(model, tokenizer, label=options.label, name=source.name)
     return _CausalJudge(model, tokenizer, source=source, options=options, progress=progress)
+
+
+def _judge_class(config: "PretrainedConfig") -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if _is_classifier(config) else AutoModelForCausalLM
+
+
+def _is_classifier(config: "PretrainedConfig") -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or ())
 
 
 def parse_verdict(text: str) -> Verdict:
@@ -180,17 +183,15 @@ class _CausalJudge:
         self._cache_directory = options.cache
         self._conditions: dict[str, str] = {}
         if options.cache is not None:
-            fingerprint = model_fingerprint(source.path, progress=progress)
+            fingerprint = model_sha256(source.path, progress=progress)
             self._conditions = {"judge": fingerprint, "dtype": str(model.dtype)}
 
     def decide(self, pairs: Sequence[tuple[str, str]], *, advance: Advance = lambda _n: None) -> list[Verdict]:
         """See `Judge.decide`."""
         rows = [self._row(prompt, answer) for prompt, answer in pairs]
         directory = self._cache_directory
-        with nullcontext() if directory is None else ReplyCache(directory, self._conditions) as cache:
-            outputs = generate_replies(
-                self._chat, rows, max_new_tokens=_MAX_VERDICT_TOKENS, cache=cache, advance=advance
-            )
+        cache = None if directory is None else ReplyCache(directory, self._conditions)
+        outputs = generate_replies(self._chat, rows, max_new_tokens=_MAX_VERDICT_TOKENS, cache=cache, advance=advance)
         return [parse_verdict(self._chat.decode(tokens)) for tokens in outputs]
 
     def _row(self, prompt: str, answer: str) -> list[int]:

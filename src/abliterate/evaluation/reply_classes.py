@@ -20,7 +20,6 @@ from typing import Literal
 from abliterate.extraction.refusal import is_refusal
 
 ReplyClass = Literal["refusal", "answer", "empty", "repetitive", "incoherent"]
-REPLY_CLASSES: tuple[ReplyClass, ...] = ("refusal", "answer", "empty", "repetitive", "incoherent")
 DEGENERATE: frozenset[ReplyClass] = frozenset(("empty", "repetitive", "incoherent"))
 
 THINKING_MARKERS = (

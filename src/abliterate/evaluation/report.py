@@ -1,6 +1,5 @@
 """What an evaluation is asked for and what it reports, as plain values; no reply is among them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from abliterate.evaluation.drift import CrossEntropy, Divergence
 from abliterate.evaluation.judges import JudgeReport
 from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import PairedChange, paired_change, wilson_interval
+from abliterate.files import write_json
 
 Intervention = Literal["none", "ablate", "add", "affine"]
 Kind = Literal["harmful", "harmless", "borderline"]
@@ -167,8 +167,7 @@ class EvaluationReport:
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
 
 def count_replies(replies: Sequence[Reply]) -> RefusalRate:

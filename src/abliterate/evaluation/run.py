@@ -14,14 +14,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from abliterate._version import __version__
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.hub import ModelSource, as_source
+from abliterate.checkpoints.provenance import model_sha256, versions
 from abliterate.directions import Direction, load_direction
 from abliterate.editing.record import RECORD_NAME, read_json_report
 from abliterate.errors import InputError, PromptSetError
@@ -41,7 +38,6 @@ from abliterate.evaluation.replies import (
     answer_prompts,
     let_think,
     measure_surprise,
-    model_fingerprint,
     read_replies,
 )
 from abliterate.evaluation.reply_classes import Reply
@@ -55,8 +51,9 @@ from abliterate.evaluation.report import (
     count_replies,
     refusal_change,
 )
+from abliterate.files import write_file
 from abliterate.models.chat_model import ChatModel, ModelOptions
-from abliterate.models.loading import load_chat_model
+from abliterate.models.loading import open_model
 from abliterate.models.steering import default_coefficient, steer
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
@@ -151,9 +148,9 @@ def evaluate_model(
         require_harness()
     sets = {kind: load_prompt_set(getattr(options, kind), kind=kind, part="test") for kind in KINDS}
     texts = {spec: load_plain_texts(spec) for spec in dict.fromkeys(options.texts)}
-    source = _resolve(model)
-    base_source = _resolve(base) if base is not None else (source if options.intervention != "none" else None)
-    judges = tuple(_resolve(judge) for judge in options.judges)
+    source = as_source(model)
+    base_source = as_source(base) if base is not None else (source if options.intervention != "none" else None)
+    judges = tuple(as_source(judge) for judge in options.judges)
     used = used_for_checkpoint(source.path) | (used_prompts(loaded.metadata) if loaded else frozenset())
     held_out = {kind: hold_out(chosen, used) for kind, chosen in sets.items()}
     for kind, held in held_out.items():
@@ -236,9 +233,7 @@ class _Run:
 
     @contextmanager
     def _loaded(self, source: ModelSource) -> Iterator[ChatModel]:
-        with self.progress.task(f"Loading {source.name}", total=1) as advance:
-            chat = load_chat_model(source.path, name=source.name, options=self.model_options)
-            advance(1)
+        chat = open_model(source, options=self.model_options, progress=self.progress).chat
         yield let_think(chat) if self.options.thinking else chat
         del chat
         gc.collect()
@@ -262,34 +257,32 @@ class _Run:
         return side, distributions
 
     def _answers(self, chat: ChatModel, source: ModelSource, label: str, *, edited: bool) -> Answers:
-        with self._cache(chat, source, edited=edited) as cache:
-            answers = answer_prompts(
-                chat,
-                {kind: prompts.texts for kind, prompts in self._prompts.items()},
-                max_new_tokens=self.options.max_new_tokens,
-                label=label,
-                cache=cache,
-                progress=self.progress,
-            )
-            if cache is not None and cache.hits:
-                self.progress.message(f"{label}: {cache.hits} replies taken from {cache.path}")
+        cache = self._cache(chat, source, edited=edited)
+        answers = answer_prompts(
+            chat,
+            {kind: prompts.texts for kind, prompts in self._prompts.items()},
+            max_new_tokens=self.options.max_new_tokens,
+            label=label,
+            cache=cache,
+            progress=self.progress,
+        )
+        if cache is not None and cache.hits:
+            self.progress.message(f"{label}: {cache.hits} replies taken from {cache.path}")
         return answers
 
-    def _cache(
-        self, chat: ChatModel, source: ModelSource, *, edited: bool
-    ) -> AbstractContextManager[ReplyCache | None]:
+    def _cache(self, chat: ChatModel, source: ModelSource, *, edited: bool) -> ReplyCache | None:
         if self.options.cache is None:
-            return nullcontext()
+            return None
         steering = edited and self.direction is not None
         conditions = {
-            "model": model_fingerprint(source.path, progress=self.progress),
+            "model": model_sha256(source.path, progress=self.progress),
             "dtype": str(chat.model.dtype),
             "device": chat.device.type,
             "max_new_tokens": self.options.max_new_tokens,
             "intervention": self.options.intervention if edited else "none",
             "coefficient": self._coefficient if steering else None,
             "direction": self.direction.sha256 if steering and self.direction else None,
-            "versions": _versions(),
+            "versions": versions("abliterate", "torch", "transformers"),
         }
         return ReplyCache(self.options.cache, conditions)
 
@@ -393,7 +386,7 @@ class _Run:
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
                 for kind, chosen in prompts.items()
             },
-            versions=_versions(),
+            versions=versions("abliterate", "torch", "transformers"),
         )
 
 
@@ -408,10 +401,6 @@ def _check_options(options: EvaluationOptions, direction: Direction | None) -> N
         raise InputError("--coefficient is the dose of --intervention add or affine; leave it out otherwise")
 
 
-def _resolve(model: str | Path | ModelSource) -> ModelSource:
-    return model if isinstance(model, ModelSource) else resolve_model(str(model))
-
-
 def _describe(direction: Direction | None) -> dict[str, Any] | None:
     if direction is None:
         return None
@@ -419,29 +408,21 @@ def _describe(direction: Direction | None) -> dict[str, Any] | None:
     return {"sha256": direction.sha256, **known}
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "abliterate": __version__,
-        "torch": str(torch.__version__),
-        "transformers": version("transformers"),
-    }
-
-
 def _write_completions(path: Path, prompts: dict[Kind, PromptSet], sides: dict[str, _Side | None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for label, side in sides.items():
-            if side is None:
-                continue
-            for kind, chosen in prompts.items():
-                for prompt_id, prompt, reply in zip(chosen.ids, chosen.texts, side.replies[kind], strict=True):
-                    line = {
-                        "model": label,
-                        "kind": kind,
-                        "id": prompt_id,
-                        "prompt": prompt,
-                        "class": reply.reply_class,
-                        "completion": reply.answer,
-                        "thinking": reply.thinking,
-                    }
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = []
+    for label, side in sides.items():
+        if side is None:
+            continue
+        for kind, chosen in prompts.items():
+            for prompt_id, prompt, reply in zip(chosen.ids, chosen.texts, side.replies[kind], strict=True):
+                line = {
+                    "model": label,
+                    "kind": kind,
+                    "id": prompt_id,
+                    "prompt": prompt,
+                    "class": reply.reply_class,
+                    "completion": reply.answer,
+                    "thinking": reply.thinking,
+                }
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_file(path, "".join(lines))

@@ -1,14 +1,13 @@
 """What a trace found, as plain values; and as CSV files and plots: what `trace --report DIR` writes."""
 
-import csv
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterate.evaluation.traced_stream import SuffixKind
-from abliterate.extraction.score_report import require_plots
+from abliterate.extraction.score_report import require_plots, write_figure
+from abliterate.files import write_csv, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,15 +162,18 @@ def write_trace_report(report: TraceReport, directory: Path) -> list[Path]:
         MissingDependencyError: matplotlib is not installed.
     """
     require_plots()
-    directory.mkdir(parents=True, exist_ok=True)
     document = directory / "trace.json"
-    document.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    written = [document, _write_csv(directory / "cosines.csv", COSINE_COLUMNS, _cosine_rows(report))]
+    write_json(document, asdict(report))
+    tables: dict[str, tuple[Sequence[str], Iterable[Sequence[object]]]] = {
+        "cosines.csv": (COSINE_COLUMNS, _cosine_rows(report))
+    }
     if report.heads_unavailable is None:
-        written.append(_write_csv(directory / "contributions.csv", CONTRIBUTION_COLUMNS, _contribution_rows(report)))
+        tables["contributions.csv"] = (CONTRIBUTION_COLUMNS, _contribution_rows(report))
     if report.heads_unavailable is None and report.attention_unavailable is None:
-        written.append(_write_csv(directory / "attention.csv", ATTENTION_COLUMNS, _attention_rows(report)))
-    return written + _write_plots(report, directory)
+        tables["attention.csv"] = (ATTENTION_COLUMNS, _attention_rows(report))
+    for name, (columns, rows) in tables.items():
+        write_csv(directory / name, columns, rows)
+    return [document, *(directory / name for name in tables), *_write_plots(report, directory)]
 
 
 COSINE_COLUMNS = ("set", "suffix", "tokens", "layer", "mean", "sd")
@@ -206,14 +208,6 @@ def _attention_rows(report: TraceReport) -> Iterable[Sequence[object]]:
             yield (traced.name, traced.suffix, head.layer, head.head, *parts)
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
-    return path
-
-
 def _write_plots(report: TraceReport, directory: Path) -> list[Path]:
     figures = {"cosines.png": _cosine_figure(report)}
     if report.heads_unavailable is None:
@@ -221,7 +215,7 @@ def _write_plots(report: TraceReport, directory: Path) -> list[Path]:
         figures["top_heads.png"] = _bar_figure(report)
     written = []
     for name, figure in figures.items():
-        figure.savefig(directory / name, dpi=144)
+        write_figure(directory / name, figure)
         written.append(directory / name)
     return written
 

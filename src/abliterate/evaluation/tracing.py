@@ -11,7 +11,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import DirectionError, InputError
 from abliterate.evaluation.contributions import (
@@ -43,7 +43,7 @@ from abliterate.evaluation.traced_stream import (
     traced_prompts,
 )
 from abliterate.models.chat_model import ChatModel, ModelOptions, with_response_prefix
-from abliterate.models.loading import load_chat_model
+from abliterate.models.loading import open_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, PromptSet, load_prompt_set
 
@@ -127,18 +127,11 @@ def _load(
     options: ModelOptions,
     progress: ProgressReporter,
 ) -> tuple[str, ChatModel]:
-    if isinstance(model, ChatModel):
-        name, chat = str(model.model.config._name_or_path), model
-    else:
-        source = model if isinstance(model, ModelSource) else resolve_model(str(model))
-        if options.system_prompt is None:
-            options = replace(options, system_prompt=direction.metadata.get("system_prompt"))
-        with progress.task("Loading the model", total=1) as advance:
-            chat = load_chat_model(source.path, name=source.name, options=options)
-            advance(1)
-        name = source.name
-    forced = str(direction.metadata.get("response_prefix") or "")
-    return name, with_response_prefix(chat, forced.removeprefix(chat.chat_format.response_prefix))
+    if options.system_prompt is None:
+        options = replace(options, system_prompt=direction.metadata.get("system_prompt"))
+    opened = open_model(model, options=options, progress=progress)
+    forced = str(direction.metadata.get("response_prefix") or "").removeprefix(opened.chat.chat_format.response_prefix)
+    return opened.name, with_response_prefix(opened.chat, forced)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from abliterate.directions import orthonormalize
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName, Thresholds
 
 Variant = Literal["difference", "projected"]
@@ -112,25 +113,11 @@ def independent_candidates(candidates: Tensor, ordered: Sequence[Candidate], *, 
         ordered: those to choose from, the best first; the first is always taken.
         rank: how many are wanted.
     """
-    basis = torch.empty(0, candidates.shape[-1], dtype=torch.float64)
-    chosen: list[Candidate] = []
-    for key in ordered:
-        if len(chosen) == rank:
-            break
-        unit = candidates[key].double() / candidates[key].double().norm()
-        rest = unit
-        for _ in range(2):
-            rest = rest - basis.T @ (basis @ rest)
-        if float(rest.norm()) >= MIN_INDEPENDENT_SHARE:
-            basis = torch.cat([basis, (rest / rest.norm())[None]])
-            chosen.append(key)
-    return chosen
-
-
-def spanning_basis(vectors: Tensor) -> Tensor:
-    """Return orthonormal rows [k, d_model], float64, with the span of k independent vectors [k, d_model]."""
-    basis: Tensor = torch.linalg.qr(vectors.double().T).Q.T
-    return basis
+    if not ordered:
+        return []
+    vectors = torch.stack([candidates[key] for key in ordered])
+    _, left_out = orthonormalize(vectors, tolerance=MIN_INDEPENDENT_SHARE, at_most=rank)
+    return [key for index, key in enumerate(ordered) if index not in left_out]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

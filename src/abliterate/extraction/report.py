@@ -1,17 +1,14 @@
 """What an extraction is asked for and what it reports, as plain values."""
 
-import hashlib
 import json
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from abliterate._version import __version__
 from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError
 from abliterate.extraction.candidates import DirectionRecipe, Robustness
@@ -194,6 +191,7 @@ def directions_of(
         "model": report.model,
         "revision": report.revision,
         "model_type": chat.model.config.model_type,
+        # Of the values; a record's `base.config_sha256` is of the file's bytes.
         "config_sha256": _config_hash(source),
         "d_model": report.d_model,
         "n_layers": report.n_layers,
@@ -218,7 +216,7 @@ def directions_of(
         },
         # Of each prompt, so that `evaluate` can leave out what the direction was found with.
         "prompt_hashes": list(prompts.hashes),
-        "versions": versions(),
+        "versions": versions("abliterate", "python", "torch", "transformers"),
     }
     return tuple(
         make_direction(
@@ -231,18 +229,8 @@ def directions_of(
     )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what computed a direction."""
-    return {
-        "abliterate": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": version("transformers"),
-    }
-
-
 def _config_hash(source: ModelSource | None) -> str | None:
     if source is None:
         return None
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return values_sha256(config)

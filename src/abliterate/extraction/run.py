@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.provenance import quick_model_sha256, versions
+from abliterate.directions import orthonormalize
 from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.candidates import (
     Robustness,
     candidate_directions,
     independent_candidates,
     measure_robustness,
-    spanning_basis,
 )
 from abliterate.extraction.refusal import refusal_metric, refusal_tokens_of, require_both_behaviours
 from abliterate.extraction.report import (
@@ -28,16 +29,15 @@ from abliterate.extraction.report import (
     NoCandidatePassesError,
     PromptCounts,
     directions_of,
-    versions,
 )
-from abliterate.extraction.saved_work import SavedWork, model_fingerprint
+from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.scoring import CandidateScorer, StreamedScorer
 from abliterate.extraction.selection import CandidateScore, passing_candidates
 from abliterate.extraction.shared_runs import PARTS, RecordingRun, Scorer, ScoringRun
 from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import Recording
-from abliterate.models.loading import load_chat_model, load_streamed_model
+from abliterate.models.loading import open_model
 from abliterate.models.stream_probe import StreamProbe, probe_stream
 from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
@@ -89,7 +89,8 @@ def extract_direction(
     model_options = model_options or ModelOptions()
     ranks = find_ranks(device=model_options.device)
     spill = None if work_directory is None else work_directory.absolute().parent
-    source, chat = _load(model, model_options, progress, spill)
+    opened = open_model(model, options=model_options, can_stream=True, spill_directory=spill, progress=progress)
+    source, chat = opened.source, opened.chat
     # A small model of the kind has been looked at where layers are streamed.
     probe = None if isinstance(chat, StreamedChat) else probe_stream(chat)
     chat = _force_response_prefix(chat, prompts, progress)
@@ -116,13 +117,13 @@ def _work_key(
     source: ModelSource | None, prompts: ExtractionPrompts, options: ExtractionOptions, model_options: ModelOptions
 ) -> dict[str, Any]:
     return {
-        "model": None if source is None else {"files": model_fingerprint(source.path), "revision": source.revision},
+        "model": None if source is None else {"files": quick_model_sha256(source.path), "revision": source.revision},
         "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
         "refusal tokens": options.refusal_tokens,
         "filter": options.filter_prompts,
         "recipe": asdict(options.recipe),
         "model options": asdict(model_options),
-        "versions": versions(),
+        "versions": versions("abliterate", "python", "torch", "transformers"),
     }
 
 
@@ -137,25 +138,6 @@ def _check_options(options: ExtractionOptions) -> None:
     for name, value, low in (("rank", options.rank, 1), ("bootstrap", options.n_bootstrap, 0)):
         if value < low:
             raise InputError(f"--{name} {value} must be at least {low}")
-
-
-def _load(
-    model: "str | Path | ModelSource | ChatModel",
-    options: ModelOptions,
-    progress: ProgressReporter,
-    spill_directory: Path | None,
-) -> tuple[ModelSource | None, ChatModel]:
-    if isinstance(model, ChatModel):
-        return None, model
-    source = model if isinstance(model, ModelSource) else resolve_model(str(model))
-    if options.stream_layers:
-        return source, load_streamed_model(
-            source.path, name=source.name, options=options, spill_directory=spill_directory, progress=progress
-        )
-    with progress.task("Loading the model", total=1) as advance:
-        chat = load_chat_model(source.path, name=source.name, options=options)
-        advance(1)
-    return source, chat
 
 
 def _force_response_prefix(chat: ChatModel, prompts: ExtractionPrompts, progress: ProgressReporter) -> ChatModel:
@@ -288,7 +270,7 @@ class _Run:
         if len(chosen) == 1:
             return None
         vectors = torch.stack([candidates[score.position, score.layer] for score in chosen])
-        scores = scorer.score_together(spanning_basis(vectors))
+        scores = scorer.score_together(orthonormalize(vectors)[0])
         return JointScores(bypass=fmean(scores["bypass"]), kl=fmean(scores["kl"]))
 
     def _robustness(

@@ -7,10 +7,7 @@
 Thresholds are no part of the key: they choose among scores and do not change them.
 """
 
-import contextlib
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +17,14 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import InputError
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
+from abliterate.files import write_file
 from abliterate.progress import SILENT, ProgressReporter
 
 _KEY = "KEY.json"
 _SCORES = "scores.jsonl"
-_EDGE_BYTES = 1 << 20
 
 
 class SavedWork:
@@ -46,6 +44,7 @@ class SavedWork:
         self._scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = {}
         if directory is None:
             return
+        self._lines = JsonLines(directory / _SCORES, remedy="delete the file, and its scores are computed again")
         try:
             self._open(directory, dict(json.loads(json.dumps(key))), progress)
         except OSError as error:
@@ -54,7 +53,8 @@ class SavedWork:
     def _open(self, directory: Path, key: dict[str, Any], progress: ProgressReporter) -> None:
         saved = _read_key(directory)
         if saved == key:
-            self._scores = _read_scores(directory / _SCORES)
+            for scores in self._lines.resume(_scores_of):
+                self._scores |= scores
             n_recordings = len(list(directory.glob("*.safetensors")))
             progress.message(f"continuing: {n_recordings} recordings and {len(self._scores)} scores are in {directory}")
             return
@@ -66,7 +66,7 @@ class SavedWork:
                 progress.message(f"starting anew: {', '.join(changed)} changed since {directory} was written")
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
-        _write(directory / _KEY, json.dumps(key, indent=1, sort_keys=True).encode())
+        write_file(directory / _KEY, json.dumps(key, indent=1, sort_keys=True))
 
     def recording(self, name: str) -> dict[str, Tensor] | None:
         """Return the tensors saved under this name, or None."""
@@ -77,7 +77,7 @@ class SavedWork:
     def save_recording(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Save some tensors, whole or not at all."""
         if self._directory is not None:
-            _write(self._directory / f"{name}.safetensors", safetensors.torch.save(dict(tensors)))
+            write_file(self._directory / f"{name}.safetensors", safetensors.torch.save(dict(tensors)))
 
     def scores(self, name: ScoreName, candidate: Candidate) -> PromptScores | None:
         """Return a candidate's saved scores of this name, or None unless all are there."""
@@ -91,35 +91,12 @@ class SavedWork:
         for candidate, scores in zip(candidates, values, strict=True):
             self._scores |= {(name, candidate): prompts for name, prompts in scores.items()}
         if self._directory is not None:
-            line = json.dumps([[*c, v] for c, v in zip(candidates, map(dict, values), strict=True)])
-            with (self._directory / _SCORES).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._lines.append([[*c, v] for c, v in zip(candidates, map(dict, values), strict=True)])
 
     def discard(self) -> None:
         """Delete the directory: the work is done."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def model_fingerprint(directory: Path) -> str:
-    """Return a hash of a model's files: small ones whole; of large ones size, time, and both ends.
-
-    A checkpoint of hundreds of gigabytes is not read a second time for this; an edit that keeps a file's size, its time
-    of change and its first and last megabyte goes unseen.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in directory.iterdir() if p.is_file()):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE_BYTES))
-            if status.st_size > _EDGE_BYTES:
-                digest.update(f"{status.st_mtime_ns}".encode())
-                file.seek(max(_EDGE_BYTES, status.st_size - _EDGE_BYTES))
-                digest.update(file.read())
-    return digest.hexdigest()
 
 
 def _read_key(directory: Path) -> dict[str, Any] | None:
@@ -130,25 +107,9 @@ def _read_key(directory: Path) -> dict[str, Any] | None:
     return key if isinstance(key, dict) else None
 
 
-def _read_scores(path: Path) -> dict[tuple[ScoreName, Candidate], tuple[float, ...]]:
-    scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = {}
-    if not path.is_file():
-        return scores
-    lines = path.read_bytes().split(b"\n")
-    # What follows the last newline is a line that a kill cut short; it must not meet the next one.
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - len(lines[-1]))
-    for line in lines[:-1]:
-        with contextlib.suppress(json.JSONDecodeError):
-            for position, layer, values in json.loads(line):
-                scores |= {(name, (position, layer)): tuple(prompts) for name, prompts in values.items()}
-    return scores
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _scores_of(line: Any) -> dict[tuple[ScoreName, Candidate], tuple[float, ...]]:
+    return {
+        (name, (position, layer)): tuple(prompts)
+        for position, layer, values in line
+        for name, prompts in values.items()
+    }

@@ -1,9 +1,8 @@
 """Candidate scores as JSON, CSV and plots: what `extract --report DIR` writes."""
 
-import csv
 import dataclasses
 import importlib.util
-import json
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from abliterate.errors import MissingDependencyError
 from abliterate.extraction.selection import CandidateScore, Thresholds, failed_thresholds
+from abliterate.files import write_csv, write_file, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,13 @@ def require_plots() -> None:
         raise MissingDependencyError("--report draws plots with matplotlib: pip install 'abliterate[plots]'")
 
 
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure as PNG; see `write_file`."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=144)
+    write_file(path, content.getvalue())
+
+
 def write_score_report(table: ScoreTable, directory: Path) -> list[Path]:
     """Write scores.json, scores.csv and one PNG per score to `directory`; return the files.
 
@@ -61,7 +69,6 @@ def write_score_report(table: ScoreTable, directory: Path) -> list[Path]:
         MissingDependencyError: matplotlib is not installed.
     """
     require_plots()
-    directory.mkdir(parents=True, exist_ok=True)
     return [_write_json(table, directory), _write_csv(table, directory), *_write_plots(table, directory)]
 
 
@@ -82,21 +89,19 @@ def _write_json(table: ScoreTable, directory: Path) -> Path:
         "scores": [plain(score) for score in table.scores],
     }
     path = directory / "scores.json"
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, document)
     return path
 
 
 def _write_csv(table: ScoreTable, directory: Path) -> Path:
     path = directory / "scores.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["position", "layer", "bypass", "induce", "kl", "selected"])
-        for score in table.scores:
-            chosen = table.selected is not None and (score.position, score.layer) == (
-                table.selected.position,
-                table.selected.layer,
-            )
-            writer.writerow([score.position, score.layer, score.bypass, score.induce, score.kl, int(chosen)])
+    best = table.selected
+    chosen = None if best is None else (best.position, best.layer)
+    rows = (
+        (each.position, each.layer, each.bypass, each.induce, each.kl, int((each.position, each.layer) == chosen))
+        for each in table.scores
+    )
+    write_csv(path, ("position", "layer", "bypass", "induce", "kl", "selected"), rows)
     return path
 
 
@@ -139,7 +144,7 @@ def _write_plots(table: ScoreTable, directory: Path) -> list[Path]:
         axes.set(xlabel="layer", ylabel=label, title=table.title, xlim=(-0.5, table.n_layers - 0.5))
         axes.legend(fontsize="small", ncols=2)
         path = directory / f"{name}.png"
-        figure.savefig(path, dpi=144)
+        write_figure(path, figure)
         written.append(path)
     return written
 

@@ -6,6 +6,8 @@ How much memory a model takes, known before it is loaded.
 import dataclasses
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
 from abliterate.models.chat_template import ChatFormat
@@ -26,6 +29,67 @@ from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedModel:
+    """A chat model and where it comes from.
+
+    Attributes:
+        chat: the model.
+        source: its files; None for a model that the caller had loaded.
+    """
+
+    chat: ChatModel
+    source: ModelSource | None
+
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        return self.source.name if self.source else str(self.chat.model.config._name_or_path)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the Hub, where it is known."""
+        return self.source.revision if self.source else None
+
+
+def open_model(
+    model: "str | Path | ModelSource | ChatModel",
+    *,
+    options: ModelOptions,
+    needs_template: bool = True,
+    can_stream: bool = False,
+    spill_directory: Path | None = None,
+    progress: ProgressReporter = SILENT,
+) -> OpenedModel:
+    """Find and load a chat model: the way in for all stages.
+
+    Args:
+        model: a directory, a Hub id, a resolved source, or a loaded model, which is given back.
+        options: see `ModelOptions`.
+        needs_template: see `load_chat_model`.
+        can_stream: let `options.stream_layers` count; stages that need the whole model in memory do without it.
+        spill_directory: see `load_streamed_model`.
+        progress: where to show progress.
+
+    Raises:
+        InputError: there is no such directory, or no such device.
+        HubError: the Hub does not give the model.
+        ModelError: the files do not load as a chat model, or it does not fit into memory.
+    """
+    if isinstance(model, ChatModel):
+        return OpenedModel(chat=model, source=None)
+    source = as_source(model)
+    if can_stream and options.stream_layers:
+        chat: ChatModel = load_streamed_model(
+            source.path, name=source.name, options=options, spill_directory=spill_directory, progress=progress
+        )
+        return OpenedModel(chat=chat, source=source)
+    with progress.task(f"Loading {source.name}", total=1) as advance:
+        chat = load_chat_model(source.path, name=source.name, options=options, needs_template=needs_template)
+        advance(1)
+    return OpenedModel(chat=chat, source=source)
 
 
 def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_template: bool = True) -> ChatModel:
@@ -41,30 +105,52 @@ def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_templ
         ModelError: the files do not load as such a model, or it does not fit into memory.
         InputError: the device is not there.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = load_tokenizer(path, name=name, options=options)
+    model = load_weights(path, name=name, options=options)
+    return make_chat_model(model, tokenizer, name=name, options=options, needs_template=needs_template)
+
+
+def load_weights(
+    path: Path,
+    *,
+    name: str,
+    options: ModelOptions,
+    choose_class: "Callable[[PretrainedConfig], Any] | None" = None,
+    kind: str = "a causal language model",
+) -> "PreTrainedModel":
+    """Load a model onto its device; half formats are run in float32 on a CPU unless the options name a dtype.
+
+    Args:
+        path: the directory.
+        name: what to call the model in messages.
+        options: see `ModelOptions`.
+        choose_class: gives the class of transformers for a config; None: see `class_of`.
+        kind: what that class makes of it, for messages.
+
+    Raises:
+        ModelError: the files do not load as such a model, or it does not fit into memory.
+        InputError: the device is not there.
+    """
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = choose_device(options.device)
+    device, trust = choose_device(options.device), options.trust_remote_code
     if options.device_map is None:
         check_memory(path, name=name, dtype=options.dtype, device=device)
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    trust = options.trust_remote_code
-    tokenizer = load_tokenizer(path, name=name, options=options)
     try:
-        model = auto_class(path, trust_remote_code=trust).from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map
-        )
+        auto_class = (choose_class or class_of)(AutoConfig.from_pretrained(path, trust_remote_code=trust))
+        model = auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map)
     except SafetensorError as error:
         raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{name} does not load as a causal language model: {reason}") from error
+        raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
     if options.device_map is None:
         if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
             model = model.float()
         model = cast(Any, model).to(device)
-    return make_chat_model(model, tokenizer, name=name, options=options, needs_template=needs_template)
+    return cast("PreTrainedModel", model)
 
 
 def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":

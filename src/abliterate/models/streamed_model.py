@@ -56,11 +56,6 @@ class HiddenStore:
     ) -> None:
         self._files.cleanup()
 
-    @property
-    def n_in_files(self) -> int:
-        """How many tensors lie in files."""
-        return len(self._in_files)
-
     def put(self, key: Key, hidden: Tensor) -> None:
         """Keep a tensor in the place of what was there under this key.
 

@@ -6,7 +6,6 @@ is neither edited nor named would pass every other check of the files.
 The base model that a record names: found again, and known by its config.json to be the one that was edited.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from abliterate.architectures.writers import PostNorm, map_stream
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoints.hashed_files import hash_file
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.editing.edits import edits_of_writers
@@ -192,4 +192,4 @@ def is_base(path: Path, record: AbliterationRecord) -> bool:
     """Return whether the config.json in a directory is the one of the model that was edited."""
     config = path / CONFIG_NAME
     recorded = record.content["base"].get("config_sha256")
-    return config.is_file() and hashlib.sha256(config.read_bytes()).hexdigest() == recorded
+    return config.is_file() and hash_file(config) == recorded

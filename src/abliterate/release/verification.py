@@ -16,13 +16,12 @@ from torch import Tensor
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.directions import Direction, load_direction
-from abliterate.editing.projection import orthonormalize
+from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import ChatModel, ModelOptions
 from abliterate.models.hooks import ablate_subspace
-from abliterate.models.loading import load_chat_model
+from abliterate.models.loading import open_model
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, load_prompt_set
 from abliterate.release.file_checks import QuickCheck, verify_files
@@ -227,10 +226,8 @@ class _Run:
 
     def _load(self, path: Path, name: str) -> ChatModel:
         gc.collect()
-        with self.progress.task(f"Loading {name}", total=1) as advance:
-            chat = load_chat_model(path, name=name, options=self.model_options, needs_template=False)
-            advance(1)
-        return chat
+        source = ModelSource(path=path, name=name, revision=None)
+        return open_model(source, options=self.model_options, needs_template=False, progress=self.progress).chat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

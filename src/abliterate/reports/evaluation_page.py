@@ -1,9 +1,9 @@
 """The page of an evaluation: what it found, how sure that is, and how to get it again."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.evaluation.drift import CONTINUATION_TOKENS
 from abliterate.evaluation.judges import JudgedRate
 from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
@@ -242,8 +242,7 @@ def _provenance(report: EvaluationReport, command: str) -> Section:
 
 def _completions(path: Path) -> Section:
     blocks = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for entry in JsonLines(path).read(dict):
         summary = f"{entry['kind']} {entry['id']}, {entry['model']}: {entry['class']}"
         blocks.append(folded(summary, [paragraph(entry["prompt"]), quoted(entry["completion"])]))
     return Section(heading="Replies", blocks=tuple(blocks))

@@ -1,13 +1,15 @@
 """A report as one HTML file that needs nothing else: no request, no script, no font, no image file.
 
 Pages are put together from blocks of HTML that the functions here return; whatever text goes in is escaped. The page
-follows the reader's light or dark mode, fits a phone and prints on paper. `report_charts` draws the figures.
+follows the reader's light or dark mode, fits a phone and prints on paper. `charts` draws the figures.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+from abliterate.files import write_file
 
 PAGE_NAME = "index.html"
 
@@ -90,9 +92,8 @@ def quoted(text: str) -> str:
 
 def write_page(directory: Path, *, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
     """Write `index.html` to a directory and return its path."""
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / PAGE_NAME
-    path.write_text(build_page(title=title, subtitle=subtitle, sections=sections), encoding="utf-8")
+    write_file(path, build_page(title=title, subtitle=subtitle, sections=sections))
     return path
 
 

@@ -1,22 +1,28 @@
-"""JSON that others wrote, read without trust: what is ambiguous, or only some programs take, is an error.
+"""Files that others made, read without trust; and small files of our own, written whole or not at all.
 
-A checkpoint's config, index and headers may be damaged or made to deceive. A key that occurs twice means one thing to
-one program and another to the next; a name with terminal control characters can rewrite the line that reports it.
+JSON that others wrote: what is ambiguous, or only some programs take, is an error. A checkpoint's config, index and
+headers may be damaged or made to deceive. A key that occurs twice means one thing to one program and another to the
+next; a name with terminal control characters can rewrite the line that reports it.
 
 Which files of a directory belong to it: regular ones, and no links that lead out of it.
 
 A directory that came from elsewhere can hold links to anything on this machine, and copying it would copy that. The
 Hub's cache is made of links, too: from `models--OWNER--NAME/snapshots/COMMIT` into `models--OWNER--NAME/blobs`, which
 is where they may lead and nowhere else.
+
+A small file of our own is written beside its target under a hidden name, flushed to the disk, and gets its own name by
+one rename; whatever goes wrong before leaves the older file as it was and nothing else behind.
 """
 
+import csv
+import io
 import json
 import math
 import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -189,6 +195,64 @@ def regular_files(directory: Path) -> Iterator[tuple[str, bool]]:
             path = Path(parent) / name
             if path.is_file():
                 yield path.relative_to(directory).as_posix(), stays_inside(directory, path)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file; text in UTF-8, its line breaks as they are.
+
+    A new file gets the permissions that the umask leaves, an older one keeps its own. A link is followed, and what is
+    no regular file (`/dev/null`, a pipe) is written to in place. Directories that lead to it are made.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    mode = path.stat().st_mode if path.exists() else None
+    if mode is not None and not stat.S_ISREG(mode):
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not the whole name: one of the greatest length must still find room.
+    partial = path.with_name(f".{path.name[:50]}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            if mode is not None:
+                partial.chmod(stat.S_IMODE(mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
+    """Write a JSON document, indented, as UTF-8; see `write_file`.
+
+    Args:
+        path: The file.
+        value: What JSON can hold.
+        allow_nan: Write NaN and the infinities, which strict parsers refuse, by their names.
+
+    Raises:
+        OSError: It cannot be written.
+        ValueError: A number is not finite, and `allow_nan` is false.
+    """
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table with its header; see `write_file`.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_file(path, text.getvalue())
 
 
 def _not_regular(path: Path, mode: int) -> CheckpointError:

@@ -1,0 +1,70 @@
+"""What a result was made from, as plain values to write beside it or to compare with later.
+
+A hash of the model's files in one of two strengths, a hash of any plain values, and the versions of what computed it.
+"""
+
+import hashlib
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate._version import __version__
+from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.progress import SILENT, ProgressReporter
+
+_EDGE_BYTES = 1 << 20
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py")
+_WRITTEN_ABOUT_IT = frozenset(("abliteration.json", "evaluation.json"))
+
+
+def values_sha256(value: Any) -> str:
+    """Return the hex SHA-256 of what JSON can hold; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def model_sha256(directory: Path, *, progress: ProgressReporter = SILENT) -> str:
+    """Return a SHA-256 over the names and contents of a model's files: weights, configuration, tokenizer, code.
+
+    For what is kept for long: all is read. What this tool writes about a model is no part of it.
+    """
+    files = sorted({path for pattern in _MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
+    files = [path for path in files if path.name not in _WRITTEN_ABOUT_IT]
+    digest = hashlib.sha256()
+    total = sum(path.stat().st_size for path in files)
+    with progress.task(f"Hashing {directory.name}", total=total, unit="bytes") as advance:
+        for path in files:
+            digest.update(f"{path.name}\0{hash_file(path, advance=advance)}\n".encode())
+    return digest.hexdigest()
+
+
+def quick_model_sha256(directory: Path) -> str:
+    """Return a hash of all files of a model: small ones whole; of large ones size, time, and both ends.
+
+    For work that is gone on with soon. A checkpoint of hundreds of gigabytes is not read a second time for this; an
+    edit that keeps a file's size, its time of change and its first and last megabyte goes unseen.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.iterdir() if p.is_file()):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE_BYTES))
+            if status.st_size > _EDGE_BYTES:
+                digest.update(f"{status.st_mtime_ns}".encode())
+                file.seek(max(_EDGE_BYTES, status.st_size - _EDGE_BYTES))
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Return the versions of what computes here, by name.
+
+    Args:
+        names: abliterate, python, torch, or packages that are installed.
+    """
+    known = {"abliterate": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    return {name: known.get(name) or metadata.version(name) for name in names}
