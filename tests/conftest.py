@@ -19,6 +19,7 @@ from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from tests.support.command_line import CommandLine
 from tests.support.loaded_models import content
 from tests.support.tiny_models import random_direction, save_tiny_model
 
@@ -36,6 +37,12 @@ def loopback_only() -> Iterator[None]:
     socket.socket.connect = guarded  # type: ignore[method-assign]
     yield
     socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def call_main(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """Run `abliterate` with some arguments; return its exit code, stdout and stderr."""
+    return CommandLine(capsys)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
