@@ -237,6 +237,7 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.demo
+@pytest.mark.proof
 def test_on_the_demo_model_harmful_stands_above_harmless_at_the_selected_layer(
     demo_directory: Path, tmp_path: Path
 ) -> None:
