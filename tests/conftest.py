@@ -21,11 +21,17 @@ from abliterate.checkpoints.hashed_files import hash_file
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.models.chat_model import ChatModel, make_chat_model
-from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.command_line import CommandLine
 from tests.support.loaded_models import content
 from tests.support.paths import REPOSITORY
-from tests.support.tiny_models import random_direction, save_tiny_model
+from tests.support.tiny_models import (
+    make_tokenizer,
+    random_direction,
+    save_chat_model,
+    save_tiny_model,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -76,10 +82,7 @@ def llama_chat() -> ChatModel:
 @pytest.fixture
 def llama_directory(tmp_path: Path) -> Path:
     """A tiny random llama chat model on disk."""
-    directory = tmp_path / "tiny-llama"
-    tiny_llama().save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
+    return save_chat_model(tmp_path / "tiny-llama", tiny_llama())
 
 
 @pytest.fixture(scope="session")

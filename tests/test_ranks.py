@@ -46,16 +46,17 @@ def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("counts", "options"),
     [
-        (),
-        pytest.param(("--exhaustive",), marks=pytest.mark.proof),
-        pytest.param(("--stream-layers",), marks=pytest.mark.proof),
+        ((2,), ()),
+        pytest.param((3,), (), marks=pytest.mark.proof),
+        pytest.param((2, 3), ("--exhaustive",), marks=pytest.mark.proof),
+        pytest.param((2, 3), ("--stream-layers",), marks=pytest.mark.proof),
     ],
 )
-def test_several_processes_choose_what_one_chooses(llama_directory: Path, tmp_path: Path, options) -> None:
+def test_several_processes_choose_what_one_chooses(llama_directory: Path, tmp_path: Path, counts, options) -> None:
     one, _ = extract(llama_directory, tmp_path / "1", 1, *options)
-    for n in (2, 3):
+    for n in counts:
         several, stdout = extract(llama_directory, tmp_path / str(n), n, "--json", *options)
         assert stdout.count('"direction_file"') == 1
         for name in ("position", "layer", "counts"):

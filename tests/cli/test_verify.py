@@ -11,16 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from tests.support.chat_models import make_tokenizer, tiny_llama
 from tests.support.command_line import CommandLine, Outcome
+from tests.support.tiny_models import save_chat_model, tiny_llama
 
 
 @pytest.fixture
 def files(tmp_path) -> tuple[Path, Path, Path]:
     """A base, what orthogonalize made of it, and the direction file."""
     base, out, file = tmp_path / "base", tmp_path / "out", tmp_path / "refusal.safetensors"
-    tiny_llama().save_pretrained(base)
-    make_tokenizer().save_pretrained(base)
+    save_chat_model(base, tiny_llama())
     make_direction(mean_difference=torch.randn(32, generator=torch.Generator().manual_seed(8))).save(file)
     orthogonalize_checkpoint(source=base, direction=file, output=out)
     return base, out, file

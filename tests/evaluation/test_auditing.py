@@ -27,7 +27,7 @@ from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction, capture_inputs
 from abliterate.prompt_sets import load_prompt_set
-from tests.support.chat_models import make_tokenizer, tiny_llama
+from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 FEW = AuditOptions(
     n_train=10,

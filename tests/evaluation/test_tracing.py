@@ -21,7 +21,7 @@ from abliterate.evaluation.traced_stream import (
 )
 from abliterate.evaluation.tracing import TraceOptions, trace_direction
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
-from tests.support.chat_models import make_tokenizer, tiny_llama
+from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
 SUFFIX = "describing + similarly now"

@@ -10,7 +10,7 @@ from abliterate.models.chat_template import (
     token_texts,
     tokenize,
 )
-from tests.support.chat_models import CHATML, make_tokenizer
+from tests.support.tiny_models import CHATML, make_tokenizer
 
 THINKING = CHATML + "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
 QUESTION = "{{ messages[-1]['content'] }}"
