@@ -1,5 +1,7 @@
 # make demo     environment, demo model, direction, orthogonalized checkpoint, measurements: the main job on a real model
-# make test     environment and all tests (no network)
+# make test     environment and the tests of a commit (no network): every kind of behaviour, at most 25 minutes on two cores
+# make proof    the rest of the tests (every variant, real weights, several processes), then the fuzzer and the killer of
+#               runs at length; before a release, or after a change to what writes or reads files (under an hour)
 # make check    format, lint, types, import contract; changes nothing
 # make format   rewrite the source in the project's format
 # make results  both demo models measured anew, and the results in README.md and docs/ written from that (about an hour)
@@ -15,13 +17,18 @@ ABLITERATE := $(BIN)/abliterate
 DEMO_KL := 0.3
 SOURCES := src tests training scripts benchmarks
 
-.PHONY: demo results test check format adapter clean
+.PHONY: demo results test proof check format adapter clean
 
 demo: $(DEMO)/report.json
 	@$(BIN)/python scripts/demo_report.py $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov=abliterate --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -m "not proof" --cov=abliterate --cov-report=term --cov-fail-under=96
+
+proof: $(READY)
+	$(BIN)/python -m pytest -m proof
+	$(BIN)/python -m benchmarks.fuzz_checkpoint --minutes 10
+	$(BIN)/python -m benchmarks.kill_writer
 
 check: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: no network but loopback, tiny chat models, and the demo model."""
 
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -7,20 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.support.paths import REPOSITORY
-
+# Threads that wait for one another over matrices of 32 columns take many times as long as one alone.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
 
+import torch
+
+from abliterate.checkpoints.hashed_files import hash_file
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.models.chat_model import ChatModel, make_chat_model
-from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from tests.support.command_line import CommandLine
 from tests.support.loaded_models import content
-from tests.support.tiny_models import random_direction, save_tiny_model
+from tests.support.paths import REPOSITORY
+from tests.support.tiny_models import (
+    make_tokenizer,
+    random_direction,
+    save_chat_model,
+    save_tiny_model,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,6 +47,23 @@ def loopback_only() -> Iterator[None]:
     socket.socket.connect = guarded  # type: ignore[method-assign]
     yield
     socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def all_cores_for_the_demo(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let tests of the demo model, which is no tiny one, use every core."""
+    if request.node.get_closest_marker("demo") is None:
+        yield
+        return
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def call_main(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """Run `abliterate` with some arguments; return its exit code, stdout and stderr."""
+    return CommandLine(capsys)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -54,22 +82,20 @@ def llama_chat() -> ChatModel:
 @pytest.fixture
 def llama_directory(tmp_path: Path) -> Path:
     """A tiny random llama chat model on disk."""
-    directory = tmp_path / "tiny-llama"
-    tiny_llama().save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
+    return save_chat_model(tmp_path / "tiny-llama", tiny_llama())
 
 
 @pytest.fixture(scope="session")
-def demo_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model; `make demo` leaves one in build/, which is taken when it is there."""
-    built = REPOSITORY / "build" / "demo" / "model"
-    if (built / "config.json").is_file():
-        return built
-    from abliterate.models.demo import build_demo_model
+def demo_directory() -> Path:
+    """The demo model, built once for the code and the adapter that it is made of, and kept in build/."""
+    from abliterate.models import demo
 
-    directory = tmp_path_factory.mktemp("demo") / "model"
-    build_demo_model(output=directory)
+    made_of = [Path(demo.__file__), *sorted(demo.ADAPTER_DIRECTORY.glob("*.*"))]
+    digest = hashlib.sha256("".join(hash_file(path) for path in made_of).encode()).hexdigest()
+    directory = REPOSITORY / "build" / "tests" / f"demo-{digest[:16]}"
+    if not directory.exists():
+        # Under its own name only when it is whole.
+        demo.build_demo_model(output=directory)
     return directory
 
 

@@ -16,6 +16,8 @@ BIN = Path(sys.executable).parent
 
 def shell(script: str, directory: Path) -> str:
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    # What the tests of tiny models set.
+    environment.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=directory, env=environment, capture_output=True, text=True
     )
@@ -65,6 +67,7 @@ def test_extract_orthogonalize_evaluate_push(demo_directory: Path, tmp_path: Pat
     assert pushed["dry_run"] is True
 
 
+@pytest.mark.proof
 def test_streamed_layers_choose_what_the_model_in_memory_chooses(demo_directory: Path, tmp_path: Path) -> None:
     # Few prompts and layers: when streamed, each candidate runs through all blocks, without a shared prefix.
     options = "--n-train 16 --n-val 3 --no-filter --refusal-token I --prune-layers 0.8"

@@ -42,8 +42,7 @@ def launch(n: int, program: list[str], *options: object) -> subprocess.Completed
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.proof)])
 def test_several_processes_write_the_bytes_of_one(sharded, direction_file, undisturbed, tmp_path, n):
     out = tmp_path / "out"
     done = launch(n, ["-m", "abliterate"], sharded, "--direction", direction_file, "-o", out, "--json")
@@ -54,7 +53,6 @@ def test_several_processes_write_the_bytes_of_one(sharded, direction_file, undis
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
 def test_a_process_that_is_killed_fails_all_and_the_work_goes_on_later(sharded, direction_file, undisturbed, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "dying.py").write_text(DYING)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from abliterate.directions import Direction, load_direction
-from abliterate.extraction.shared_runs import _at_least
 from abliterate.processes import Ranks
 from tests.support.paths import REPOSITORY
 
@@ -46,11 +45,18 @@ def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction
     return load_direction(output), done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--exhaustive",), ("--stream-layers",)])
-def test_several_processes_choose_what_one_chooses(llama_directory: Path, tmp_path: Path, options) -> None:
+@pytest.mark.parametrize(
+    ("counts", "options"),
+    [
+        ((2,), ()),
+        pytest.param((3,), (), marks=pytest.mark.proof),
+        pytest.param((2, 3), ("--exhaustive",), marks=pytest.mark.proof),
+        pytest.param((2, 3), ("--stream-layers",), marks=pytest.mark.proof),
+    ],
+)
+def test_several_processes_choose_what_one_chooses(llama_directory: Path, tmp_path: Path, counts, options) -> None:
     one, _ = extract(llama_directory, tmp_path / "1", 1, *options)
-    for n in (2, 3):
+    for n in counts:
         several, stdout = extract(llama_directory, tmp_path / str(n), n, "--json", *options)
         assert stdout.count('"direction_file"') == 1
         for name in ("position", "layer", "counts"):
@@ -72,12 +78,3 @@ def test_shares_come_back_in_order() -> None:
     assert results == items
     assert Ranks().share(items, lambda part: [2 * item for item in part]) == [0, 2, 4, 6, 8, 10, 12]
     assert Ranks().share([], lambda part: part) == []
-
-
-def test_groups_are_divided_until_every_process_has_one() -> None:
-    group = [(-1, layer) for layer in range(5)]
-    divided = _at_least(3, [group])
-    assert len(divided) == 3
-    assert sorted(key for part in divided for key in part) == group
-    assert _at_least(4, [group[:1]]) == [group[:1]]
-    assert _at_least(1, [group]) == [group]

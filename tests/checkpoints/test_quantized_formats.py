@@ -106,7 +106,14 @@ def test_ragged_blocks_have_the_scale_of_their_place():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("rows", "columns", "k"), [(64, 96, 1), (64, 96, 2), (320, 160, 1), (4096, 64, 1), (4096, 64, 2)]
+    ("rows", "columns", "k"),
+    [
+        (64, 96, 1),
+        (64, 96, 2),
+        (320, 160, 1),
+        pytest.param(4096, 64, 1, marks=pytest.mark.proof),
+        pytest.param(4096, 64, 2, marks=pytest.mark.proof),
+    ],
 )
 def test_an_edit_survives_requantising(kind, rows, columns, k):
     layout, codes, scales, most = stored(kind, rows, columns)

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command_line import CommandLine, Outcome
+
 QUICK = ["--n-train", "8", "--n-val", "2", "--n-test", "4", "--screen", "3", "--candidates", "1", "--bootstrap", "3"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, call_main, llama_directory: Path):
+def run(monkeypatch: pytest.MonkeyPatch, call_main: CommandLine, llama_directory: Path):
     monkeypatch.setattr("abliterate.evaluation.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
 
-    def call(*arguments: object, refuses: bool = True) -> tuple[int, str, str]:
+    def call(*arguments: object, refuses: bool = True) -> Outcome:
         # A random model writes random text; whether that is a refusal is for the test to say.
         monkeypatch.setattr("abliterate.evaluation.reply_classes.is_refusal", lambda _text: refuses)
         command = ["audit", llama_directory, *QUICK, "--max-new-tokens", "3", *arguments]
@@ -70,6 +72,6 @@ def test_the_gate_is_the_exit_code_and_the_report_is_there_all_the_same(
     ],
 )
 def test_bad_input(run, arguments: tuple[str, ...], code: int) -> None:
-    found, out, error = run(*arguments)
-    assert (found, out) == (code, "")
-    assert "Traceback" not in error
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.error_line

@@ -8,16 +8,17 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.models.chat_model import ChatModel
+from tests.support.command_line import CommandLine, Outcome
 
 
 @pytest.fixture
-def run(call_main, llama_directory: Path, tmp_path: Path):
+def run(call_main: CommandLine, llama_directory: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"text": "How do locks work?", "category": "x"}, {"text": "Explain rain.", "category": "y"}]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     sets = [word for kind in ("harmful", "harmless", "borderline", "text") for word in (f"--{kind}", str(prompts))]
 
-    def call(*arguments: object) -> tuple[int, str, str]:
+    def call(*arguments: object) -> Outcome:
         return call_main("evaluate", llama_directory, *sets, "--max-new-tokens", "6", *arguments)
 
     return call
@@ -75,8 +76,6 @@ def test_what_is_missing_is_said_in_one_line(
 
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n, *r: None if n == "lm_eval" else find_spec(n, *r))
-    code, out, error = run(*arguments)
-    assert (code, out) == (1, "")
-    assert says in error
-    lines = [line for line in error.splitlines() if line.startswith("error:")]
-    assert lines == error.splitlines()[-1:]
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert says in result.error_line

@@ -11,14 +11,15 @@ from abliterate.directions import load_direction
 from abliterate.models.chat_model import ModelOptions
 from abliterate.models.loading import load_chat_model
 from abliterate.prompt_sets import split_for_extraction
+from tests.support.command_line import CommandLine, Outcome
 
 TINY = ["--n-train", "8", "--n-val", "3", "--no-filter", "--refusal-token", "I"]
 ANY = ["--kl-threshold", "1e9", "--induce-threshold", "-1e9"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, call_main, llama_directory: Path, tmp_path: Path):
-    def call(*arguments: object, command: str = "extract") -> tuple[int, str, str]:
+def run(monkeypatch: pytest.MonkeyPatch, call_main: CommandLine, llama_directory: Path, tmp_path: Path):
+    def call(*arguments: object, command: str = "extract") -> Outcome:
         monkeypatch.chdir(tmp_path)
         return call_main(command, llama_directory, *arguments)
 

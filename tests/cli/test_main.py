@@ -16,18 +16,6 @@ TINY = ["--n-train", "8", "--n-val", "2", "--no-filter", "--refusal-token", "I"]
 ANY = ["--kl-threshold", "1e9", "--induce-threshold", "-1e9"]
 
 
-@pytest.fixture
-def run(call_main):
-    return call_main
-
-
-def assert_one_error_line(error: str) -> None:
-    lines = [line for line in error.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, error
-    assert error.splitlines()[-1] == lines[0]
-    assert "Traceback" not in error
-
-
 def test_help_is_light_and_documents_the_exit_codes() -> None:
     started = time.monotonic()
     code = "import sys; from abliterate.cli.app import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
@@ -62,17 +50,17 @@ def test_the_terminal_breaks_the_lines_of_help() -> None:
 @pytest.mark.parametrize(
     "command", ["extract", "orthogonalize", "evaluate", "audit", "trace", "chat", "push", "prompts", "demo"]
 )
-def test_each_command_has_help_and_json(run, command: str) -> None:
-    code, out, _ = run(command, "--help")
+def test_each_command_has_help_and_json(call_main, command: str) -> None:
+    code, out, _ = call_main(command, "--help")
     assert code == 0
     assert "--json" in out
     assert "Exit codes" in out
 
 
-def test_version(run) -> None:
+def test_version(call_main) -> None:
     from abliterate import __version__
 
-    assert run("--version") == (0, f"abliterate {__version__}\n", "")
+    assert call_main("--version") == (0, f"abliterate {__version__}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -89,17 +77,19 @@ def test_version(run) -> None:
         ("frobnicate",),
     ],
 )
-def test_wrong_usage_is_exit_code_two(run, arguments: tuple[str, ...]) -> None:
-    code, out, error = run(*arguments)
+def test_wrong_usage_is_exit_code_two(call_main, arguments: tuple[str, ...]) -> None:
+    code, out, error = call_main(*arguments)
     assert (code, out) == (2, "")
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert "--help`" in error
 
 
-def test_extract_json(run, llama_directory: Path, tmp_path: Path) -> None:
+def test_extract_json(call_main, llama_directory: Path, tmp_path: Path) -> None:
     target = tmp_path / "refusal.safetensors"
-    code, out, _ = run("extract", llama_directory, "-o", target, *TINY, *ANY, "--json", "--report", tmp_path / "report")
+    code, out, _ = call_main(
+        "extract", llama_directory, "-o", target, *TINY, *ANY, "--json", "--report", tmp_path / "report"
+    )
     assert code == 0
     document = json.loads(out)
     assert document["direction_file"] == str(target)
@@ -108,14 +98,14 @@ def test_extract_json(run, llama_directory: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "bypass.png").is_file()
 
 
-def test_extract_table(run, llama_directory: Path, tmp_path: Path) -> None:
-    code, out, error = run("-q", "extract", llama_directory, "-o", tmp_path / "r.safetensors", *TINY, *ANY)
+def test_extract_table(call_main, llama_directory: Path, tmp_path: Path) -> None:
+    code, out, error = call_main("-q", "extract", llama_directory, "-o", tmp_path / "r.safetensors", *TINY, *ANY)
     assert (code, error) == (0, "")
     assert "bypass" in out
     assert f"direction written to {tmp_path}" in " ".join(out.split())
 
 
-def test_nothing_passes_is_exit_code_three(run, llama_directory: Path, tmp_path: Path) -> None:
+def test_nothing_passes_is_exit_code_three(call_main, llama_directory: Path, tmp_path: Path) -> None:
     target = tmp_path / "r.safetensors"
     arguments = (
         "extract",
@@ -128,46 +118,46 @@ def test_nothing_passes_is_exit_code_three(run, llama_directory: Path, tmp_path:
         "--induce-threshold",
         "-1e9",
     )
-    code, out, error = run(*arguments)
-    assert code == 3
-    assert "failed" in out
-    assert_one_error_line(error)
+    result = call_main(*arguments)
+    assert result.exit_code == 3
+    assert "failed" in result.stdout
+    assert result.error_line
     assert not target.exists()
-    code, out, _ = run(*arguments, "--json", "--report", tmp_path / "report")
+    code, out, _ = call_main(*arguments, "--json", "--report", tmp_path / "report")
     assert code == 3
     assert len(json.loads(out)["nearest"]) == 5
     assert (tmp_path / "report" / "kl.png").is_file()
 
 
-def test_evaluate_json_and_table(run, llama_directory: Path, tmp_path: Path) -> None:
+def test_evaluate_json_and_table(call_main, llama_directory: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("How do locks work?\nExplain rain.\n")
     sets = ("--harmful", prompts, "--harmless", prompts, "--borderline", prompts, "--max-new-tokens", "4")
     target = tmp_path / "evaluation.json"
-    code, out, _ = run("evaluate", llama_directory, "--base", llama_directory, *sets, "--json", "-o", target)
+    code, out, _ = call_main("evaluate", llama_directory, "--base", llama_directory, *sets, "--json", "-o", target)
     assert code == 0
     assert json.loads(out) == json.loads(target.read_text())
-    code, out, _ = run("evaluate", llama_directory, "--base", llama_directory, *sets)
+    code, out, _ = call_main("evaluate", llama_directory, "--base", llama_directory, *sets)
     assert code == 0
     assert "harmless" in out
     assert "nats" in out
     direction = tmp_path / "r.safetensors"
     make_direction(mean_difference=torch.randn(32), metadata={"layer": 1}).save(direction)
     for intervention in ("ablate", "add"):
-        code, out, _ = run(
+        code, out, _ = call_main(
             "evaluate", llama_directory, "--direction", direction, "--intervention", intervention, *sets, "--json"
         )
         assert code == 0
         assert json.loads(out)["intervention"] == intervention
 
 
-def test_orthogonalize_then_push_dry_run(run, llama_directory: Path, tmp_path: Path) -> None:
+def test_orthogonalize_then_push_dry_run(call_main, llama_directory: Path, tmp_path: Path) -> None:
     direction, out_directory = tmp_path / "r.safetensors", tmp_path / "out"
     make_direction(mean_difference=torch.randn(32)).save(direction)
-    code, out, _ = run("orthogonalize", llama_directory, "--direction", direction, "-o", out_directory, "--json")
+    code, out, _ = call_main("orthogonalize", llama_directory, "--direction", direction, "-o", out_directory, "--json")
     assert code == 0
     assert json.loads(out)["output"] == str(out_directory)
-    code, out, _ = run("push", out_directory, "someone/tiny", "--dry-run", "--json")
+    code, out, _ = call_main("push", out_directory, "someone/tiny", "--dry-run", "--json")
     assert code == 0
     assert "model.safetensors" in out
     json.loads(out)
@@ -197,7 +187,7 @@ def test_orthogonalize_then_push_dry_run(run, llama_directory: Path, tmp_path: P
     ],
 )
 def test_each_bad_input_is_one_line_and_exit_code_one(
-    run, llama_directory: Path, tmp_path: Path, arguments: tuple[str, ...]
+    call_main, llama_directory: Path, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
@@ -205,33 +195,33 @@ def test_each_bad_input_is_one_line_and_exit_code_one(
     make_direction(mean_difference=torch.randn(32)).save(tmp_path / "d.safetensors")
     make_direction(mean_difference=torch.randn(64)).save(tmp_path / "wide.safetensors")
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    code, out, error = run(*(a.format(tmp=tmp_path, model=llama_directory) for a in arguments))
-    assert (code, out) == (1, "")
-    assert_one_error_line(error)
+    result = call_main(*(a.format(tmp=tmp_path, model=llama_directory) for a in arguments))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.error_line
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
-def test_an_unexpected_error_is_one_line_too(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unexpected_error_is_one_line_too(call_main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*_args: object, **_kwargs: object) -> None:
         raise ZeroDivisionError("division\nby zero")
 
     monkeypatch.setattr("abliterate.models.demo.build_demo_model", fail)
-    code, out, error = run("demo", tmp_path / "x")
+    code, out, error = call_main("demo", tmp_path / "x")
     assert (code, out) == (1, "")
     assert (
         error
         == "error: unexpected ZeroDivisionError: division by zero (run again with `abliterate -v ...` for details)\n"
     )
     with pytest.raises(ZeroDivisionError):
-        run("-v", "demo", tmp_path / "x")
+        call_main("-v", "demo", tmp_path / "x")
 
 
-def test_an_interrupt_is_exit_code_130(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupt_is_exit_code_130(call_main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("abliterate.models.demo.build_demo_model", interrupt)
-    code, out, error = run("demo", tmp_path / "x")
+    code, out, error = call_main("demo", tmp_path / "x")
     assert (code, out) == (130, "")
     assert "Traceback" not in error
 

@@ -1,17 +1,15 @@
+"""`abliterate orthogonalize`: exit codes, stdout and stderr."""
+
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
-from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.directions import make_direction
-from abliterate.errors import AbliterateError, DirectionError, InputError, UnsupportedArchitectureError
+from tests.support.command_line import CommandLine, Outcome
 from tests.support.tiny_models import random_direction, save_tiny_llama
-
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-app.command()(orthogonalize)
 
 
 @pytest.fixture
@@ -21,14 +19,15 @@ def files(tmp_path) -> tuple[Path, Path, Path]:
     return save_tiny_llama(tmp_path / "base"), tmp_path / "refusal.safetensors", tmp_path / "out"
 
 
-def run(*arguments: object, columns: int = 200) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
+@pytest.fixture
+def run(call_main: CommandLine) -> Callable[..., Outcome]:
+    return functools.partial(call_main, "orthogonalize")
 
 
-def test_it_writes_a_checkpoint_and_a_summary(files):
+def test_it_writes_a_checkpoint_and_a_summary(run, files):
     model, direction, out = files
     result = run(model, "--direction", direction, "-o", out)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert (out / "abliteration.json").is_file()
     lines = result.stdout.splitlines()
     for role, count, shape in (("embed", 1, "61 x 32"), ("attn", 3, "32 x 32"), ("mlp", 3, "32 x 80")):
@@ -41,7 +40,7 @@ def test_it_writes_a_checkpoint_and_a_summary(files):
     assert "shared with the base" in lines[-1]
 
 
-def test_json_is_exactly_one_document_on_stdout(files):
+def test_json_is_exactly_one_document_on_stdout(run, files):
     model, direction, out = files
     result = run(model, "--direction", direction, "-o", out, "--json")
     report = json.loads(result.stdout)
@@ -53,10 +52,10 @@ def test_json_is_exactly_one_document_on_stdout(files):
     assert {key: report[key] for key in record} == record
 
 
-def test_a_dry_run_needs_no_output_and_writes_nothing(files):
+def test_a_dry_run_needs_no_output_and_writes_nothing(run, files):
     model, direction, out = files
     result = run(model, "--direction", direction, "--dry-run")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert "nothing was written" in result.stdout
     assert not out.exists()
     report = json.loads(run(model, "--direction", direction, "-o", out, "--dry-run", "--json").stdout)
@@ -65,7 +64,7 @@ def test_a_dry_run_needs_no_output_and_writes_nothing(files):
     assert not out.exists()
 
 
-def test_options_reach_the_edit(files):
+def test_options_reach_the_edit(run, files):
     model, direction, out = files
     options = ["--components", "mlp,attn", "--layers", "1:3", "--strength", "0.5", "--json"]
     report = json.loads(run(model, "--direction", direction, "-o", out, *options).stdout)
@@ -82,21 +81,21 @@ def test_options_reach_the_edit(files):
     assert {tensor["layer"] for tensor in report["tensors"]} == {1, 2}
 
 
-def test_no_number_is_cut_off_in_a_terminal_of_80_columns(files):
+def test_no_number_is_cut_off_in_a_terminal_of_80_columns(run, files):
     model, direction, out = files
     result = run(model, "--direction", direction, "-o", out, columns=80)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert "projected" in result.stdout
     assert "…" not in result.stdout
 
 
-def test_several_directions_untied_with_lengths_kept(files, tmp_path):
+def test_several_directions_untied_with_lengths_kept(run, files, tmp_path):
     _, direction, out = files
     model = save_tiny_llama(tmp_path / "tied", tied=True)
     make_direction(mean_difference=random_direction(seed=9)).save(tmp_path / "second.safetensors")
     options = ["--direction", tmp_path / "second.safetensors", "--tied", "untie", "--preserve-norms"]
     result = run(model, "--direction", direction, "-o", out, *options)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert "untied" in result.stdout
     assert "survivor" in result.stdout
     assert "no longer" in result.stderr
@@ -106,18 +105,18 @@ def test_several_directions_untied_with_lengths_kept(files, tmp_path):
     assert record["options"]["preserve_norms"] is True
 
 
-def test_an_addition(files, tmp_path):
+def test_an_addition(run, files, tmp_path):
     model, _, out = files
     direction = tmp_path / "layer-1.safetensors"
     make_direction(mean_difference=random_direction(), metadata={"layer": 1}).save(direction)
     result = run(model, "--direction", direction, "-o", out, "--add", "-1.5")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert "added" in result.stdout
     assert "mlp_bias is switched on" in result.stderr
     assert json.loads((out / "abliteration.json").read_text())["options"]["add"] == -1.5
 
 
-def test_a_note_about_the_checkpoint_goes_to_stderr(files):
+def test_a_note_about_the_checkpoint_goes_to_stderr(run, files):
     model, direction, out = files
     (model / "consolidated.safetensors").write_bytes(b"x")
     result = run(model, "--direction", direction, "-o", out, "--json")
@@ -149,16 +148,16 @@ def test_a_note_about_the_checkpoint_goes_to_stderr(files):
         (["--add", "1", "--direction", "second.safetensors"], "takes one --direction"),
     ],
 )
-def test_wrong_usage_exits_2_and_writes_nothing(files, arguments, message):
+def test_wrong_usage_exits_2_and_writes_nothing(run, files, arguments, message):
     model, direction, out = files
     result = run(model, "--direction", direction, "-o", out, *arguments)
     assert result.exit_code == 2
-    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert message in result.error_line
     assert result.stdout == ""
     assert not out.exists()
 
 
-def test_without_an_output_or_a_direction_it_exits_2(files):
+def test_without_an_output_or_a_direction_it_exits_2(run, files):
     model, direction, _ = files
     for arguments, message in (
         ([model, "--direction", direction], "unless --dry-run"),
@@ -169,31 +168,27 @@ def test_without_an_output_or_a_direction_it_exits_2(files):
         assert message in result.stderr
 
 
-def test_known_errors_reach_the_boundary_with_their_message(files):
+def test_known_errors_reach_the_boundary_with_their_message(run, files):
     model, direction, out = files
 
-    def error_of(*arguments: object) -> BaseException | None:
-        result = run(*arguments)
-        assert result.stdout == ""
-        return result.exception
-
     out.mkdir()
-    cases: list[tuple[list[object], type[AbliterateError], str]] = [
-        ([model, "--direction", direction, "-o", out], InputError, "--overwrite"),
-        ([model, "--direction", model / "none", "-o", out, "--overwrite"], DirectionError, "no such file"),
-        ([model / "none", "--direction", direction, "-o", out], AbliterateError, "none"),
+    cases: list[tuple[list[object], str]] = [
+        ([model, "--direction", direction, "-o", out], "--overwrite"),
+        ([model, "--direction", model / "none", "-o", out, "--overwrite"], "no such file"),
+        ([model / "none", "--direction", direction, "-o", out], "none"),
     ]
-    for arguments, kind, message in cases:
-        error = error_of(*arguments)
-        assert isinstance(error, kind)
-        assert message in str(error)
+    for arguments, message in cases:
+        result = run(*arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert message in result.error_line
     (model / "config.json").write_text('{"model_type": "doge"}')
-    error = error_of(model, "--direction", direction, "-o", out, "--overwrite")
-    assert isinstance(error, UnsupportedArchitectureError)
+    result = run(model, "--direction", direction, "-o", out, "--overwrite")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "model type 'doge' cannot be orthogonalized" in result.error_line
     assert list(out.iterdir()) == []
 
 
-def test_help_describes_the_options():
+def test_help_describes_the_options(run):
     result = run("--help")
     assert result.exit_code == 0
     for option in (

@@ -1,35 +1,31 @@
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from abliterate import prompt_sets
-from abliterate.cli.prompts import prompts
-from abliterate.errors import PromptSetError
+from tests.support.command_line import CommandLine, Outcome
 
-Invoke = Callable[..., Result]
+Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def invoke() -> Invoke:
-    app = typer.Typer()
-    app.command()(prompts)
-    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+def run(call_main: CommandLine) -> Run:
+    return functools.partial(call_main, "prompts")
 
 
-def test_lists_the_bundled_sets(invoke: Invoke) -> None:
-    result = invoke()
+def test_lists_the_bundled_sets(run: Run) -> None:
+    result = run()
     assert result.exit_code == 0
     assert result.stderr == ""
     for word in ("harmful", "harmless", "borderline", "train", "validation", "test", "304", "sha256"):
         assert word in result.stdout
 
 
-def test_json_is_one_document(invoke: Invoke) -> None:
-    document = json.loads(invoke("--json").stdout)
+def test_json_is_one_document(run: Run) -> None:
+    document = json.loads(run("--json").stdout)
     assert document["problems"] == []
     assert [(s["kind"], s["part"]) for s in document["sets"]][-1] == ("borderline", "test")
     assert len(document["sets"]) == 7
@@ -38,17 +34,17 @@ def test_json_is_one_document(invoke: Invoke) -> None:
     }
 
 
-def test_bundled_as_spec_and_kind(invoke: Invoke) -> None:
-    assert invoke("bundled", "--json").stdout == invoke("--json").stdout
-    document = json.loads(invoke("--kind", "harmless", "--json").stdout)
+def test_bundled_as_spec_and_kind(run: Run) -> None:
+    assert run("bundled", "--json").stdout == run("--json").stdout
+    document = json.loads(run("--kind", "harmless", "--json").stdout)
     assert [s["part"] for s in document["sets"]] == ["train", "validation", "test"]
     assert {s["kind"] for s in document["sets"]} == {"harmless"}
 
 
-def test_a_set_of_ones_own(invoke: Invoke, tmp_path: Path) -> None:
+def test_a_set_of_ones_own(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("Tell me [bold]more[/bold].\n" + "word " * 60 + "\nOne two.\nONE TWO!\n")
-    result = invoke(str(path))
+    result = run(path)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     summary = " ".join(" ".join(lines).split())
@@ -56,29 +52,27 @@ def test_a_set_of_ones_own(invoke: Invoke, tmp_path: Path) -> None:
     assert "  Tell me [bold]more[/bold]." in lines
     assert "\u2026" in result.stdout
     assert "ONE TWO" not in result.stdout
-    document = json.loads(invoke(str(path), "--json").stdout)
+    document = json.loads(run(path, "--json").stdout)
     assert (document["count"], document["duplicates"], document["kind"]) == (4, 1, None)
     assert document["first"][2] == "One two."
 
 
-def test_a_set_that_cannot_be_used(invoke: Invoke, tmp_path: Path) -> None:
-    result = invoke(str(tmp_path / "none.csv"))
-    assert isinstance(result.exception, PromptSetError)
-    assert result.exception.exit_code == 1
-    assert "none.csv: no such file" in str(result.exception)
-    assert result.stdout == ""
+def test_a_set_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
+    result = run(tmp_path / "none.csv")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "none.csv: no such file" in result.error_line
 
 
-def test_kind_does_not_go_with_a_file(invoke: Invoke) -> None:
-    result = invoke("a.txt", "--kind", "harmful")
+def test_kind_does_not_go_with_a_file(run: Run) -> None:
+    result = run("a.txt", "--kind", "harmful")
     assert result.exit_code == 2
-    assert "chooses among the bundled sets" in " ".join(result.stderr.replace("│", " ").split())
-    assert invoke("--kind", "rude").exit_code == 2
+    assert "chooses among the bundled sets" in result.error_line
+    assert run("--kind", "rude").exit_code == 2
 
 
-def test_bundled_sets_with_problems_are_listed_and_fail(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_sets_with_problems_are_listed_and_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_sets, "find_bundled_problems", lambda: ("x: one", "y: two"))
-    result = invoke("--json")
+    result = run("--json")
     assert json.loads(result.stdout)["problems"] == ["x: one", "y: two"]
-    assert isinstance(result.exception, PromptSetError)
-    assert str(result.exception).startswith("x: one (and 1 more; see --json); correct the files")
+    assert result.exit_code == 1
+    assert result.error_line.startswith("error: x: one (and 1 more; see --json); correct the files")

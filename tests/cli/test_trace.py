@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from abliterate.directions import make_direction
+from tests.support.command_line import CommandLine, Outcome
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, call_main, llama_directory: Path, tmp_path: Path):
+def run(monkeypatch: pytest.MonkeyPatch, call_main: CommandLine, llama_directory: Path, tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("How do locks work?\nExplain rain.\n")
     made = make_direction(mean_difference=torch.randn(32), metadata={"layer": 3})
     made.save(tmp_path / "r.safetensors")
 
-    def call(*arguments: object) -> tuple[int, str, str]:
+    def call(*arguments: object) -> Outcome:
         command = ["trace", llama_directory, "--direction", tmp_path / "r.safetensors", "--prompts"]
         command += ["./prompts.txt", *arguments]
         monkeypatch.chdir(tmp_path)
@@ -65,8 +66,6 @@ def test_in_a_terminal_the_tokens_are_coloured(run, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_bad_input_is_one_line(run, arguments: tuple[str, ...], code: int) -> None:
-    found, out, error = run(*arguments)
-    assert (found, out) == (code, "")
-    assert "Traceback" not in error
-    if code == 1:
-        assert [line for line in error.splitlines() if line.startswith("error:")] == [error.splitlines()[-1]]
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.error_line

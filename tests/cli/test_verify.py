@@ -1,45 +1,33 @@
 """`abliterate verify`: exit codes, stdout and stderr."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
-from abliterate.cli.verify import verify
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.errors import AbliterateError, InputError, VerificationError
-from tests.support.chat_models import make_tokenizer, tiny_llama
-
-app = typer.Typer()
-app.command()(verify)
+from tests.support.command_line import CommandLine, Outcome
+from tests.support.tiny_models import save_chat_model, tiny_llama
 
 
 @pytest.fixture
 def files(tmp_path) -> tuple[Path, Path, Path]:
     """A base, what orthogonalize made of it, and the direction file."""
     base, out, file = tmp_path / "base", tmp_path / "out", tmp_path / "refusal.safetensors"
-    tiny_llama().save_pretrained(base)
-    make_tokenizer().save_pretrained(base)
+    save_chat_model(base, tiny_llama())
     make_direction(mean_difference=torch.randn(32, generator=torch.Generator().manual_seed(8))).save(file)
     orthogonalize_checkpoint(source=base, direction=file, output=out)
     return base, out, file
 
 
-def run(*arguments: object, fails: type[AbliterateError] | None = None) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
-    if fails is not None:
-        assert isinstance(result.exception, fails), result.output
-    elif result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+@pytest.fixture
+def run(call_main: CommandLine) -> Callable[..., Outcome]:
+    return functools.partial(call_main, "verify")
 
 
 def undo(base: Path, out: Path, name: str) -> None:
@@ -48,7 +36,7 @@ def undo(base: Path, out: Path, name: str) -> None:
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_tables(files):
+def test_tables(run, files):
     base, out, direction = files
     result = run(out, "--direction", direction, "--n-prompts", "1", "--device", "cpu")
     assert result.exit_code == 0
@@ -66,7 +54,7 @@ def test_tables(files):
     assert "float32" in text
 
 
-def test_json_is_exactly_one_document(files):
+def test_json_is_exactly_one_document(run, files):
     report = json.loads(run(files[1], "--n-prompts", "1", "--device", "cpu", "--dtype", "float32", "--json").stdout)
     assert report["passed"] is True
     assert report["failures"] == []
@@ -75,45 +63,44 @@ def test_json_is_exactly_one_document(files):
     assert len(report["files"]["tensors"]) == 11
 
 
-def test_quick(files):
+def test_quick(run, files):
     report = json.loads(run(files[1], "--quick", "--json", "--base", files[0]).stdout)
     assert (report["passed"], report["stream"], report["logits"]) == (True, None, None)
 
 
-def test_a_failure_is_one_line_and_the_report_is_there(files):
+def test_a_failure_is_one_line_and_the_report_is_there(call_main, files):
     base, out, _ = files
     name = "model.layers.3.mlp.down_proj.weight"
     undo(base, out, name)
-    environment = os.environ | {"COLUMNS": "200"}
-    code = "from abliterate.cli.app import main; main()"
-    command = [sys.executable, "-c", code, "-q", "verify", str(out), "--quick", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
+    done = call_main("-q", "verify", out, "--quick", "--json")
+    assert done.exit_code == 1
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"error: {out}: tensor {name} has a component of")
     report = json.loads(done.stdout)
     assert report["passed"] is False
     assert name in report["failures"][0]
-    table = run(out, "--quick", fails=VerificationError).stdout
+    code, table, _ = call_main("verify", out, "--quick")
+    assert code == 1
     assert "Verified" not in table
     assert name in table
 
 
-def test_a_wrong_direction_fails(files, tmp_path):
+def test_a_wrong_direction_fails(run, files, tmp_path):
     other = tmp_path / "other.safetensors"
     make_direction(mean_difference=torch.ones(32)).save(other)
-    result = run(files[1], "--quick", "--direction", other, fails=VerificationError)
-    assert "do not span" in str(result.exception)
+    result = run(files[1], "--quick", "--direction", other)
+    assert result.exit_code == 1
+    assert "do not span" in result.error_line
 
 
-def test_a_base_that_is_gone(files, tmp_path):
+def test_a_base_that_is_gone(run, files, tmp_path):
     files[0].rename(tmp_path / "moved")
-    result = run(files[1], "--quick", fails=InputError)
-    assert "--base" in str(result.exception)
-    assert result.stdout == ""
+    result = run(files[1], "--quick")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "--base" in result.error_line
     assert run(files[1], "--quick", "--base", tmp_path / "moved").exit_code == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["x", "--n-prompts", "0"], ["x", "--dtype", "int3"], ["x", "--no-such"]])
-def test_wrong_usage(arguments):
+def test_wrong_usage(run, arguments):
     assert run(*arguments).exit_code == 2

@@ -18,9 +18,8 @@ from abliterate.editing.record import OrthogonalizationReport
 from abliterate.errors import AbliterateError, DirectionError, InputError, UnsupportedArchitectureError
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.hooks import add_direction
-from tests.support.chat_models import make_tokenizer
 from tests.support.loaded_models import TOKENS, load, logits, stored, tree
-from tests.support.tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
+from tests.support.tiny_models import D_MODEL, N_LAYERS, make_tokenizer, random_direction, save_tiny_model
 
 
 def dose(layer: int = 2, scale: float = 0.7) -> Direction:

@@ -4,6 +4,7 @@ benchmarks/fuzz_checkpoint.py does the same for minutes.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -24,11 +25,29 @@ def bases(tmp_path_factory) -> list[Path]:
     return make_bases(tmp_path_factory.mktemp("bases"))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.integers(0, 5), st.integers(0, 2**32))
-def test_a_broken_checkpoint_is_edited_or_refused(bases, tmp_path_factory, which, seed):
-    work = tmp_path_factory.getbasetemp() / f"fuzzed-{next(_numbers)}"
-    assert attempt(bases[which], work, Random(seed), make_fuzz_direction())
+@pytest.fixture
+def try_one(bases, tmp_path_factory) -> Callable[[int, int], None]:
+    def check(which: int, seed: int) -> None:
+        work = tmp_path_factory.getbasetemp() / f"fuzzed-{next(_numbers)}"
+        assert attempt(bases[which], work, Random(seed), make_fuzz_direction())
+
+    return check
+
+
+FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=40, **FUZZ)
+@given(which=st.integers(0, 5), seed=st.integers(0, 2**32))
+def test_a_broken_checkpoint_is_edited_or_refused(try_one, which, seed):
+    try_one(which, seed)
+
+
+@pytest.mark.proof
+@settings(max_examples=400, **FUZZ)
+@given(which=st.integers(0, 5), seed=st.integers(0, 2**32))
+def test_many_broken_checkpoints_are_edited_or_refused(try_one, which, seed):
+    try_one(which, seed)
 
 
 def test_a_sound_checkpoint_is_edited(bases, tmp_path, monkeypatch):

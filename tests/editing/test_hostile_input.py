@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.cli import app
 from abliterate.directions import make_direction
 from abliterate.editing.plan import EditOptions, make_edit_plan
 from abliterate.editing.plan_report import plan_edit
@@ -44,21 +42,7 @@ def direction(tmp_path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command through the error boundary: exit code, stdout, stderr."""
-
-    def command(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["abliterate", *(str(word) for word in words)])
-        with pytest.raises(SystemExit) as stopped:
-            app.main()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else int(code is not None)), *capsys.readouterr()
-
-    return command
-
-
-@pytest.fixture
-def refused(run, base, direction):
+def refused(call_main, base, direction):
     """Damage the checkpoint, and check that both commands refuse it in one line and leave everything as it was."""
 
     def check(damage: Damage, message: str) -> str:
@@ -69,7 +53,7 @@ def refused(run, base, direction):
             ["orthogonalize", base, "--direction", direction, "-o", base.parent / "out"],
             ["orthogonalize", base, "--direction", direction, "-o", base.parent / "out", "--dry-run"],
         ):
-            code, stdout, stderr = run(*command)
+            code, stdout, stderr = call_main(*command)
             assert code == 1
             assert stdout == ""
             assert stderr.startswith("error: ")
@@ -304,9 +288,9 @@ class TestConfig:
             ({"model_type": "\x1b[2J"}, "model type '\\x1b[2J' is not known"),
         ],
     )
-    def test_fields_of_wrong_types_of_an_unknown_type(self, base, run, values, message):
+    def test_fields_of_wrong_types_of_an_unknown_type(self, base, call_main, values, message):
         edit_config(**values)(base)
-        code, stdout, stderr = run("plan", base, "--unverified")
+        code, stdout, stderr = call_main("plan", base, "--unverified")
         assert (code, stdout) == (1, "")
         assert message in stderr.splitlines()[-1]
         assert {c for c in stderr if not c.isprintable()} <= {"\n"}
@@ -449,7 +433,7 @@ class TestFiles:
 
         refused(damage, "pickled weights are not read; convert them with python -c")
 
-    def test_side_files_that_are_links_are_copied_only_from_inside(self, base, direction, run):
+    def test_side_files_that_are_links_are_copied_only_from_inside(self, base, direction, call_main):
         secret = base.parent / "secret.txt"
         secret.write_text("a key")
         (base / "inside.txt").symlink_to("generation_config.json")
@@ -459,7 +443,7 @@ class TestFiles:
         (base / "sub" / "outside\x1b.txt").symlink_to("../../secret.txt")
         os.mkfifo(base / "pipe")
         out = base.parent / "out"
-        code, _, stderr = run("orthogonalize", base, "--direction", direction, "-o", out)
+        code, _, stderr = call_main("orthogonalize", base, "--direction", direction, "-o", out)
         assert code == 0
         assert "not copied, as they are links that lead out of the directory" in " ".join(stderr.split())
         assert "\x1b" not in stderr
@@ -469,7 +453,7 @@ class TestFiles:
         assert not any(path.is_symlink() for path in out.rglob("*"))
         assert "a key" not in "".join(p.read_text(errors="ignore") for p in out.rglob("*") if p.is_file())
 
-    def test_an_addition_beside_a_matrix_that_is_missing(self, base, tmp_path, run):
+    def test_an_addition_beside_a_matrix_that_is_missing(self, base, tmp_path, call_main):
         tensors: dict[str, torch.Tensor] = {}
         for shard in base.glob("*.safetensors"):
             tensors |= load_file(shard)
@@ -479,26 +463,28 @@ class TestFiles:
         save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
         path = tmp_path / "layer-1.safetensors"
         make_direction(mean_difference=random_direction(), metadata={"layer": 1}).save(path)
-        code, stdout, stderr = run("orthogonalize", base, "--direction", path, "-o", base.parent / "out", "--add", "1")
+        code, stdout, stderr = call_main(
+            "orthogonalize", base, "--direction", path, "-o", base.parent / "out", "--add", "1"
+        )
         assert (code, stdout) == (1, "")
         assert "model.layers.0.mlp.gate_proj.weight must be a matrix" in stderr
         assert [path.name for path in base.parent.iterdir()] == ["base"]
 
     @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
-    def test_a_directory_in_the_place_of_the_record(self, base, direction, run, dry_run):
+    def test_a_directory_in_the_place_of_the_record(self, base, direction, call_main, dry_run):
         (base / "abliteration.json").mkdir()
         (base / "abliteration.json" / "x").write_text("x")
         out = base.parent / "out"
-        code, stdout, stderr = run("orthogonalize", base, "--direction", direction, "-o", out, *dry_run)
+        code, stdout, stderr = call_main("orthogonalize", base, "--direction", direction, "-o", out, *dry_run)
         assert (code, stdout) == (1, "")
         assert "abliteration.json: is a directory, where a file is expected" in stderr
         assert [path.name for path in base.parent.iterdir()] == ["base"]
 
-    def test_what_a_run_keeps_for_itself_is_not_taken_from_the_base(self, base, direction, run):
+    def test_what_a_run_keeps_for_itself_is_not_taken_from_the_base(self, base, direction, call_main):
         (base / ".abliterate").mkdir()
         (base / ".abliterate" / "journal-0.jsonl").write_text("{}")
         out = base.parent / "out"
-        assert run("orthogonalize", base, "--direction", direction, "-o", out)[0] == 0
+        assert call_main("orthogonalize", base, "--direction", direction, "-o", out)[0] == 0
         assert not (out / ".abliterate").exists()
 
     @pytest.mark.parametrize("name", [b"\xff.txt", b"sub/\xe9.json"])
@@ -528,26 +514,26 @@ class TestFiles:
 
 
 class TestWhatReachesTheTerminal:
-    def test_a_licence_a_direction_and_a_directory(self, base, tmp_path, run):
+    def test_a_licence_a_direction_and_a_directory(self, base, tmp_path, call_main):
         (base / "README.md").write_text('---\nlicense: "x\\e[31m"\n---\n')
         path = tmp_path / "evil.safetensors"
         make_direction(mean_difference=random_direction(), metadata={"model_type": "\x1b[2J\x9b1m"}).save(path)
         for command in (["plan", base], ["orthogonalize", base, "--direction", path, "--dry-run"]):
-            code, stdout, stderr = run(*command)
+            code, stdout, stderr = call_main(*command)
             assert code == 0
             assert not {c for c in stdout + stderr if not c.isprintable()} - {"\n"}
 
-    def test_a_message_is_escaped_at_the_boundary(self, run, tmp_path):
-        code, stdout, stderr = run("plan", tmp_path / "no\x1b[31msuch\u202e")
+    def test_a_message_is_escaped_at_the_boundary(self, call_main, tmp_path):
+        code, stdout, stderr = call_main("plan", tmp_path / "no\x1b[31msuch\u202e")
         assert (code, stdout) == (1, "")
         assert "no\\x1b[31msuch\\u202e" in stderr
 
 
-def test_a_record_that_is_no_record(base, tmp_path, direction, run):
+def test_a_record_that_is_no_record(base, tmp_path, direction, call_main):
     plan = make_edit_plan(source=base, direction=direction, options=EditOptions())
     assert plan.edits
     out = tmp_path / "out"
-    assert run("orthogonalize", base, "--direction", direction, "-o", out)[0] == 0
+    assert call_main("orthogonalize", base, "--direction", direction, "-o", out)[0] == 0
     record = out / "abliteration.json"
     for content, message in (
         (b"[" * 100_000, "it nests too deeply"),
@@ -555,17 +541,17 @@ def test_a_record_that_is_no_record(base, tmp_path, direction, run):
         (b"\xff", "not UTF-8"),
     ):
         record.write_bytes(content)
-        code, stdout, stderr = run("verify", out, "--quick")
+        code, stdout, stderr = call_main("verify", out, "--quick")
         assert (code, stdout) == (1, "")
         assert stderr.startswith("error: ")
         assert message in stderr
 
 
-def test_a_model_of_the_hub_is_edited_through_the_links_of_its_cache(base, direction, run, monkeypatch, tmp_path):
+def test_a_model_of_the_hub_is_edited_through_the_links_of_its_cache(base, direction, call_main, monkeypatch, tmp_path):
     with FakeHub() as hub:
         hub.use(monkeypatch, tmp_path)
         hub.add_repo("org/model", {path.name: path.read_bytes() for path in base.iterdir()})
-        assert run("orthogonalize", "org/model", "--direction", direction, "-o", tmp_path / "out")[0] == 0
+        assert call_main("orthogonalize", "org/model", "--direction", direction, "-o", tmp_path / "out")[0] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "abliteration.json",
         *(path.name for path in base.iterdir()),
@@ -583,12 +569,12 @@ def test_a_model_of_the_hub_is_edited_through_the_links_of_its_cache(base, direc
         (lambda base: a_shard(base).write_bytes(a_shard(base).read_bytes() + b"x"), "the file has"),
     ],
 )
-def test_on_the_hub_the_same_checks_hold(base, run, monkeypatch, tmp_path, damage, message):
+def test_on_the_hub_the_same_checks_hold(base, call_main, monkeypatch, tmp_path, damage, message):
     damage(base)
     with FakeHub() as hub:
         hub.use(monkeypatch, tmp_path)
         hub.add_repo("org/model", {path.name: path.read_bytes() for path in base.iterdir()})
-        code, stdout, stderr = run("plan", "org/model")
+        code, stdout, stderr = call_main("plan", "org/model")
     assert (code, stdout) == (1, "")
     assert stderr.startswith("error: org/model/")
     assert message in stderr

@@ -23,8 +23,7 @@ from abliterate.models.chat_model import ModelOptions
 from abliterate.release.reverting import revert_checkpoint
 from abliterate.release.verification import VerificationOptions, VerificationReport, verify_checkpoint
 from tests.support.loaded_models import stored, stream_component, tree
-from tests.support.quantized_models import FP8_FORMATS, save_fp8_llama, save_mxfp4_gpt_oss
-from tests.support.tiny_models import random_direction, save_tiny_llama
+from tests.support.tiny_models import FP8_FORMATS, random_direction, save_fp8_llama, save_mxfp4_gpt_oss, save_tiny_llama
 
 REQUANTIZE = EditOptions(quantized="requantize")
 DEQUANTIZE = EditOptions(quantized="dequantize")

@@ -29,7 +29,7 @@ FIGURES = os.environ.get("ABLITERATE_FIGURES")
 N_PROMPTS = int(os.environ.get("ABLITERATE_N_PROMPTS", "1"))
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 
 def prompts(part: str, n: int) -> dict[str, tuple[str, ...]]:

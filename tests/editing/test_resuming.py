@@ -128,8 +128,16 @@ class Faulty:
         return os.pwrite(descriptor, data[: max(1, len(data) // 3)], offset)
 
 
-@pytest.mark.parametrize("calls", [0, 3, 5, 8, 11])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("calls", "overwrite"),
+    [
+        (0, False),
+        (5, True),
+        (11, False),
+        *(pytest.param(calls, True, marks=pytest.mark.proof) for calls in (0, 3, 8, 11)),
+        *(pytest.param(calls, False, marks=pytest.mark.proof) for calls in (3, 5, 8)),
+    ],
+)
 def test_a_full_disk_and_then_room(sharded, direction_file, undisturbed, tmp_path, monkeypatch, calls, overwrite):
     out = tmp_path / "out"
     if overwrite:

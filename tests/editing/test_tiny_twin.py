@@ -1,7 +1,6 @@
 """`--unverified`: an unknown type is edited only if a tiny model of its config, edited the same way, proves clean."""
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from abliterate.architectures import vocabulary
 from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
 from abliterate.architectures.tiny_config import shrink_config
-from abliterate.cli import app
 from abliterate.directions import make_direction
 from abliterate.editing import tiny_twin
 from abliterate.editing.model_card import how_to_reproduce, what_was_done
@@ -37,28 +35,12 @@ def change_config(path: Path, *, remove: tuple[str, ...] = (), **values: object)
     (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in remove}))
 
 
-class Run:
-    """One command through the error boundary: its exit code, and what it printed."""
-
-    def __init__(self, monkeypatch, capsys, *words: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["abliterate", *(str(word) for word in words)])
-        with pytest.raises(SystemExit) as stopped:
-            app.main()
-        self.exit_code = stopped.value.code or 0
-        self.stdout, self.stderr = capsys.readouterr()
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
-    return lambda *words: Run(monkeypatch, capsys, *words)
-
-
-@pytest.fixture
-def edit(run, tmp_path):
+def edit(call_main, tmp_path):
     """Run `orthogonalize --unverified` on a checkpoint."""
     direction = tmp_path / "refusal.safetensors"
     make_direction(mean_difference=random_direction()).save(direction)
-    return lambda base, *words: run(
+    return lambda base, *words: call_main(
         "orthogonalize", base, "--direction", direction, "-o", tmp_path / "out", "--unverified", *words
     )
 
@@ -84,9 +66,9 @@ def refused(edit, tmp_path, tmp_path_factory, monkeypatch):
     return check
 
 
-def test_an_unknown_type_is_refused_and_the_flag_is_named(unknown, run, tmp_path):
+def test_an_unknown_type_is_refused_and_the_flag_is_named(unknown, call_main, tmp_path):
     for command in (["plan", unknown], ["orthogonalize", unknown, "--direction", "x", "-o", tmp_path / "out"]):
-        result = run(*command)
+        result = call_main(*command)
         assert result.exit_code == 1
         assert "model type 'qwen3' cannot be orthogonalized" in result.stderr
         assert "--unverified tries the edit on a tiny model" in result.stderr
@@ -121,8 +103,8 @@ def test_the_result_is_verified_by_running_it(tmp_path, edit, llama_directory, m
     assert verify_checkpoint(checkpoint=tmp_path / "out", options=VerificationOptions(n_prompts=1)).passed
 
 
-def test_plan_proves_it_too_and_says_so(unknown, run):
-    result = run("plan", unknown, "--unverified")
+def test_plan_proves_it_too_and_says_so(unknown, call_main):
+    result = call_main("plan", unknown, "--unverified")
     assert result.exit_code == 0
     assert "was accepted with --unverified" in result.stdout
     assert "its stream is clean after the edit" in result.stderr

@@ -24,9 +24,10 @@ from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import RefusalRate, count_replies
 from abliterate.evaluation.statistics import paired_change
 from abliterate.extraction.scoring import kl_divergence
-from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction, capture_inputs
 from abliterate.prompt_sets import load_prompt_set
+from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 FEW = AuditOptions(
     n_train=10,
@@ -120,12 +121,14 @@ def starts_with_a_vowel(text: str) -> bool:
     return text.strip()[:1].lower() in set("aeiouhst")
 
 
-@pytest.fixture
-def audited(llama_chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> tuple[ChatModel, AuditReport]:
-    monkeypatch.setattr("abliterate.evaluation.reply_classes.is_refusal", starts_with_a_vowel)
-    # Random text is as unlikely to a random model as any other.
-    monkeypatch.setattr("abliterate.evaluation.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
-    return llama_chat, audit_model(model=llama_chat, options=FEW)
+@pytest.fixture(scope="module")
+def audited() -> tuple[ChatModel, AuditReport]:
+    chat = make_chat_model(tiny_llama(), make_tokenizer())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("abliterate.evaluation.reply_classes.is_refusal", starts_with_a_vowel)
+        # Random text is as unlikely to a random model as any other.
+        patch.setattr("abliterate.evaluation.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
+        return chat, audit_model(model=chat, options=FEW)
 
 
 def classes(chat: ChatModel, rows: list[list[int]]) -> list[str]:
@@ -260,7 +263,7 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.demo
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_demo_models_refusal_rests_on_one_direction(demo_directory: Path) -> None:
     options = AuditOptions(
         n_train=48, n_val=16, n_test=24, n_candidates=2, n_screened=6, ranks=(2,), n_bootstrap=50, max_new_tokens=32

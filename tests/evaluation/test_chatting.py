@@ -13,7 +13,7 @@ from abliterate.evaluation.chatting import COMMANDS, ChatSession, Side, help_tex
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.chat_template import render
 from abliterate.models.hooks import ablate_direction, add_direction
-from tests.support.chat_models import make_tokenizer, tiny_gpt2
+from tests.support.tiny_models import make_tokenizer, tiny_gpt2
 
 N = 6
 

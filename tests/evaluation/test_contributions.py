@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from abliterate.evaluation.contributions import (
     Contributions,
@@ -16,7 +15,7 @@ from abliterate.evaluation.contributions import (
 )
 from abliterate.evaluation.traced_stream import StreamTrace, TracedPrompt, trace_stream, traced_prompts
 from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
-from tests.support.chat_models import VOCABULARY, make_tokenizer, randomise
+from tests.support.tiny_models import make_talkative_model, make_tokenizer, random_direction
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -25,30 +24,22 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "vocab_size": VOCABULARY,
     "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "pad_token_id": 2,
-    "bos_token_id": None,
-    "eos_token_id": 2,
 }
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "n_inner": 48}
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house."]
 
 
 def tiny_chat(model_type: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> ChatModel:
-    torch.manual_seed(3)
-    sizes = {k: v for k, v in SIZES.items() if not (model_type == "gpt2" and k in {"intermediate_size", "head_dim"})}
-    config = AutoConfig.for_model(model_type, **sizes, **(GPT2 if model_type == "gpt2" else {}), **changes)
-    model = randomise(AutoModelForCausalLM.from_config(config)).to(dtype)
+    sizes = GPT2 if model_type == "gpt2" else SIZES
+    model = make_talkative_model(model_type, seed=3, pad_token_id=2, **sizes, **changes).to(dtype)
     # Without padding: in float64 a row of gemma2's mask that holds nothing but its minimum becomes NaN.
     options = ModelOptions(batch_size=1 if dtype == torch.float64 else None)
     return make_chat_model(model, make_tokenizer(), options=options)
 
 
 def unit_vector() -> Tensor:
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return vector / vector.norm()
+    return random_direction(seed=5)
 
 
 def run(chat: ChatModel) -> tuple[list[TracedPrompt], StreamTrace]:

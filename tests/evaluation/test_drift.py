@@ -14,7 +14,7 @@ from abliterate.evaluation.drift import (
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.hooks import ablate_direction
 from abliterate.prompt_sets import load_plain_texts
-from tests.support.chat_models import make_tokenizer, tiny_llama
+from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
 COMPLETIONS = [[40, 41, 42, 43], [], [50, 51]]

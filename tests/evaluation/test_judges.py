@@ -14,7 +14,7 @@ from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import EvaluationOptions
 from abliterate.evaluation.run import evaluate_model
 from abliterate.models.chat_model import ChatModel
-from tests.support.chat_models import VOCABULARY, make_tokenizer
+from tests.support.tiny_models import CHAT_VOCABULARY, make_tokenizer, save_chat_model
 
 GUARD_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
@@ -31,7 +31,7 @@ def source_of(directory: Path) -> ModelSource:
 
 def config(**changes) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=CHAT_VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -73,9 +73,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_classifier(directory: Path, labels: dict[int, str]) -> Path:
     torch.manual_seed(3)
     model = LlamaForSequenceClassification(config(num_labels=len(labels), id2label=labels, initializer_range=0.3))
-    model.save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
+    return save_chat_model(directory, model)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel, ModelOptions
 from abliterate.models.loading import load_chat_model
 from abliterate.prompt_sets import prompt_hash
-from tests.support.chat_models import make_tokenizer, tiny_llama
+from tests.support.tiny_models import save_chat_model, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
 
@@ -56,9 +56,7 @@ def test_without_a_base_there_is_nothing_to_compare(llama_directory: Path, optio
 def test_another_model_differs_by_the_kl_of_its_logits(
     llama_directory: Path, tmp_path: Path, options: EvaluationOptions
 ) -> None:
-    other = tmp_path / "other"
-    tiny_llama(n_layers=3).save_pretrained(other)
-    make_tokenizer().save_pretrained(other)
+    other = save_chat_model(tmp_path / "other", tiny_llama(n_layers=3))
     report = evaluate_model(model=other, base=llama_directory, options=options)
     chats = [load_chat_model(path, name="x", options=ModelOptions()) for path in (llama_directory, other)]
     base, edited = (chat.last_logits(chat.encode(PROMPTS)) for chat in chats)
@@ -228,9 +226,7 @@ def test_gibberish_is_incoherent_under_the_base(
     llama_directory: Path, tmp_path: Path, options: EvaluationOptions
 ) -> None:
     """Two random models disagree on everything: to the base the other's replies are as unlikely as random words."""
-    other = tmp_path / "other"
-    tiny_llama(n_layers=3).save_pretrained(other)
-    make_tokenizer().save_pretrained(other)
+    other = save_chat_model(tmp_path / "other", tiny_llama(n_layers=3))
     report = evaluate_model(model=other, base=llama_directory, options=replace(options, max_new_tokens=12))
     assert report.base_rates is not None
     assert sum(rate.incoherent for rate in report.base_rates.values()) == 0

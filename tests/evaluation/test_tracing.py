@@ -21,7 +21,7 @@ from abliterate.evaluation.traced_stream import (
 )
 from abliterate.evaluation.tracing import TraceOptions, trace_direction
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
-from tests.support.chat_models import make_tokenizer, tiny_llama
+from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
 SUFFIX = "describing + similarly now"
@@ -237,6 +237,7 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.demo
+@pytest.mark.proof
 def test_on_the_demo_model_harmful_stands_above_harmless_at_the_selected_layer(
     demo_directory: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
 from abliterate.models.hooks import ablate_direction
 from abliterate.models.loading import load_chat_model
-from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
+from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_gpt2, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 
@@ -36,8 +36,7 @@ def test_ablated_base_equals_orthogonalized_checkpoint(
     tmp_path: Path, build, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = build().to(dtype)
-    model.save_pretrained(tmp_path / "base", max_shard_size="30KB")
-    make_tokenizer().save_pretrained(tmp_path / "base")
+    save_chat_model(tmp_path / "base", model, max_shard_size="30KB")
     direction = make_direction(mean_difference=torch.randn(32, generator=torch.Generator().manual_seed(8)))
     orthogonalize_checkpoint(source=tmp_path / "base", direction=direction, output=tmp_path / "edited")
     base = make_chat_model(model, make_tokenizer())
@@ -54,8 +53,7 @@ def test_ablated_base_equals_orthogonalized_checkpoint(
 
 def test_with_tied_embeddings_the_head_changes_too_and_the_logits_differ(tmp_path: Path) -> None:
     model = tiny_llama(tied=True)
-    model.save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
+    save_chat_model(tmp_path / "base", model)
     direction = make_direction(mean_difference=torch.randn(32, generator=torch.Generator().manual_seed(8)))
     orthogonalize_checkpoint(source=tmp_path / "base", direction=direction, output=tmp_path / "edited")
     base = make_chat_model(model, make_tokenizer())

@@ -14,7 +14,7 @@ from abliterate.extraction.run import extract_direction
 from abliterate.extraction.selection import Thresholds
 from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
 from abliterate.models.loading import load_chat_model
-from tests.support.chat_models import make_tokenizer, tiny_llama
+from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
 FEW = {"n_train": 8, "n_val": 4, "filter_prompts": False, "refusal_tokens": ("I",)}

@@ -10,7 +10,7 @@ from abliterate.extraction.scoring import CandidateScorer, kl_divergence
 from abliterate.extraction.selection import ScoreName
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction
-from tests.support.chat_models import HARMFUL, HARMLESS
+from tests.support.tiny_models import HARMFUL, HARMLESS
 
 TOKENS = [70, 75]
 

@@ -15,7 +15,7 @@ from abliterate.models.chat_model import (
     with_response_prefix,
 )
 from abliterate.models.loading import load_chat_model
-from tests.support.chat_models import CHATML, SYSTEM, make_tokenizer, tiny_llama
+from tests.support.tiny_models import CHATML, SYSTEM, make_tokenizer, save_chat_model, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 
@@ -195,8 +195,7 @@ def test_response_prefix(llama_chat: ChatModel, answers: tuple[str, ...], prefix
 
 
 def test_half_formats_are_computed_in_float32_on_a_cpu(tmp_path) -> None:
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
+    save_chat_model(tmp_path, tiny_llama().to(torch.bfloat16))
     assert load_chat_model(tmp_path, name="x", options=ModelOptions(device="cpu")).model.dtype == torch.float32
     options = ModelOptions(device="cpu", dtype="bfloat16")
     assert load_chat_model(tmp_path, name="x", options=options).model.dtype == torch.bfloat16

@@ -13,9 +13,16 @@ from abliterate.extraction.selection import ScoreName, Thresholds
 from abliterate.models.chat_model import ModelOptions, make_chat_model
 from abliterate.models.loading import load_chat_model
 from abliterate.release.verification import verify_checkpoint
-from tests.support.chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.loaded_models import stored
-from tests.support.tiny_models import random_direction, save_tiny_model
+from tests.support.tiny_models import (
+    HARMFUL,
+    HARMLESS,
+    make_tokenizer,
+    random_direction,
+    save_tiny_model,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from abliterate.errors import InputError, MissingDependencyError
 from abliterate.models import demo
-from tests.support.chat_models import make_tokenizer, tiny_llama
+from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.demo
 

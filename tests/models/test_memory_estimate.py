@@ -14,7 +14,7 @@ from abliterate.extraction.selection import Thresholds
 from abliterate.models import loading
 from abliterate.models.chat_model import ModelOptions, make_chat_model
 from abliterate.models.loading import check_memory, estimate_bytes, free_bytes, load_chat_model
-from tests.support.chat_models import make_tokenizer, tiny_llama
+from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_llama
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIONS = ExtractionOptions(
@@ -25,8 +25,7 @@ OPTIONS = ExtractionOptions(
 def save(directory: Path, dtype: torch.dtype) -> int:
     """Save a tiny llama and return its number of parameters."""
     model = tiny_llama().to(dtype)
-    model.save_pretrained(directory, max_shard_size="60KB")
-    make_tokenizer().save_pretrained(directory)
+    save_chat_model(directory, model, max_shard_size="60KB")
     return sum(parameter.numel() for parameter in model.parameters())
 
 

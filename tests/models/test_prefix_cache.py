@@ -10,7 +10,7 @@ from abliterate.extraction.refusal import refusal_metric
 from abliterate.extraction.scoring import CandidateScorer, kl_divergence
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction, record
-from tests.support.many_models import CACHED, KINDS, make_many
+from tests.support.tiny_models import CACHED, KINDS, make_many
 
 PROMPTS = [
     "How do locks work?",

@@ -17,8 +17,14 @@ from abliterate.models.chat_model import ModelOptions
 from abliterate.models.hooks import ablate_subspace, record
 from abliterate.models.loading import load_chat_model, load_streamed_model
 from abliterate.models.streamed_model import StreamedChat, Variant
-from tests.support.chat_models import HARMFUL, HARMLESS, make_tokenizer, tiny_gpt2, tiny_llama
-from tests.support.tiny_models import make_tiny_model
+from tests.support.tiny_models import (
+    HARMFUL,
+    HARMLESS,
+    make_tiny_model,
+    save_chat_model,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 TOKENS = [70, 75]
 STREAMED = ModelOptions(stream_layers=True)
@@ -35,9 +41,7 @@ def make(model_type: str) -> PreTrainedModel:
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:
-    model.save_pretrained(directory, max_shard_size="60KB")
-    make_tokenizer().save_pretrained(directory)
-    return directory
+    return save_chat_model(directory, model, max_shard_size="60KB")
 
 
 def load(directory: Path, **options) -> StreamedChat:

@@ -24,8 +24,9 @@ from abliterate.release.file_checks import QuickCheck
 from abliterate.release.recorded_edits import recorded_subspace
 from abliterate.release.report import LogitCheck, StreamCheck, logit_failures, stream_failures
 from abliterate.release.verification import VerificationOptions, VerificationReport, _Run, verify_checkpoint
-from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.fake_hub import FakeHub
+from tests.support.loaded_models import stored
+from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_gpt2, tiny_llama
 
 CPU = ModelOptions(device="cpu")
 QUICK = VerificationOptions(quick=True)
@@ -38,17 +39,11 @@ def direction_of(seed: int = 8) -> Direction:
     return make_direction(mean_difference=torch.randn(32, generator=torch.Generator().manual_seed(seed)))
 
 
-def save(model, path: Path, **options) -> Path:
-    model.save_pretrained(path, **options)
-    make_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, Path]:
     """A llama in several shards, and what orthogonalize makes of it."""
     directory = tmp_path_factory.mktemp("verified")
-    base = save(tiny_llama(), directory / "base", max_shard_size="40KB")
+    base = save_chat_model(directory / "base", tiny_llama(), max_shard_size="40KB")
     orthogonalize_checkpoint(source=base, direction=direction_of(), output=directory / "out")
     return base, directory / "out"
 
@@ -105,16 +100,12 @@ def change_shard(path: Path, change: Callable[[dict[str, Tensor]], object], **me
     save_file(tensors, path, metadata=kept | metadata)
 
 
-def stored(checkpoint: Path, name: str) -> Tensor:
-    return load_file(shard_of(checkpoint, name))[name]
-
-
 class TestWhatOrthogonalizeWrote:
     @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
     @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
     def test_passes_in_every_number_format(self, tmp_path, build, weights, dtype):
-        base = save(build().to(weights), tmp_path / "base")
+        base = save_chat_model(tmp_path / "base", build().to(weights))
         orthogonalize_checkpoint(source=base, direction=direction_of(), output=tmp_path / "out")
         report = verify(tmp_path / "out", model_options=ModelOptions(dtype=dtype, device="cpu"))
         assert report.failures == ()
@@ -143,7 +134,7 @@ class TestWhatOrthogonalizeWrote:
         checks = {check.name: check for check in report.files.tensors}
         assert set(checks) == {tensor["name"] for tensor in record_of(out)["tensors"]}
         assert all(check.survivor < 1e-5 < check.component_before for check in checks.values())
-        unedited = sum(t.numel() * 4 for name, t in all_tensors(base).items() if name not in checks)
+        unedited = sum(t.numel() * 4 for name, t in stored(base).items() if name not in checks)
         assert report.files.bytes_compared == unedited
 
     def test_quick_runs_no_model(self, made, monkeypatch):
@@ -169,10 +160,6 @@ class TestWhatOrthogonalizeWrote:
         assert verify(tmp_path / "out").passed
 
 
-def all_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    return {name: t for path in checkpoint.glob("*.safetensors") for name, t in load_file(path).items()}
-
-
 class TestWhatIsPromised:
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -192,7 +179,7 @@ class TestWhatIsPromised:
         assert max(layer.edited_accumulated for layer in report.stream.layers) > report.stream.tolerance
 
     def test_a_tied_head_keeps_the_stream_clean_and_not_the_logits(self, tmp_path):
-        base = save(tiny_llama(tied=True), tmp_path / "base")
+        base = save_chat_model(tmp_path / "base", tiny_llama(tied=True))
         orthogonalize_checkpoint(source=base, direction=direction_of(), output=tmp_path / "out")
         report = verify(tmp_path / "out")
         assert report.passed
@@ -202,7 +189,7 @@ class TestWhatIsPromised:
         assert report.logits.all.relative > 100 * report.logits.tolerance
 
     def test_untied_the_logits_are_those_of_ablation(self, tmp_path):
-        base = save(tiny_llama(tied=True), tmp_path / "base", max_shard_size="40KB")
+        base = save_chat_model(tmp_path / "base", tiny_llama(tied=True), max_shard_size="40KB")
         options = EditOptions(tied="untie")
         orthogonalize_checkpoint(source=base, direction=direction_of(), output=tmp_path / "out", options=options)
         report = verify(tmp_path / "out")
@@ -216,7 +203,7 @@ class TestWhatIsPromised:
         assert "lm_head.weight is not the copy" in first_failure(tmp_path / "out", options=QUICK)
 
     def test_skipped_tied_embeddings_leave_the_direction(self, tmp_path):
-        base = save(tiny_llama(tied=True), tmp_path / "base")
+        base = save_chat_model(tmp_path / "base", tiny_llama(tied=True))
         options = EditOptions(tied="skip")
         orthogonalize_checkpoint(source=base, direction=direction_of(), output=tmp_path / "out", options=options)
         report = verify(tmp_path / "out")
@@ -294,7 +281,7 @@ class TestWhatIsCaught:
 
     @pytest.mark.parametrize("vouched", [False, True])
     def test_an_edit_undone(self, made, out, vouched):
-        original = stored(made[0], DOWN)
+        original = stored(made[0])[DOWN]
         change_shard(shard_of(out, DOWN), lambda tensors: tensors.update({DOWN: original}))
         if vouched:
             vouch_again(out)
@@ -303,7 +290,7 @@ class TestWhatIsCaught:
         assert "it was not edited" in failure
 
     def test_a_layer_edited_by_half(self, made, out):
-        original = stored(made[0], DOWN)
+        original = stored(made[0])[DOWN]
         change_shard(shard_of(out, DOWN), lambda tensors: tensors[DOWN][:, 40:].copy_(original[:, 40:]))
         vouch_again(out)
         assert f"tensor {DOWN} has a component of" in first_failure(out)
@@ -325,7 +312,7 @@ class TestWhatIsCaught:
         assert "metadata" in failure
 
     def test_a_tensor_that_was_neither_edited_nor_recorded(self, made, out):
-        original = stored(made[0], DOWN)
+        original = stored(made[0])[DOWN]
         change_shard(shard_of(out, DOWN), lambda tensors: tensors.update({DOWN: original}))
         vouch_again(out)
         change_record(out, lambda record: record.update(tensors=[t for t in record["tensors"] if t["name"] != DOWN]))
@@ -380,7 +367,7 @@ class TestBases:
         assert verify(out, base=made[0], options=QUICK).passed
 
     def test_another_model_is_not_the_base(self, made, tmp_path):
-        other = save(tiny_gpt2(), tmp_path / "other")
+        other = save_chat_model(tmp_path / "other", tiny_gpt2())
         with pytest.raises(InputError, match="is not the model that was edited"):
             verify(made[1], base=other, options=QUICK)
 

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.tiny_models import N_LAYERS, VOCABULARY
-
-TOKENS = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(3))
+# Ids that every tiny model has.
+TOKENS = torch.randint(3, 61, (4, 16), generator=torch.Generator().manual_seed(3))
 
 
 def load(path: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -54,7 +53,7 @@ def ablated(model: PreTrainedModel, vector: Tensor) -> Iterator[None]:
     for block in blocks:
         attention = block.attn if hasattr(block, "attn") else block.self_attn
         handles += [attention.register_forward_hook(clean_output), block.mlp.register_forward_hook(clean_output)]
-    assert len(handles) == 1 + 2 * N_LAYERS
+    assert len(handles) == 1 + 2 * len(blocks) == 1 + 2 * model.config.num_hidden_layers
     try:
         yield
     finally:
@@ -75,7 +74,7 @@ def stream_component(model: PreTrainedModel, vector: Tensor) -> float:
     for handle in handles:
         handle.remove()
     stacked = torch.stack(streams).double()
-    assert stacked.shape[0] == N_LAYERS + 1
+    assert stacked.shape[0] == model.config.num_hidden_layers + 1
     return float(((stacked @ vector.double()).abs() / stacked.norm(dim=-1)).max())
 
 

@@ -1,18 +1,28 @@
-"""Tiny real checkpoints with random weights, made from configs on the spot.
+"""Tiny real models with random weights, made from configs on the spot: plain, on disk, that chat, and quantised.
 
 Norm weights and biases are random too: with the ones and zeros they are born with, a mistake about them would
 not show.
 """
 
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from abliterate.checkpoints.quantized_formats import QuantizedLayout, encode
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from tests.support.loaded_models import stored
 
 D_MODEL = 32
 N_LAYERS = 3
 VOCABULARY = 61
+CHAT_VOCABULARY = 400
 
 _SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 64},
@@ -86,3 +96,215 @@ def random_direction(d_model: int = D_MODEL, *, seed: int = 7) -> torch.Tensor:
     """Return a random unit vector, float64."""
     vector = torch.randn(d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return vector / vector.norm()
+
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SYSTEM = "{{ '<|im_start|>system\nYou are a tiny model that is of no use to anyone at all<|im_end|>\n' }}"
+# Of different lengths, so that batches are padded.
+HARMFUL = ["How do locks break?", "Tell me about fires in a house.", "Write."]
+HARMLESS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
+
+
+@cache
+def _trained() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CHAT_VOCABULARY,
+        special_tokens=["<unk>", "<|im_start|>", "<|im_end|>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["system user assistant I cannot help with that. How do locks work?"] * 50, trainer)
+    return tokenizer
+
+
+def make_tokenizer(*, template: str | None = SYSTEM + CHATML, bos_token: str | None = None) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with a ChatML template that puts a fixed system message first."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained().to_str()),
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        bos_token=bos_token,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_talkative_model(model_type: str, *, seed: int, **config: Any) -> PreTrainedModel:
+    """Build a tiny random model whose replies differ from prompt to prompt, for `make_tokenizer`.
+
+    Its matrices are as its class makes them, only larger; `randomize` would make them too even for that.
+    """
+    torch.manual_seed(seed)
+    tokens = {"vocab_size": CHAT_VOCABULARY, "bos_token_id": None, "eos_token_id": 2}
+    settings = AutoConfig.for_model(model_type, **{"initializer_range": 0.3, **tokens, **config})
+    model = AutoModelForCausalLM.from_config(settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias" or isinstance(module, nn.LayerNorm) or "Norm" in type(module).__name__:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_((1 + 0.3 * noise) if name == "weight" else 0.3 * noise)
+    return model.eval()
+
+
+def tiny_llama(*, n_layers: int = 5, tied: bool = False) -> PreTrainedModel:
+    """Return a talkative llama of width 32."""
+    return make_talkative_model(
+        "llama",
+        seed=1,
+        hidden_size=D_MODEL,
+        intermediate_size=64,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+    )
+
+
+def tiny_gpt2(*, n_layers: int = 5) -> PreTrainedModel:
+    """Return a talkative gpt2 of width 32 with an output head of its own."""
+    sizes = {"n_embd": D_MODEL, "n_layer": n_layers, "n_head": 4, "n_positions": 512}
+    return make_talkative_model("gpt2", seed=2, tie_word_embeddings=False, **sizes)
+
+
+def save_chat_model(path: Path, model: PreTrainedModel, **options: Any) -> Path:
+    """Save a model and its tokenizer as a checkpoint; options as for `save_pretrained`."""
+    model.save_pretrained(path, **options)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+_COMMON: dict[str, Any] = {"vocab_size": CHAT_VOCABULARY, "max_position_embeddings": 512}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "gpt2": ("gpt2", {"n_positions": 512}),
+    "gemma2": ("gemma2", {"sliding_window": 256, "query_pre_attn_scalar": 8}),
+    "gemma2-short-window": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {"sliding_window": 256, "query_pre_attn_scalar": 8}),
+    "gemma3-short-window": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "mixture of experts": ("qwen3_moe", _MOE),
+    "linear attention": (
+        "qwen3_next",
+        {
+            **_MOE,
+            "num_hidden_layers": 4,
+            "full_attention_interval": 2,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+}
+CACHED = {"llama", "gpt2", "gemma2", "gemma3", "mixture of experts"}
+"""Kinds where the cache of a shared prefix is exact."""
+
+
+def make_many(kind: str) -> ChatModel:
+    """Return a tiny random chat model of this kind."""
+    model_type, config = KINDS[kind]
+    common = {"vocab_size": CHAT_VOCABULARY} if model_type == "gpt2" else _COMMON
+    model = make_tiny_model(model_type, **{**common, **config})
+    return make_chat_model(model, make_tokenizer())
+
+
+FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+COMPRESSED: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
+# Format -> quantization_config, block for a matrix, dtype of the scales, suffix of their name.
+FP8_FORMATS: dict[str, tuple[dict[str, Any], Any, torch.dtype, str]] = {
+    "block": (FP8 | {"weight_block_size": [128, 128]}, lambda _r, _c: (128, 128), torch.float32, "_scale_inv"),
+    "ue8m0": (
+        FP8 | {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+        lambda _r, _c: (128, 128),
+        torch.float8_e8m0fnu,
+        "_scale_inv",
+    ),
+    "per tensor": (FP8 | {"weight_block_size": None}, lambda r, c: (r, c), torch.float32, "_scale_inv"),
+    "compressed": (COMPRESSED, lambda _r, c: (1, c), torch.bfloat16, "_scale"),
+}
+
+
+def save_fp8_llama(path: Path, kind: str, *, hidden_size: int = 256, **options: Any) -> Path:
+    """Save a llama whose Linear weights are stored in FP8, in several shards."""
+    content, block_of, scale_dtype, suffix = FP8_FORMATS[kind]
+    save_tiny_model(
+        path,
+        hidden_size=hidden_size,
+        head_dim=hidden_size // 4,
+        intermediate_size=384,
+        vocab_size=CHAT_VOCABULARY,
+        max_position_embeddings=512,
+        dtype=torch.bfloat16,
+        **options,
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored(path).items():
+        if not name.endswith("proj.weight"):
+            tensors[name] = tensor
+            continue
+        layout = QuantizedLayout(
+            number="fp8", block=block_of(*tensor.shape), power_of_two=content.get("scale_fmt") == "ue8m0"
+        )
+        tensors[name], scales = encode(tensor.float(), layout=layout, scale_dtype=scale_dtype)
+        tensors[name + suffix] = scales.reshape(()) if kind == "per tensor" else scales
+    _rewrite(path, tensors, content)
+    return path
+
+
+def save_mxfp4_gpt_oss(path: Path) -> Path:
+    """Save a gpt_oss whose experts are stored in MXFP4, as they are released: [expert, out, group, byte]."""
+    save_tiny_model(
+        path,
+        "gpt_oss",
+        hidden_size=64,
+        head_dim=16,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=CHAT_VOCABULARY,
+        max_position_embeddings=512,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        dtype=torch.bfloat16,
+    )
+    layout = QuantizedLayout(number="fp4", block=(1, 32), power_of_two=True)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored(path).items():
+        if not name.endswith(("down_proj", "gate_up_proj")):
+            tensors[name] = tensor
+            continue
+        pairs = [encode(matrix.T.float(), layout=layout, scale_dtype=torch.uint8) for matrix in tensor]
+        tensors[f"{name}_blocks"] = torch.stack([codes for codes, _ in pairs])
+        tensors[f"{name}_scales"] = torch.stack([scales for _, scales in pairs])
+    _rewrite(path, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]})
+    return path
+
+
+def _rewrite(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    for old in path.glob("model*.safetensors*"):
+        old.unlink()
+    # The second shard begins in the middle of a layer, so that codes and scales may part.
+    names = sorted(tensors)
+    parts = [names[0::2], names[1::2]]
+    weight_map = {}
+    for number, part in enumerate(parts, start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        save_file({name: tensors[name].contiguous() for name in part}, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": content}))
+    make_tokenizer().save_pretrained(path)
