@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.checkpoints.quantized_formats import QuantizedLayout, encode
+from abliterate.checkpoints.block_scaled import BlockLayout, encode
+from abliterate.checkpoints.format_fp8 import E4M3
+from abliterate.checkpoints.format_mxfp4 import E2M1
 from tests.support.chat_models import VOCABULARY, make_tokenizer
 from tests.support.loaded_models import stored
 from tests.support.tiny_models import save_tiny_model
@@ -47,9 +49,7 @@ def save_fp8_llama(path: Path, kind: str, *, hidden_size: int = 256, **options: 
         if not name.endswith("proj.weight"):
             tensors[name] = tensor
             continue
-        layout = QuantizedLayout(
-            number="fp8", block=block_of(*tensor.shape), power_of_two=content.get("scale_fmt") == "ue8m0"
-        )
+        layout = BlockLayout(grid=E4M3, block=block_of(*tensor.shape), power_of_two=content.get("scale_fmt") == "ue8m0")
         tensors[name], scales = encode(tensor.float(), layout=layout, scale_dtype=scale_dtype)
         tensors[name + suffix] = scales.reshape(()) if kind == "per tensor" else scales
     _rewrite(path, tensors, content)
@@ -71,7 +71,7 @@ def save_mxfp4_gpt_oss(path: Path) -> Path:
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         dtype=torch.bfloat16,
     )
-    layout = QuantizedLayout(number="fp4", block=(1, 32), power_of_two=True)
+    layout = BlockLayout(grid=E2M1, block=(1, 32), power_of_two=True)
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored(path).items():
         if not name.endswith(("down_proj", "gate_up_proj")):
