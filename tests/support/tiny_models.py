@@ -15,7 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from abliterate.checkpoints.quantized_formats import QuantizedLayout, encode
+from abliterate.checkpoints.block_scaled import BlockLayout, encode
+from abliterate.checkpoints.format_fp8 import E4M3
+from abliterate.checkpoints.format_mxfp4 import E2M1
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from tests.support.loaded_models import stored
 
@@ -254,9 +256,7 @@ def save_fp8_llama(path: Path, kind: str, *, hidden_size: int = 256, **options: 
         if not name.endswith("proj.weight"):
             tensors[name] = tensor
             continue
-        layout = QuantizedLayout(
-            number="fp8", block=block_of(*tensor.shape), power_of_two=content.get("scale_fmt") == "ue8m0"
-        )
+        layout = BlockLayout(grid=E4M3, block=block_of(*tensor.shape), power_of_two=content.get("scale_fmt") == "ue8m0")
         tensors[name], scales = encode(tensor.float(), layout=layout, scale_dtype=scale_dtype)
         tensors[name + suffix] = scales.reshape(()) if kind == "per tensor" else scales
     _rewrite(path, tensors, content)
@@ -278,7 +278,7 @@ def save_mxfp4_gpt_oss(path: Path) -> Path:
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         dtype=torch.bfloat16,
     )
-    layout = QuantizedLayout(number="fp4", block=(1, 32), power_of_two=True)
+    layout = BlockLayout(grid=E2M1, block=(1, 32), power_of_two=True)
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored(path).items():
         if not name.endswith(("down_proj", "gate_up_proj")):

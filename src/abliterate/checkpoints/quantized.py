@@ -1,7 +1,7 @@
-"""A quantised checkpoint seen as what its numbers mean: each pair of codes and scales as one plain tensor.
+"""A quantised checkpoint seen as what its numbers mean: codes and their companions as one plain tensor.
 
-The pairs are found by their names and dtypes, tensor by tensor, and the format by config.json; whatever is not known
-to be read rightly is refused. Nothing is decoded here.
+The formats themselves (`format_NAME.py`, see `encoding`) find their tensors by names and dtypes and are recognised in
+config.json; whatever is not known to be read rightly is refused. Nothing is decoded here.
 
 What a quantised checkpoint looks like once every number is stored plain, in bfloat16: headers, index and config.
 
@@ -9,25 +9,24 @@ The same shards under the same names; in each the tensors that are not quantised
 the numbers that they mean. Scales are gone, and config.json says nothing of quantisation.
 """
 
+import functools
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from abliterate import checkpoints
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
-from abliterate.checkpoints.quantized_formats import QuantizedLayout
-from abliterate.checkpoints.safetensors_file import Encoding, Shard, TensorInfo, new_header
+from abliterate.checkpoints.encoding import EncodedTensor, EncodingError, QuantizedFormat
+from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, new_header
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
 
 QuantizedPolicy = Literal["refuse", "requantize", "dequantize"]
 QUANTIZED_POLICIES: tuple[QuantizedPolicy, ...] = ("refuse", "requantize", "dequantize")
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
-
-_FP8_METHODS = {"fp8", "mxfp8"}
-_E4M3 = {None, "e4m3", "e4m3fn", "float8_e4m3fn"}
-_GROUP = 32
-_ACTIVATION_SCALES = ("activation_scale", "input_scale", "qscale_act")
 
 
 def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
@@ -40,15 +39,22 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] 
     return None
 
 
+@functools.cache
+def quantized_formats() -> tuple[QuantizedFormat, ...]:
+    """Return the `FORMAT` of each module `format_NAME` of this package, by name of the module."""
+    names = sorted(each.name for each in pkgutil.iter_modules(checkpoints.__path__))
+    modules = (
+        importlib.import_module(f"{checkpoints.__name__}.{name}") for name in names if name.startswith("format_")
+    )
+    return tuple(module.FORMAT for module in modules)
+
+
 def is_handled(config: Mapping[str, Any]) -> bool:
     """Return whether the format that a config names can be decoded and written again."""
     found = quantization_of(config)
     if found is None:
         return False
-    method, content = found
-    if method == "compressed-tensors":
-        return content.get("format") == "float-quantized"
-    return method == "mxfp4" or (method in _FP8_METHODS and content.get("fmt") in _E4M3)
+    return any(each.is_named_by(*found) for each in quantized_formats())
 
 
 def base_in_words(config: Mapping[str, Any]) -> str:
@@ -74,18 +80,21 @@ def plain_view(checkpoint: Checkpoint) -> Checkpoint:
     if not is_handled(checkpoint.config):
         raise QuantizedCheckpointError(
             f"{checkpoint.path / CONFIG_NAME}: the quantisation method {found[0]} is not one that can be decoded and "
-            f"written again (fp8 and mxfp4 are, and float-quantized of compressed-tensors); "
+            f"written again ({_handled_in_words()}); "
             f"{base_in_words(checkpoint.config)}"
         )
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors()}
-    pairs = {name: pair for name, info in tensors.items() if (pair := _pair(info, tensors)) is not None}
-    hidden = {scales.name for _, scales in pairs.values()}
-    hidden |= {f"{_stem(name)}.{each}" for name in pairs for each in _ACTIVATION_SCALES}
+    encoded = {
+        name: each for name, info in tensors.items() if (each := _encoded(info, tensors, found[1], checkpoint.path))
+    }
+    hidden = {stored.name for each in encoded.values() for stored in each.encoding.companions}
+    hidden |= {name for each in encoded.values() for name in each.unused}
 
     def seen(info: TensorInfo) -> TensorInfo:
-        if info.name not in pairs:
+        each = encoded.get(info.name)
+        if each is None:
             return info
-        return _decoded(info, *pairs[info.name], content=found[1], path=checkpoint.path)
+        return replace(info, name=each.name, dtype="BF16", shape=each.shape, encoding=each.encoding)
 
     shards = tuple(
         replace(shard, tensors=tuple(seen(info) for info in shard.tensors if info.name not in hidden))
@@ -96,73 +105,18 @@ def plain_view(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, config=config, shards=shards)
 
 
-def _pair(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[str, TensorInfo] | None:
-    """Return the plain name of what `info` holds the codes of, and its scales; None where it holds none."""
-    if info.dtype == "U8" and info.name.endswith("_blocks"):
-        plain = info.name.removesuffix("_blocks")
-        scales = tensors.get(f"{plain}_scales")
-        return None if scales is None else (plain, scales)
-    if info.dtype != "F8_E4M3":
-        return None
-    stem = _stem(info.name)
-    names = [f"{info.name}_scale_inv", f"{info.name}_scale"]
-    names += [f"{stem}.scale", f"{stem}.qscale_weight"] if stem != info.name else []
-    return next(((info.name, tensors[name]) for name in names if name in tensors), None)
+def _encoded(
+    info: TensorInfo, tensors: Mapping[str, TensorInfo], content: Mapping[str, Any], path: Path
+) -> EncodedTensor | None:
+    try:
+        found = (each.find(info, tensors, content) for each in quantized_formats())
+        return next((each for each in found if each is not None), None)
+    except EncodingError as error:
+        raise QuantizedCheckpointError(f"{path / info.shard}: {error}; use the model it was quantised from") from error
 
 
-def _stem(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _decoded(codes: TensorInfo, name: str, scales: TensorInfo, *, content: Mapping[str, Any], path: Path) -> TensorInfo:
-    def refuse(reason: str) -> QuantizedCheckpointError:
-        return QuantizedCheckpointError(
-            f"{path / codes.shard}: tensor {codes.name} ({codes.dtype} {list(codes.shape)}) has scales {scales.name} "
-            f"({scales.dtype} {list(scales.shape)}), {reason}; use the model it was quantised from"
-        )
-
-    power_of_two = scales.dtype in {"U8", "F8_E8M0"} or content.get("scale_fmt") == "ue8m0"
-    if scales.dtype not in {"F32", "BF16", "F16", "U8", "F8_E8M0"}:
-        raise refuse("of a dtype that is not known")
-    if codes.dtype == "U8":
-        if scales.dtype != "U8" or codes.shape[:-1] != scales.shape or codes.shape[-1:] != (_GROUP // 2,):
-            raise refuse("which are not one for 32 numbers of a row")
-        layout = QuantizedLayout(number="fp4", block=(1, _GROUP), power_of_two=True)
-        *leading, rows, groups, _ = codes.shape
-        turned = bool(leading)
-        matrix = (groups * _GROUP, rows) if turned else (rows, groups * _GROUP)
-        encoding = Encoding(codes=codes, scales=scales, layout=layout, turned=turned)
-        return replace(codes, name=name, dtype="BF16", shape=(*leading, *matrix), encoding=encoding)
-    block = _block_of(codes.shape, scales.shape, content)
-    if block is None:
-        raise refuse("whose blocks are not those that config.json names")
-    layout = QuantizedLayout(number="fp8", block=block, power_of_two=power_of_two)
-    encoding = Encoding(codes=codes, scales=scales, layout=layout)
-    return replace(codes, name=name, dtype="BF16", encoding=encoding)
-
-
-def _block_of(codes: tuple[int, ...], scales: tuple[int, ...], content: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return how many rows and columns share a scale; None where that cannot be told."""
-    if len(codes) not in {2, 3}:
-        return None
-    *leading, rows, columns = codes
-    found = list(scales)
-    if found[: len(leading)] != leading:
-        return (rows, columns) if not leading and found in ([], [1]) else None
-    found = found[len(leading) :]
-    found += [1] * (2 - len(found))
-    given = content.get("weight_block_size") or [None, None]
-    block = []
-    for size, n_scales, wanted in zip((rows, columns), found, given, strict=False):
-        if n_scales == 1:
-            block.append(size)
-        elif n_scales == size:
-            block.append(1)
-        elif isinstance(wanted, int) and wanted > 0 and -(-size // wanted) == n_scales:
-            block.append(wanted)
-        else:
-            return None
-    return (block[0], block[1]) if len(block) == len(found) == 2 else None
+def _handled_in_words() -> str:
+    return ", ".join(name for each in quantized_formats() for name in each.names) + " are"
 
 
 def _check_names(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> None:
@@ -176,7 +130,7 @@ def dequantized_layout(view: Checkpoint) -> Checkpoint:
     """Return the layout of a checkpoint once it is dequantised, with the offsets that its tensors will have.
 
     Args:
-        view: What `quantized_view.plain_view` returned.
+        view: What `plain_view` returned.
     """
     shards = tuple(_plain(shard) for shard in view.shards)
     return replace(view, shards=shards, index=None if view.index is None else _index(view.index, shards))

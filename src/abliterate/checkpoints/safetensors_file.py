@@ -10,14 +10,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.quantized_formats import QuantizedLayout, decode
 from abliterate.errors import CheckpointError
 from abliterate.files import open_regular, parse_json, shown
+
+if TYPE_CHECKING:
+    from abliterate.checkpoints.encoding import Encoding
 
 _LENGTH_BYTES = 8
 # As torch holds sizes; more axes than it takes.
@@ -29,8 +31,11 @@ _DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
-# Of codes and scales; by name, because a torch that lacks one must still do the rest.
-_CODE_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "U8": "uint8"}
+# What else an encoding may read; by name, because a torch that lacks one must still do the rest.
+_CODE_DTYPES = {
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+}  # fmt: skip
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -38,8 +43,8 @@ TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float
 class TensorInfo:
     """One tensor as its shard's header describes it; `start` and `end` are byte offsets in the file.
 
-    With an `encoding` it stands for the numbers that two stored tensors, codes and scales, mean; name, dtype and shape
-    are then those that it would have as a plain tensor, and the offsets those of the codes.
+    With an `encoding` it stands for the numbers that several stored tensors mean; name, dtype and shape are then those
+    that it would have as a plain tensor, and the offsets those of the codes.
     """
 
     name: str
@@ -54,23 +59,6 @@ class TensorInfo:
     def plain_bytes(self) -> int:
         """Bytes of a tensor of this dtype and shape."""
         return math.prod(self.shape) * _DTYPE_BITS[self.dtype] // 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoding:
-    """How a tensor is stored in few bits.
-
-    Attributes:
-        codes: The stored tensor that holds the codes.
-        scales: The stored tensor that holds the scales.
-        layout: How they are to be read.
-        turned: Whether the codes' matrices lie the other way round than the plain tensor's.
-    """
-
-    codes: TensorInfo
-    scales: TensorInfo
-    layout: QuantizedLayout
-    turned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +161,8 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
         CheckpointError: The file cannot be read or has become shorter.
     """
     if info.encoding is not None:
-        codes, scales = read_codes(directory, info.encoding)
-        numbers = decode(codes, scales, layout=info.encoding.layout)
+        codes, companions = read_codes(directory, info.encoding)
+        numbers = info.encoding.decode(codes, companions)
         return numbers.transpose(-1, -2) if info.encoding.turned else numbers
     path = directory / info.shard
     try:
@@ -189,33 +177,20 @@ def encoded_matrices(info: TensorInfo) -> list[TensorInfo]:
     encoding = info.encoding
     if encoding is None or len(info.shape) < 3:
         return [info]
-    parts = (_slices(each, info.shape[0]) for each in (encoding.codes, encoding.scales))
     return [
-        replace(
-            info,
-            shape=info.shape[1:],
-            start=codes.start,
-            end=codes.end,
-            encoding=replace(encoding, codes=codes, scales=scales),
-        )
-        for codes, scales in zip(*parts, strict=True)
+        replace(info, shape=info.shape[1:], start=each.codes.start, end=each.codes.end, encoding=each)
+        for each in encoding.matrices(info.shape[0])
     ]
 
 
-def _slices(info: TensorInfo, count: int) -> list[TensorInfo]:
-    size = (info.end - info.start) // count
-    starts = range(info.start, info.start + count * size, size)
-    return [replace(info, shape=info.shape[1:], start=start, end=start + size) for start in starts]
-
-
-def read_codes(directory: Path, encoding: Encoding) -> tuple[Tensor, Tensor]:
-    """Read codes and scales as they are stored.
+def read_codes(directory: Path, encoding: "Encoding") -> tuple[Tensor, list[Tensor]]:
+    """Read codes and their companions as they are stored.
 
     Raises:
         CheckpointError: A file cannot be read or has become shorter.
     """
-    codes, scales = (read_tensor(directory, each) for each in (encoding.codes, encoding.scales))
-    return codes, scales
+    codes, *companions = (read_tensor(directory, each) for each in encoding.stored)
+    return codes, companions
 
 
 def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from abliterate.architectures.writers import ROLES, PostNorm
 from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
-from abliterate.checkpoints.quantized_formats import largest_residue
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     TensorInfo,
@@ -99,7 +98,7 @@ def rounding_bound(
     d_model = info.shape[residual_axis]
     if info.encoding is not None:
         along, norm = before
-        return max(1.0, strength) * largest_residue(info.encoding.layout, d_model=d_model, k=k, along=along, norm=norm)
+        return max(1.0, strength) * info.encoding.largest_residue(d_model=d_model, k=k, along=along, norm=norm)
     return residue_bound(
         TORCH_DTYPES.get(info.dtype, torch.float32),
         d_model=d_model,

@@ -8,6 +8,7 @@ One shard of an edited checkpoint, as the stretches that it is made of.
 One run that writes a checkpoint, alone or with other processes, and publishes it or gives it up.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -164,14 +165,14 @@ class EditedShard:
 
     def _requantize(self, edit: TensorEdit, stored: TensorInfo) -> None:
         made = self._quantized_edit(edit.info, edit)
-        is_codes = stored.name == made.encoding.codes.name
-        if is_codes:
+        place = [each.name for each in made.encoding.stored].index(stored.name)
+        if place == 0:
             self.edits[edit.name] = None
         self._add(
             MadeMatrices(
                 start=self._end,
                 nbytes=stored.end - stored.start,
-                make=made.edit if is_codes else made.refit,
+                make=made.edit if place == 0 else functools.partial(made.refit, companion=place - 1),
                 matrices=made.matrices,
                 name=f"{stored.shard}: tensor {stored.name}",
             )
@@ -200,7 +201,7 @@ class EditedShard:
             strength=options.strength,
             preserve_norms=options.preserve_norms,
         )
-        for each in (made.encoding.codes, made.encoding.scales):
+        for each in made.encoding.stored:
             self._source(each.shard)
         return made
 

@@ -78,7 +78,7 @@ class TensorEdit:
     def stored_as(self) -> tuple[str, ...]:
         """Of a quantised tensor the names of the two that are stored, codes and scales; else empty."""
         encoding = self.info.encoding
-        return () if encoding is None else (encoding.codes.name, encoding.scales.name)
+        return () if encoding is None else tuple(each.name for each in encoding.rewritten)
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +89,7 @@ class TensorEdit:
 
 
 def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
-    """Check that each edit of a quantised tensor is one that `quantized_formats` makes.
+    """Check that each edit of a quantised tensor is one that an `Encoding` makes.
 
     Raises:
         QuantizedCheckpointError: A matrix is stored with the residual stream along its rows, or is to be untied.

@@ -55,7 +55,7 @@ class EditOptions:
         preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
         add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
         quantized: What happens to a quantised checkpoint: refuse it; requantize: edit what its numbers mean and
-            store that in the layout they had (see `quantized_formats`); or dequantize: store all of it in bfloat16.
+            store that in the layout they had (see `encoding`); or dequantize: store all of it in bfloat16.
         unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
             edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
 

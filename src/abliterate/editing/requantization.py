@@ -1,6 +1,6 @@
 """A quantised tensor on its way into a new file: edited in its own layout, or dequantised.
 
-Codes and scales may lie in different files, in either order, so each computes what it needs by itself: new scales take
+Codes and companions may lie in different files, in any order, so each computes what it needs by itself: new scales take
 a pass over the decoded numbers, new codes that pass and the edit.
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from abliterate.checkpoints.encoding import Encoding
 from abliterate.checkpoints.file_assembly import ComputedStretch, Fill, Worker, changed_on_the_way
 from abliterate.checkpoints.file_ranges import TargetFile
-from abliterate.checkpoints.quantized_formats import decode, refitted_scales, requantize
-from abliterate.checkpoints.safetensors_file import Encoding, TensorInfo, encoded_matrices, read_codes, tensor_bytes
+from abliterate.checkpoints.safetensors_file import TensorInfo, encoded_matrices, read_codes, tensor_bytes
 from abliterate.editing.projection import project_out
 from abliterate.errors import CheckpointError
 
@@ -52,8 +52,8 @@ class QuantizedEdit:
         """How many matrices it is a stack of."""
         return self.info.shape[0] if len(self.info.shape) == 3 else 1
 
-    def stored(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return codes and scales of one matrix as they are stored in the checkpoint."""
+    def stored(self, index: int) -> tuple[Tensor, list[Tensor]]:
+        """Return codes and companions of one matrix as they are stored in the checkpoint."""
         matrix = encoded_matrices(self.info)[index]
         return read_codes(self.path, matrix.encoding or self.encoding)
 
@@ -63,8 +63,7 @@ class QuantizedEdit:
         Raises:
             CheckpointError: It holds NaN or infinite values.
         """
-        codes, scales = self.stored(index)
-        numbers = decode(codes, scales, layout=self.encoding.layout).bfloat16()
+        numbers = self.encoding.decode(*self.stored(index)).bfloat16()
         matrix = (numbers.T if self.encoding.turned else numbers).contiguous()
         if not bool(torch.isfinite(matrix).all()):
             raise self._not_finite()
@@ -78,12 +77,9 @@ class QuantizedEdit:
             preserve_norms=self.preserve_norms,
         )
 
-    def refit(self, index: int) -> Tensor:
-        """Return the new scales of one matrix."""
-        codes, scales = self.stored(index)
-        return refitted_scales(
-            codes, scales, layout=self.encoding.layout, directions=self._basis, strength=self.strength
-        )
+    def refit(self, index: int, companion: int) -> Tensor:
+        """Return one of the new companions, such as the scales, of one matrix."""
+        return self.encoding.refit(*self.stored(index), directions=self._basis, strength=self.strength)[companion]
 
     def edit(self, index: int) -> Tensor:
         """Return the new codes of one matrix.
@@ -91,11 +87,8 @@ class QuantizedEdit:
         Raises:
             CheckpointError: It holds NaN or infinite values.
         """
-        codes, scales = self.stored(index)
         try:
-            return requantize(
-                codes, scales, layout=self.encoding.layout, directions=self._basis, strength=self.strength
-            ).codes
+            return self.encoding.requantize(*self.stored(index), directions=self._basis, strength=self.strength)
         except ValueError as error:
             raise self._not_finite() from error
 

@@ -5,21 +5,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.checkpoints.quantized_formats import QuantizedLayout, decode, encode, refitted_scales, requantize
+from abliterate.checkpoints.block_scaled import BlockLayout, decode, encode, refitted_scales, requantize
+from abliterate.checkpoints.format_fp8 import E4M3
+from abliterate.checkpoints.format_mxfp4 import E2M1
 from abliterate.directions import orthonormalize
 
-FP8_BLOCK = QuantizedLayout(number="fp8", block=(128, 128))
-FP8_UE8M0 = QuantizedLayout(number="fp8", block=(128, 128), power_of_two=True)
-MXFP4 = QuantizedLayout(number="fp4", block=(1, 32), power_of_two=True)
+FP8_BLOCK = BlockLayout(grid=E4M3, block=(128, 128))
+FP8_UE8M0 = BlockLayout(grid=E4M3, block=(128, 128), power_of_two=True)
+MXFP4 = BlockLayout(grid=E2M1, block=(1, 32), power_of_two=True)
 FP4_VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
-def rows_of(columns: int) -> QuantizedLayout:
-    return QuantizedLayout(number="fp8", block=(1, columns))
+def rows_of(columns: int) -> BlockLayout:
+    return BlockLayout(grid=E4M3, block=(1, columns))
 
 
-def whole(rows: int, columns: int) -> QuantizedLayout:
-    return QuantizedLayout(number="fp8", block=(rows, columns))
+def whole(rows: int, columns: int) -> BlockLayout:
+    return BlockLayout(grid=E4M3, block=(rows, columns))
 
 
 # Name -> layout of a [rows, columns] matrix, dtype of its scales, the largest share that may survive.
@@ -59,7 +61,7 @@ def share(values: torch.Tensor, directions: torch.Tensor) -> float:
 def test_what_was_stored_is_stored_again_unchanged(kind, rows, groups, seed):
     layout, codes, scales, _ = stored(kind, rows, 32 * groups, seed)
     values = decode(codes, scales, layout=layout)
-    step = 2.0**-4 if layout.number == "fp8" else 0.5
+    step = 2.0**-4 if layout.grid is E4M3 else 0.5
     largest = matrix(rows, 32 * groups, seed).abs().max()
     assert float((values - matrix(rows, 32 * groups, seed)).abs().max()) <= step * float(largest) * 2
     again = encode(values, layout=layout, scale_dtype=scales.dtype)
@@ -153,7 +155,7 @@ def test_what_has_no_component_keeps_every_byte(kind):
     values[8] = -0.0
     layout = make(96, 64)
     codes, scales = encode(values, layout=layout, scale_dtype=dtype)
-    if layout.number == "fp8":
+    if layout.grid is E4M3:
         codes = codes.view(torch.uint8).clone()
         codes[8] = 0x80
         codes = codes.view(torch.float8_e4m3fn)
@@ -195,7 +197,7 @@ def test_nan_is_refused():
 def test_chunks_do_not_show(monkeypatch):
     layout, codes, scales, _ = stored("fp8 block", 64, 300)
     whole_result = requantize(codes, scales, layout=layout, directions=basis(1, 64))
-    monkeypatch.setattr("abliterate.checkpoints.quantized_formats._BLOCK_ELEMENTS", 64 * 50)
+    monkeypatch.setattr("abliterate.checkpoints.block_scaled._BLOCK_ELEMENTS", 64 * 50)
     result = requantize(codes, scales, layout=layout, directions=basis(1, 64))
     assert torch.equal(result.scales, whole_result.scales)
     assert result.after[0] < 1e-3 * result.before[0]

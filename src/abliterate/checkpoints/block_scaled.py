@@ -12,21 +12,20 @@ each column the one that takes most away, until next to nothing is left.
 """
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-Number = Literal["fp8", "fp4"]
+from abliterate.checkpoints.encoding import Encoding
 
 # Elements of a matrix that are worked on at a time: 4 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 20
 _MOST_ROUNDS = 60
 _LEAST_GAIN = 0.1
-# What of a component may survive requantising; what does is far less, but for matrices of a few dozen rows.
-_MOST_LEFT = {"fp8": 0.005, "fp4": 0.05}
 
 # Of a column at most 24 entries are moved, and at most one in 16: each moves by a whole step of the grid.
 _MOST_STEPS = 24
@@ -34,27 +33,87 @@ _LARGEST_MOVED_SHARE = 1 / 16
 # Steps end in a column when of the component of a random column this share is left.
 _TOLERANCE = 2e-5
 
-_FP8_MAGNITUDES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-_FP4_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-_MAGNITUDES = {"fp8": _FP8_MAGNITUDES, "fp4": _FP4_MAGNITUDES}
-_SIGN_BITS = {"fp8": 0x80, "fp4": 0x08}
 _EXPONENT_BIAS = 127
 
 
+@dataclass(frozen=True, slots=True)
+class Grid(ABC):
+    """The numbers that a code can stand for, before its scale, and how codes lie in a stored matrix.
+
+    A level is a signed magnitude, int16: 0 for both zeros, 1 for the least positive number, -1 for its negative.
+
+    Attributes:
+        magnitudes: The numbers from 0 up, so that level i is the i-th of them.
+        most_left: What share of a component may survive requantising; what does is far less, but for matrices of a few
+            dozen rows.
+    """
+
+    magnitudes: ClassVar[Tensor]
+    most_left: ClassVar[float]
+
+    @abstractmethod
+    def levels(self, codes: Tensor) -> Tensor:
+        """Return the levels, [..., rows, columns], of codes as they are stored."""
+
+    @abstractmethod
+    def codes(self, levels: Tensor) -> Tensor:
+        """Return levels as they are stored."""
+
+    @abstractmethod
+    def replaced(self, codes: Tensor, levels: Tensor) -> Tensor:
+        """Return levels as they are stored; an entry that stays keeps its code, since there are two zeros."""
+
+    @abstractmethod
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the level of the nearest number of the grid, ties to the even one; beyond its end, the last."""
+
+    def numbers(self, levels: Tensor) -> Tensor:
+        """Return the numbers of levels, float32; NaN for a code beyond the last magnitude, which is no number."""
+        magnitudes = self.magnitudes.to(levels.device)
+        table = torch.cat([-magnitudes[1:].flip(0), magnitudes])
+        beyond = levels.abs() >= len(magnitudes)
+        found = table[(levels.long() + len(magnitudes) - 1).clamp(0, len(table) - 1)]
+        return torch.where(beyond, torch.nan, found)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedLayout:
+class BlockLayout:
     """How a matrix is stored.
 
     Attributes:
-        number: fp8: one code of e4m3 a byte, a tensor of dtype float8_e4m3fn. fp4: two codes of e2m1 a byte, the
-            first in the low four bits, a tensor [rows, groups, bytes] of dtype uint8.
+        grid: What its codes mean.
         block: Rows and columns that share a scale.
         power_of_two: Whether scales are powers of two; of dtype uint8 they are then biased exponents.
     """
 
-    number: Number
+    grid: Grid
     block: tuple[int, int]
     power_of_two: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockEncoding(Encoding):
+    """See `Encoding`: codes of a grid, and one companion, the scales of the blocks."""
+
+    layout: BlockLayout
+
+    def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
+        """See `Encoding.decode`."""
+        return decode(codes, companions[0], layout=self.layout)
+
+    def refit(
+        self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float
+    ) -> tuple[Tensor, ...]:
+        """See `Encoding.refit`."""
+        return (refitted_scales(codes, companions[0], layout=self.layout, directions=directions, strength=strength),)
+
+    def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
+        """See `Encoding.requantize`."""
+        return requantize(codes, companions[0], layout=self.layout, directions=directions, strength=strength).codes
+
+    def largest_residue(self, *, d_model: int, k: int, along: float, norm: float) -> float:
+        """See `Encoding.largest_residue`; where W has less of U than a random weight has, that is what counts."""
+        return self.layout.grid.most_left * max(along, math.sqrt(k / d_model) * norm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,21 +133,21 @@ class Requantized:
     after: tuple[float, float]
 
 
-def decode(codes: Tensor, scales: Tensor, *, layout: QuantizedLayout) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, *, layout: BlockLayout) -> Tensor:
     """Return the numbers that are stored, float32.
 
     Args:
-        codes: [..., rows, columns] of dtype float8_e4m3fn, or [..., rows, groups, bytes] of dtype uint8.
+        codes: [..., rows, columns], or as else the grid packs them.
         scales: [..., block rows, block columns], or one number for each matrix.
         layout: How they are stored.
     """
-    levels = _levels(codes, layout)
+    levels = layout.grid.levels(codes)
     factors = _scale_numbers(scales, layout).reshape(*levels.shape[:-2], *_scale_shape(levels, layout))
     rows, columns = _block_indices(levels.shape[-2], levels.shape[-1], layout)
-    return _numbers(levels, layout.number) * factors[..., rows, :][..., columns]
+    return layout.grid.numbers(levels) * factors[..., rows, :][..., columns]
 
 
-def encode(values: Tensor, *, layout: QuantizedLayout, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, *, layout: BlockLayout, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Quantise a matrix anew: each block's scale such that its largest entry fits, each entry to the nearest code.
 
     Args:
@@ -104,11 +163,11 @@ def encode(values: Tensor, *, layout: QuantizedLayout, scale_dtype: torch.dtype)
     scales = _store_scales(_needed_scales(largest, layout), layout, scale_dtype)
     rows, columns = _block_indices(wide.shape[0], wide.shape[1], layout)
     factors = _scale_numbers(scales, layout)[rows, :][:, columns]
-    return _codes(_nearest(wide / factors, layout.number), layout), scales
+    return layout.grid.codes(layout.grid.nearest(wide / factors)), scales
 
 
 def refitted_scales(
-    codes: Tensor, scales: Tensor, *, layout: QuantizedLayout, directions: Tensor, strength: float = 1.0
+    codes: Tensor, scales: Tensor, *, layout: BlockLayout, directions: Tensor, strength: float = 1.0
 ) -> Tensor:
     """Return the scales that `requantize` stores: the old ones but for blocks that the edited values do not fit.
 
@@ -119,12 +178,12 @@ def refitted_scales(
         directions: U, [k, d_model], orthonormal rows.
         strength: Share of the component that is removed.
     """
-    old = _scale_numbers(scales, layout).reshape(_scale_shape(_levels(codes, layout), layout))
+    old = _scale_numbers(scales, layout).reshape(_scale_shape(layout.grid.levels(codes), layout))
     largest = torch.zeros_like(old)
     for chunk in _Chunk.cut(codes, old, layout):
         exact, _ = _projected(chunk.values, directions, strength)
         chunk.gather_largest(exact, largest)
-    magnitudes = _MAGNITUDES[layout.number]
+    magnitudes = layout.grid.magnitudes
     # What rounds to the greatest magnitude still fits.
     limit = magnitudes[-1] + (magnitudes[-1] - magnitudes[-2]) / 2
     fits = largest <= limit * old
@@ -135,7 +194,7 @@ def refitted_scales(
 
 
 def requantize(
-    codes: Tensor, scales: Tensor, *, layout: QuantizedLayout, directions: Tensor, strength: float = 1.0
+    codes: Tensor, scales: Tensor, *, layout: BlockLayout, directions: Tensor, strength: float = 1.0
 ) -> Requantized:
     """Project directions out of a stored matrix and store it again in the same layout.
 
@@ -150,9 +209,9 @@ def requantize(
         ValueError: It holds NaN or infinite values.
     """
     new_scales = refitted_scales(codes, scales, layout=layout, directions=directions, strength=strength)
-    shape = _scale_shape(_levels(codes, layout), layout)
+    shape = _scale_shape(layout.grid.levels(codes), layout)
     old_numbers, new_numbers = (_scale_numbers(each, layout).reshape(shape) for each in (scales, new_scales))
-    new_levels = torch.empty_like(_levels(codes, layout))
+    new_levels = torch.empty_like(layout.grid.levels(codes))
     sums = torch.zeros(4, dtype=torch.float64)
     basis = directions.float()
     for chunk in _Chunk.cut(codes, old_numbers, layout):
@@ -160,32 +219,19 @@ def requantize(
         if not bool(torch.isfinite(exact).all()):
             raise ValueError("the matrix holds NaN or infinite values")
         factors = chunk.factors_of(new_numbers)
-        levels = _round_apart(exact, factors, basis, wanted, layout.number)
+        levels = _round_apart(exact, factors, basis, wanted, layout.grid)
         new_levels[:, chunk.columns] = levels
-        new = _numbers(levels, layout.number) * factors
+        new = layout.grid.numbers(levels) * factors
         for index, value in enumerate((chunk.values, new)):
             sums[2 * index] += (directions.double() @ value.double()).square().sum()
             sums[2 * index + 1] += value.double().square().sum()
     along, norm, along_after, norm_after = sums.sqrt().tolist()
     return Requantized(
-        codes=_replaced(codes, new_levels, layout),
+        codes=layout.grid.replaced(codes, new_levels),
         scales=new_scales,
         before=(along, norm),
         after=(along_after, norm_after),
     )
-
-
-def largest_residue(layout: QuantizedLayout, *, d_model: int, k: int, along: float, norm: float) -> float:
-    """Return the largest |U W'| that `requantize` may leave behind with strength 1.
-
-    Args:
-        layout: How the weight is stored.
-        d_model: Length of the residual axis.
-        k: Number of directions.
-        along: |U W| before the edit.
-        norm: |W|; where W has less of U than a random weight has, that is what counts.
-    """
-    return _MOST_LEFT[layout.number] * max(along, math.sqrt(k / d_model) * norm)
 
 
 def _projected(values: Tensor, directions: Tensor, strength: float) -> tuple[Tensor, Tensor]:
@@ -194,13 +240,13 @@ def _projected(values: Tensor, directions: Tensor, strength: float) -> tuple[Ten
     return values - strength * (basis.T @ before), (1 - strength) * before
 
 
-def _round_apart(exact: Tensor, factors: Tensor, basis: Tensor, wanted: Tensor, number: Number) -> Tensor:
+def _round_apart(exact: Tensor, factors: Tensor, basis: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
     """Return levels [d_model, n] whose numbers, times `factors`, have the components `wanted` [k, n] and are near."""
     share = (len(basis) / exact.shape[0]) ** 0.5
     goal = (_TOLERANCE * share * torch.linalg.vector_norm(exact, dim=0)).square()
     target = exact.clone()
-    levels = _nearest(target / factors, number)
-    error = basis @ (_numbers(levels, number) * factors) - wanted
+    levels = grid.nearest(target / factors)
+    error = basis @ (grid.numbers(levels) * factors) - wanted
     sizes = error.square().sum(dim=0)
     best, best_error, best_sizes = levels.clone(), error.clone(), sizes.clone()
     for _ in range(_MOST_ROUNDS):
@@ -208,8 +254,8 @@ def _round_apart(exact: Tensor, factors: Tensor, basis: Tensor, wanted: Tensor, 
         if not bool((best_sizes > goal).any()):
             break
         target -= basis.T @ error
-        levels = _nearest(target / factors, number)
-        error = basis @ (_numbers(levels, number) * factors) - wanted
+        levels = grid.nearest(target / factors)
+        error = basis @ (grid.numbers(levels) * factors) - wanted
         sizes = error.square().sum(dim=0)
         better = sizes < best_sizes
         best = torch.where(better, levels, best)
@@ -217,23 +263,23 @@ def _round_apart(exact: Tensor, factors: Tensor, basis: Tensor, wanted: Tensor, 
         best_sizes = torch.where(better, sizes, best_sizes)
         if float(best_sizes.sum()) > (1 - _LEAST_GAIN) ** 2 * before:
             break
-    _step_towards(best, best_error, factors, basis, goal, number)
+    _step_towards(best, best_error, factors, basis, goal, grid)
     return best
 
 
-def _step_towards(levels: Tensor, error: Tensor, factors: Tensor, basis: Tensor, goal: Tensor, number: Number) -> None:
+def _step_towards(levels: Tensor, error: Tensor, factors: Tensor, basis: Tensor, goal: Tensor, grid: Grid) -> None:
     """Move single entries of `levels` to a neighbour, in place, while that brings U Q closer to what it must be."""
     lengths = basis.square().sum(dim=0).unsqueeze(1)
-    top = len(_MAGNITUDES[number]) - 1
+    top = len(grid.magnitudes) - 1
     factors = factors.expand_as(levels)
     for _ in range(min(_MOST_STEPS, math.ceil(_LARGEST_MOVED_SHARE * len(levels)))):
         open_columns = (error.square().sum(dim=0) > goal).nonzero().squeeze(1)
         if not len(open_columns):
             return
         here, scale = levels[:, open_columns], factors[:, open_columns]
-        numbers = _numbers(here, number)
+        numbers = grid.numbers(here)
         slope = 2 * (basis.T @ error[:, open_columns])
-        steps = torch.stack([(_numbers((here + way).clamp(-top, top), number) - numbers) * scale for way in (1, -1)])
+        steps = torch.stack([(grid.numbers((here + way).clamp(-top, top)) - numbers) * scale for way in (1, -1)])
         # What |U Q - wanted|^2 gains by each step: s^2 |u_i|^2 + 2 s u_i . error.
         gains = steps * (slope + steps * lengths)
         best, entry = gains.flatten(0, 1).min(dim=0)
@@ -257,8 +303,8 @@ class _Chunk:
     columns_of: Tensor
 
     @classmethod
-    def cut(cls, codes: Tensor, factors: Tensor, layout: QuantizedLayout) -> "Iterator[_Chunk]":
-        levels = _levels(codes, layout)
+    def cut(cls, codes: Tensor, factors: Tensor, layout: BlockLayout) -> "Iterator[_Chunk]":
+        levels = layout.grid.levels(codes)
         rows, columns = _block_indices(levels.shape[0], levels.shape[1], layout)
         width = max(1, _BLOCK_ELEMENTS // levels.shape[0])
         for first in range(0, levels.shape[1], width):
@@ -266,7 +312,7 @@ class _Chunk:
             scale = factors[rows, :][:, columns[part]]
             yield cls(
                 columns=part,
-                values=_numbers(levels[:, part], layout.number) * scale,
+                values=layout.grid.numbers(levels[:, part]) * scale,
                 rows_of=rows,
                 columns_of=columns[part],
             )
@@ -281,74 +327,19 @@ class _Chunk:
         flat.scatter_reduce_(0, index.flatten(), values.abs().flatten(), reduce="amax")
 
 
-def _levels(codes: Tensor, layout: QuantizedLayout) -> Tensor:
-    """Return signed magnitudes, int16 [..., rows, columns]: 0 for both zeros, 1 for the least positive number."""
-    if layout.number == "fp4":
-        pairs = torch.stack([codes & 0x0F, codes >> 4], dim=-1)
-        plain = pairs.flatten(start_dim=-3).short()
-    else:
-        plain = codes.view(torch.uint8).short()
-    sign = _SIGN_BITS[layout.number]
-    magnitude = plain & (sign - 1)
-    return torch.where(plain >= sign, -magnitude, magnitude)
-
-
-def _codes(levels: Tensor, layout: QuantizedLayout) -> Tensor:
-    plain = torch.where(levels < 0, _SIGN_BITS[layout.number] - levels, levels).to(torch.uint8)
-    if layout.number == "fp8":
-        return plain.view(torch.float8_e4m3fn)
-    pairs = plain.reshape(*plain.shape[:-1], -1, layout.block[1] // 2, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
-
-
-def _replaced(codes: Tensor, levels: Tensor, layout: QuantizedLayout) -> Tensor:
-    # An entry that stays keeps its code: there are two zeros.
-    new = _codes(levels, layout)
-    if layout.number == "fp8":
-        same = _levels(codes, layout) == levels
-        return torch.where(same, codes.view(torch.uint8), new.view(torch.uint8)).view(codes.dtype)
-    low, high = (_levels(codes, layout) == levels).reshape(*codes.shape, 2).unbind(dim=-1)
-    kept = low.to(torch.uint8) * 0x0F + high.to(torch.uint8) * 0xF0
-    return (codes & kept) | (new & ~kept)
-
-
-def _numbers(levels: Tensor, number: Number) -> Tensor:
-    magnitudes = _MAGNITUDES[number].to(levels.device)
-    table = torch.cat([-magnitudes[1:].flip(0), magnitudes])
-    beyond = levels.abs() >= len(magnitudes)
-    found = table[(levels.long() + len(magnitudes) - 1).clamp(0, len(table) - 1)]
-    # e4m3 has one code of each sign that is no number.
-    return torch.where(beyond, torch.nan, found) if number == "fp8" else found
-
-
-def _nearest(values: Tensor, number: Number) -> Tensor:
-    """Return the level of the nearest number of the grid, ties to the even one; beyond its end, the last."""
-    if number == "fp8":
-        coded = values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8).short()
-        magnitude = coded & 0x7F
-        return torch.where(coded >= 0x80, -magnitude, magnitude)
-    magnitudes = _FP4_MAGNITUDES.to(values.device)
-    between = (magnitudes[1:] + magnitudes[:-1]) / 2
-    size = values.abs()
-    low = torch.bucketize(size, between, right=False)
-    high = torch.bucketize(size, between, right=True)
-    level = torch.where(low % 2 == 0, low, high).short()
-    return torch.where(values < 0, -level, level)
-
-
-def _scale_numbers(scales: Tensor, layout: QuantizedLayout) -> Tensor:
+def _scale_numbers(scales: Tensor, layout: BlockLayout) -> Tensor:
     if scales.dtype == torch.uint8:
         return torch.exp2(scales.float() - _EXPONENT_BIAS) if layout.power_of_two else scales.float()
     return scales.float()
 
 
-def _needed_scales(largest: Tensor, layout: QuantizedLayout) -> Tensor:
-    scales = largest / _MAGNITUDES[layout.number][-1]
+def _needed_scales(largest: Tensor, layout: BlockLayout) -> Tensor:
+    scales = largest / layout.grid.magnitudes[-1]
     scales = torch.where(scales > 0, scales, 1.0)
     return torch.exp2(torch.ceil(torch.log2(scales))) if layout.power_of_two else scales
 
 
-def _store_scales(numbers: Tensor, layout: QuantizedLayout, dtype: torch.dtype) -> Tensor:
+def _store_scales(numbers: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
     if dtype == torch.uint8:
         return (torch.log2(numbers).round() + _EXPONENT_BIAS).clamp(0, 254).to(torch.uint8)
     stored = numbers.to(dtype)
@@ -359,16 +350,16 @@ def _store_scales(numbers: Tensor, layout: QuantizedLayout, dtype: torch.dtype) 
     return stored
 
 
-def _scale_shape(levels: Tensor, layout: QuantizedLayout) -> tuple[int, int]:
+def _scale_shape(levels: Tensor, layout: BlockLayout) -> tuple[int, int]:
     rows, columns = levels.shape[-2:]
     return -(-rows // layout.block[0]), -(-columns // layout.block[1])
 
 
-def _block_indices(rows: int, columns: int, layout: QuantizedLayout) -> tuple[Tensor, Tensor]:
+def _block_indices(rows: int, columns: int, layout: BlockLayout) -> tuple[Tensor, Tensor]:
     return torch.arange(rows) // layout.block[0], torch.arange(columns) // layout.block[1]
 
 
-def _largest_in_blocks(values: Tensor, layout: QuantizedLayout) -> Tensor:
+def _largest_in_blocks(values: Tensor, layout: BlockLayout) -> Tensor:
     rows, columns = _block_indices(values.shape[0], values.shape[1], layout)
     largest = torch.zeros(_scale_shape(values, layout))
     index = rows.unsqueeze(1) * largest.shape[1] + columns.unsqueeze(0)

@@ -1,0 +1,153 @@
+"""What a quantised format is to the rest of the program: how it finds its tensors, reads them and writes them again.
+
+A format lives in a module of its own, `format_NAME.py` in this package, whose `FORMAT` is found by that name. It has
+two parts: `QuantizedFormat` recognises it in a config and in the tensors of a checkpoint, and the `Encoding` that it
+returns for a tensor decodes that tensor and requantises it. Everything that differs between formats stands behind
+these two; nobody else asks for a format by its name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from abliterate.checkpoints.safetensors_file import TensorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding(ABC):
+    """How the numbers of one tensor are stored; of a stack of matrices, how those of each are.
+
+    Attributes:
+        codes: The stored tensor that holds the codes.
+        companions: The stored tensors that the codes mean nothing without, in the order that the format gives them:
+            scales, and where it has them zero points or scales of scales. One whose first axis is not the stack's
+            belongs to all matrices.
+        turned: Whether the codes' matrices lie the other way round than the plain tensor's.
+    """
+
+    codes: TensorInfo
+    companions: tuple[TensorInfo, ...]
+    turned: bool = False
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """Codes and companions."""
+        return self.codes, *self.companions
+
+    @property
+    def rewritten(self) -> tuple[TensorInfo, ...]:
+        """Those of `stored` that an edit may change; the others keep their bytes."""
+        return self.stored
+
+    def matrices(self, count: int) -> list[Self]:
+        """Return how each matrix of a stack is stored."""
+        codes = _slices(self.codes, count)
+        companions = [_slices(each, count) for each in self.companions]
+        parts = zip(codes, *companions, strict=True)
+        return [replace(self, codes=first, companions=tuple(others)) for first, *others in parts]
+
+    @abstractmethod
+    def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
+        """Return the numbers that are stored, float32, as the codes lie."""
+
+    @abstractmethod
+    def refit(
+        self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float
+    ) -> tuple[Tensor, ...]:
+        """Return the companions that go with the codes of `requantize`, without making those.
+
+        Args:
+            codes: Of one matrix whose rows index the residual stream.
+            companions: In the order of `companions`.
+            directions: U, [k, d_model], orthonormal rows.
+            strength: Share of the component that is removed.
+        """
+
+    @abstractmethod
+    def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
+        """Return the codes of one matrix without the directions, rounded so that these do not come back.
+
+        Args:
+            codes: See `refit`.
+            companions: See `refit`; the old ones.
+            directions: See `refit`.
+            strength: See `refit`.
+
+        Raises:
+            ValueError: The matrix holds NaN or infinite values.
+        """
+
+    @abstractmethod
+    def largest_residue(self, *, d_model: int, k: int, along: float, norm: float) -> float:
+        """Return the largest |U W'| that `requantize` may leave behind with strength 1.
+
+        Args:
+            d_model: Length of the residual axis.
+            k: Number of directions.
+            along: |U W| before the edit.
+            norm: |W|.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedTensor:
+    """A tensor that a format found in a checkpoint.
+
+    Attributes:
+        name: What the tensor is called once it is plain.
+        shape: Its shape then.
+        encoding: How it is stored.
+        unused: Names of further tensors that mean nothing without the codes, such as scales of activations; whether or
+            not they are there.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    unused: tuple[str, ...] = ()
+
+
+class EncodingError(ValueError):
+    """Codes have companions that do not fit them; the message says which and why."""
+
+    def __init__(self, codes: TensorInfo, companion: TensorInfo, reason: str) -> None:
+        super().__init__(
+            f"tensor {codes.name} ({codes.dtype} {list(codes.shape)}) has scales {companion.name} "
+            f"({companion.dtype} {list(companion.shape)}), {reason}"
+        )
+
+
+class QuantizedFormat(Protocol):
+    """One way of storing weights in few bits."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the format is called in messages; one name for each way in which a config states it."""
+
+    def is_named_by(self, method: str, content: Mapping[str, Any]) -> bool:
+        """Return whether a config with this `quant_method` and this further content means this format."""
+
+    def find(
+        self, info: TensorInfo, tensors: Mapping[str, TensorInfo], content: Mapping[str, Any]
+    ) -> EncodedTensor | None:
+        """Return the tensor whose codes `info` holds, or None where it holds no codes of this format.
+
+        Args:
+            info: Any tensor of the checkpoint.
+            tensors: All of them by name.
+            content: What config.json says of the quantisation.
+
+        Raises:
+            EncodingError: It holds codes, but not with companions that fit.
+        """
+
+
+def _slices(info: TensorInfo, count: int) -> list[TensorInfo]:
+    if info.shape[:1] != (count,):
+        return [info] * count
+    size = (info.end - info.start) // count
+    starts = range(info.start, info.start + count * size, size)
+    return [replace(info, shape=info.shape[1:], start=start, end=start + size) for start in starts]
