@@ -7,6 +7,7 @@ before leaves nothing behind, and the older directory as it was.
 import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,6 +91,8 @@ def publish(partial: Path, output: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Let two paths change places at once; False where kernel or file system cannot do that."""
+    if sys.platform != "linux":
+        return False
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
@@ -109,7 +112,9 @@ def _replace(partial: Path, output: Path) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # this system opens no directories
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

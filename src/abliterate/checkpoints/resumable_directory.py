@@ -11,13 +11,13 @@ written. A line that a crash cut off is no line.
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +102,24 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 _OWN = ".abliterate"
 _LOCK = "lock"
+_JOURNAL = "journal-0.jsonl"
+# Older versions wrote one for each of several processes.
 _JOURNALS = "journal-*.jsonl"
 
 
 class PartialDirectory:
-    """The unfinished directory of one run, or of one process of a run.
+    """The unfinished directory of one run.
 
     Attributes:
         path: Where it is.
         kept: Entries of files that an earlier run finished, which were hashed again and are what they were.
-        journal: Where this process says what it has finished.
+        journal: Where the run says what it has finished.
     """
 
-    def __init__(self, path: Path, *, key: Key, rank: int = 0, kept: Mapping[str, Entry] | None = None) -> None:
+    def __init__(self, path: Path, *, key: Key, kept: Mapping[str, Entry] | None = None) -> None:
         self.path = path
         self.kept = dict(kept or {})
-        self.journal = Journal(path / _OWN / _JOURNALS.replace("*", str(rank)), key=key)
+        self.journal = Journal(path / _OWN / _JOURNAL, key=key)
         for name, entry in self.kept.items():
             self.journal.add(name, entry)
 
@@ -180,9 +182,10 @@ class PartialRun:
         Raises:
             OSError: It cannot be; what is finished is kept.
         """
+        self._lock.prepare_removal()
         shutil.rmtree(self.directory.path / _OWN)
         publish(self.directory.path, self._output)
-        os.close(self._lock)
+        self._lock.release()
 
     def give_up(self, error: BaseException) -> BaseException:
         """Keep what a later run can go on with, or remove everything, and return the error that says so."""
@@ -193,7 +196,7 @@ class PartialRun:
             self._remove()
             return error
         if self.directory.has_finished_files():
-            os.close(self._lock)
+            self._lock.release()
             left = f"what is finished is kept in {path}: the same command goes on from there with --resume"
         else:
             self._remove()
@@ -208,11 +211,33 @@ class PartialRun:
         return CheckpointError(f"{error}; {self._output} was left as it was, and {left}")
 
     def _remove(self) -> None:
+        self._lock.prepare_removal()
         shutil.rmtree(self.directory.path, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.release()
         for parent in self._new_parents:
             with suppress(OSError):
                 parent.rmdir()
+
+
+@contextmanager
+def partial_run(
+    output: Path, *, key: Key, resume: bool, workers: int, progress: ProgressReporter
+) -> Iterator[PartialRun]:
+    """Yield a run whose directory appears if the body succeeds; see `PartialRun` for the arguments.
+
+    Raises:
+        InputError: Nothing can be written beside `output`, or another run is writing it.
+        AbliterateError: The body failed; the message says what is kept (see `PartialRun.give_up`).
+    """
+    run = PartialRun(output, key=key, resume=resume, workers=workers, progress=progress)
+    try:
+        yield run
+        run.publish()
+    except BaseException as error:
+        final = run.give_up(error)
+        if final is error:
+            raise
+        raise final from error
 
 
 def partial_path(output: Path) -> Path:
@@ -225,8 +250,62 @@ def is_worth_keeping(error: BaseException) -> bool:
     return isinstance(error, (KeyboardInterrupt, OSError)) or isinstance(error.__cause__, OSError)
 
 
-def _lock(path: Path, output: Path) -> int:
-    """Make the directory if it is not there, and lock it for as long as the returned file is open."""
+class FileLock:
+    """A lock on a file, that the system takes back when its process ends.
+
+    Args:
+        path: The file; it is made if it is not there.
+
+    Raises:
+        BlockingIOError: Another has it.
+        OSError: The file cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = (getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY"))
+        self._descriptor: int | None = os.open(path, sum(flags, os.O_RDWR | os.O_CREAT), 0o666)
+        try:
+            _lock_now(self._descriptor)
+        except OSError:
+            self.release()
+            raise
+        self._state = os.fstat(self._descriptor)
+
+    def is_of(self, path: Path) -> bool:
+        """Return whether the file that is locked is still the one at `path`."""
+        try:
+            return os.path.samestat(self._state, path.stat())
+        except FileNotFoundError:
+            return False
+
+    def prepare_removal(self) -> None:
+        """Release it now if this system removes no open file; otherwise it is held until the directory is gone."""
+        if sys.platform == "win32":
+            self.release()
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _lock_now(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(error.errno, error.strerror) from error
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock(path: Path, output: Path) -> FileLock:
+    """Make the directory if it is not there, and lock it."""
     is_foreign = (
         path.is_dir()
         and not (path / _OWN).is_dir()
@@ -237,19 +316,16 @@ def _lock(path: Path, output: Path) -> int:
         raise InputError(f"{path}: is where {output} would be written, and is something else; move it away")
     while True:
         (path / _OWN).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / _OWN / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = FileLock(path / _OWN / _LOCK)
         except BlockingIOError as error:
-            os.close(descriptor)
             raise InputError(
                 f"{output}: another run is writing it, in {path}; wait for that one, or choose another directory"
             ) from error
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path / _OWN / _LOCK)):
-                return descriptor
+        if lock.is_of(path / _OWN / _LOCK):
+            return lock
         # The other run published or removed the directory between the two calls.
-        os.close(descriptor)
+        lock.release()
 
 
 def _what_is_there(path: Path, *, key: Key, resume: bool, workers: int, progress: ProgressReporter) -> dict[str, Entry]:
