@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import hashlib
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import pytest
 
 import abliterate.checkpoints.file_ranges
 import abliterate.checkpoints.linux_file
-from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, can_share_blocks, open_file
+from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, can_share_blocks, hash_file, open_file
 from abliterate.checkpoints.linux_file import LinuxFile
 from abliterate.errors import CheckpointError
 
@@ -137,3 +138,12 @@ def test_positions_of_several_threads_do_not_mix(source):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(all_right, range(8)))
+
+
+def test_a_file_is_hashed_with_progress(tmp_path):
+    content = bytes(range(256)) * 4096
+    (tmp_path / "a").write_bytes(content)
+    seen = []
+    assert hash_file(tmp_path / "a", advance=seen.append) == hashlib.sha256(content).hexdigest()
+    assert sum(seen) == len(content)
+    assert hash_file(tmp_path / "a") == hash_file(tmp_path / "a", advance=seen.append)

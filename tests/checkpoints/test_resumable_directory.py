@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import abliterate.checkpoints.resumable_directory
-from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.resumable_directory import Journal, PartialRun, partial_path, read_journals
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated, VerificationError
 

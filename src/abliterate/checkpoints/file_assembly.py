@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, Scratch, open_file, round_up
-from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, Scratch, WrittenFile, open_file, round_up
 from abliterate.errors import VerificationError
 from abliterate.progress import Advance
 

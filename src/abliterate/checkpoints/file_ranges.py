@@ -7,18 +7,22 @@ elsewhere. Both read and write the same bytes.
 
 import ctypes
 import errno
+import hashlib
 import mmap
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
 
 from abliterate.errors import CheckpointError
+from abliterate.progress import Advance
 
 # A multiple of what any common disk asks for.
 BOUNDARY = 4096
@@ -244,3 +248,29 @@ class Scratch:
         if key not in self._kept or len(self._kept[key]) < size:
             self._kept[key] = torch.empty(size, dtype=dtype, device=device)
         return self._kept[key][:size]
+
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFile:
+    """What was written to one file."""
+
+    sha256: str
+    bytes: int
+
+
+def hash_file(path: Path, *, advance: Advance = lambda _bytes: None) -> str:
+    """Return the SHA-256 of a file; `advance` is told the bytes read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as reader:
+        for chunk in _chunks(reader):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _chunks(reader: BinaryIO) -> Iterator[bytes]:
+    while chunk := reader.read(_CHUNK_BYTES):
+        yield chunk

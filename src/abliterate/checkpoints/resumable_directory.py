@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoints.atomic_directory import MARKERS, publish
-from abliterate.checkpoints.file_ranges import can_share_blocks
-from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.file_ranges import can_share_blocks, hash_file
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated
 from abliterate.progress import ProgressReporter
 

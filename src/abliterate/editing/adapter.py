@@ -23,7 +23,7 @@ from torch import Tensor
 from abliterate.architectures.writers import PostNorm
 from abliterate.checkpoints.atomic_directory import published_directory
 from abliterate.checkpoints.file_assembly import GivenSegment, NewFile, assemble_files
-from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.file_ranges import WrittenFile
 from abliterate.checkpoints.hub import ModelSource, read_card_facts
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_shard, read_tensor
 from abliterate.directions import Direction

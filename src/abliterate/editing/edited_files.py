@@ -25,8 +25,7 @@ from abliterate.checkpoints.file_assembly import (
     assemble_files,
     copied_segments,
 )
-from abliterate.checkpoints.file_ranges import PlainFile, became_shorter, open_file
-from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.file_ranges import PlainFile, WrittenFile, became_shorter, open_file
 from abliterate.checkpoints.resumable_directory import (
     Entry,
     PartialDirectory,

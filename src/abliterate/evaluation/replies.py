@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
 from abliterate.evaluation.reply_classes import Reply, read_reply
