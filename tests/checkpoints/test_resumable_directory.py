@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import abliterate.checkpoints.resumable_directory
+import abliterate.checkpoints.atomic_directory
+from abliterate.checkpoints.atomic_directory import Journal, PartialRun, partial_path, read_journals
 from abliterate.checkpoints.file_ranges import hash_file
-from abliterate.checkpoints.resumable_directory import Journal, PartialRun, partial_path, read_journals
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated, VerificationError
 
 KEY = {"model": "a", "set of options": "b"}
@@ -186,7 +186,7 @@ class TestPlace:
     @pytest.mark.parametrize("shares", [False, True])
     def test_too_little_room_is_found_before_anything_is_written(self, tmp_path, monkeypatch, shares):
         monkeypatch.setattr(
-            abliterate.checkpoints.resumable_directory, "can_share_blocks", lambda source, directory: shares
+            abliterate.checkpoints.atomic_directory, "can_share_blocks", lambda source, directory: shares
         )
         interrupted(tmp_path / "out")
         run, _ = start(tmp_path / "out", resume=True)

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from abliterate.architectures.writers import PostNorm
+from abliterate.checkpoints.atomic_directory import (
+    Entry,
+    PartialDirectory,
+)
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
 from abliterate.checkpoints.file_assembly import (
     GivenSegment,
@@ -26,10 +30,6 @@ from abliterate.checkpoints.file_assembly import (
     copied_segments,
 )
 from abliterate.checkpoints.file_ranges import PlainFile, WrittenFile, became_shorter, open_file
-from abliterate.checkpoints.resumable_directory import (
-    Entry,
-    PartialDirectory,
-)
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     Shard,

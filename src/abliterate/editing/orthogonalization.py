@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from abliterate._version import __version__
+from abliterate.checkpoints.atomic_directory import partial_run
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.quantized import plain_view
-from abliterate.checkpoints.resumable_directory import partial_run
 from abliterate.directions import Direction
 from abliterate.editing.checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
 from abliterate.editing.edited_files import EditedFiles, MadeEdit
