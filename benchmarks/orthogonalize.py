@@ -4,7 +4,7 @@ Makes a llama checkpoint with the shapes of an 8B model (bf16, random weights, a
 runs, one after another and `--runs` times round, each in a process of its own:
 
 * `cp -r`, and `cp -r` followed by a flush to the disk, which is what ours ends with;
-* `abliterate orthogonalize`, with the files in the page cache and without, and shared out between two processes;
+* `abliterate orthogonalize`, with the files in the page cache and without;
 * transformers: from_pretrained, the same projection in float32 on each weight, save_pretrained.
 
 Prints the median of wall time, CPU time and peak resident memory, and the ratios to `cp -r`. The machine may be
@@ -155,12 +155,11 @@ def ways_of(source: Path, out: Path, direction: Path, *, workers: int | None) ->
     """Return the commands, and whether each finds the source in the page cache."""
     arguments = ["-q", "orthogonalize", str(source), "--direction", str(direction), "-o", str(out)]
     ours = [sys.executable, "-m", "abliterate", *arguments, *(["--workers", str(workers)] if workers else [])]
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "abliterate", *arguments]
     copy = ["cp", "-r", str(source), str(out)]
     flush = ["sh", "-c", f"cp -r {source} {out} && sync {out}/*"]
     return {
         "cp -r, cold": (copy, False), "cp -r, warm": (copy, True), "cp -r and sync, cold": (flush, False),
-        "ours, cold": (ours, False), "ours, warm": (ours, True), "ours, two processes, warm": (two, True),
+        "ours, cold": (ours, False), "ours, warm": (ours, True),
         "transformers, cold": ([sys.executable, "-c", TRANSFORMERS, str(source), str(direction), str(out)], False),
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ os.environ.pop("HF_TOKEN", None)
 
 import torch
 
-from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.file_ranges import PlainFile, hash_file
+from abliterate.checkpoints.linux_file import LinuxFile
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.models.chat_model import ChatModel, make_chat_model
@@ -120,3 +122,12 @@ def undisturbed(sharded: Path, direction_file: Path, tmp_path_factory: pytest.Te
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     orthogonalize_checkpoint(source=sharded, direction=direction_file, output=out)
     return content(out)
+
+
+@pytest.fixture(params=[LinuxFile, PlainFile], ids=["linux", "plain"])
+def any_file(request, monkeypatch) -> type[PlainFile]:
+    """The class of files that everything is read and written with: the system's own, then the portable one."""
+    if request.param is PlainFile:
+        system = SimpleNamespace(platform="plain")
+        monkeypatch.setattr("abliterate.checkpoints.file_ranges.sys", system)
+    return request.param

@@ -175,7 +175,9 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: It cannot be opened.
         CheckpointError: It is no regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    # Not every system has these, and the last keeps one that has it from changing line ends.
+    flags = (getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
+    descriptor = os.open(path, sum(flags, os.O_RDONLY))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)

@@ -7,7 +7,7 @@ Joining the processes that a launcher started; gathered through accelerate.
 
 import atexit
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -58,25 +58,7 @@ class Ranks:
 
 def in_first_process() -> bool:
     """Tell, without joining the others, whether this process is the one that writes and reports."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def share_by_size(sizes: Mapping[str, int], *, index: int, count: int) -> list[str]:
-    """Return one process's part of some files, so that all have about the same number of bytes.
-
-    Args:
-        sizes: Name -> bytes; the same in every process.
-        index: The process.
-        count: How many there are.
-    """
-    shares: list[list[str]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = loads.index(min(loads))
-        shares[least].append(name)
-        loads[least] += sizes[name]
-    order = {name: position for position, name in enumerate(sizes)}
-    return sorted(shares[index], key=order.__getitem__)
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
 
 
 def find_ranks(*, device: str = "auto") -> Ranks:

@@ -6,31 +6,36 @@ import time
 import pytest
 
 import abliterate.checkpoints.file_assembly
-from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, assemble_files, copied_ranges
-from abliterate.checkpoints.file_ranges import SourceFile
+from abliterate.checkpoints.file_assembly import GivenSegment, NewFile, assemble_files, copied_segments
+from abliterate.checkpoints.file_ranges import open_file
 from abliterate.errors import CheckpointError, VerificationError
 
 CONTENT = os.urandom(10_000)
+
+
+@pytest.fixture(autouse=True)
+def each_class(any_file):
+    """Every test runs with both classes of files."""
 
 
 def new_file(tmp_path, name: str) -> NewFile:
     """A file of a given head and a copied tail."""
     if not (tmp_path / "source").exists():
         (tmp_path / "source").write_bytes(CONTENT)
-    source = SourceFile(tmp_path / "source")
-    head = GivenBytes(start=0, data=name.encode(), name="head")
-    tail = copied_ranges(source, start=100, end=9_900, offset=head.end)
-    return NewFile(name=name, sources=(source,), stretches=(head, *tail))
+    source = open_file(tmp_path / "source")
+    head = GivenSegment(start=0, data=name.encode(), name="head")
+    tail = copied_segments(source, start=100, end=9_900, offset=head.end)
+    return NewFile(name=name, sources=(source,), segments=(head, *tail))
 
 
 @pytest.fixture
-def short_stretches(monkeypatch):
-    monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_STRETCH_BYTES", 700)
+def short_segments(monkeypatch):
+    monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_SEGMENT_BYTES", 700)
     monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_COPY_BYTES", 64)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_files_come_out_whole_with_their_hash_whatever_the_number_of_threads(tmp_path, short_stretches, workers):
+def test_files_come_out_whole_with_their_hash_whatever_the_number_of_threads(tmp_path, short_segments, workers):
     names = [f"file-{index}" for index in range(20)] + ["below/file"]
     (tmp_path / "out").mkdir()
     done, seen, before = {}, [], threading.enumerate()
@@ -38,7 +43,7 @@ def test_files_come_out_whole_with_their_hash_whatever_the_number_of_threads(tmp
         (new_file(tmp_path, name) for name in names),
         target=tmp_path / "out",
         workers=workers,
-        done=lambda file, written: done.__setitem__(file.name, written),
+        done=done.__setitem__,
         advance=seen.append,
     )
     for name in names:
@@ -54,8 +59,8 @@ def test_files_come_out_whole_with_their_hash_whatever_the_number_of_threads(tmp
 
 def test_an_empty_file(tmp_path):
     (tmp_path / "empty").touch()
-    source = SourceFile(tmp_path / "empty")
-    file = NewFile(name="copy", sources=(source,), stretches=tuple(copied_ranges(source, start=0, end=0, offset=0)))
+    source = open_file(tmp_path / "empty")
+    file = NewFile(name="copy", sources=(source,), segments=tuple(copied_segments(source, start=0, end=0, offset=0)))
     done = []
     assemble_files([file], target=tmp_path, workers=2, done=lambda *each: done.append(each), advance=lambda _: None)
     assert (tmp_path / "copy").read_bytes() == b""
@@ -64,14 +69,14 @@ def test_an_empty_file(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_error_of_one_thread_stops_all_and_closes_the_files(tmp_path, workers):
-    class Failing(GivenBytes):
+    class Failing(GivenSegment):
         def settle(self, target, worker, *, hash_bytes):
             raise VerificationError("wrong")
 
     opened, before = len(os.listdir("/proc/self/fd")), threading.enumerate()
 
     def files():
-        yield NewFile(name="bad", sources=(), stretches=(Failing(start=0, data=b"x", name="bad"),))
+        yield NewFile(name="bad", sources=(), segments=(Failing(start=0, data=b"x", name="bad"),))
         yield new_file(tmp_path, "good")
 
     with pytest.raises(VerificationError, match="wrong"):
@@ -83,14 +88,14 @@ def test_an_error_of_one_thread_stops_all_and_closes_the_files(tmp_path, workers
 def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
     file = new_file(tmp_path, "copy")
 
-    class Meddling(GivenBytes):
+    class Meddling(GivenSegment):
         def settle(self, target, worker, *, hash_bytes):
             super().settle(target, worker, hash_bytes=hash_bytes)
             with (tmp_path / "source").open("ab") as source:
                 source.write(b"!")
 
     head = Meddling(start=0, data=b"copy", name="head")
-    meddled = NewFile(name="copy", sources=file.sources, stretches=(head, *file.stretches[1:]))
+    meddled = NewFile(name="copy", sources=file.sources, segments=(head, *file.segments[1:]))
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         assemble_files([meddled], target=tmp_path, workers=1, done=lambda *_: None, advance=lambda _: None)
 
@@ -109,7 +114,7 @@ def test_a_disk_that_fails_when_all_is_written_stops_the_work(tmp_path, monkeypa
             (new_file(tmp_path, f"file-{index}") for index in range(20)),
             target=tmp_path / "out",
             workers=2,
-            done=lambda file, _written: done.append(file.name),
+            done=lambda name, _written: done.append(name),
             advance=lambda _bytes: None,
         )
     assert not done

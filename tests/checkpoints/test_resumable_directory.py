@@ -1,5 +1,4 @@
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import abliterate.checkpoints.resumable_directory
-from abliterate.checkpoints.hashed_files import hash_file
-from abliterate.checkpoints.resumable_directory import Journal, PartialRun, partial_path, read_journals
+import abliterate.checkpoints.atomic_directory
+from abliterate.checkpoints.atomic_directory import Journal, PartialRun, partial_path, read_journals
+from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated, VerificationError
 
 KEY = {"model": "a", "set of options": "b"}
@@ -47,7 +46,7 @@ def interrupted(out: Path) -> None:
     finish(run, "config.json", "{}")
     finish(run, "below/model.safetensors", "weights")
     (run.directory.path / "half").write_text("ha")
-    os.close(run._lock)
+    run._lock.release()
 
 
 def names(path: Path) -> set[str]:
@@ -83,10 +82,10 @@ def test_a_lock_on_a_directory_that_has_been_published_meanwhile_is_none(tmp_pat
             (partial_path(tmp_path / "out")).rename(tmp_path / "out")
         flock(descriptor, operation)
 
-    monkeypatch.setattr(abliterate.checkpoints.resumable_directory.fcntl, "flock", publish_first)
+    monkeypatch.setattr(fcntl, "flock", publish_first)
     run, _ = start(tmp_path / "out")
     assert run.directory.path.is_dir()
-    assert os.path.samestat(os.fstat(run._lock), os.stat(run.directory.path / ".abliterate" / "lock"))
+    assert run._lock.is_of(run.directory.path / ".abliterate" / "lock")
 
 
 class TestResume:
@@ -98,7 +97,7 @@ class TestResume:
         assert not (run.directory.path / "half").exists()
         assert "2 files are finished and were checked" in messages[0]
         # And a third run still knows of them.
-        os.close(run._lock)
+        run._lock.release()
         assert len(start(tmp_path / "out", resume=True)[0].directory.kept) == 2
 
     @pytest.mark.parametrize("damage", ["change", "cut", "remove"])
@@ -198,7 +197,7 @@ class TestPlace:
     @pytest.mark.parametrize("shares", [False, True])
     def test_too_little_room_is_found_before_anything_is_written(self, tmp_path, monkeypatch, shares):
         monkeypatch.setattr(
-            abliterate.checkpoints.resumable_directory, "can_share_blocks", lambda source, directory: shares
+            abliterate.checkpoints.atomic_directory, "can_share_blocks", lambda source, directory: shares
         )
         interrupted(tmp_path / "out")
         run, _ = start(tmp_path / "out", resume=True)

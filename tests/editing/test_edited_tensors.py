@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import abliterate.editing.projection
-from abliterate.checkpoints.file_ranges import AlignedMemory, Scratch, SourceFile, TargetFile
+from abliterate.checkpoints.file_ranges import AlignedMemory, Scratch, open_file
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, tensor_bytes
 from abliterate.editing.edited_tensors import blocks_of
 from abliterate.editing.projection import ComponentMeter, block_width, component_and_norm, project_out
@@ -43,7 +43,7 @@ def test_blocks_give_the_bytes_of_the_whole(tmp_path_factory, shape_axis, dtype,
         whole = project_out(weight, directions=directions, residual_axis=axis, preserve_norms=preserve_norms)
         blocks = blocks_of(info_of(shape, dtype), residual_axis=axis, budget=budget)
         memory = AlignedMemory()
-        with SourceFile(path / "source") as source, TargetFile(path / "target", size=len(prefix) + weight.nbytes) as to:
+        with open_file(path / "source") as source, open_file(path / "target", size=len(prefix) + weight.nbytes) as to:
             for block in reversed(blocks):
                 buffer = block.read(source, memory, start=len(prefix))
                 part = torch.frombuffer(buffer, dtype=weight.dtype).view(block.shape)

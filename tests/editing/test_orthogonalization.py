@@ -509,7 +509,7 @@ def test_a_planned_edit_that_no_shard_consumed_is_an_error(single, tmp_path, dir
 @pytest.mark.parametrize(("model_type", "options"), [("gpt2", {}), ("qwen3_moe", {"num_experts": 4})])
 def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, direction, model_type, options, monkeypatch):
     monkeypatch.setattr(abliterate.editing.edited_tensors, "_METER_BYTES", 200)
-    monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_STRETCH_BYTES", 1000)
+    monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_SEGMENT_BYTES", 1000)
     budget = functools.partial(abliterate.editing.edited_tensors.blocks_of, budget=900)
     monkeypatch.setattr(abliterate.editing.edited_tensors, "blocks_of", budget)
     monkeypatch.setattr(abliterate.editing.projection, "_BLOCK_ELEMENTS", 3 * D_MODEL)
@@ -629,7 +629,7 @@ class TestFaultsWhileWriting:
 
     @pytest.fixture
     def damage(self, single, tmp_path, direction, monkeypatch):
-        read, info, done = abliterate.checkpoints.file_ranges.TargetFile.read, open_checkpoint(single).tensor, []
+        read, info, done = abliterate.checkpoints.file_ranges.PlainFile.read, open_checkpoint(single).tensor, []
 
         def run(name: str, at: int) -> None:
             position = info(name).start + at
@@ -641,7 +641,7 @@ class TestFaultsWhileWriting:
                     os.pwrite(target.descriptor, bytes([old[0] ^ 1]), position)
                 return read(target, offset, count, memory)
 
-            monkeypatch.setattr(abliterate.checkpoints.file_ranges.TargetFile, "read", faulty)
+            monkeypatch.setattr(abliterate.checkpoints.file_ranges.PlainFile, "read", faulty)
             orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
 
         return run

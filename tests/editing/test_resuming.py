@@ -128,6 +128,7 @@ class Faulty:
         return os.pwrite(descriptor, data[: max(1, len(data) // 3)], offset)
 
 
+@pytest.mark.usefixtures("any_file")
 @pytest.mark.parametrize(
     ("calls", "overwrite"),
     [
@@ -157,6 +158,7 @@ def test_a_full_disk_and_then_room(sharded, direction_file, undisturbed, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.usefixtures("any_file")
 def test_short_writes_are_no_fault(sharded, direction_file, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(abliterate.checkpoints.file_ranges, "write_some", Faulty(2, None))
     orthogonalize_checkpoint(source=sharded, direction=direction_file, output=tmp_path / "out")

@@ -1,13 +1,13 @@
-"""Making files out of stretches with several threads: some compute, others copy and read back what is computed.
+"""Making files out of segments with several threads: some compute, others copy and read back what is computed.
 
-A file's stretches are settled in file order, each as soon as its own tasks are done and those before it are settled, so
-the hash of the file is known with its last byte. What is settled begins to go to the disk at once, and one more thread
-waits for it to arrive there. What comes out does not depend on how many threads there are.
+A file's segments are settled in file order, each as soon as its own tasks are done and those before it are settled, so
+the hash of the file is known with its last byte. One more thread
+waits for whole files to arrive on the disk. What comes out does not depend on how many threads there are.
 
-What a new file is made of: stretches, some written by tasks in any order, all brought to its hash in file order.
+What a new file is made of: segments, some written by tasks in any order, all brought to its hash in file order.
 
 What is copied is read once, hashed and written as it passes. What is computed is read back from the file and held
-against what it must be, by the same reading that feeds the hash. No byte is written twice, and no stretch is ever in
+against what it must be, by the same reading that feeds the hash. No byte is written twice, and no segment is ever in
 memory whole but those that are a few bytes long.
 """
 
@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from abliterate.checkpoints.file_ranges import AlignedMemory, Scratch, SourceFile, TargetFile, round_up
-from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, Scratch, WrittenFile, open_file, round_up
 from abliterate.errors import VerificationError
 from abliterate.progress import Advance
 
-_STRETCH_BYTES = 32 << 20
+_SEGMENT_BYTES = 32 << 20
 # Read at a time.
 _COPY_BYTES = 4 << 20
 # Checked at a time: it stays in the cache between the hash and the check.
@@ -62,10 +61,10 @@ class Worker:
         return self._memories[name]
 
 
-Fill = Callable[[TargetFile, Worker], None]
+Fill = Callable[[PlainFile, Worker], None]
 
 
-class Stretch(ABC):
+class Segment(ABC):
     """A range of a new file.
 
     Args:
@@ -81,7 +80,7 @@ class Stretch(ABC):
         return ()
 
     @abstractmethod
-    def settle(self, target: TargetFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
+    def settle(self, target: PlainFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
         """Bring its bytes to the file's hash, in their order; called in file order, when all its tasks are done.
 
         Raises:
@@ -91,15 +90,15 @@ class Stretch(ABC):
         """
 
 
-class GivenBytes(Stretch):
+class GivenSegment(Segment):
     """Bytes that are known, and few: a header, a changed config, a vector."""
 
     def __init__(self, *, start: int, data: bytes, name: str) -> None:
         super().__init__(start=start, end=start + len(data))
         self._data, self._name = data, name
 
-    def settle(self, target: TargetFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
-        """See `Stretch.settle`."""
+    def settle(self, target: PlainFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
+        """See `Segment.settle`."""
         target.write(memoryview(self._data), self.start)
         written = target.read(self.start, len(self._data), worker.memory("written"))
         if written != self._data:
@@ -109,22 +108,22 @@ class GivenBytes(Stretch):
         worker.traffic.read += len(self._data)
 
 
-class CopiedRange(Stretch):
+class CopiedSegment(Segment):
     """A range of another file, which the file system shares where it can.
 
     Args:
         start: Where in the new file.
         end: The byte behind its last in the new file.
-        source: The other file; it must stay open until the stretch is settled.
+        source: The other file; it must stay open until the segment is settled.
         source_start: Where in the other file.
     """
 
-    def __init__(self, *, start: int, end: int, source: SourceFile, source_start: int) -> None:
+    def __init__(self, *, start: int, end: int, source: PlainFile, source_start: int) -> None:
         super().__init__(start=start, end=end)
         self._source, self._source_start = source, source_start
 
-    def settle(self, target: TargetFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
-        """See `Stretch.settle`: what is read once is both hashed and written."""
+    def settle(self, target: PlainFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
+        """See `Segment.settle`: what is read once is both hashed and written."""
         count = self.end - self.start
         shared = target.share(self._source, start=self._source_start, offset=self.start, count=count)
         for first in range(0, count, _COPY_BYTES):
@@ -138,7 +137,7 @@ class CopiedRange(Stretch):
         worker.traffic.shared += shared
 
 
-class ComputedStretch(Stretch):
+class ComputedSegment(Segment):
     """A range whose bytes are computed by its tasks, and read back from the file, once, when its turn comes."""
 
     @property
@@ -148,7 +147,7 @@ class ComputedStretch(Stretch):
 
     @abstractmethod
     def fills(self) -> Sequence[Fill]:
-        """See `Stretch.fills`."""
+        """See `Segment.fills`."""
 
     @abstractmethod
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:
@@ -156,7 +155,7 @@ class ComputedStretch(Stretch):
 
         Args:
             written: The bytes.
-            offset: Where they begin, counted from the stretch's first byte.
+            offset: Where they begin, counted from the segment's first byte.
             worker: The calling thread's.
 
         Raises:
@@ -164,14 +163,14 @@ class ComputedStretch(Stretch):
         """
 
     def finish(self) -> None:
-        """Judge the stretch as a whole, after its last bytes were checked.
+        """Judge the segment as a whole, after its last bytes were checked.
 
         Raises:
             VerificationError: It is not what it must be.
         """
 
-    def settle(self, target: TargetFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
-        """See `Stretch.settle`."""
+    def settle(self, target: PlainFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
+        """See `Segment.settle`."""
         at_once = max(1, _COPY_BYTES // self.check_bytes) * self.check_bytes
         for first in range(self.start, self.end, at_once):
             written = target.read(first, min(at_once, self.end - first), worker.memory("written"))
@@ -188,8 +187,8 @@ def changed_on_the_way(name: str) -> VerificationError:
     return VerificationError(f"{name}, reread, is not what was written; disk or memory may be faulty, run again")
 
 
-def copied_ranges(source: SourceFile, *, start: int, end: int, offset: int) -> list[CopiedRange]:
-    """Cut a range of a file that is copied into stretches between which other files may have their turn.
+def copied_segments(source: PlainFile, *, start: int, end: int, offset: int) -> list[CopiedSegment]:
+    """Cut a range of a file that is copied into segments between which other files may have their turn.
 
     Args:
         source: The file, open.
@@ -198,9 +197,9 @@ def copied_ranges(source: SourceFile, *, start: int, end: int, offset: int) -> l
         offset: Where it goes in the new file.
     """
     # All but the first begin at a block boundary of the new file.
-    cuts = [start, *range(start + round_up(offset) - offset, end, _STRETCH_BYTES), end]
+    cuts = [start, *range(start + round_up(offset) - offset, end, _SEGMENT_BYTES), end]
     return [
-        CopiedRange(start=offset + first - start, end=offset + last - start, source=source, source_start=first)
+        CopiedSegment(start=offset + first - start, end=offset + last - start, source=source, source_start=first)
         for first, last in itertools.pairwise(cuts)
         if first < last or start == end
     ]
@@ -212,18 +211,18 @@ class NewFile:
 
     Attributes:
         name: Its path below the target directory.
-        sources: Open files that its stretches read; they must be the same when it is done. Closed with it.
-        stretches: They cover it from its first byte to its last.
+        sources: Open files that its segments read; they must be the same when it is done. Closed with it.
+        segments: They cover it from its first byte to its last.
     """
 
     name: str
-    sources: tuple[SourceFile, ...]
-    stretches: tuple[Stretch, ...]
+    sources: tuple[PlainFile, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def size(self) -> int:
         """Its size in bytes."""
-        return self.stretches[-1].end if self.stretches else 0
+        return self.segments[-1].end if self.segments else 0
 
 
 # So many files may wait for the disk before another is begun.
@@ -232,7 +231,7 @@ _MOST_OPEN = 8
 # that some end soon.
 _FILES_AT_ONCE = 4
 
-Done = Callable[[NewFile, WrittenFile], None]
+Done = Callable[[str, WrittenFile], None]
 _Task = Callable[[Worker], None]
 
 
@@ -243,7 +242,7 @@ def assemble_files(files: Iterable[NewFile], *, target: Path, workers: int, done
         files: What to make; the next is asked for only when the tasks of those before have been given out.
         target: The directory; none of the files may be there.
         workers: Number of threads that compute; as many again copy and read back, so that the disk never waits for one.
-        done: Told of each file that is whole, by one thread at a time.
+        done: Told the name of each file that is whole and what was written, by one thread at a time.
         advance: Told the bytes that were written and checked, by one thread at a time.
 
     Returns:
@@ -286,9 +285,9 @@ class _OpenFile:
         self.file = file
         path = directory / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.target = TargetFile(path, size=file.size)
+        self.target = open_file(path, size=file.size)
         self.hash = hashlib.sha256()
-        fills = [stretch.fills() for stretch in file.stretches]
+        fills = [segment.fills() for segment in file.segments]
         self.fills = deque((index, fill) for index, each in enumerate(fills) for fill in each)
         self.unfilled = [len(each) for each in fills]
         self.next_to_settle = 0
@@ -296,7 +295,7 @@ class _OpenFile:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next stretch can be settled, or all have been."""
+        """Whether the next segment can be settled, or all have been."""
         if self.is_busy:
             return False
         return self.next_to_settle == len(self.unfilled) or not self.unfilled[self.next_to_settle]
@@ -304,8 +303,8 @@ class _OpenFile:
     @property
     def left(self) -> int:
         """Bytes that are not settled."""
-        stretches = self.file.stretches
-        return self.file.size - stretches[self.next_to_settle].start if self.next_to_settle < len(stretches) else 0
+        segments = self.file.segments
+        return self.file.size - segments[self.next_to_settle].start if self.next_to_settle < len(segments) else 0
 
     def close(self) -> None:
         for each in (self.target, *self.file.sources):
@@ -329,7 +328,7 @@ class _Assembly:
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
 
     def work(self, worker: Worker, *, computes: bool) -> None:
-        """Do one task after another until none is left or one has failed; stretches' own, if `computes`, first."""
+        """Do one task after another until none is left or one has failed; segments' own, if `computes`, first."""
         try:
             while (task := self._next_task(computes=computes)) is not None:
                 task(worker)
@@ -381,11 +380,10 @@ class _Assembly:
             return lambda _worker: self._finish_later(file)
 
         def task(worker: Worker) -> None:
-            stretch = file.file.stretches[file.next_to_settle]
-            stretch.settle(file.target, worker, hash_bytes=file.hash.update)
-            file.target.begin_sync(stretch.start, stretch.end - stretch.start)
+            segment = file.file.segments[file.next_to_settle]
+            segment.settle(file.target, worker, hash_bytes=file.hash.update)
             with self._telling:
-                self._advance(stretch.end - stretch.start)
+                self._advance(segment.end - segment.start)
             with self._changed:
                 file.next_to_settle += 1
                 file.is_busy = False
@@ -409,7 +407,7 @@ class _Assembly:
             source.check_unchanged()
         written = WrittenFile(sha256=file.hash.hexdigest(), bytes=file.file.size)
         with self._telling:
-            self._done(file.file, written)
+            self._done(file.file.name, written)
         with self._changed:
             self._open.remove(file)
             self._changed.notify_all()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from abliterate._version import __version__
-from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.progress import SILENT, ProgressReporter
 
 _EDGE_BYTES = 1 << 20

@@ -24,6 +24,7 @@ from abliterate.cli.options import (
     parse_layers,
 )
 from abliterate.cli.output import Output
+from abliterate.processes import in_first_process
 
 if TYPE_CHECKING:
     from abliterate.editing.record import EditedTensor, OrthogonalizationReport
@@ -132,9 +133,11 @@ def orthogonalize(
     abliteration.json.
 
     A run that is interrupted, or finds the disk full, keeps its finished shards in .OUT.partial beside OUT, and
-    --resume goes on from there. `torchrun --nproc-per-node N -m abliterate orthogonalize ...`, or another launcher
-    of torch.distributed, shares the files out among N processes on one file system.
+    --resume goes on from there. One process writes, with several threads: where a launcher such as torchrun starts
+    more, the first writes and the others end at once.
     """
+    if not in_first_process():
+        return
     roles, layer_range = parse_components(components), parse_layers(layers)
     if output_directory is None and not dry_run:
         raise typer.BadParameter("is needed unless --dry-run is given", param_hint="'-o' / '--output'")
@@ -167,10 +170,9 @@ def orthogonalize(
     else:
         from abliterate.editing.options import WriteOptions
         from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-        from abliterate.processes import find_ranks
 
         writing = WriteOptions(workers=workers, device=device, resume=resume)
-        write = partial(orthogonalize_checkpoint, writing=writing, ranks=find_ranks(device="cpu"))
+        write = partial(orthogonalize_checkpoint, writing=writing)
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from abliterate.architectures.writers import PostNorm
 from abliterate.checkpoints.atomic_directory import published_directory
-from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, assemble_files
-from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.file_assembly import GivenSegment, NewFile, assemble_files
+from abliterate.checkpoints.file_ranges import WrittenFile
 from abliterate.checkpoints.hub import ModelSource, read_card_facts
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_shard, read_tensor
 from abliterate.directions import Direction
@@ -91,12 +91,12 @@ def write_contents(contents: Mapping[str, bytes], directory: Path) -> dict[str, 
     written: dict[str, WrittenFile] = {}
     assemble_files(
         (
-            NewFile(name=name, sources=(), stretches=(GivenBytes(start=0, data=data, name=name),))
+            NewFile(name=name, sources=(), segments=(GivenSegment(start=0, data=data, name=name),))
             for name, data in contents.items()
         ),
         target=directory,
         workers=1,
-        done=lambda file, found: written.update({file.name: found}),
+        done=written.__setitem__,
         advance=lambda _bytes: None,
     )
     return written

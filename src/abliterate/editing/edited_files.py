@@ -1,38 +1,36 @@
-"""Carrying out an edit plan: each file of the new checkpoint, as the stretches that it is made of.
+"""Carrying out an edit plan: each file of the new checkpoint, as the segments that it is made of.
 
 What is not edited is copied, or shared by the file system, each edited tensor is written once into its place and read
-back once, which proves its bytes, and all of them give the file's hash (see `stretches` and `file_assembly`).
-
-One shard of an edited checkpoint, as the stretches that it is made of.
-
-One run that writes a checkpoint, alone or with other processes, and publishes it or gives it up.
+back once, which proves its bytes, and all of them give the file's hash (see `file_assembly`).
 """
 
 import functools
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from abliterate.architectures.writers import PostNorm
-from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
-from abliterate.checkpoints.file_assembly import GivenBytes, NewFile, Stretch, Traffic, assemble_files, copied_ranges
-from abliterate.checkpoints.file_ranges import SourceFile, became_shorter
-from abliterate.checkpoints.hashed_files import WrittenFile
-from abliterate.checkpoints.resumable_directory import (
+from abliterate.checkpoints.atomic_directory import (
     Entry,
-    Key,
     PartialDirectory,
-    PartialRun,
-    is_worth_keeping,
-    partial_path,
 )
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
+from abliterate.checkpoints.file_assembly import (
+    GivenSegment,
+    NewFile,
+    Segment,
+    Traffic,
+    assemble_files,
+    copied_segments,
+)
+from abliterate.checkpoints.file_ranges import PlainFile, WrittenFile, became_shorter, open_file
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     Shard,
@@ -45,13 +43,10 @@ from abliterate.checkpoints.safetensors_file import (
 from abliterate.editing.checks import directions_through
 from abliterate.editing.edited_tensors import ProjectedTensor, Projection
 from abliterate.editing.edits import TensorEdit
-from abliterate.editing.options import WriteOptions
 from abliterate.editing.plan import EditPlan
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME
 from abliterate.editing.requantization import MadeMatrices, QuantizedEdit
-from abliterate.errors import AbliterateError, CheckpointError, VerificationError
-from abliterate.processes import Ranks, share_by_size
-from abliterate.progress import Advance, ProgressReporter
+from abliterate.progress import ProgressReporter
 
 
 class EditedShard:
@@ -72,8 +67,8 @@ class EditedShard:
     ) -> None:
         self.edits: dict[str, ProjectedTensor | None] = {}
         self._shard, self._plan, self._directions, self._device = shard, plan, directions, device
-        self._opened: dict[str, SourceFile] = {}
-        self._stretches: list[Stretch] = []
+        self._opened: dict[str, PlainFile] = {}
+        self._segments: list[Segment] = []
 
     def file(self, *, added: Sequence[TensorEdit]) -> NewFile:
         """Return it with `added` behind its own tensors; its sources are open.
@@ -83,7 +78,7 @@ class EditedShard:
         """
         shard = self._shard
         header = extended_header(shard, [edit.info for edit in added]) if added else shard.header_bytes
-        self._add(GivenBytes(start=0, data=header, name=f"{shard.file_name}: the header"))
+        self._add(GivenSegment(start=0, data=header, name=f"{shard.file_name}: the header"))
         edits = {name: edit for edit in self._plan.edits if not edit.is_new for name in edit.stored_as or (edit.name,)}
         position = len(shard.header_bytes)
         for info in shard.tensors:
@@ -97,7 +92,7 @@ class EditedShard:
         self._copy(shard.file_name, position, shard.size)
         for edit in added:
             self._edit(edit)
-        return NewFile(name=shard.file_name, sources=tuple(self._opened.values()), stretches=tuple(self._stretches))
+        return NewFile(name=shard.file_name, sources=tuple(self._opened.values()), segments=tuple(self._segments))
 
     def dequantized_file(self, layout: Shard, *, added: Sequence[TensorEdit]) -> NewFile:
         """Return it with every number plain, laid out as `layout` says, and `added` behind its own tensors.
@@ -106,7 +101,7 @@ class EditedShard:
             CheckpointError: The original cannot be read, or is not what it was when the plan was made.
         """
         header = extended_header(layout, [edit.info for edit in added]) if added else layout.header_bytes
-        self._add(GivenBytes(start=0, data=header, name=f"{layout.file_name}: the header"))
+        self._add(GivenSegment(start=0, data=header, name=f"{layout.file_name}: the header"))
         edits = {edit.name: edit for edit in self._plan.edits if not edit.is_new}
         seen = next(shard for shard in self._plan.view.shards if shard.file_name == layout.file_name)
         for info in seen.tensors:
@@ -118,19 +113,19 @@ class EditedShard:
                 self._copy(info.shard, info.start, info.end)
         for edit in added:
             self._edit(edit)
-        return NewFile(name=layout.file_name, sources=tuple(self._opened.values()), stretches=tuple(self._stretches))
+        return NewFile(name=layout.file_name, sources=tuple(self._opened.values()), segments=tuple(self._segments))
 
     @property
     def _end(self) -> int:
-        return self._stretches[-1].end if self._stretches else 0
+        return self._segments[-1].end if self._segments else 0
 
-    def _add(self, *stretches: Stretch) -> None:
-        self._stretches.extend(stretches)
+    def _add(self, *segments: Segment) -> None:
+        self._segments.extend(segments)
 
     def _copy(self, shard_name: str, start: int, end: int) -> None:
         if start < end:
             source = self._source(shard_name)
-            self._add(*copied_ranges(source, start=start, end=end, offset=self._end))
+            self._add(*copied_segments(source, start=start, end=end, offset=self._end))
 
     def _edit(self, edit: TensorEdit) -> None:
         self.edits[edit.name] = None
@@ -153,7 +148,7 @@ class EditedShard:
                 ),
             )
             self.edits[edit.name] = projected
-            self._add(*projected.stretches)
+            self._add(*projected.segments)
         elif source is not None and edit.dose is None:
             self._copy(source.shard, source.start, source.end)
         else:
@@ -161,7 +156,7 @@ class EditedShard:
             dtype = TORCH_DTYPES[edit.info.dtype]
             old = torch.zeros(edit.info.shape, dtype=dtype) if source is None else read_tensor(path, source)
             new = old if edit.dose is None else (old.double() + edit.dose).to(dtype)
-            self._add(GivenBytes(start=self._end, data=bytes(tensor_bytes(new)), name=name))
+            self._add(GivenSegment(start=self._end, data=bytes(tensor_bytes(new)), name=name))
 
     def _requantize(self, edit: TensorEdit, stored: TensorInfo) -> None:
         made = self._quantized_edit(edit.info, edit)
@@ -205,10 +200,10 @@ class EditedShard:
             self._source(each.shard)
         return made
 
-    def _source(self, shard_name: str) -> SourceFile:
+    def _source(self, shard_name: str) -> PlainFile:
         if shard_name not in self._opened:
             shard = next(each for each in self._plan.checkpoint.shards if each.file_name == shard_name)
-            self._opened[shard_name] = source = SourceFile(self._plan.checkpoint.path / shard_name)
+            self._opened[shard_name] = source = open_file(self._plan.checkpoint.path / shard_name)
             header = memoryview(bytearray(len(shard.header_bytes)))
             source.read_into(header, 0)
             if header != shard.header_bytes or source.size > shard.size:
@@ -237,6 +232,15 @@ class FinishedFile:
 
     written: WrittenFile
     edits: dict[str, MadeEdit]
+
+    @classmethod
+    def of(cls, written: WrittenFile, edits: Mapping[str, ProjectedTensor | None]) -> Self:
+        """Return what was written, with what its edited tensors have measured."""
+        made = {
+            name: MadeEdit() if tensor is None else MadeEdit(before=tensor.before, after=tensor.after)
+            for name, tensor in edits.items()
+        }
+        return cls(written=written, edits=made)
 
     def entry(self) -> Entry:
         """Return what a journal holds of it."""
@@ -297,49 +301,46 @@ class EditedFiles:
         return sizes
 
     def write(
-        self,
-        names: Collection[str],
-        *,
-        target: Path,
-        workers: int,
-        done: Callable[[str, FinishedFile], None],
-        advance: Advance,
-    ) -> Traffic:
-        """Make the named files in a directory, each flushed to the disk, read back and checked.
+        self, directory: PartialDirectory, *, target: Path, workers: int, progress: ProgressReporter
+    ) -> tuple[dict[str, FinishedFile], Traffic]:
+        """Make the files that a directory does not have yet, each flushed to the disk, read back, checked, journalled.
 
         Args:
-            names: Of shards and side files.
-            target: The directory; they must not be there.
+            directory: Where they go.
+            target: The directory that it will be.
             workers: Threads.
-            done: Told of each file that is whole.
-            advance: Told the bytes written and checked.
+            progress: Shown the bytes written and checked.
+
+        Returns:
+            All files, those that the directory had among them, and what was moved.
 
         Raises:
             CheckpointError: The source cannot be read or was changed, or an edited tensor is not finite.
             VerificationError: What was read back is not what it must be.
             OSError: A file cannot be written.
         """
+        finished = {name: FinishedFile.from_entry(entry) for name, entry in directory.kept.items()}
+        missing = {name: size for name, size in self.sizes().items() if name not in finished}
         edits: dict[str, dict[str, ProjectedTensor | None]] = {}
 
         def files() -> Iterator[NewFile]:
-            for name in names:
+            for name in missing:
                 file, edits[name] = self._file(name)
                 yield file
 
-        def finished(file: NewFile, written: WrittenFile) -> None:
-            made = {
-                name: MadeEdit() if stretch is None else MadeEdit(before=stretch.before, after=stretch.after)
-                for name, stretch in edits.pop(file.name).items()
-            }
-            done(file.name, FinishedFile(written=written, edits=made))
+        def done(name: str, written: WrittenFile) -> None:
+            finished[name] = FinishedFile.of(written, edits.pop(name))
+            directory.journal.add(name, finished[name].entry())
 
-        with _one_thread_each():
-            return assemble_files(files(), target=target, workers=workers, done=finished, advance=advance)
+        task = progress.task(f"Writing {target}", total=sum(missing.values()), unit="bytes")
+        with task as advance, _one_thread_each():
+            traffic = assemble_files(files(), target=directory.path, workers=workers, done=done, advance=advance)
+        return finished, traffic
 
     def _file(self, name: str) -> tuple[NewFile, dict[str, ProjectedTensor | None]]:
         if name in self._new_content:
-            data = GivenBytes(start=0, data=self._new_content[name], name=name)
-            return NewFile(name=name, sources=(), stretches=(data,)), {}
+            data = GivenSegment(start=0, data=self._new_content[name], name=name)
+            return NewFile(name=name, sources=(), segments=(data,)), {}
         directory = self._plan.checkpoint.path
         if name in self._shards:
             shard = EditedShard(self._shards[name], self._plan, self._directions, device=self._device)
@@ -347,9 +348,9 @@ class EditedFiles:
             if self._plan.is_dequantized:
                 return shard.dequantized_file(self._layouts[name], added=added), shard.edits
             return shard.file(added=added), shard.edits
-        source = SourceFile(directory / name)
-        copied = copied_ranges(source, start=0, end=source.size, offset=0)
-        return NewFile(name=name, sources=(source,), stretches=tuple(copied)), {}
+        source = open_file(directory / name)
+        copied = copied_segments(source, start=0, end=source.size, offset=0)
+        return NewFile(name=name, sources=(source,), segments=tuple(copied)), {}
 
     def _growth(self, shard: Shard) -> int:
         added = self._added(shard)
@@ -392,131 +393,3 @@ def _extended_index(plan: EditPlan, index: dict[str, Any]) -> dict[str, Any]:
         if isinstance(metadata.get(key), int):
             metadata[key] += more
     return {**index, **({"metadata": metadata} if metadata else {}), "weight_map": dict(sorted(weight_map.items()))}
-
-
-Result = TypeVar("Result")
-Conclude = Callable[[Path, dict[str, FinishedFile], Traffic], Result]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """What one process has done, or why it has not."""
-
-    finished: dict[str, FinishedFile]
-    traffic: Traffic
-    error: str | None = None
-    is_worth_keeping: bool = True
-
-
-def write_together(
-    files: EditedFiles,
-    *,
-    target: Path,
-    key: Key,
-    conclude: Conclude[Result],
-    writing: WriteOptions,
-    ranks: Ranks,
-    progress: ProgressReporter,
-) -> Result | None:
-    """Write the files of a checkpoint into a directory that appears when they are whole.
-
-    Each process writes a part of the files, about as many bytes as every other; the bytes do not depend on how many
-    there are. One that fails, fails all, when the others have finished theirs.
-
-    Args:
-        files: The files.
-        target: The directory to be.
-        key: What they are made from (see `plan_key`).
-        conclude: Called by the first process with the unfinished directory when all files are whole: checks them and
-            adds what is left to add.
-        writing: How to write.
-        ranks: Who works together.
-        progress: Shown the bytes written.
-
-    Returns:
-        What `conclude` returned; None in the other processes, which do not wait for it.
-
-    Raises:
-        AbliterateError: As `PartialRun`, `EditedFiles.write` and `conclude` do; the message says what is kept.
-    """
-    run: PartialRun | None = None
-    opened: dict[str, FinishedFile] | AbliterateError
-    if ranks.is_first:
-        try:
-            run = PartialRun(target, key=key, resume=writing.resume, workers=writing.n_workers, progress=progress)
-            opened = {name: FinishedFile.from_entry(entry) for name, entry in run.directory.kept.items()}
-        except AbliterateError as error:
-            opened = error
-    opened = ranks.first_says(opened if ranks.is_first else {})
-    if isinstance(opened, AbliterateError):
-        raise opened
-    if run is None:
-        directory = PartialDirectory(partial_path(target), key=key, rank=ranks.index)
-        _join(_write_part(files, target, directory, opened, writing, ranks, progress), ranks)
-        return None
-    try:
-        run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited)
-        finished, traffic = _join(_write_part(files, target, run.directory, opened, writing, ranks, progress), ranks)
-        result = conclude(run.directory.path, opened | finished, traffic)
-        run.publish()
-    except BaseException as error:
-        final = run.give_up(error)
-        if final is error:
-            raise
-        raise final from error
-    return result
-
-
-def _write_part(
-    files: EditedFiles,
-    target: Path,
-    directory: PartialDirectory,
-    kept: dict[str, FinishedFile],
-    writing: WriteOptions,
-    ranks: Ranks,
-    progress: ProgressReporter,
-) -> _Part:
-    """Write this process's part; an error is kept for the others to hear, unless there are none."""
-    sizes = {name: size for name, size in files.sizes().items() if name not in kept}
-    own = share_by_size(sizes, index=ranks.index, count=ranks.count)
-    finished: dict[str, FinishedFile] = {}
-
-    def done(name: str, file: FinishedFile) -> None:
-        directory.journal.add(name, file.entry())
-        finished[name] = file
-
-    total = sum(sizes[name] for name in own)
-    try:
-        with progress.task(f"Writing {target}", total=total, unit="bytes") as advance:
-            traffic = files.write(own, target=directory.path, workers=writing.n_workers, done=done, advance=advance)
-    except Exception as error:
-        if ranks.count == 1:
-            raise
-        return _Part(finished=finished, traffic=Traffic(), error=str(error), is_worth_keeping=is_worth_keeping(error))
-    return _Part(finished=finished, traffic=traffic)
-
-
-def _join(own: _Part, ranks: Ranks) -> tuple[dict[str, FinishedFile], Traffic]:
-    """Wait for the parts of all processes and put them together.
-
-    Raises:
-        CheckpointError: A process failed, and the files that were finished are good.
-        VerificationError: A process failed, and would again.
-    """
-    try:
-        parts = ranks.gather(own)
-    except RuntimeError as error:
-        cause = OSError(str(error))
-        raise CheckpointError("another process of this run ended before its part was done") from cause
-    for part in parts:
-        if part.error is not None and not part.is_worth_keeping:
-            raise VerificationError(part.error)
-    for part in parts:
-        if part.error is not None:
-            raise CheckpointError(part.error) from OSError(part.error)
-    finished: dict[str, FinishedFile] = {}
-    traffic = Traffic()
-    for part in parts:
-        finished |= part.finished
-        traffic.add(part.traffic)
-    return finished, traffic

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.file_assembly import ComputedStretch, Fill, Worker, changed_on_the_way
-from abliterate.checkpoints.file_ranges import AlignedMemory, SourceFile, TargetFile
+from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
+from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.editing.projection import ComponentMeter, NormSums, block_width, project_out
 from abliterate.errors import CheckpointError
@@ -50,7 +50,7 @@ class TensorBlock:
         """Bytes of the block."""
         return self.n_pieces * self.piece_bytes
 
-    def read(self, file: SourceFile, memory: AlignedMemory, *, start: int) -> memoryview:
+    def read(self, file: PlainFile, memory: AlignedMemory, *, start: int) -> memoryview:
         """Return the bytes of the block of the tensor that starts at byte `start` of a file; they lie in `memory`."""
         if self.n_pieces == 1:
             return file.read(start + self.offset, self.nbytes, memory)
@@ -59,7 +59,7 @@ class TensorBlock:
             file.read_into(buffer[at : at + self.piece_bytes], position)
         return buffer
 
-    def write(self, file: TargetFile, data: memoryview, *, start: int) -> None:
+    def write(self, file: PlainFile, data: memoryview, *, start: int) -> None:
         """Write the block into the tensor that starts at byte `start` of a file."""
         for at, position in self._pieces(start):
             file.write(data[at : at + self.piece_bytes], position)
@@ -154,10 +154,10 @@ class ProjectedTensor:
         projection: What is done.
 
     Attributes:
-        stretches: What it is made of, in file order: a block each where a block is one range of the file.
+        segments: What it is made of, in file order: a block each where a block is one range of the file.
     """
 
-    def __init__(self, *, start: int, source: SourceFile, info: TensorInfo, name: str, projection: Projection) -> None:
+    def __init__(self, *, start: int, source: PlainFile, info: TensorInfo, name: str, projection: Projection) -> None:
         self.name, self.projection = name, projection
         self.dtype = TORCH_DTYPES[info.dtype]
         blocks = blocks_of(info, residual_axis=projection.residual_axis)
@@ -167,7 +167,7 @@ class ProjectedTensor:
         self.word = _WORDS[math.gcd(8, *lengths)]
         are_ranges = all(block.n_pieces == 1 for block in blocks)
         groups = [(block,) for block in blocks] if are_ranges else [blocks]
-        self.stretches = tuple(
+        self.segments = tuple(
             ProjectedBlocks(group, tensor=self, source=source, source_start=info.start, start=start) for group in groups
         )
         self._original = f"{source.path.parent}: tensor {info.name}"
@@ -175,7 +175,7 @@ class ProjectedTensor:
     @property
     def before(self) -> tuple[float, float]:
         """|U W| and |W| of the original, once all tasks are done."""
-        parts = [part for stretch in self.stretches for part in stretch.before]
+        parts = [part for segment in self.segments for part in segment.before]
         along = math.fsum(part.along_squared for part in parts)
         return math.sqrt(along), math.sqrt(math.fsum(part.total_squared for part in parts))
 
@@ -209,7 +209,7 @@ class ProjectedTensor:
         return before
 
 
-class ProjectedBlocks(ComputedStretch):
+class ProjectedBlocks(ComputedSegment):
     """Blocks of a projected tensor that together are one range of the file.
 
     Args:
@@ -228,7 +228,7 @@ class ProjectedBlocks(ComputedStretch):
         blocks: Sequence[TensorBlock],
         *,
         tensor: ProjectedTensor,
-        source: SourceFile,
+        source: PlainFile,
         source_start: int,
         start: int,
     ) -> None:
@@ -242,12 +242,12 @@ class ProjectedBlocks(ComputedStretch):
 
     @property
     def check_bytes(self) -> int:
-        """See `ComputedStretch.check_bytes`: whole rows."""
+        """See `ComputedSegment.check_bytes`: whole rows."""
         row_bytes = self._tensor.meter.row_length * self._tensor.dtype.itemsize
         return max(1, _METER_BYTES // row_bytes) * row_bytes
 
     def fills(self) -> Sequence[Fill]:
-        """See `ComputedStretch.fills`: a task a block."""
+        """See `ComputedSegment.fills`: a task a block."""
 
         def fill_of(index: int, block: TensorBlock) -> Fill:
             return lambda target, worker: self._fill(index, block, target, worker)
@@ -255,17 +255,17 @@ class ProjectedBlocks(ComputedStretch):
         return [fill_of(index, block) for index, block in enumerate(self._blocks)]
 
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
-        """See `ComputedStretch.check`."""
+        """See `ComputedSegment.check`."""
         rows = torch.frombuffer(written, dtype=self._tensor.dtype).view(-1, self._tensor.meter.row_length)
         self._tensor.meter.add(rows, scratch=worker.scratch)
         self._sum_read += self._sum(written)
 
     def finish(self) -> None:
-        """See `ComputedStretch.finish`."""
+        """See `ComputedSegment.finish`."""
         if self._sum_read % (1 << 64) != sum(self._sums) % (1 << 64):
             raise changed_on_the_way(self._tensor.name)
 
-    def _fill(self, index: int, block: TensorBlock, target: TargetFile, worker: Worker) -> None:
+    def _fill(self, index: int, block: TensorBlock, target: PlainFile, worker: Worker) -> None:
         buffer = block.read(self._source, worker.memory("block"), start=self._source_start)
         stored = torch.frombuffer(buffer, dtype=self._tensor.dtype).view(block.shape)
         self.before[index] = self._tensor.project(stored, worker)

@@ -13,7 +13,7 @@ class WriteOptions:
     """How a checkpoint is written; nothing but the device, by its rounding, changes what is written.
 
     Attributes:
-        workers: Threads; None: the cores this process may use, shared with others that a launcher started beside it.
+        workers: Threads; None: as many as the cores this process may use.
         device: Where the arithmetic is done, as torch names it.
         resume: Go on with what an interrupted run has left.
 
@@ -38,6 +38,4 @@ class WriteOptions:
         """The number of threads."""
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # As launchers tell their processes how many there are on this machine.
-        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

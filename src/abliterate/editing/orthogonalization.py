@@ -16,21 +16,20 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from abliterate.checkpoints.atomic_directory import partial_run
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.file_assembly import Traffic
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.directions import Direction
 from abliterate.editing.checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
-from abliterate.editing.edited_files import EditedFiles, FinishedFile, MadeEdit, write_together
+from abliterate.editing.edited_files import EditedFiles, MadeEdit
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.options import WriteOptions
 from abliterate.editing.plan import EditOptions, EditPlan, make_edit_plan
 from abliterate.editing.plan_report import check_output, planned_report
 from abliterate.editing.record import EditedTensor, OrthogonalizationReport, Work, encode_subspace, write_record
 from abliterate.errors import InputError, VerificationError
-from abliterate.processes import Ranks
 from abliterate.progress import SILENT, ProgressReporter
 
 
@@ -72,7 +71,6 @@ def orthogonalize_checkpoint(
     dry_run: bool = False,
     overwrite: bool = False,
     writing: WriteOptions | None = None,
-    ranks: Ranks | None = None,
     progress: ProgressReporter = SILENT,
 ) -> OrthogonalizationReport:
     """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
@@ -89,12 +87,10 @@ def orthogonalize_checkpoint(
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
         writing: How to write: threads, device, whether to go on with what an interrupted run left.
-        ranks: The processes that each call this and share the work; None: this one does it alone.
         progress: Shown the bytes written and checked.
 
     Returns:
-        The report; `abliteration.json` in `output` is made from it. In other processes than the first, what was
-        planned.
+        The report; `abliteration.json` in `output` is made from it.
 
     Raises:
         InputError: `output` cannot be used, or the options select nothing.
@@ -114,7 +110,7 @@ def orthogonalize_checkpoint(
         return report
     for note in report.notes:
         progress.message(note)
-    return _write(plan, report, target, writing or WriteOptions(), ranks or Ranks(), progress)
+    return _write(plan, report, target, writing or WriteOptions(), progress)
 
 
 def _write(
@@ -122,13 +118,15 @@ def _write(
     report: OrthogonalizationReport,
     target: Path,
     writing: WriteOptions,
-    ranks: Ranks,
     progress: ProgressReporter,
 ) -> OrthogonalizationReport:
     started, cpu = time.perf_counter(), time.process_time()
-    files = EditedFiles(plan, device=writing.device)
-
-    def conclude(partial: Path, finished: dict[str, FinishedFile], traffic: Traffic) -> OrthogonalizationReport:
+    files, workers = EditedFiles(plan, device=writing.device), writing.n_workers
+    key = plan_key(plan, device=writing.device)
+    with partial_run(target, key=key, resume=writing.resume, workers=workers, progress=progress) as run:
+        run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited)
+        finished, traffic = files.write(run.directory, target=target, workers=workers, progress=progress)
+        partial = run.directory.path
         made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
         made |= _measure_requantized(plan, partial, progress)
         _check_written(plan, partial, made)
@@ -143,24 +141,12 @@ def _write(
                 bytes_read=traffic.read,
                 bytes_written=traffic.written,
                 bytes_shared=traffic.shared,
-                workers=writing.n_workers,
-                processes=ranks.count,
+                workers=workers,
+                processes=1,
             ),
         )
         write_record(written, partial)
-        return written
-
-    key = plan_key(plan, device=writing.device)
-    written = write_together(
-        files,
-        target=target,
-        key=key,
-        conclude=conclude,
-        writing=writing,
-        ranks=ranks,
-        progress=progress,
-    )
-    return written or report
+    return written
 
 
 def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:

@@ -22,7 +22,7 @@ from abliterate.checkpoints.checkpoint import (
     parse_config,
     read_json_object,
 )
-from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from abliterate.checkpoints.hashed_files import WrittenFile, hash_file
+from abliterate.checkpoints.file_ranges import WrittenFile, hash_file
 from abliterate.errors import InputError, VerificationError
 from abliterate.files import open_regular, parse_json, write_json
 from abliterate.progress import SILENT, ProgressReporter

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.encoding import Encoding
-from abliterate.checkpoints.file_assembly import ComputedStretch, Fill, Worker, changed_on_the_way
-from abliterate.checkpoints.file_ranges import TargetFile
+from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
+from abliterate.checkpoints.file_ranges import PlainFile
 from abliterate.checkpoints.safetensors_file import TensorInfo, encoded_matrices, read_codes, tensor_bytes
 from abliterate.editing.projection import project_out
 from abliterate.errors import CheckpointError
@@ -105,7 +105,7 @@ class QuantizedEdit:
         )
 
 
-class MadeMatrices(ComputedStretch):
+class MadeMatrices(ComputedSegment):
     """A tensor that is made matrix by matrix: new codes or scales, or the numbers they mean.
 
     Args:
@@ -124,7 +124,7 @@ class MadeMatrices(ComputedStretch):
         self._sum_read = 0
 
     def fills(self) -> Sequence[Fill]:
-        """See `ComputedStretch.fills`: a task a matrix."""
+        """See `ComputedSegment.fills`: a task a matrix."""
 
         def fill_of(index: int) -> Fill:
             return lambda target, worker: self._fill(index, target, worker)
@@ -132,7 +132,7 @@ class MadeMatrices(ComputedStretch):
         return [fill_of(index) for index in range(len(self._sums))]
 
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
-        """See `ComputedStretch.check`."""
+        """See `ComputedSegment.check`."""
         while written:
             index, at = divmod(offset, self._matrix_bytes)
             part = written[: self._matrix_bytes - at]
@@ -141,7 +141,7 @@ class MadeMatrices(ComputedStretch):
                 raise changed_on_the_way(self._name)
             written, offset = written[len(part) :], offset + len(part)
 
-    def _fill(self, index: int, target: TargetFile, worker: Worker) -> None:
+    def _fill(self, index: int, target: PlainFile, worker: Worker) -> None:
         data = tensor_bytes(self._make(index))
         self._sums[index] = zlib.crc32(data)
         target.write(data, self.start + index * self._matrix_bytes)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from abliterate._version import __version__
-from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import (
     CardFacts,
     check_repo_id,

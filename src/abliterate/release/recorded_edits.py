@@ -15,7 +15,7 @@ from torch import Tensor
 
 from abliterate.architectures.writers import PostNorm, map_stream
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
-from abliterate.checkpoints.hashed_files import hash_file
+from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.editing.edits import edits_of_writers

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from abliterate.checkpoints.atomic_directory import published_directory
 from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from abliterate.checkpoints.file_assembly import NewFile, assemble_files, copied_ranges
-from abliterate.checkpoints.file_ranges import SourceFile
-from abliterate.checkpoints.hashed_files import WrittenFile
+from abliterate.checkpoints.file_assembly import NewFile, assemble_files, copied_segments
+from abliterate.checkpoints.file_ranges import WrittenFile, open_file
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.editing.plan_report import check_output
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, Format, read_record
@@ -124,13 +123,13 @@ def _copy(
             (_copy_of(source, name) for name in names),
             target=partial,
             workers=_WORKERS,
-            done=lambda file, written: files.update({file.name: written}),
+            done=files.__setitem__,
             advance=advance,
         )
     return {name: files[name] for name in names}
 
 
 def _copy_of(source: Path, name: str) -> NewFile:
-    original = SourceFile(source / name)
-    stretches = copied_ranges(original, start=0, end=original.size, offset=0)
-    return NewFile(name=name, sources=(original,), stretches=tuple(stretches))
+    original = open_file(source / name)
+    segments = copied_segments(original, start=0, end=original.size, offset=0)
+    return NewFile(name=name, sources=(original,), segments=tuple(segments))
