@@ -12,7 +12,6 @@ from tests.support.loaded_models import content
 from tests.support.paths import REPOSITORY
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("output_format", ["checkpoint", "adapter"])
 def test_the_first_of_several_processes_writes_what_one_writes(
     sharded, direction_file, undisturbed, tmp_path, output_format

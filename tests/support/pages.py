@@ -13,7 +13,7 @@ from abliterate.evaluation.audit_report import (
 )
 from abliterate.evaluation.candidate_ranking import CandidateSummary, ScreenedCandidate, Stability
 from abliterate.evaluation.capability import CapabilityReport, TaskScore
-from abliterate.evaluation.drift import CrossEntropy, Divergence
+from abliterate.evaluation.drift import CrossEntropy, Divergence, Findings, measure
 from abliterate.evaluation.judges import JudgedRate, JudgeReport
 from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import KINDS, EvaluationReport, count_by_category, count_replies, refusal_change
@@ -78,6 +78,14 @@ def evaluation_report(*, with_base: bool = True, model: str = "out/edited") -> E
     }
     divergence = Divergence(first_token=0.0312, continuation=0.0421, n_tokens=4000, per_prompt=32)
     own = CrossEntropy(base=0.512, model=0.533, relative_change=0.041, n_tokens=9000)
+    texts = {"bundled": CrossEntropy(base=3.1, model=3.15, relative_change=0.016, n_tokens=4000)}
+    findings = Findings(
+        divergence=divergence if with_base else None,
+        own_answers=own if with_base else None,
+        texts=texts,
+        replies=edited,
+        base_replies=base if with_base else None,
+    )
     judged = JudgedRate(n=144, declined=20, undecided=10, rate=20 / 144, low=0.09, high=0.2)
     return EvaluationReport(
         model=model,
@@ -92,7 +100,8 @@ def evaluation_report(*, with_base: bool = True, model: str = "out/edited") -> E
         kl_harmless=0.0312 if with_base else None,
         divergence=divergence if with_base else None,
         cross_entropy=own if with_base else None,
-        text_cross_entropy={"bundled": CrossEntropy(base=3.1, model=3.15, relative_change=0.016, n_tokens=4000)},
+        text_cross_entropy=texts,
+        measurements=measure(findings),
         judges=(
             JudgeReport(
                 judge="org/guard",

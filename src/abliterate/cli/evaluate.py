@@ -240,19 +240,10 @@ def rates_table(report: "EvaluationReport") -> Table:
 
 
 def damage_table(report: "EvaluationReport") -> Table:
-    """Return what else changed: KL on harmless prompts and cross-entropies, in nats a token."""
+    """Return what else changed, as the report's measurements say it."""
     table = Table("nats a token", "base", "model", "change", title="What else changed")
-    if report.divergence is not None:
-        found = report.divergence
-        table.add_row("KL(base || model), harmless, first token", "", f"{found.first_token:.4f}", "")
-        table.add_row("KL(base || model), harmless, base's answers", "", f"{found.continuation:.4f}", "")
-    entropies = {"the base's harmless answers": report.cross_entropy}
-    entropies |= {f"texts {spec}": entropy for spec, entropy in report.text_cross_entropy.items()}
-    for name, entropy in entropies.items():
-        if entropy is not None:
-            before = "" if entropy.base is None else f"{entropy.base:.4f}"
-            change = "" if entropy.relative_change is None else f"{entropy.relative_change:+.1%}"
-            table.add_row(f"cross-entropy, {name}", before, f"{entropy.model:.4f}", change)
+    for measurement in report.measurements:
+        table.add_row(*measurement.cells())
     return table
 
 

@@ -1,11 +1,14 @@
-"""How far a model's next-token distributions have moved: KL to the base, and cross-entropy of given text.
+"""What else an edit changed: how far next-token distributions have moved, and the metrics that reports show.
+
+Distributions are compared by KL to the base, and by the cross-entropy of given text. What page, table, JSON and card
+show of it are the measurements of `METRICS`; a new metric is a function from `Findings` that is named there.
 
 The base's distributions over its own answers are kept in an unnamed temporary file between the two models, so that
 only one model need be in memory at a time. Only harmless prompts are compared.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from abliterate.errors import InputError, ModelError
+from abliterate.evaluation.reply_classes import Reply
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
 
@@ -229,3 +233,86 @@ def _last_logits(chat: ChatModel, sequences: list[list[int]], n_positions: int) 
         input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=n_positions
     ).logits
     return logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One number about harmless behaviour.
+
+    Attributes:
+        name: what it is, in words, for a row of a table.
+        unit: such as nats a token.
+        model: of the model that was evaluated.
+        base: of the base; None where it is a comparison already, or there is none.
+        relative_change: (model - base) / base; None likewise.
+    """
+
+    name: str
+    unit: str
+    model: float
+    base: float | None = None
+    relative_change: float | None = None
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Return name, base, model and change as a table shows them."""
+        base = "" if self.base is None else f"{self.base:.4f}"
+        change = "" if self.relative_change is None else f"{self.relative_change:+.1%}"
+        return self.name, base, f"{self.model:.4f}", change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What metrics are made of.
+
+    Attributes:
+        divergence: KL to the base on harmless prompts; None without a base.
+        own_answers: cross-entropy of the base's own harmless answers; None without a base.
+        texts: SPEC -> cross-entropy of plain text.
+        replies: kind of prompts -> the model's replies.
+        base_replies: the same of the base; None without one.
+    """
+
+    divergence: Divergence | None
+    own_answers: CrossEntropy | None
+    texts: Mapping[str, CrossEntropy]
+    replies: Mapping[str, Sequence[Reply]]
+    base_replies: Mapping[str, Sequence[Reply]] | None
+
+
+Metric = Callable[[Findings], Iterator[Measurement]]
+NATS = "nats a token"
+
+
+def divergences(findings: Findings) -> Iterator[Measurement]:
+    """Yield KL(base || model) at the first token of harmless answers, and over the base's own."""
+    if findings.divergence is not None:
+        found = findings.divergence
+        yield Measurement(name="KL(base || model), harmless, first token", unit=NATS, model=found.first_token)
+        yield Measurement(
+            name=f"KL(base || model), harmless, the base's answers (up to {found.per_prompt} tokens)",
+            unit=NATS,
+            model=found.continuation,
+        )
+
+
+def cross_entropies(findings: Findings) -> Iterator[Measurement]:
+    """Yield the cross-entropy of the base's own harmless answers, and of plain texts."""
+    named = {f"texts {spec}": entropy for spec, entropy in findings.texts.items()}
+    if findings.own_answers is not None:
+        named = {"the base's own harmless answers": findings.own_answers, **named}
+    for name, entropy in named.items():
+        yield Measurement(
+            name=f"cross-entropy, {name}",
+            unit=NATS,
+            model=entropy.model,
+            base=entropy.base,
+            relative_change=entropy.relative_change,
+        )
+
+
+METRICS: tuple[Metric, ...] = (divergences, cross_entropies)
+
+
+def measure(findings: Findings) -> tuple[Measurement, ...]:
+    """Return what all metrics find."""
+    return tuple(measurement for metric in METRICS for measurement in metric(findings))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from abliterate.evaluation.capability import CapabilityReport, TaskOptions
-from abliterate.evaluation.drift import CrossEntropy, Divergence
+from abliterate.evaluation.drift import CrossEntropy, Divergence, Measurement
 from abliterate.evaluation.judges import JudgeReport
 from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import PairedChange, paired_change, wilson_interval
@@ -135,6 +135,7 @@ class EvaluationReport:
         divergence: the same over the base's own answers; see `Divergence`.
         cross_entropy: of the base's own harmless answers.
         text_cross_entropy: SPEC -> cross-entropy of plain text.
+        measurements: what else changed, as `drift.METRICS` find it: what page and table show.
         judges: what each judge says, and its agreement with the substrings.
         capability: scores of lm-evaluation-harness, or None.
         excluded: kind -> prompts left out because the direction was found with them.
@@ -159,6 +160,7 @@ class EvaluationReport:
     divergence: Divergence | None = None
     cross_entropy: CrossEntropy | None
     text_cross_entropy: dict[str, CrossEntropy] = field(default_factory=dict)
+    measurements: tuple[Measurement, ...] = ()
     judges: tuple[JudgeReport, ...] = ()
     capability: CapabilityReport | None = None
     excluded: dict[str, int] = field(default_factory=dict)

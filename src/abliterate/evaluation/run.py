@@ -26,9 +26,11 @@ from abliterate.evaluation.capability import TaskSamples, compare_tasks, require
 from abliterate.evaluation.drift import (
     BaseDistributions,
     Divergence,
+    Findings,
     Surprise,
     compare_surprise,
     completion_surprise,
+    measure,
     text_surprise,
 )
 from abliterate.evaluation.judges import JudgeOptions, JudgeReport, judge_replies, load_judge
@@ -352,6 +354,15 @@ class _Run:
         compared = {
             spec: compare_surprise(base.texts[spec] if base else None, found) for spec, found in model.texts.items()
         }
+        own_answers = compare_surprise(base.own_answers, model.own_answers) if base else None
+        texts = {spec: entropy for spec, entropy in compared.items() if entropy is not None}
+        found = Findings(
+            divergence=divergence,
+            own_answers=own_answers,
+            texts=texts,
+            replies=model.replies,
+            base_replies=base.replies if base else None,
+        )
         return EvaluationReport(
             model=self.source.name,
             base=self.base_source.name if self.base_source else None,
@@ -373,8 +384,9 @@ class _Run:
             },
             kl_harmless=divergence.first_token if divergence else None,
             divergence=divergence,
-            cross_entropy=compare_surprise(base.own_answers, model.own_answers) if base else None,
-            text_cross_entropy={spec: entropy for spec, entropy in compared.items() if entropy is not None},
+            cross_entropy=own_answers,
+            text_cross_entropy=texts,
+            measurements=measure(found),
             judges=judges,
             capability=(
                 compare_tasks(base.tasks if base else None, model.tasks, options=self.options.tasks)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abliterate.checkpoints.json_lines import JsonLines
-from abliterate.evaluation.drift import CONTINUATION_TOKENS
 from abliterate.evaluation.judges import JudgedRate
 from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
 from abliterate.reports.charts import Interval, Part, interval_chart, share_chart
@@ -40,7 +39,7 @@ def write_evaluation_page(
     sections = [
         _refusals(report),
         _classes(report),
-        *([_damage(report)] if report.divergence or report.text_cross_entropy else []),
+        *([_damage(report)] if report.measurements else []),
         *([_judges(report)] if report.judges else []),
         *([_tasks(report)] if report.capability else []),
         *([_categories(report)] if any(report.categories.values()) else []),
@@ -130,25 +129,7 @@ def _classes(report: EvaluationReport) -> Section:
 
 
 def _damage(report: EvaluationReport) -> Section:
-    rows: list[list[object]] = []
-    if report.divergence is not None:
-        found = report.divergence
-        rows.append(["KL(base, model), first token of harmless answers", "", f"{found.first_token:.4f}", ""])
-        rows.append(
-            [
-                f"KL(base, model), the base's harmless answers (up to {CONTINUATION_TOKENS} tokens)",
-                "",
-                f"{found.continuation:.4f}",
-                "",
-            ]
-        )
-    entropies = {"the base's own harmless answers": report.cross_entropy}
-    entropies |= {f"texts: {spec}": entropy for spec, entropy in report.text_cross_entropy.items()}
-    for name, entropy in entropies.items():
-        if entropy is not None:
-            before = "" if entropy.base is None else f"{entropy.base:.4f}"
-            change = "" if entropy.relative_change is None else f"{entropy.relative_change:+.1%}"
-            rows.append([f"Cross-entropy, {name}", before, f"{entropy.model:.4f}", change])
+    rows: list[list[object]] = [list(measurement.cells()) for measurement in report.measurements]
     return Section(
         heading="What else changed",
         blocks=(table(["nats a token", "base", "model", "change"], rows, caption="Damage to harmless behaviour"),),
