@@ -15,7 +15,8 @@ from abliterate.evaluation.contributions import (
     n_heads_of,
 )
 from abliterate.evaluation.traced_stream import StreamTrace, TracedPrompt, trace_stream, traced_prompts
-from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.options import ModelOptions
 from tests.support.chat_models import VOCABULARY, make_tokenizer, randomise
 
 SIZES: dict[str, Any] = {

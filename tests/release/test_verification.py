@@ -14,11 +14,11 @@ from torch import Tensor
 
 from abliterate.checkpoints.hub import resolve_model
 from abliterate.directions import Direction, make_direction
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.record import read_record
 from abliterate.errors import CheckpointError, InputError, ModelError
-from abliterate.models.chat_model import ModelOptions
+from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT
 from abliterate.release.file_checks import QuickCheck
 from abliterate.release.recorded_edits import recorded_subspace

@@ -91,7 +91,7 @@ def audit(
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
     from abliterate.evaluation.auditing import audit_model
-    from abliterate.models.chat_model import ModelOptions
+    from abliterate.models.options import ModelOptions
     from abliterate.reports.audit_page import write_audit_page
 
     output = Output.of(context, json_output=json_output)

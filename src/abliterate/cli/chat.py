@@ -52,8 +52,8 @@ def chat(
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.directions import load_direction
     from abliterate.evaluation.chatting import ChatSession
-    from abliterate.models.chat_model import ModelOptions
     from abliterate.models.loading import load_chat_model
+    from abliterate.models.options import ModelOptions
 
     output = Output.of(context, json_output=json_output)
     loaded = load_direction(direction) if direction is not None else None

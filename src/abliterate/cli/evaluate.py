@@ -142,10 +142,9 @@ def evaluate(
     direction was found with are left out.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.evaluation.capability import TaskOptions
-    from abliterate.evaluation.report import EvaluationOptions
+    from abliterate.evaluation.report import EvaluationOptions, TaskOptions
     from abliterate.evaluation.run import evaluate_model
-    from abliterate.models.chat_model import ModelOptions
+    from abliterate.models.options import ModelOptions
     from abliterate.reports.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)

@@ -144,12 +144,11 @@ def extract(
     given with a --direction of its own.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.extraction.candidates import DirectionRecipe
-    from abliterate.extraction.report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Thresholds
+    from abliterate.extraction.report import NoCandidatePassesError
     from abliterate.extraction.run import extract_direction
     from abliterate.extraction.score_report import require_plots, write_score_report
-    from abliterate.extraction.selection import Thresholds
-    from abliterate.models.chat_model import ModelOptions
+    from abliterate.models.options import ModelOptions
     from abliterate.processes import in_first_process
     from abliterate.reports.extraction_page import write_extraction_page
 

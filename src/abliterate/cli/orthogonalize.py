@@ -157,7 +157,7 @@ def orthogonalize(
         )
 
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.editing.plan import EditOptions
+    from abliterate.editing.options import EditOptions
 
     write: Callable[..., OrthogonalizationReport]
     if output_format is Format.adapter:

@@ -37,7 +37,7 @@ def plan(
     """
     roles, layer_range = parse_components(components), parse_layers(layers)
 
-    from abliterate.editing.plan import EditOptions
+    from abliterate.editing.options import EditOptions
     from abliterate.editing.plan_report import plan_layout, read_layout
 
     output = Output.of(context, json_output=json_output)

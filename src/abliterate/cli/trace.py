@@ -70,10 +70,10 @@ def trace(
     Where an architecture's heads are not known the cosines are shown without the table of heads.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.evaluation.trace_report import write_trace_report
-    from abliterate.evaluation.tracing import DEFAULT_SETS, TraceOptions, trace_direction
+    from abliterate.evaluation.trace_report import DEFAULT_SETS, TraceOptions, write_trace_report
+    from abliterate.evaluation.tracing import trace_direction
     from abliterate.extraction.score_report import require_plots
-    from abliterate.models.chat_model import ModelOptions
+    from abliterate.models.options import ModelOptions
 
     output = Output.of(context, json_output=json_output)
     if report is not None:

@@ -53,7 +53,7 @@ def verify(
     the direction ablated by hooks. Exit code 1 names the first tensor or layer that fails.
     """
     from abliterate.errors import VerificationError
-    from abliterate.models.chat_model import ModelOptions
+    from abliterate.models.options import ModelOptions
     from abliterate.release.verification import VerificationOptions, verify_checkpoint
 
     output = Output.of(context, json_output=json_output)

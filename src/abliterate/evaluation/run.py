@@ -55,8 +55,9 @@ from abliterate.evaluation.report import (
     count_replies,
     refusal_change,
 )
-from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from abliterate.models.steering import default_coefficient, steer
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.errors import InputError, ModelError
-from abliterate.models.chat_model import ChatModel, ModelOptions, find_blocks, make_chat_model
+from abliterate.models.chat_model import ChatModel, find_blocks, make_chat_model
 from abliterate.models.chat_template import ChatFormat
 from abliterate.models.layer_weights import LayerWeights
+from abliterate.models.options import ModelOptions
 from abliterate.models.streamed_model import NotHandedOnError, StreamedChat
 from abliterate.progress import SILENT, ProgressReporter
 

@@ -20,9 +20,10 @@ from abliterate.directions import Direction, load_direction
 from abliterate.editing.projection import orthonormalize
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.errors import InputError, ModelError
-from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_subspace
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, load_prompt_set
 from abliterate.release.file_checks import QuickCheck, verify_files
