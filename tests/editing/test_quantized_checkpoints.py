@@ -19,8 +19,9 @@ from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import CheckpointError, InputError, QuantizedCheckpointError, VerificationError
 from abliterate.models.options import ModelOptions
+from abliterate.release.options import VerificationOptions
 from abliterate.release.reverting import revert_checkpoint
-from abliterate.release.verification import VerificationOptions, VerificationReport, verify_checkpoint
+from abliterate.release.verification import VerificationReport, verify_checkpoint
 from tests.support.loaded_models import stored, stream_component, tree
 from tests.support.quantized_models import FP8_FORMATS, save_fp8_llama, save_mxfp4_gpt_oss
 from tests.support.tiny_models import random_direction, save_tiny_llama

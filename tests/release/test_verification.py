@@ -21,9 +21,10 @@ from abliterate.errors import CheckpointError, InputError, ModelError
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT
 from abliterate.release.file_checks import QuickCheck
+from abliterate.release.options import VerificationOptions
 from abliterate.release.recorded_edits import recorded_subspace
 from abliterate.release.report import LogitCheck, StreamCheck, logit_failures, stream_failures
-from abliterate.release.verification import VerificationOptions, VerificationReport, _Run, verify_checkpoint
+from abliterate.release.verification import VerificationReport, _Run, verify_checkpoint
 from tests.support.chat_models import make_tokenizer, tiny_gpt2, tiny_llama
 from tests.support.fake_hub import FakeHub
 
