@@ -175,9 +175,10 @@ def scores_by_ours(
 
 def load(arguments: argparse.Namespace) -> Any:
     """Load MODEL as a chat model."""
-    from abliterate.models.chat_model import ModelOptions, make_chat_model
+    from abliterate.models.chat_model import make_chat_model
     from abliterate.models.demo import load_base_model
     from abliterate.models.loading import load_chat_model
+    from abliterate.models.options import ModelOptions
 
     name, device, dtype = arguments.model, arguments.device, getattr(torch, arguments.dtype)
     if name in RANDOM:
@@ -219,9 +220,10 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one way in this process and return what it took and chose."""
-    from abliterate.extraction.report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.extraction.options import ExtractionOptions, Thresholds
+    from abliterate.extraction.report import NoCandidatePassesError
     from abliterate.extraction.run import N_PREFIX_PROMPTS, extract_direction
-    from abliterate.extraction.selection import CandidateScore, Thresholds, passing_candidates
+    from abliterate.extraction.selection import CandidateScore, passing_candidates
     from abliterate.models.chat_model import find_response_prefix, with_response_prefix
     from abliterate.prompt_sets import split_for_extraction
 

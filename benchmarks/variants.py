@@ -19,12 +19,10 @@ from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import NoDirectionError
 from abliterate.evaluation.report import EvaluationOptions
 from abliterate.evaluation.run import evaluate_model
-from abliterate.extraction.candidates import DirectionRecipe
-from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.selection import Thresholds
-from abliterate.models.chat_model import ModelOptions
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import load_prompt_set
 
 VARIANTS: dict[str, dict[str, Any]] = {

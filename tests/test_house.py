@@ -32,7 +32,8 @@ def imported_by(test: Path) -> set[str]:
 
 def test_there_are_at_most_nine_packages_and_nine_modules_beside_them():
     assert 1 < len(PACKAGES) <= 9
-    assert len([path for path in HOUSE.glob("*.py") if path.stem != "__init__"]) <= 9
+    # `__main__` is a door, not a room.
+    assert len([path for path in HOUSE.glob("*.py") if path.stem not in {"__init__", "__main__"}]) <= 9
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from abliterate.models.chat_model import ModelOptions
 from abliterate.models.hooks import difference_in_means, record
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import load_prompt_set
 
 N_PROMPTS = 48

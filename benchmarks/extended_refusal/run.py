@@ -17,8 +17,8 @@ from pathlib import Path
 
 from abliterate.evaluation.audit_report import AuditOptions
 from abliterate.evaluation.auditing import audit_model
-from abliterate.models.chat_model import ModelOptions
 from abliterate.models.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
+from abliterate.models.options import ModelOptions
 from abliterate.reports.audit_page import write_audit_page
 
 N_TEST = 64

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from abliterate.directions import load_direction
-from abliterate.models.chat_model import ModelOptions
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import split_for_extraction
 from tests.support.command_line import CommandLine, Outcome
 

@@ -12,8 +12,8 @@ from abliterate.architectures.writers import PostNorm, ResidualWriter, StreamMap
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.edits import ADDITIONS, plan_addition
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.record import OrthogonalizationReport
 from abliterate.errors import AbliterateError, DirectionError, InputError, UnsupportedArchitectureError
 from abliterate.models.chat_model import ChatModel, make_chat_model

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 import abliterate.editing.adapter
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.adapter import write_adapter
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.record import check_hashes, read_record
 from abliterate.errors import InputError, ModelError, VerificationError
 from tests.support.conformance import build_model, load_model, text_inputs

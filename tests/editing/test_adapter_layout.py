@@ -4,7 +4,8 @@ import pytest
 
 from abliterate.directions import make_direction
 from abliterate.editing.adapter_layout import AdapterLayout, lay_out_adapter
-from abliterate.editing.plan import EditOptions, make_edit_plan
+from abliterate.editing.options import EditOptions
+from abliterate.editing.plan import make_edit_plan
 from abliterate.errors import ModelError
 from tests.support.tiny_models import N_LAYERS, random_direction, save_tiny_model
 

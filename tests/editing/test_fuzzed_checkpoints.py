@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abliterate.editing.plan import EditOptions
+from abliterate.editing.options import EditOptions
 from tests.support import fuzzing
 from tests.support.checkpoint_mutations import make_bases
 from tests.support.fuzzing import attempt, make_fuzz_direction, writes_elsewhere

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abliterate.directions import make_direction
-from abliterate.editing.plan import EditOptions, make_edit_plan
+from abliterate.editing.options import EditOptions
+from abliterate.editing.plan import make_edit_plan
 from abliterate.editing.plan_report import plan_edit
 from tests.support.fake_hub import FakeHub
 from tests.support.tiny_models import D_MODEL, random_direction, save_tiny_llama

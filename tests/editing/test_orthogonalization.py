@@ -18,9 +18,8 @@ import abliterate.editing.projection
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, make_direction
-from abliterate.editing.options import WriteOptions
+from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.projection import component_norm, project_out
 from abliterate.editing.record import OrthogonalizationReport, decode_subspace
 from abliterate.errors import (

@@ -5,7 +5,8 @@ import pytest
 
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, make_direction
-from abliterate.editing.plan import EditOptions, EditPlan, make_edit_plan
+from abliterate.editing.options import EditOptions
+from abliterate.editing.plan import EditPlan, make_edit_plan
 from abliterate.errors import InputError
 from tests.support.tiny_models import N_LAYERS, random_direction, save_tiny_model
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.plan_report import PlanReport, format_ranges, pattern_of, plan_layout, read_layout
 from abliterate.errors import (
     AbliterateError,

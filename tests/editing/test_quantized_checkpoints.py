@@ -15,13 +15,13 @@ from abliterate.checkpoints.quantized import plain_view
 from abliterate.checkpoints.safetensors_file import read_tensor, tensor_bytes
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.adapter import write_adapter
-from abliterate.editing.options import WriteOptions
+from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.errors import CheckpointError, InputError, QuantizedCheckpointError, VerificationError
-from abliterate.models.chat_model import ModelOptions
+from abliterate.models.options import ModelOptions
+from abliterate.release.options import VerificationOptions
 from abliterate.release.reverting import revert_checkpoint
-from abliterate.release.verification import VerificationOptions, VerificationReport, verify_checkpoint
+from abliterate.release.verification import VerificationReport, verify_checkpoint
 from tests.support.loaded_models import stored, stream_component, tree
 from tests.support.tiny_models import FP8_FORMATS, random_direction, save_fp8_llama, save_mxfp4_gpt_oss, save_tiny_llama
 

@@ -18,11 +18,13 @@ import torch
 
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.models.chat_model import ModelOptions, make_chat_model
+from abliterate.models.chat_model import make_chat_model
 from abliterate.models.demo import load_base_model, load_gguf
 from abliterate.models.hooks import difference_in_means, record
+from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import load_prompt_set
-from abliterate.release.verification import VerificationOptions, VerificationReport, verify_checkpoint
+from abliterate.release.options import VerificationOptions
+from abliterate.release.verification import VerificationReport, verify_checkpoint
 
 GEMMA = os.environ.get("ABLITERATE_TEST_GEMMA")
 FIGURES = os.environ.get("ABLITERATE_FIGURES")

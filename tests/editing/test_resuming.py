@@ -15,9 +15,8 @@ import torch
 import abliterate.checkpoints.file_ranges
 import abliterate.progress
 from abliterate.directions import make_direction
-from abliterate.editing.options import WriteOptions
+from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.errors import AbliterateError, CheckpointError
 from tests.support.loaded_models import content, tree
 from tests.support.paths import REPOSITORY

@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
-from abliterate.editing.edits import TiedPolicy
+from abliterate.editing.options import EditOptions, TiedPolicy
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.record import OrthogonalizationReport
 from abliterate.errors import InputError
 from tests.support.loaded_models import ablated, load, logits, stored, stream_component, tree

@@ -18,7 +18,8 @@ from abliterate.editing.plan_report import plan_layout, read_layout
 from abliterate.editing.record import read_record
 from abliterate.editing.tiny_twin import CLEAN, DIRTY, prove_on_tiny_twin
 from abliterate.errors import UnsupportedArchitectureError
-from abliterate.release.verification import VerificationOptions, verify_checkpoint
+from abliterate.release.options import VerificationOptions
+from abliterate.release.verification import verify_checkpoint
 from tests.support.conformance import build_model
 from tests.support.tiny_models import random_direction, save_tiny_model
 

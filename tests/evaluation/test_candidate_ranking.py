@@ -6,7 +6,7 @@ import torch
 
 from abliterate.evaluation.candidate_ranking import CandidateFinder
 from abliterate.evaluation.reply_classes import read_reply
-from abliterate.extraction.selection import Thresholds
+from abliterate.extraction.options import Thresholds
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction
 from abliterate.progress import SILENT

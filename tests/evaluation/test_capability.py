@@ -11,8 +11,8 @@ from scipy import stats
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, MissingDependencyError
 from abliterate.evaluation import capability
-from abliterate.evaluation.capability import TaskOptions, _samples, _score, run_tasks
-from abliterate.evaluation.report import EvaluationOptions
+from abliterate.evaluation.capability import _samples, _score, run_tasks
+from abliterate.evaluation.report import EvaluationOptions, TaskOptions
 from abliterate.evaluation.run import evaluate_model
 from abliterate.models.chat_model import ChatModel
 

@@ -14,7 +14,8 @@ from abliterate.evaluation.contributions import (
     n_heads_of,
 )
 from abliterate.evaluation.traced_stream import StreamTrace, TracedPrompt, trace_stream, traced_prompts
-from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import make_talkative_model, make_tokenizer, random_direction
 
 SIZES: dict[str, Any] = {

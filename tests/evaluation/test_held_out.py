@@ -6,9 +6,8 @@ import pytest
 
 from abliterate.errors import PromptSetError
 from abliterate.evaluation.run import hold_out, used_for_checkpoint, used_prompts
-from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.selection import Thresholds
 from abliterate.prompt_sets import load_prompt_set, prompt_hash, split_for_extraction
 
 

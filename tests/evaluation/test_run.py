@@ -12,10 +12,11 @@ from abliterate.errors import InputError, PromptSetError
 from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import EvaluationOptions, count_by_category
 from abliterate.evaluation.run import evaluate_model
-from abliterate.extraction.refusal import REFUSAL_SUBSTRINGS
+from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS
 from abliterate.extraction.scoring import kl_divergence
-from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import prompt_hash
 from tests.support.tiny_models import save_chat_model, tiny_llama
 

@@ -11,7 +11,7 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import DirectionError, InputError, ModelError, PromptSetError
-from abliterate.evaluation.trace_report import write_trace_report
+from abliterate.evaluation.trace_report import TraceOptions, write_trace_report
 from abliterate.evaluation.traced_stream import (
     random_suffixes,
     suffix_tokens,
@@ -19,7 +19,7 @@ from abliterate.evaluation.traced_stream import (
     trace_stream,
     traced_prompts,
 )
-from abliterate.evaluation.tracing import TraceOptions, trace_direction
+from abliterate.evaluation.tracing import trace_direction
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
 from tests.support.tiny_models import make_tokenizer, tiny_llama
 
@@ -241,9 +241,8 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 def test_on_the_demo_model_harmful_stands_above_harmless_at_the_selected_layer(
     demo_directory: Path, tmp_path: Path
 ) -> None:
-    from abliterate.extraction.report import ExtractionOptions
+    from abliterate.extraction.options import ExtractionOptions, Thresholds
     from abliterate.extraction.run import extract_direction
-    from abliterate.extraction.selection import Thresholds
 
     extraction = extract_direction(
         model=demo_directory, options=ExtractionOptions(n_train=48, n_val=12, thresholds=Thresholds(kl=0.5))

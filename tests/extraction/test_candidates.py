@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from abliterate.extraction.candidates import (
     MIN_INDEPENDENT_SHARE,
-    DirectionRecipe,
     candidate_directions,
     combine_means,
     independent_candidates,
     winsorized,
 )
+from abliterate.extraction.options import DirectionRecipe
 from abliterate.models.hooks import difference_in_means
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.hooks import ablate_direction
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_gpt2, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]

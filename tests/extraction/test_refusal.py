@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from abliterate.errors import RefusalBehaviourError
-from abliterate.extraction.refusal import (
-    REFUSAL_SUBSTRINGS,
-    find_refusal_tokens,
-    is_refusal,
-    refusal_metric,
-    require_both_behaviours,
-)
+from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric, require_both_behaviours
+from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS, is_refusal
 
 
 def test_metric_is_the_log_odds_of_the_tokens_together() -> None:

@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from abliterate.extraction.candidates import (
-    DirectionRecipe,
-    measure_robustness,
-    resample_weights,
-    resampled_cosines,
-    resampled_winners,
-)
-from abliterate.extraction.selection import CandidateScore, Thresholds, passing_candidates
+from abliterate.extraction.candidates import measure_robustness, resample_weights, resampled_cosines, resampled_winners
+from abliterate.extraction.options import DirectionRecipe, Thresholds
+from abliterate.extraction.selection import CandidateScore, passing_candidates
 
 
 def generator(seed: int = 0) -> torch.Generator:

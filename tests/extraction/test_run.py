@@ -9,11 +9,12 @@ import torch
 
 from abliterate.directions import load_direction
 from abliterate.errors import InputError, ModelError, PromptSetError, RefusalBehaviourError
-from abliterate.extraction.report import ExtractionOptions, NoCandidatePassesError
+from abliterate.extraction.options import ExtractionOptions, Thresholds
+from abliterate.extraction.report import NoCandidatePassesError
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.selection import Thresholds
-from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)

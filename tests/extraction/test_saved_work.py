@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from abliterate.errors import InputError, NoDirectionError
-from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
 from abliterate.extraction.saved_work import SavedWork
-from abliterate.extraction.selection import Thresholds
-from abliterate.models.chat_model import ModelOptions
+from abliterate.models.options import ModelOptions
 from tests.support.paths import REPOSITORY
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
@@ -25,7 +24,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from abliterate.extraction.run import extract_direction
-from abliterate.models.chat_model import ModelOptions
+from abliterate.models.options import ModelOptions
 from abliterate.extraction.saved_work import SavedWork
 from tests.extraction.test_saved_work import OPTIONS
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from abliterate.errors import MissingDependencyError
+from abliterate.extraction.options import Thresholds
 from abliterate.extraction.score_report import ScoreTable, write_score_report
-from abliterate.extraction.selection import CandidateScore, Thresholds
+from abliterate.extraction.selection import CandidateScore
 
 PNG = b"\x89PNG\r\n"
 

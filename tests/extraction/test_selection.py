@@ -6,9 +6,9 @@ import random
 
 import pytest
 
+from abliterate.extraction.options import Thresholds
 from abliterate.extraction.selection import (
     CandidateScore,
-    Thresholds,
     failed_thresholds,
     nearest_candidates,
     passing_candidates,

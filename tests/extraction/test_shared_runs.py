@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from abliterate.extraction.options import Thresholds
 from abliterate.extraction.saved_work import SavedWork
-from abliterate.extraction.selection import Thresholds
 from abliterate.extraction.shared_runs import PARTS, RecordingRun, ScoringRun
 from abliterate.models.hooks import record
 from abliterate.processes import Ranks

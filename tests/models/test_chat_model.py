@@ -8,13 +8,13 @@ import torch
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import (
     ChatModel,
-    ModelOptions,
     find_response_prefix,
     make_chat_model,
     shared_prefix_length,
     with_response_prefix,
 )
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import CHATML, SYSTEM, make_tokenizer, save_chat_model, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]

@@ -6,12 +6,13 @@ import torch
 from abliterate.directions import make_direction
 from abliterate.editing.options import WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
 from abliterate.extraction.scoring import CandidateScorer
-from abliterate.extraction.selection import ScoreName, Thresholds
-from abliterate.models.chat_model import ModelOptions, make_chat_model
+from abliterate.extraction.selection import ScoreName
+from abliterate.models.chat_model import make_chat_model
 from abliterate.models.loading import load_chat_model
+from abliterate.models.options import ModelOptions
 from abliterate.release.verification import verify_checkpoint
 from tests.support.loaded_models import stored
 from tests.support.tiny_models import (

@@ -7,8 +7,9 @@ import pytest
 
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.errors import InputError, ModelError
-from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_weights, open_model
+from abliterate.models.options import ModelOptions
 from abliterate.models.streamed_model import StreamedChat
 
 

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from abliterate.errors import ModelError
-from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.selection import Thresholds
 from abliterate.models import loading
-from abliterate.models.chat_model import ModelOptions, make_chat_model
+from abliterate.models.chat_model import make_chat_model
 from abliterate.models.loading import check_memory, estimate_bytes, free_bytes, load_chat_model
+from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_llama
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

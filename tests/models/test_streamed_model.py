@@ -8,14 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from abliterate.errors import CheckpointError, ModelError
-from abliterate.extraction.report import ExtractionOptions
+from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
 from abliterate.extraction.scoring import CandidateScorer, StreamedScorer, record_streamed
-from abliterate.extraction.selection import Thresholds
 from abliterate.models import layer_weights
-from abliterate.models.chat_model import ModelOptions
 from abliterate.models.hooks import ablate_subspace, record
 from abliterate.models.loading import load_chat_model, load_streamed_model
+from abliterate.models.options import ModelOptions
 from abliterate.models.streamed_model import StreamedChat, Variant
 from tests.support.tiny_models import (
     HARMFUL,

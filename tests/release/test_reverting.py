@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.adapter import write_adapter
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.errors import InputError, VerificationError
 from abliterate.release.reverting import revert_checkpoint
 from tests.support.loaded_models import stored, tree

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from abliterate.checkpoints.hub import resolve_model
 from abliterate.directions import Direction, make_direction
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.record import read_record
 from abliterate.errors import CheckpointError, InputError, ModelError
-from abliterate.models.chat_model import ModelOptions
+from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT
 from abliterate.release.file_checks import QuickCheck
+from abliterate.release.options import VerificationOptions
 from abliterate.release.recorded_edits import recorded_subspace
 from abliterate.release.report import LogitCheck, StreamCheck, logit_failures, stream_failures
-from abliterate.release.verification import VerificationOptions, VerificationReport, _Run, verify_checkpoint
+from abliterate.release.verification import VerificationReport, _Run, verify_checkpoint
 from tests.support.fake_hub import FakeHub
 from tests.support.loaded_models import stored
 from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_gpt2, tiny_llama

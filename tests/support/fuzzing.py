@@ -14,8 +14,8 @@ from typing import Any
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.plan_report import plan_edit
 from abliterate.errors import AbliterateError
 from tests.support.checkpoint_mutations import break_checkpoint, make_harmless

@@ -18,8 +18,9 @@ from abliterate.evaluation.judges import JudgedRate, JudgeReport
 from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import KINDS, EvaluationReport, count_by_category, count_replies, refusal_change
 from abliterate.evaluation.statistics import Agreement
+from abliterate.extraction.options import Thresholds
 from abliterate.extraction.score_report import ScoreTable
-from abliterate.extraction.selection import CandidateScore, Thresholds
+from abliterate.extraction.selection import CandidateScore
 
 CATEGORIES = ("fraud", "hacking", "weapons", "identity_forgery")
 VOID = {"meta", "br", "rect", "circle", "line", "path", "i"}

@@ -15,16 +15,13 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from abliterate import checkpoints
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
 from abliterate.checkpoints.encoding import EncodedTensor, EncodingError, QuantizedFormat
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, new_header
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
-
-QuantizedPolicy = Literal["refuse", "requantize", "dequantize"]
-QUANTIZED_POLICIES: tuple[QuantizedPolicy, ...] = ("refuse", "requantize", "dequantize")
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 

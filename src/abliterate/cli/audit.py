@@ -7,9 +7,10 @@ import typer
 from rich.table import Table
 
 from abliterate.cli.options import (
+    MODEL_DEFAULTS,
+    PROMPT_DEFAULTS,
     BatchSizeOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     HarmfulOption,
     HarmlessOption,
@@ -18,13 +19,19 @@ from abliterate.cli.options import (
     RevisionOption,
     SystemPromptOption,
     TrustRemoteCodeOption,
+    option,
     parse_batch_size,
 )
 from abliterate.cli.output import Output, command_line
+from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
+from abliterate.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from abliterate.evaluation.audit_report import AuditedIntervention, AuditReport
     from abliterate.evaluation.report import RefusalRate
+
+
+DEFAULTS = AuditOptions()
 
 
 def audit(
@@ -45,42 +52,30 @@ def audit(
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write one self-contained HTML page (and the JSON) here."),
     ] = None,
-    harmful: HarmfulOption = "bundled",
-    harmless: HarmlessOption = "bundled",
-    test_harmful: Annotated[
-        str, typer.Option("--test-harmful", metavar="SPEC", help="Harmful prompts that are measured on.")
-    ] = "bundled",
-    test_harmless: Annotated[
-        str, typer.Option("--test-harmless", metavar="SPEC", help="Harmless prompts that are measured on.")
-    ] = "bundled",
-    n_train: Annotated[int, typer.Option("--n-train", min=8, help="Prompts of each kind for the means.")] = 128,
-    n_val: Annotated[int, typer.Option("--n-val", min=2, help="Prompts of each kind for scores, screening.")] = 32,
-    n_test: Annotated[int, typer.Option("--n-test", min=1, help="Test prompts of each kind.")] = 100,
-    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Single directions to measure.")] = 3,
-    screen: Annotated[int, typer.Option("--screen", min=1, help="Candidates to screen by their replies.")] = 16,
-    bootstrap: Annotated[int, typer.Option("--bootstrap", min=1, help="Resamplings of the training prompts.")] = 200,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Length of each reply; late refusals need room.")
-    ] = 128,
-    min_refusal: Annotated[
-        float, typer.Option("--min-refusal", min=0, max=1, help="A model that refuses less does not refuse.")
-    ] = 0.5,
-    max_remaining: Annotated[
-        float, typer.Option("--max-remaining", min=0, max=1, help="Share of refusals left that counts as defeat.")
-    ] = 0.3,
-    min_coherence: Annotated[
-        float, typer.Option("--min-coherence", min=0, max=1, help="Share of legible replies that is bearable.")
-    ] = 0.7,
+    harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
+    harmless: HarmlessOption = PROMPT_DEFAULTS.harmless,
+    test_harmful: Annotated[str, option(AuditOptions, "test_harmful")] = DEFAULTS.test_harmful,
+    test_harmless: Annotated[str, option(AuditOptions, "test_harmless")] = DEFAULTS.test_harmless,
+    n_train: Annotated[int, option(AuditOptions, "n_train")] = DEFAULTS.n_train,
+    n_val: Annotated[int, option(AuditOptions, "n_val")] = DEFAULTS.n_val,
+    n_test: Annotated[int, option(AuditOptions, "n_test")] = DEFAULTS.n_test,
+    candidates: Annotated[int, option(AuditOptions, "n_candidates")] = DEFAULTS.n_candidates,
+    screen: Annotated[int, option(AuditOptions, "n_screened")] = DEFAULTS.n_screened,
+    bootstrap: Annotated[int, option(AuditOptions, "n_bootstrap")] = DEFAULTS.n_bootstrap,
+    max_new_tokens: Annotated[int, option(AuditOptions, "max_new_tokens")] = DEFAULTS.max_new_tokens,
+    min_refusal: Annotated[float, option(AuditThresholds, "min_refusal")] = DEFAULTS.thresholds.min_refusal,
+    max_remaining: Annotated[float, option(AuditThresholds, "max_remaining")] = DEFAULTS.thresholds.max_remaining,
+    min_coherence: Annotated[float, option(AuditThresholds, "min_coherence")] = DEFAULTS.thresholds.min_coherence,
     max_cross_entropy_rise: Annotated[
-        float, typer.Option("--max-cross-entropy-rise", min=0, help="Rise in nats a token that is bearable.")
-    ] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of sampling and resampling.")] = 42,
-    system_prompt: SystemPromptOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+        float, option(AuditThresholds, "max_cross_entropy_rise")
+    ] = DEFAULTS.thresholds.max_cross_entropy_rise,
+    seed: Annotated[int, option(AuditOptions, "seed")] = DEFAULTS.seed,
+    system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
+    dtype: DtypeOption = MODEL_DEFAULTS.dtype,
+    device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
     revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
 ) -> None:
     """Say in numbers how much of a model's refusal rests on one direction, and at what cost it goes.
@@ -89,9 +84,7 @@ def audit(
     is, unless --fail-if-brittle asks for a gate. Replies are greedy, measured on held-out prompts and written nowhere.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
     from abliterate.evaluation.auditing import audit_model
-    from abliterate.models.chat_model import ModelOptions
     from abliterate.reports.audit_page import write_audit_page
 
     output = Output.of(context, json_output=json_output)
@@ -118,7 +111,7 @@ def audit(
             ),
         ),
         model_options=ModelOptions(
-            dtype=dtype.value,
+            dtype=dtype,
             device=device,
             batch_size=parse_batch_size(batch_size),
             system_prompt=system_prompt,

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from abliterate.cli.options import (
+    MODEL_DEFAULTS,
     DeviceOption,
-    Dtype,
     DtypeOption,
     JsonOption,
     ModelArg,
@@ -23,6 +23,7 @@ from abliterate.cli.options import (
     TrustRemoteCodeOption,
 )
 from abliterate.cli.output import Output
+from abliterate.evaluation.report import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from abliterate.evaluation.chatting import ChatSession, Side
@@ -35,12 +36,14 @@ def chat(
         str | None, typer.Option("--base", metavar="MODEL", help="What /both compares with: directory or Hub id.")
     ] = None,
     direction: Annotated[Path | None, typer.Option("--direction", help="Direction file for /ablate and /add.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of each reply.")] = 256,
-    system_prompt: SystemPromptOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Length of each reply.")
+    ] = MAX_NEW_TOKENS,
+    system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
+    dtype: DtypeOption = MODEL_DEFAULTS.dtype,
+    device: DeviceOption = MODEL_DEFAULTS.device,
     revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
 ) -> None:
     """Chat in the terminal, or with a message a line on stdin; /help lists the commands.
@@ -52,14 +55,12 @@ def chat(
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.directions import load_direction
     from abliterate.evaluation.chatting import ChatSession
-    from abliterate.models.chat_model import ModelOptions
     from abliterate.models.loading import open_model
+    from abliterate.models.options import ModelOptions
 
     output = Output.of(context, json_output=json_output)
     loaded = load_direction(direction) if direction is not None else None
-    options = ModelOptions(
-        dtype=dtype.value, device=device, system_prompt=system_prompt, trust_remote_code=trust_remote_code
-    )
+    options = ModelOptions(dtype=dtype, device=device, system_prompt=system_prompt, trust_remote_code=trust_remote_code)
     sources = [resolve_model(model, revision=revision), *([resolve_model(base)] if base is not None else [])]
     chats = [open_model(source, options=options, progress=output.progress).chat for source in sources]
     session = ChatSession(

@@ -1,6 +1,5 @@
 """`abliterate evaluate`: measure refusal rates and the damage done."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,9 +7,10 @@ import typer
 from rich.table import Table
 
 from abliterate.cli.options import (
+    MODEL_DEFAULTS,
+    PROMPT_DEFAULTS,
     BatchSizeOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     HarmfulOption,
     HarmlessOption,
@@ -19,9 +19,12 @@ from abliterate.cli.options import (
     RevisionOption,
     SystemPromptOption,
     TrustRemoteCodeOption,
+    option,
     parse_batch_size,
 )
 from abliterate.cli.output import Output, command_line
+from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
+from abliterate.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from abliterate.evaluation.capability import CapabilityReport
@@ -29,13 +32,7 @@ if TYPE_CHECKING:
     from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
 
 
-class InterventionChoice(StrEnum):
-    """What hooks do to the model while it is measured."""
-
-    none = "none"
-    ablate = "ablate"
-    add = "add"
-    affine = "affine"
+DEFAULTS = EvaluationOptions()
 
 
 def evaluate(
@@ -45,73 +42,22 @@ def evaluate(
         str | None, typer.Option("--base", metavar="MODEL", help="What to compare with: directory or Hub id.")
     ] = None,
     direction: Annotated[Path | None, typer.Option("--direction", help="Direction file for --intervention.")] = None,
-    intervention: Annotated[
-        InterventionChoice,
-        typer.Option(
-            "--intervention", help="By hooks: ablate the direction, add it, or set it to its harmless mean (affine)."
-        ),
-    ] = InterventionChoice.none,
-    coefficient: Annotated[
-        float | None,
-        typer.Option(
-            "--coefficient",
-            help="Dose. add: -1 bypasses, +1 induces (default 1); affine: 0 harmless, 1 harmful mean (default 0).",
-        ),
-    ] = None,
-    harmful: HarmfulOption = "bundled",
-    harmless: HarmlessOption = "bundled",
-    borderline: Annotated[
-        str, typer.Option("--borderline", metavar="SPEC", help="Safe prompts that look unsafe.")
-    ] = "bundled",
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--text",
-            metavar="SPEC",
-            help="Plain texts for cross-entropy, without a template; several times for several. Default: a bundled "
-            "sample.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option("--max-new-tokens", min=1, help="Length of each reply; 256 reaches refusals that come late."),
-    ] = 256,
-    thinking: Annotated[
-        bool, typer.Option("--thinking", help="Let a thinking model think; only answers count.")
-    ] = False,
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--judge",
-            metavar="MODEL",
-            help="A local classifier or guard model that judges the replies too; several times for several.",
-        ),
-    ] = None,
-    judge_label: Annotated[
-        str | None, typer.Option("--judge-label", metavar="LABEL", help="The classifier's label that means refusal.")
-    ] = None,
-    judge_prompt: Annotated[
-        str,
-        typer.Option(
-            "--judge-prompt",
-            metavar="HOW",
-            help="guard (the judge's own chat template), yes-no, or a file with {prompt} and {reply}; auto chooses.",
-        ),
-    ] = "auto",
-    lm_eval: Annotated[
-        str | None,
-        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, separated by commas."),
-    ] = None,
-    lm_eval_path: Annotated[
-        Path | None, typer.Option("--lm-eval-path", metavar="DIR", help="A folder with task definitions of your own.")
-    ] = None,
-    lm_eval_limit: Annotated[
-        int | None, typer.Option("--lm-eval-limit", min=1, help="Documents of each task; default: all.")
-    ] = None,
+    intervention: Annotated[Intervention, option(EvaluationOptions, "intervention")] = DEFAULTS.intervention,
+    coefficient: Annotated[float | None, option(EvaluationOptions, "coefficient")] = DEFAULTS.coefficient,
+    harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
+    harmless: HarmlessOption = PROMPT_DEFAULTS.harmless,
+    borderline: Annotated[str, option(EvaluationOptions, "borderline")] = DEFAULTS.borderline,
+    text: Annotated[list[str] | None, option(EvaluationOptions, "texts")] = None,
+    max_new_tokens: Annotated[int, option(EvaluationOptions, "max_new_tokens")] = DEFAULTS.max_new_tokens,
+    thinking: Annotated[bool, option(EvaluationOptions, "thinking")] = DEFAULTS.thinking,
+    judge: Annotated[list[str] | None, option(EvaluationOptions, "judges")] = None,
+    judge_label: Annotated[str | None, option(EvaluationOptions, "judge_label")] = DEFAULTS.judge_label,
+    judge_prompt: Annotated[str, option(EvaluationOptions, "judge_prompt")] = DEFAULTS.judge_prompt,
+    lm_eval: Annotated[str | None, option(TaskOptions, "tasks")] = None,
+    lm_eval_path: Annotated[Path | None, option(TaskOptions, "path")] = DEFAULTS.tasks.path,
+    lm_eval_limit: Annotated[int | None, option(TaskOptions, "limit")] = DEFAULTS.tasks.limit,
     output_file: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON report here.")] = None,
-    save_completions: Annotated[
-        Path | None, typer.Option("--save-completions", help="Write all completions here (JSON Lines).")
-    ] = None,
+    save_completions: Annotated[Path | None, option(EvaluationOptions, "save_completions")] = DEFAULTS.save_completions,
     report_directory: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write one self-contained HTML page (and the JSON) here."),
@@ -120,20 +66,13 @@ def evaluate(
         bool,
         typer.Option("--report-completions", help="Put the replies that --save-completions writes into the page too."),
     ] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache",
-            metavar="DIR",
-            help="Keep all replies here, those to harmful prompts too, so that an interrupted run goes on.",
-        ),
-    ] = None,
-    system_prompt: SystemPromptOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+    cache: Annotated[Path | None, option(EvaluationOptions, "cache")] = DEFAULTS.cache,
+    system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
+    dtype: DtypeOption = MODEL_DEFAULTS.dtype,
+    device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
     revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
 ) -> None:
     """Measure refusal rates on held-out prompts; with --base also what else changed.
@@ -142,10 +81,7 @@ def evaluate(
     direction was found with are left out.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.evaluation.capability import TaskOptions
-    from abliterate.evaluation.report import EvaluationOptions
     from abliterate.evaluation.run import evaluate_model
-    from abliterate.models.chat_model import ModelOptions
     from abliterate.reports.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
@@ -159,10 +95,10 @@ def evaluate(
             harmful=harmful,
             harmless=harmless,
             borderline=borderline,
-            texts=tuple(text or ("bundled",)),
+            texts=tuple(text or DEFAULTS.texts),
             max_new_tokens=max_new_tokens,
             thinking=thinking,
-            intervention=intervention.value,
+            intervention=intervention,
             coefficient=coefficient,
             judges=tuple(judge or ()),
             judge_label=judge_label,
@@ -176,7 +112,7 @@ def evaluate(
             cache=cache,
         ),
         model_options=ModelOptions(
-            dtype=dtype.value,
+            dtype=dtype,
             device=device,
             batch_size=parse_batch_size(batch_size),
             system_prompt=system_prompt,

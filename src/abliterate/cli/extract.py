@@ -1,6 +1,5 @@
 """`abliterate extract`: find the refusal direction of a model."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,9 +7,10 @@ import typer
 from rich.table import Table
 
 from abliterate.cli.options import (
+    MODEL_DEFAULTS,
+    PROMPT_DEFAULTS,
     BatchSizeOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     HarmfulOption,
     HarmlessOption,
@@ -19,10 +19,13 @@ from abliterate.cli.options import (
     RevisionOption,
     SystemPromptOption,
     TrustRemoteCodeOption,
+    option,
     parse_batch_size,
 )
 from abliterate.cli.output import Output, command_line
 from abliterate.errors import InputError
+from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Thresholds, Variant
+from abliterate.models.options import DeviceMap, ModelOptions
 
 if TYPE_CHECKING:
     from abliterate.extraction.report import Extraction, ExtractionReport, NoCandidatePassesError
@@ -30,100 +33,40 @@ if TYPE_CHECKING:
     from abliterate.extraction.selection import CandidateScore
 
 
-class DeviceMap(StrEnum):
-    """How accelerate spreads a model."""
-
-    auto = "auto"
-
-
-class Variant(StrEnum):
-    """How candidates are made of means."""
-
-    difference = "difference"
-    projected = "projected"
+DEFAULTS = ExtractionOptions()
 
 
 def extract(
     context: typer.Context,
     model: ModelArg,
     output_file: Annotated[Path, typer.Option("-o", "--output", help="Direction file to write.")],
-    harmful: HarmfulOption = "bundled",
-    harmless: HarmlessOption = "bundled",
-    n_train: Annotated[int, typer.Option("--n-train", min=8, help="Prompts of each kind for the means.")] = 128,
-    n_val: Annotated[int, typer.Option("--n-val", min=1, help="Prompts of each kind for the scores.")] = 32,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling of prompts.")] = 42,
-    kl_threshold: Annotated[float, typer.Option("--kl-threshold", help="Largest KL accepted, in nats.")] = 0.1,
-    induce_threshold: Annotated[
-        float, typer.Option("--induce-threshold", help="Smallest induce score accepted.")
-    ] = 0.0,
-    prune_layers: Annotated[
-        float, typer.Option("--prune-layers", min=0, max=0.99, help="Share of the last layers never chosen.")
-    ] = 0.2,
-    system_prompt: SystemPromptOption = None,
-    refusal_token: Annotated[
-        list[str] | None,
-        typer.Option("--refusal-token", metavar="TOK", help="First token of refusals; several times for several."),
-    ] = None,
-    no_filter: Annotated[
-        bool,
-        typer.Option("--no-filter", help="Keep harmful prompts that are answered, harmless ones refused."),
-    ] = False,
-    exhaustive: Annotated[
-        bool,
-        typer.Option("--exhaustive", help="Score all candidates, also those that cannot change the choice."),
-    ] = False,
-    variant: Annotated[
-        Variant,
-        typer.Option(
-            "--variant",
-            help="Candidates: the difference in means (the paper's), or projected: without the harmless mean in it.",
-        ),
-    ] = Variant.difference,
-    winsorize: Annotated[
-        float | None,
-        typer.Option(
-            "--winsorize", metavar="Q", help="Clip each coordinate at its Q and 1-Q quantiles before taking means."
-        ),
-    ] = None,
-    rank: Annotated[
-        int,
-        typer.Option(
-            "--rank",
-            metavar="K",
-            min=1,
-            help="Choose K independent candidates that pass; writes NAME.1.safetensors ...",
-        ),
-    ] = 1,
-    bootstrap: Annotated[
-        int,
-        typer.Option(
-            "--bootstrap",
-            metavar="N",
-            min=0,
-            help="Resample the prompts N times: how the direction turns, what else would be chosen. Scores everything.",
-        ),
-    ] = 0,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+    harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
+    harmless: HarmlessOption = PROMPT_DEFAULTS.harmless,
+    n_train: Annotated[int, option(ExtractionOptions, "n_train")] = DEFAULTS.n_train,
+    n_val: Annotated[int, option(ExtractionOptions, "n_val")] = DEFAULTS.n_val,
+    seed: Annotated[int, option(ExtractionOptions, "seed")] = DEFAULTS.seed,
+    kl_threshold: Annotated[float, option(Thresholds, "kl")] = DEFAULTS.thresholds.kl,
+    induce_threshold: Annotated[float, option(Thresholds, "induce")] = DEFAULTS.thresholds.induce,
+    prune_layers: Annotated[float, option(Thresholds, "prune_layers")] = DEFAULTS.thresholds.prune_layers,
+    system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
+    refusal_token: Annotated[list[str] | None, option(ExtractionOptions, "refusal_tokens")] = None,
+    no_filter: Annotated[bool, option(ExtractionOptions, "filter_prompts")] = not DEFAULTS.filter_prompts,
+    exhaustive: Annotated[bool, option(ExtractionOptions, "exhaustive")] = DEFAULTS.exhaustive,
+    variant: Annotated[Variant, option(DirectionRecipe, "variant")] = DEFAULTS.recipe.variant,
+    winsorize: Annotated[float | None, option(DirectionRecipe, "winsorize")] = DEFAULTS.recipe.winsorize,
+    rank: Annotated[int, option(ExtractionOptions, "rank")] = DEFAULTS.rank,
+    bootstrap: Annotated[int, option(ExtractionOptions, "n_bootstrap")] = DEFAULTS.n_bootstrap,
+    dtype: DtypeOption = MODEL_DEFAULTS.dtype,
+    device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
-    device_map: Annotated[
-        DeviceMap | None,
-        typer.Option(
-            "--device-map", help="auto: spread the model over GPUs, memory and disk, in its stored number format."
-        ),
-    ] = None,
-    stream_layers: Annotated[
-        bool,
-        typer.Option(
-            "--stream-layers", help="Read one decoder layer at a time: for models that do not fit into memory."
-        ),
-    ] = False,
+    device_map: Annotated[DeviceMap | None, option(ModelOptions, "device_map")] = MODEL_DEFAULTS.device_map,
+    stream_layers: Annotated[bool, option(ModelOptions, "stream_layers")] = MODEL_DEFAULTS.stream_layers,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write an HTML page, scores (JSON, CSV) and plots (PNG) here."),
     ] = None,
     revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
 ) -> None:
     """Find the direction in the residual stream that mediates refusal, and write it to a file.
@@ -144,12 +87,9 @@ def extract(
     given with a --direction of its own.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.extraction.candidates import DirectionRecipe
-    from abliterate.extraction.report import ExtractionOptions, NoCandidatePassesError
+    from abliterate.extraction.report import NoCandidatePassesError
     from abliterate.extraction.run import extract_direction
     from abliterate.extraction.score_report import require_plots, write_score_report
-    from abliterate.extraction.selection import Thresholds
-    from abliterate.models.chat_model import ModelOptions
     from abliterate.processes import in_first_process
     from abliterate.reports.extraction_page import write_extraction_page
 
@@ -164,17 +104,17 @@ def extract(
         refusal_tokens=tuple(refusal_token or ()),
         filter_prompts=not no_filter,
         exhaustive=exhaustive,
-        recipe=DirectionRecipe(variant=variant.value, winsorize=winsorize),
+        recipe=DirectionRecipe(variant=variant, winsorize=winsorize),
         rank=rank,
         n_bootstrap=bootstrap,
     )
     model_options = ModelOptions(
-        dtype=dtype.value,
+        dtype=dtype,
         device=device,
         batch_size=parse_batch_size(batch_size),
         system_prompt=system_prompt,
         trust_remote_code=trust_remote_code,
-        device_map=device_map.value if device_map else None,
+        device_map=device_map,
         stream_layers=stream_layers,
     )
     if report is not None:

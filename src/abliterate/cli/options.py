@@ -1,25 +1,37 @@
 """Options and arguments that several commands share, so that one word means one thing everywhere."""
 
-from enum import StrEnum
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from abliterate.arguments import arguments_of
+from abliterate.editing.options import ROLES, EditOptions
+from abliterate.extraction.options import PromptSources
+from abliterate.models.options import Dtype, ModelOptions
+
 if TYPE_CHECKING:
-    from abliterate.architectures.writers import Role
+    from _typeshed import DataclassInstance
 
-COMPONENTS: "tuple[Role, ...]" = ("embed", "attn", "mlp")
-ALL_COMPONENTS = ",".join(COMPONENTS)
+    from abliterate.architectures.names import Role
+
+ALL_COMPONENTS = ",".join(ROLES)
+MODEL_DEFAULTS = ModelOptions()
+PROMPT_DEFAULTS = PromptSources()
 
 
-class Dtype(StrEnum):
-    """Number formats a model can be loaded in."""
+def option(options: "type[DataclassInstance]", name: str) -> Any:
+    """Return the command-line option of a field of an options class: its flag, its limits and its help."""
+    argument = arguments_of(options)[name]
+    return typer.Option(
+        argument.flag, metavar=argument.metavar, min=argument.minimum, max=argument.maximum, help=argument.help
+    )
 
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+
+def default_of(options: "type[DataclassInstance]", name: str) -> Any:
+    """Return the default of a field, without making the options: that may look for the device that they name."""
+    return next(field.default for field in dataclasses.fields(options) if field.name == name)
 
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory or a Hub id.")]
@@ -31,48 +43,19 @@ DirectionsOption = Annotated[
     list[Path],
     typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it; may be repeated."),
 ]
-ComponentsOption = Annotated[
-    str, typer.Option("--components", help="What to edit: any of embed, attn, mlp, by commas.")
-]
-LayersOption = Annotated[
-    str | None,
-    typer.Option(
-        "--layers",
-        metavar="A:B",
-        help="Edit layers A to B-1 only; the embeddings are edited only if A is 0. Default: everything.",
-    ),
-]
-UnverifiedOption = Annotated[
-    bool,
-    typer.Option(
-        "--unverified",
-        help="Accept a model type that is not known, if a tiny model of its config, edited the same way, proves clean.",
-    ),
-]
-HarmfulOption = Annotated[
-    str,
-    typer.Option("--harmful", metavar="SPEC", help="Harmful prompts: bundled, a file, or a Hub dataset."),
-]
-HarmlessOption = Annotated[
-    str,
-    typer.Option("--harmless", metavar="SPEC", help="Harmless prompts: bundled, a file, or a Hub dataset."),
-]
+ComponentsOption = Annotated[str, option(EditOptions, "components")]
+LayersOption = Annotated[str | None, option(EditOptions, "layers")]
+UnverifiedOption = Annotated[bool, option(EditOptions, "unverified")]
+HarmfulOption = Annotated[str, option(PromptSources, "harmful")]
+HarmlessOption = Annotated[str, option(PromptSources, "harmless")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print exactly one JSON document on stdout instead of tables.")
 ]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format the model runs in.")]
-DeviceOption = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.")
-]
-BatchSizeOption = Annotated[
-    str, typer.Option("--batch-size", help="Prompts per forward pass, or auto (halved when memory runs out).")
-]
-SystemPromptOption = Annotated[
-    str | None, typer.Option("--system-prompt", help="System message; default: what the chat template does.")
-]
-TrustRemoteCodeOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-]
+DtypeOption = Annotated[Dtype, option(ModelOptions, "dtype")]
+DeviceOption = Annotated[str, option(ModelOptions, "device")]
+BatchSizeOption = Annotated[str, option(ModelOptions, "batch_size")]
+SystemPromptOption = Annotated[str | None, option(ModelOptions, "system_prompt")]
+TrustRemoteCodeOption = Annotated[bool, option(ModelOptions, "trust_remote_code")]
 
 
 def parse_batch_size(text: str) -> int | None:
@@ -92,13 +75,13 @@ def parse_components(text: str) -> "tuple[Role, ...]":
     """Return the roles that `--components` names, in their usual order.
 
     Raises:
-        typer.BadParameter: one of them is none.
+        typer.BadParameter: one of them is not a role.
     """
     wanted = [part.strip() for part in text.split(",")]
-    unknown = [part for part in wanted if part not in COMPONENTS]
+    unknown = [part for part in wanted if part not in ROLES]
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not among {', '.join(COMPONENTS)}", param_hint="'--components'")
-    return tuple(role for role in COMPONENTS if role in wanted)
+        raise typer.BadParameter(f"{unknown[0]!r} is not among {', '.join(ROLES)}", param_hint="'--components'")
+    return tuple(role for role in ROLES if role in wanted)
 
 
 def parse_layers(text: str | None) -> tuple[int, int] | None:

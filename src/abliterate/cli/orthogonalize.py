@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,6 @@ from rich.table import Column, Table
 
 from abliterate.cli.options import (
     ALL_COMPONENTS,
-    COMPONENTS,
     ComponentsOption,
     DirectionsOption,
     JsonOption,
@@ -20,37 +18,21 @@ from abliterate.cli.options import (
     ModelArg,
     RevisionOption,
     UnverifiedOption,
+    default_of,
+    option,
     parse_components,
     parse_layers,
 )
 from abliterate.cli.output import Output
+from abliterate.editing.options import ROLES, EditOptions, QuantizedPolicy, TiedPolicy, WriteOptions
+from abliterate.editing.record import Format
 from abliterate.processes import in_first_process
 
 if TYPE_CHECKING:
     from abliterate.editing.record import EditedTensor, OrthogonalizationReport
 
 
-class Format(StrEnum):
-    """What is written."""
-
-    checkpoint = "checkpoint"
-    adapter = "adapter"
-
-
-class Quantized(StrEnum):
-    """What is done about weights that are stored in few bits."""
-
-    refuse = "refuse"
-    requantize = "requantize"
-    dequantize = "dequantize"
-
-
-class Tied(StrEnum):
-    """What is done about tied embeddings."""
-
-    edit = "edit"
-    untie = "untie"
-    skip = "skip"
+DEFAULTS = EditOptions()
 
 
 def orthogonalize(
@@ -63,39 +45,11 @@ def orthogonalize(
     ] = None,
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
-    strength: Annotated[
-        float, typer.Option("--strength", help="Share of the component to remove; 1 removes it.")
-    ] = 1.0,
-    tied: Annotated[
-        Tied,
-        typer.Option(
-            "--tied",
-            help="Tied embeddings: edit the shared matrix, and with it the output head; untie, so that the head keeps "
-            "its rows in a tensor of its own and the logits are the ablated ones; or skip them.",
-        ),
-    ] = Tied.edit,
-    preserve_norms: Annotated[
-        bool,
-        typer.Option("--preserve-norms", help="Scale what each input writes (the columns) back to its length."),
-    ] = False,
-    add: Annotated[
-        float | None,
-        typer.Option(
-            "--add",
-            metavar="COEFF",
-            help="Instead of projecting, add COEFF times the difference in means to the input of its layer, by a "
-            "bias: 1 induces refusal, -1 takes it away.",
-        ),
-    ] = None,
-    quantized: Annotated[
-        Quantized,
-        typer.Option(
-            "--quantized",
-            help="A quantised MODEL (FP8, MXFP4, float-quantized of compressed-tensors): refuse it, because plain "
-            "rounding would undo the edit; requantize in the same layout with rounding that keeps it; or dequantize "
-            "all of it to bfloat16, two to four times the size.",
-        ),
-    ] = Quantized.refuse,
+    strength: Annotated[float, option(EditOptions, "strength")] = DEFAULTS.strength,
+    tied: Annotated[TiedPolicy, option(EditOptions, "tied")] = DEFAULTS.tied,
+    preserve_norms: Annotated[bool, option(EditOptions, "preserve_norms")] = DEFAULTS.preserve_norms,
+    add: Annotated[float | None, option(EditOptions, "add")] = DEFAULTS.add,
+    quantized: Annotated[QuantizedPolicy, option(EditOptions, "quantized")] = DEFAULTS.quantized,
     output_format: Annotated[
         Format,
         typer.Option(
@@ -103,25 +57,15 @@ def orthogonalize(
             help="A whole checkpoint, or the same edit as a LoRA adapter for PEFT to merge: megabytes. Without "
             "--preserve-norms, --add and --tied untie.",
         ),
-    ] = Format.checkpoint,
+    ] = "checkpoint",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint, an adapter or empty.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what an interrupted run left beside OUT, after checking it.")
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            min=1,
-            help="Threads that compute; each needs about 100 MB, and another copies beside it. Default: the cores this "
-            "process may use.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where the arithmetic is done: cpu, cuda, cuda:N.")] = "cpu",
-    unverified: UnverifiedOption = False,
+    resume: Annotated[bool, option(WriteOptions, "resume")] = default_of(WriteOptions, "resume"),
+    workers: Annotated[int | None, option(WriteOptions, "workers")] = default_of(WriteOptions, "workers"),
+    device: Annotated[str, option(WriteOptions, "device")] = default_of(WriteOptions, "device"),
+    unverified: UnverifiedOption = DEFAULTS.unverified,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -148,27 +92,31 @@ def orthogonalize(
             raise typer.BadParameter("must be a number other than 0", param_hint="'--add'")
         if len(directions) > 1:
             raise typer.BadParameter("takes one --direction", param_hint="'--add'")
-        if (roles, layer_range, strength, tied, preserve_norms) != (COMPONENTS, None, 1.0, Tied.edit, False):
+        if (roles, layer_range, strength, tied, preserve_norms) != (
+            DEFAULTS.components,
+            DEFAULTS.layers,
+            DEFAULTS.strength,
+            DEFAULTS.tied,
+            DEFAULTS.preserve_norms,
+        ):
             raise typer.BadParameter(
                 "projects nothing; leave out --components, --layers, --strength, --tied and --preserve-norms",
                 param_hint="'--add'",
             )
 
-    if output_format is Format.adapter and (workers is not None or device != "cpu" or resume):
+    if output_format == "adapter" and (workers is not None or device != default_of(WriteOptions, "device") or resume):
         raise typer.BadParameter(
             "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
 
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.editing.plan import EditOptions
 
     write: Callable[..., OrthogonalizationReport]
-    if output_format is Format.adapter:
+    if output_format == "adapter":
         from abliterate.editing.adapter import write_adapter
 
         write = write_adapter
     else:
-        from abliterate.editing.options import WriteOptions
         from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 
         writing = WriteOptions(workers=workers, device=device, resume=resume)
@@ -189,10 +137,10 @@ def orthogonalize(
             components=roles,
             layers=layer_range,
             strength=strength,
-            tied=tied.value,
+            tied=tied,
             preserve_norms=preserve_norms,
             add=add,
-            quantized=quantized.value,
+            quantized=quantized,
             unverified=unverified,
         ),
         dry_run=dry_run,
@@ -208,7 +156,7 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
         table.add_column(name, no_wrap=True)
     table.caption = "the largest |r·W|/|W| before and after, and share of it that survives"
     groups = dict.fromkeys((tensor.role, tensor.kind) for tensor in report.tensors)
-    for role, kind in sorted(groups, key=lambda group: (COMPONENTS.index(group[0]), group[1])):
+    for role, kind in sorted(groups, key=lambda group: (ROLES.index(group[0]), group[1])):
         tensors = [tensor for tensor in report.tensors if (tensor.role, tensor.kind) == (role, kind)]
         shapes = sorted({" x ".join(map(str, tensor.shape)) for tensor in tensors}, key=len, reverse=True)
         table.add_row(

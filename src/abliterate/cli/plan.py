@@ -17,9 +17,13 @@ from abliterate.cli.options import (
     parse_layers,
 )
 from abliterate.cli.output import Output
+from abliterate.editing.options import EditOptions
 
 if TYPE_CHECKING:
     from abliterate.editing.plan_report import PlanReport
+
+
+DEFAULTS = EditOptions()
 
 
 def plan(
@@ -27,7 +31,7 @@ def plan(
     model: ModelArg,
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
-    unverified: UnverifiedOption = False,
+    unverified: UnverifiedOption = DEFAULTS.unverified,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -37,7 +41,6 @@ def plan(
     """
     roles, layer_range = parse_components(components), parse_layers(layers)
 
-    from abliterate.editing.plan import EditOptions
     from abliterate.editing.plan_report import plan_layout, read_layout
 
     output = Output.of(context, json_output=json_output)

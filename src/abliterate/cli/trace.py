@@ -8,23 +8,27 @@ from rich.table import Table
 from rich.text import Text
 
 from abliterate.cli.options import (
+    MODEL_DEFAULTS,
     BatchSizeOption,
     DeviceOption,
     DirectionOption,
-    Dtype,
     DtypeOption,
     JsonOption,
     ModelArg,
     RevisionOption,
     SystemPromptOption,
     TrustRemoteCodeOption,
+    option,
     parse_batch_size,
 )
 from abliterate.cli.output import Output
+from abliterate.evaluation.trace_report import TraceOptions
+from abliterate.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from abliterate.evaluation.trace_report import TokenTrace, TraceReport
 
+DEFAULTS = TraceOptions()
 N_ROWS = 12
 
 
@@ -32,37 +36,22 @@ def trace(
     context: typer.Context,
     model: ModelArg,
     direction: DirectionOption,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompts",
-            metavar="SET",
-            help="harmful, harmless, borderline (bundled test prompts) or a SPEC; several times for several. "
-            "Default: these three. The top heads are those of the first.",
-        ),
-    ] = None,
-    n_prompts: Annotated[int, typer.Option("--n-prompts", min=1, help="Prompts of each set.")] = 128,
-    suffix: Annotated[
-        str | None,
-        typer.Option("--suffix", metavar="TEXT", help="Append this, and as control random text of equal token length."),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Also colour this prompt's tokens.")
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option("--layer", min=0, help="Where components are read; default: the direction's layer.")
-    ] = None,
-    top_heads: Annotated[int, typer.Option("--top-heads", min=1, help="How many heads to name.")] = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random suffixes.")] = 42,
-    system_prompt: SystemPromptOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+    prompts: Annotated[list[str] | None, option(TraceOptions, "prompts")] = None,
+    n_prompts: Annotated[int, option(TraceOptions, "n_prompts")] = DEFAULTS.n_prompts,
+    suffix: Annotated[str | None, option(TraceOptions, "suffix")] = DEFAULTS.suffix,
+    prompt: Annotated[str | None, option(TraceOptions, "prompt")] = DEFAULTS.prompt,
+    layer: Annotated[int | None, option(TraceOptions, "layer")] = DEFAULTS.layer,
+    top_heads: Annotated[int, option(TraceOptions, "n_top_heads")] = DEFAULTS.n_top_heads,
+    seed: Annotated[int, option(TraceOptions, "seed")] = DEFAULTS.seed,
+    system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
+    dtype: DtypeOption = MODEL_DEFAULTS.dtype,
+    device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Write JSON, CSV and plots (PNG) here.")
     ] = None,
     revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
 ) -> None:
     """Show where a direction stands in the residual stream, which heads and MLPs write it, and what those attend to.
@@ -70,10 +59,9 @@ def trace(
     Where an architecture's heads are not known the cosines are shown without the table of heads.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.evaluation.trace_report import write_trace_report
-    from abliterate.evaluation.tracing import DEFAULT_SETS, TraceOptions, trace_direction
+    from abliterate.evaluation.trace_report import TraceOptions, write_trace_report
+    from abliterate.evaluation.tracing import trace_direction
     from abliterate.extraction.score_report import require_plots
-    from abliterate.models.chat_model import ModelOptions
 
     output = Output.of(context, json_output=json_output)
     if report is not None:
@@ -82,7 +70,7 @@ def trace(
         model=resolve_model(model, revision=revision),
         direction=direction,
         options=TraceOptions(
-            prompts=tuple(prompts or DEFAULT_SETS),
+            prompts=tuple(prompts or DEFAULTS.prompts),
             n_prompts=n_prompts,
             suffix=suffix,
             seed=seed,
@@ -91,7 +79,7 @@ def trace(
             prompt=prompt,
         ),
         model_options=ModelOptions(
-            dtype=dtype.value,
+            dtype=dtype,
             device=device,
             batch_size=parse_batch_size(batch_size),
             system_prompt=system_prompt,

@@ -7,19 +7,26 @@ import typer
 from rich.table import Table
 
 from abliterate.cli.options import (
+    MODEL_DEFAULTS,
+    PROMPT_DEFAULTS,
     DeviceOption,
-    Dtype,
     DtypeOption,
     HarmfulOption,
     HarmlessOption,
     JsonOption,
     TrustRemoteCodeOption,
+    option,
 )
 from abliterate.cli.output import Output
+from abliterate.models.options import ModelOptions
+from abliterate.release.options import VerificationOptions
 
 if TYPE_CHECKING:
     from abliterate.release.file_checks import TensorCheck
     from abliterate.release.report import LogitCheck, StreamCheck, VerificationReport
+
+
+DEFAULTS = VerificationOptions()
 
 
 def verify(
@@ -35,15 +42,13 @@ def verify(
         list[Path] | None,
         typer.Option("--direction", help="Direction file that must span what the record names. May be repeated."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Check the files only; run no model.")] = False,
-    harmful: HarmfulOption = "bundled",
-    harmless: HarmlessOption = "bundled",
-    n_prompts: Annotated[
-        int, typer.Option("--n-prompts", min=1, help="How many prompts of each kind are run, from the start.")
-    ] = 4,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    trust_remote_code: TrustRemoteCodeOption = False,
+    quick: Annotated[bool, option(VerificationOptions, "quick")] = DEFAULTS.quick,
+    harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
+    harmless: HarmlessOption = PROMPT_DEFAULTS.harmless,
+    n_prompts: Annotated[int, option(VerificationOptions, "n_prompts")] = DEFAULTS.n_prompts,
+    dtype: DtypeOption = MODEL_DEFAULTS.dtype,
+    device: DeviceOption = MODEL_DEFAULTS.device,
+    trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
 ) -> None:
     """Prove what was done to OUT.
@@ -53,8 +58,7 @@ def verify(
     the direction ablated by hooks. Exit code 1 names the first tensor or layer that fails.
     """
     from abliterate.errors import VerificationError
-    from abliterate.models.chat_model import ModelOptions
-    from abliterate.release.verification import VerificationOptions, verify_checkpoint
+    from abliterate.release.verification import verify_checkpoint
 
     output = Output.of(context, json_output=json_output)
     report = verify_checkpoint(
@@ -62,7 +66,7 @@ def verify(
         base=base,
         directions=direction or (),
         options=VerificationOptions(quick=quick, harmful=harmful, harmless=harmless, n_prompts=n_prompts),
-        model_options=ModelOptions(dtype=dtype.value, device=device, trust_remote_code=trust_remote_code),
+        model_options=ModelOptions(dtype=dtype, device=device, trust_remote_code=trust_remote_code),
         progress=output.progress,
     )
     for note in report.notes:

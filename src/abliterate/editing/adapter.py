@@ -32,7 +32,8 @@ from abliterate.editing.checks import directions_through, ratio
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.lora import MergedWeight, coefficients, merge_factors, pack_factors, unpack_factors
 from abliterate.editing.model_card import build_model_card
-from abliterate.editing.plan import EditOptions, EditPlan, make_edit_plan
+from abliterate.editing.options import EditOptions
+from abliterate.editing.plan import EditPlan, make_edit_plan
 from abliterate.editing.plan_report import check_output, planned_report
 from abliterate.editing.projection import component_and_norm, project_out, residue_bound
 from abliterate.editing.record import EditedTensor, OrthogonalizationReport, write_record

@@ -26,6 +26,7 @@ from torch import Tensor
 from abliterate.architectures.writers import PostNorm, ResidualWriter, Role, StreamMap
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.directions import Direction
+from abliterate.editing.options import TiedPolicy
 from abliterate.errors import (
     CheckpointError,
     DirectionError,
@@ -305,10 +306,6 @@ def _switched_on(
 
 def _bias_edit(info: TensorInfo, source: TensorInfo | None, *, layer: int, dose: Tensor | None) -> TensorEdit:
     return TensorEdit(info=info, source=source, kind="added", role="mlp", layer=layer, residual_axis=0, dose=dose)
-
-
-TiedPolicy = Literal["edit", "untie", "skip"]
-TIED_POLICIES: tuple[TiedPolicy, ...] = ("edit", "untie", "skip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

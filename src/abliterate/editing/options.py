@@ -1,11 +1,136 @@
-"""How a checkpoint is written."""
+"""What is edited and how it is written. The defaults stand here and nowhere else."""
 
+import dataclasses
+import math
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import torch
-
+from abliterate.architectures.names import Role
+from abliterate.arguments import Argument
 from abliterate.errors import InputError
+
+if TYPE_CHECKING:
+    from abliterate.architectures.writers import ResidualWriter
+
+ROLES: tuple[Role, ...] = get_args(Role)
+TiedPolicy = Literal["edit", "untie", "skip"]
+QuantizedPolicy = Literal["refuse", "requantize", "dequantize"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditOptions:
+    """Which residual writers are edited, and how far.
+
+    Attributes:
+        components: Roles to edit.
+        layers: Half-open range (first, end) of decoder blocks; None edits all. The embeddings count as what
+            comes before layer 0: with a range they are edited only if it starts at 0.
+        strength: Share of the component that is removed; 1 removes it.
+        tied: What happens to tied embeddings: edit the shared matrix, untie it so that the head keeps its rows,
+            or skip it.
+        preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
+        add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
+        quantized: What happens to a quantised checkpoint: refuse it; requantize: edit what its numbers mean and
+            store that in the layout they had (see `quantized_formats`); or dequantize: store all of it in bfloat16.
+        unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
+            edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
+
+    Raises:
+        InputError: A value that means no edit or none that is defined.
+    """
+
+    components: Annotated[
+        tuple[Role, ...],
+        Argument(
+            flag="--components",
+            separator=",",
+            help="What to edit: any of embed, attn, mlp, by commas.",
+        ),
+    ] = ROLES
+    layers: Annotated[
+        tuple[int, int] | None,
+        Argument(
+            flag="--layers",
+            metavar="A:B",
+            separator=":",
+            help="Edit layers A to B-1 only; the embeddings are edited only if A is 0. Default: everything.",
+        ),
+    ] = None
+    strength: Annotated[float, Argument(flag="--strength", help="Share of the component to remove; 1 removes it.")] = (
+        1.0
+    )
+    tied: Annotated[
+        TiedPolicy,
+        Argument(
+            flag="--tied",
+            help="Tied embeddings: edit the shared matrix, and with it the output head; untie, so that the head keeps "
+            "its rows in a tensor of its own and the logits are the ablated ones; or skip them.",
+        ),
+    ] = "edit"
+    preserve_norms: Annotated[
+        bool,
+        Argument(flag="--preserve-norms", help="Scale what each input writes (the columns) back to its length."),
+    ] = False
+    add: Annotated[
+        float | None,
+        Argument(
+            flag="--add",
+            metavar="COEFF",
+            help="Instead of projecting, add COEFF times the difference in means to the input of its layer, by a "
+            "bias: 1 induces refusal, -1 takes it away.",
+        ),
+    ] = None
+    quantized: Annotated[
+        QuantizedPolicy,
+        Argument(
+            flag="--quantized",
+            help="A quantised MODEL (FP8, MXFP4, float-quantized of compressed-tensors): refuse it, because plain "
+            "rounding would undo the edit; requantize in the same layout with rounding that keeps it; or dequantize "
+            "all of it to bfloat16, two to four times the size.",
+        ),
+    ] = "refuse"
+    unverified: Annotated[
+        bool,
+        Argument(
+            flag="--unverified",
+            help="Accept a model type that is not known, if a tiny model of its config, edited the same way, proves "
+            "clean.",
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        unknown = set(self.components) - set(ROLES)
+        if unknown or not self.components:
+            raise InputError(f"components must be among {', '.join(ROLES)}; found {sorted(unknown) or 'none'}")
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise InputError(f"layers {self.layers[0]}:{self.layers[1]} is empty; give FIRST:END with FIRST < END")
+        if not math.isfinite(self.strength) or self.strength <= 0:
+            raise InputError(f"strength is {self.strength}; give a positive number, 1 removes the direction")
+        if self.tied not in get_args(TiedPolicy):
+            raise InputError(f"tied is {self.tied!r}; give one of {', '.join(get_args(TiedPolicy))}")
+        if self.quantized not in get_args(QuantizedPolicy):
+            raise InputError(f"quantized is {self.quantized!r}; give one of {', '.join(get_args(QuantizedPolicy))}")
+        if self.quantized == "requantize" and self.preserve_norms:
+            raise InputError("lengths cannot be restored on the grid of a quantised weight; leave out --preserve-norms")
+        if self.add is None:
+            return
+        if not math.isfinite(self.add) or self.add == 0:
+            raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
+        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified, quantized=self.quantized):
+            raise InputError(
+                "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
+                "go with it; make two runs, one on the output of the other"
+            )
+
+    def includes(self, writer: "ResidualWriter") -> bool:
+        """Return whether these options edit `writer`."""
+        if writer.role not in self.components:
+            return False
+        if self.layers is None:
+            return True
+        first, end = self.layers
+        return first == 0 if writer.layer is None else first <= writer.layer < end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,13 +146,35 @@ class WriteOptions:
         InputError: A number of workers that is none, or a device that is not there.
     """
 
-    workers: int | None = None
-    device: str = "cpu"
-    resume: bool = False
+    workers: Annotated[
+        int | None,
+        Argument(
+            flag="--workers",
+            minimum=1,
+            help="Threads that compute; each needs about 100 MB, and another copies beside it. Default: the cores this "
+            "process may use.",
+            of_machine=True,
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        Argument(flag="--device", help="Where the arithmetic is done: cpu, cuda, cuda:N.", of_machine=True),
+    ] = "cpu"
+    resume: Annotated[
+        bool,
+        Argument(
+            flag="--resume",
+            help="Go on with what an interrupted run left beside OUT, after checking it.",
+            of_machine=True,
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers is {self.workers}; give 1 or more")
+        # Options are read by commands that need no torch.
+        import torch
+
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:

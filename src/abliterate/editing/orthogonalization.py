@@ -25,8 +25,8 @@ from abliterate.directions import Direction
 from abliterate.editing.checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
 from abliterate.editing.edited_files import EditedFiles, MadeEdit
 from abliterate.editing.edits import TensorEdit
-from abliterate.editing.options import WriteOptions
-from abliterate.editing.plan import EditOptions, EditPlan, make_edit_plan
+from abliterate.editing.options import EditOptions, WriteOptions
+from abliterate.editing.plan import EditPlan, make_edit_plan
 from abliterate.editing.plan_report import check_output, planned_report
 from abliterate.editing.record import EditedTensor, OrthogonalizationReport, Work, encode_subspace, write_record
 from abliterate.errors import InputError, VerificationError

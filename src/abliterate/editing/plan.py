@@ -1,7 +1,6 @@
 """What an edit will do: which tensors, along which directions, how far; from the files' headers alone."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.architectures.writers import ROLES, ResidualWriter, Role, StreamMap, map_stream
+from abliterate.architectures.writers import ResidualWriter, StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.quantized import (
-    QUANTIZED_POLICIES,
-    QuantizedPolicy,
     dequantized_config_changes,
     dequantized_layout,
     plain_info,
@@ -24,86 +21,20 @@ from abliterate.checkpoints.quantized import (
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
 from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.edits import (
-    TIED_POLICIES,
     Addition,
     TensorEdit,
-    TiedPolicy,
     WriterEdits,
     check_codes,
     edits_of_writers,
     plan_addition,
 )
+from abliterate.editing.options import EditOptions
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.files import shown
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
 _WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EditOptions:
-    """Which residual writers are edited, and how far.
-
-    Attributes:
-        components: Roles to edit.
-        layers: Half-open range (first, end) of decoder blocks; None edits all. The embeddings count as what
-            comes before layer 0: with a range they are edited only if it starts at 0.
-        strength: Share of the component that is removed; 1 removes it.
-        tied: What happens to tied embeddings: edit the shared matrix, untie it so that the head keeps its rows,
-            or skip it.
-        preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
-        add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
-        quantized: What happens to a quantised checkpoint: refuse it; requantize: edit what its numbers mean and
-            store that in the layout they had (see `encoding`); or dequantize: store all of it in bfloat16.
-        unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
-            edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
-
-    Raises:
-        InputError: A value that means no edit or none that is defined.
-    """
-
-    components: tuple[Role, ...] = ROLES
-    layers: tuple[int, int] | None = None
-    strength: float = 1.0
-    tied: TiedPolicy = "edit"
-    preserve_norms: bool = False
-    add: float | None = None
-    quantized: QuantizedPolicy = "refuse"
-    unverified: bool = False
-
-    def __post_init__(self) -> None:
-        unknown = set(self.components) - set(ROLES)
-        if unknown or not self.components:
-            raise InputError(f"components must be among {', '.join(ROLES)}; found {sorted(unknown) or 'none'}")
-        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
-            raise InputError(f"layers {self.layers[0]}:{self.layers[1]} is empty; give FIRST:END with FIRST < END")
-        if not math.isfinite(self.strength) or self.strength <= 0:
-            raise InputError(f"strength is {self.strength}; give a positive number, 1 removes the direction")
-        if self.tied not in TIED_POLICIES:
-            raise InputError(f"tied is {self.tied!r}; give one of {', '.join(TIED_POLICIES)}")
-        if self.quantized not in QUANTIZED_POLICIES:
-            raise InputError(f"quantized is {self.quantized!r}; give one of {', '.join(QUANTIZED_POLICIES)}")
-        if self.quantized == "requantize" and self.preserve_norms:
-            raise InputError("lengths cannot be restored on the grid of a quantised weight; leave out --preserve-norms")
-        if self.add is None:
-            return
-        if not math.isfinite(self.add) or self.add == 0:
-            raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
-        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified, quantized=self.quantized):
-            raise InputError(
-                "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
-                "go with it; make two runs, one on the output of the other"
-            )
-
-    def includes(self, writer: ResidualWriter) -> bool:
-        """Return whether these options edit `writer`."""
-        if writer.role not in self.components:
-            return False
-        if self.layers is None:
-            return True
-        first, end = self.layers
-        return first == 0 if writer.layer is None else first <= writer.layer < end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -26,7 +26,8 @@ from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
-from abliterate.editing.plan import EditOptions, EditPlan, select_writers, unverified_note
+from abliterate.editing.options import EditOptions
+from abliterate.editing.plan import EditPlan, select_writers, unverified_note
 from abliterate.editing.record import (
     FORMAT_VERSION,
     RECORD_NAME,

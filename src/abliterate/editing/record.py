@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from abliterate.architectures.writers import PostNorm, Role
     from abliterate.editing.edits import Kind
-    from abliterate.editing.plan import EditOptions
+    from abliterate.editing.options import EditOptions
 
 RECORD_NAME = "abliteration.json"
 FORMAT_VERSION = 2

@@ -21,8 +21,8 @@ from abliterate.architectures.vocabulary import LAYER_LISTS, TOWER
 from abliterate.architectures.writers import StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, open_checkpoint
 from abliterate.directions import make_direction
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan import EditOptions
 from abliterate.editing.plan_report import Layout, pattern_of
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.models.loading import class_of

@@ -29,9 +29,10 @@ from abliterate.evaluation.drift import BaseDistributions, Surprise, compare_sur
 from abliterate.evaluation.replies import Answers, answer_prompts, measure_surprise, read_replies
 from abliterate.evaluation.reply_classes import Reply
 from abliterate.evaluation.report import RefusalRate, count_replies, refusal_change
-from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
+from abliterate.models.chat_model import ChatModel, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction
 from abliterate.models.loading import open_model
+from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, Kind, PromptSet, load_prompt_set, split_for_extraction
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from abliterate.directions import orthonormalize
 from abliterate.evaluation.reply_classes import read_reply
-from abliterate.extraction.candidates import DirectionRecipe, resampled_cosines
+from abliterate.extraction.candidates import resampled_cosines
+from abliterate.extraction.options import DirectionRecipe, Thresholds
 from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric
 from abliterate.extraction.scoring import CandidateScorer
-from abliterate.extraction.selection import CandidateScore, Thresholds, passing_candidates
+from abliterate.extraction.selection import CandidateScore, passing_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording, ablate_direction, difference_in_means, record
 from abliterate.progress import ProgressReporter

@@ -9,30 +9,15 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, MissingDependencyError
+from abliterate.evaluation.report import TaskOptions
 from abliterate.evaluation.statistics import Z_95, mcnemar_p_value
 from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, ProgressReporter
 
 _DOCUMENTS_PER_BATCH = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskOptions:
-    """Which tasks are run.
-
-    Attributes:
-        tasks: names of tasks or groups.
-        path: a folder with task definitions of one's own, or None.
-        limit: documents of each task; None for all.
-    """
-
-    tasks: tuple[str, ...] = ()
-    path: Path | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,10 @@ from abliterate.errors import InputError, ModelError
 from abliterate.evaluation.replies import ReplyCache, generate_replies
 from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import Agreement, PairedChange, cohens_kappa, paired_change, wilson_interval
-from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.chat_template import ChatFormat, tokenize
 from abliterate.models.loading import load_tokenizer, load_weights
+from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from abliterate.extraction.refusal import is_refusal
+from abliterate.extraction.refusal_substrings import is_refusal
 
 ReplyClass = Literal["refusal", "answer", "empty", "repetitive", "incoherent"]
 DEGENERATE: frozenset[ReplyClass] = frozenset(("empty", "repetitive", "incoherent"))

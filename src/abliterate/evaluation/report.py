@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from abliterate.evaluation.capability import CapabilityReport, TaskOptions
-from abliterate.evaluation.drift import CrossEntropy, Divergence, Measurement
-from abliterate.evaluation.judges import JudgeReport
+from abliterate.arguments import Argument
 from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import PairedChange, paired_change, wilson_interval
 from abliterate.files import write_json
+from abliterate.prompt_sets import BUNDLED
+
+if TYPE_CHECKING:
+    from abliterate.evaluation.capability import CapabilityReport
+    from abliterate.evaluation.drift import CrossEntropy, Divergence, Measurement
+    from abliterate.evaluation.judges import JudgeReport
 
 Intervention = Literal["none", "ablate", "add", "affine"]
 Kind = Literal["harmful", "harmless", "borderline"]
@@ -20,6 +24,39 @@ SCORER = "12 refusal substrings, anywhere in the answer, case-insensitive (arXiv
 MAX_NEW_TOKENS = 256
 """Extended refusals (arXiv 2505.19056) have 67 to 195 words and refuse in the middle; 195 words are about 260 tokens,
 so at 256 the refusal itself has been reached. The paper generates 512."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskOptions:
+    """Which tasks are run.
+
+    Attributes:
+        tasks: names of tasks or groups.
+        path: a folder with task definitions of one's own, or None.
+        limit: documents of each task; None for all.
+    """
+
+    tasks: Annotated[
+        tuple[str, ...],
+        Argument(
+            flag="--lm-eval",
+            metavar="TASKS",
+            separator=",",
+            help="Tasks of lm-evaluation-harness, separated by commas.",
+        ),
+    ] = ()
+    path: Annotated[
+        Path | None,
+        Argument(
+            flag="--lm-eval-path",
+            metavar="DIR",
+            help="A folder with task definitions of your own.",
+            names_file=True,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, Argument(flag="--lm-eval-limit", minimum=1, help="Documents of each task; default: all.")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +82,95 @@ class EvaluationOptions:
         cache: a folder that keeps replies (token ids, those to harmful prompts too) for resuming; None keeps none.
     """
 
-    harmful: str = "bundled"
-    harmless: str = "bundled"
-    borderline: str = "bundled"
-    texts: tuple[str, ...] = ("bundled",)
-    max_new_tokens: int = MAX_NEW_TOKENS
-    intervention: Intervention = "none"
-    coefficient: float | None = None
-    thinking: bool = False
-    judges: tuple[str, ...] = ()
-    judge_label: str | None = None
-    judge_prompt: str = "auto"
+    harmful: Annotated[
+        str,
+        Argument(
+            flag="--harmful",
+            metavar="SPEC",
+            help="Harmful prompts: bundled, a file, or a Hub dataset.",
+            names_file=True,
+        ),
+    ] = BUNDLED
+    harmless: Annotated[
+        str,
+        Argument(
+            flag="--harmless",
+            metavar="SPEC",
+            help="Harmless prompts: bundled, a file, or a Hub dataset.",
+            names_file=True,
+        ),
+    ] = BUNDLED
+    borderline: Annotated[
+        str,
+        Argument(flag="--borderline", metavar="SPEC", help="Safe prompts that look unsafe.", names_file=True),
+    ] = BUNDLED
+    texts: Annotated[
+        tuple[str, ...],
+        Argument(
+            flag="--text",
+            metavar="SPEC",
+            help="Plain texts for cross-entropy, without a template; several times for several. Default: a bundled "
+            "sample.",
+            names_file=True,
+        ),
+    ] = (BUNDLED,)
+    max_new_tokens: Annotated[
+        int,
+        Argument(flag="--max-new-tokens", minimum=1, help="Length of each reply; 256 reaches refusals that come late."),
+    ] = MAX_NEW_TOKENS
+    intervention: Annotated[
+        Intervention,
+        Argument(
+            flag="--intervention",
+            help="By hooks: ablate the direction, add it, or set it to its harmless mean (affine).",
+        ),
+    ] = "none"
+    coefficient: Annotated[
+        float | None,
+        Argument(
+            flag="--coefficient",
+            help="Dose. add: -1 bypasses, +1 induces (default 1); affine: 0 harmless, 1 harmful mean (default 0).",
+        ),
+    ] = None
+    thinking: Annotated[bool, Argument(flag="--thinking", help="Let a thinking model think; only answers count.")] = (
+        False
+    )
+    judges: Annotated[
+        tuple[str, ...],
+        Argument(
+            flag="--judge",
+            metavar="MODEL",
+            help="A local classifier or guard model that judges the replies too; several times for several.",
+            names_file=True,
+        ),
+    ] = ()
+    judge_label: Annotated[
+        str | None,
+        Argument(flag="--judge-label", metavar="LABEL", help="The classifier's label that means refusal."),
+    ] = None
+    judge_prompt: Annotated[
+        str,
+        Argument(
+            flag="--judge-prompt",
+            metavar="HOW",
+            help="guard (the judge's own chat template), yes-no, or a file with {prompt} and {reply}; auto chooses.",
+            names_file=True,
+        ),
+    ] = "auto"
     tasks: TaskOptions = field(default_factory=TaskOptions)
-    save_completions: Path | None = None
-    cache: Path | None = None
+    save_completions: Annotated[
+        Path | None,
+        Argument(flag="--save-completions", help="Write all completions here (JSON Lines).", of_machine=True),
+    ] = None
+    cache: Annotated[
+        Path | None,
+        Argument(
+            flag="--cache",
+            metavar="DIR",
+            help="Keep all replies here, those to harmful prompts too, so that an interrupted run goes on.",
+            of_machine=True,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,12 +269,12 @@ class EvaluationReport:
     changes: dict[str, PairedChange] = field(default_factory=dict)
     categories: dict[str, tuple[CategoryRate, ...]] = field(default_factory=dict)
     kl_harmless: float | None
-    divergence: Divergence | None = None
-    cross_entropy: CrossEntropy | None
-    text_cross_entropy: dict[str, CrossEntropy] = field(default_factory=dict)
-    measurements: tuple[Measurement, ...] = ()
-    judges: tuple[JudgeReport, ...] = ()
-    capability: CapabilityReport | None = None
+    divergence: "Divergence | None" = None
+    cross_entropy: "CrossEntropy | None"
+    text_cross_entropy: "dict[str, CrossEntropy]" = field(default_factory=dict)
+    measurements: "tuple[Measurement, ...]" = ()
+    judges: "tuple[JudgeReport, ...]" = ()
+    capability: "CapabilityReport | None" = None
     excluded: dict[str, int] = field(default_factory=dict)
     prompt_sets: dict[str, dict[str, Any]]
     versions: dict[str, str]

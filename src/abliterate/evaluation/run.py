@@ -54,8 +54,9 @@ from abliterate.evaluation.report import (
     refusal_change,
 )
 from abliterate.files import write_file
-from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import open_model
+from abliterate.models.options import ModelOptions
 from abliterate.models.steering import default_coefficient, steer
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set

@@ -3,16 +3,65 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, get_args
 
-from abliterate.evaluation.traced_stream import SuffixKind
+from abliterate.arguments import Argument
 from abliterate.extraction.score_report import require_plots, write_figure
 from abliterate.files import write_csv, write_json
+from abliterate.prompt_sets import Kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from abliterate.evaluation.traced_stream import SuffixKind
+
 LAST_TOKEN = "last"
+DEFAULT_SETS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """What is traced.
+
+    Attributes:
+        prompts: sets: `harmful`, `harmless`, `borderline` (the bundled test parts) or any SPEC. The top heads
+            are those of the first.
+        n_prompts: the first so many prompts of each set.
+        suffix: appended to each prompt, beside a random suffix of equal token length as control.
+        seed: of the random suffixes.
+        n_top_heads: how many heads are named.
+        layer: where components are read; None for the direction's own layer.
+        prompt: a prompt to trace token by token.
+    """
+
+    prompts: Annotated[
+        tuple[str, ...],
+        Argument(
+            flag="--prompts",
+            metavar="SET",
+            help="harmful, harmless, borderline (bundled test prompts) or a SPEC; several times for several. "
+            "Default: these three. The top heads are those of the first.",
+            names_file=True,
+        ),
+    ] = DEFAULT_SETS
+    n_prompts: Annotated[int, Argument(flag="--n-prompts", minimum=1, help="Prompts of each set.")] = 128
+    suffix: Annotated[
+        str | None,
+        Argument(
+            flag="--suffix",
+            metavar="TEXT",
+            help="Append this, and as control random text of equal token length.",
+        ),
+    ] = None
+    seed: Annotated[int, Argument(flag="--seed", help="Seed of the random suffixes.")] = 42
+    n_top_heads: Annotated[int, Argument(flag="--top-heads", minimum=1, help="How many heads to name.")] = 8
+    layer: Annotated[
+        int | None,
+        Argument(flag="--layer", minimum=0, help="Where components are read; default: the direction's layer."),
+    ] = None
+    prompt: Annotated[
+        str | None, Argument(flag="--prompt", metavar="TEXT", help="Also colour this prompt's tokens.")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +123,7 @@ class TracedSet:
     """
 
     name: str
-    suffix: SuffixKind
+    suffix: "SuffixKind"
     n_prompts: int
     cosines: dict[str, LayerProfile]
     contributions: SetContributions | None

@@ -6,7 +6,7 @@ stream after the last block. Nothing is changed in the model.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from abliterate.evaluation.contributions import (
     n_heads_of,
 )
 from abliterate.evaluation.trace_report import (
+    DEFAULT_SETS,
     LAST_TOKEN,
     HeadAttention,
     LayerProfile,
@@ -30,6 +31,7 @@ from abliterate.evaluation.trace_report import (
     TokenTrace,
     TopHead,
     TracedSet,
+    TraceOptions,
     TraceReport,
 )
 from abliterate.evaluation.traced_stream import (
@@ -42,36 +44,11 @@ from abliterate.evaluation.traced_stream import (
     trace_stream,
     traced_prompts,
 )
-from abliterate.models.chat_model import ChatModel, ModelOptions, with_response_prefix
+from abliterate.models.chat_model import ChatModel, with_response_prefix
 from abliterate.models.loading import open_model
+from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, PromptSet, load_prompt_set
-
-DEFAULT_SETS = get_args(Kind)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceOptions:
-    """What is traced.
-
-    Attributes:
-        prompts: sets: `harmful`, `harmless`, `borderline` (the bundled test parts) or any SPEC. The top heads
-            are those of the first.
-        n_prompts: the first so many prompts of each set.
-        suffix: appended to each prompt, beside a random suffix of equal token length as control.
-        seed: of the random suffixes.
-        n_top_heads: how many heads are named.
-        layer: where components are read; None for the direction's own layer.
-        prompt: a prompt to trace token by token.
-    """
-
-    prompts: tuple[str, ...] = DEFAULT_SETS
-    n_prompts: int = 128
-    suffix: str | None = None
-    seed: int = 42
-    n_top_heads: int = 8
-    layer: int | None = None
-    prompt: str | None = None
 
 
 def trace_direction(

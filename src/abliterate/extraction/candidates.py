@@ -14,40 +14,17 @@ all draws together are one matrix product and nothing is run again.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from abliterate.directions import orthonormalize
-from abliterate.extraction.selection import Candidate, PromptScores, ScoreName, Thresholds
-
-Variant = Literal["difference", "projected"]
+from abliterate.extraction.options import DirectionRecipe, Thresholds, Variant
+from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
 
 MIN_INDEPENDENT_SHARE = 0.5
 """A further direction must have this share of its length outside the span of those before it (an angle of 30 degrees):
 neighbouring layers otherwise give the same direction several times."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DirectionRecipe:
-    """How each candidate is made; the default is the paper's.
-
-    Attributes:
-        variant: `difference`, or `projected`: without the component along the harmless mean.
-        winsorize: Q, at least 0 and below 0.5: each coordinate is clipped at its Q and 1 - Q quantiles before the
-            mean is taken; None clips nothing.
-    """
-
-    variant: Variant = "difference"
-    winsorize: float | None = None
-
-    @property
-    def in_words(self) -> str:
-        """A short name, as reports show it."""
-        name = {"difference": "difference in means", "projected": "difference in means without the harmless mean"}
-        clipped = "" if self.winsorize is None else f", winsorised at {self.winsorize:g}"
-        return name[self.variant] + clipped
 
 
 def candidate_directions(*, harmful: Tensor, harmless: Tensor, recipe: DirectionRecipe) -> Tensor:

@@ -1,7 +1,7 @@
 """What an extraction is asked for and what it reports, as plain values."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,46 +11,13 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError
-from abliterate.extraction.candidates import DirectionRecipe, Robustness
+from abliterate.extraction.candidates import Robustness
+from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Thresholds
 from abliterate.extraction.refusal import RefusalToken
 from abliterate.extraction.score_report import ScoreTable
-from abliterate.extraction.selection import CandidateScore, Thresholds, nearest_candidates
+from abliterate.extraction.selection import CandidateScore, nearest_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.prompt_sets import ExtractionPrompts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractionOptions:
-    """How a direction is extracted; the defaults are the paper's.
-
-    Attributes:
-        n_train: harmful and harmless prompts each, for the means.
-        n_val: harmful and harmless prompts each, for the scores.
-        seed: of the sampling of prompts.
-        thresholds: see `Thresholds`.
-        refusal_tokens: token texts that start refusals; empty to find them from the model's own answers.
-        filter_prompts: drop harmful prompts that are answered and harmless ones that are refused.
-        exhaustive: score every candidate below the layer limit, not only those the choice depends on.
-        recipe: how candidates are made; see `DirectionRecipe`.
-        n_bootstrap: how often to resample the prompts, see `resampling`; above 0 all candidates are scored.
-        rank: how many directions to choose: the best candidates that pass and are independent of each other.
-    """
-
-    n_train: int = 128
-    n_val: int = 32
-    seed: int = 42
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    refusal_tokens: tuple[str, ...] = ()
-    filter_prompts: bool = True
-    exhaustive: bool = False
-    recipe: DirectionRecipe = field(default_factory=DirectionRecipe)
-    rank: int = 1
-    n_bootstrap: int = 0
-
-    @property
-    def scores_all(self) -> bool:
-        """Whether every candidate below the layer limit is scored."""
-        return self.exhaustive or self.n_bootstrap > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,11 +19,11 @@ from abliterate.extraction.candidates import (
     independent_candidates,
     measure_robustness,
 )
+from abliterate.extraction.options import ExtractionOptions
 from abliterate.extraction.refusal import refusal_metric, refusal_tokens_of, require_both_behaviours
 from abliterate.extraction.report import (
     Baseline,
     Extraction,
-    ExtractionOptions,
     ExtractionReport,
     JointScores,
     NoCandidatePassesError,
@@ -35,9 +35,10 @@ from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.scoring import CandidateScorer, StreamedScorer
 from abliterate.extraction.selection import CandidateScore, passing_candidates
 from abliterate.extraction.shared_runs import PARTS, RecordingRun, Scorer, ScoringRun
-from abliterate.models.chat_model import ChatModel, ModelOptions, find_response_prefix, with_response_prefix
+from abliterate.models.chat_model import ChatModel, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import Recording
 from abliterate.models.loading import open_model
+from abliterate.models.options import ModelOptions
 from abliterate.models.stream_probe import StreamProbe, probe_stream
 from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterate.errors import MissingDependencyError
-from abliterate.extraction.selection import CandidateScore, Thresholds, failed_thresholds
+from abliterate.extraction.options import Thresholds
+from abliterate.extraction.selection import CandidateScore, failed_thresholds
 from abliterate.files import write_csv, write_file, write_json
 
 if TYPE_CHECKING:

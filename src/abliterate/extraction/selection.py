@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from abliterate.extraction.options import Thresholds
+
 NOT_SCORED = None
 
 Candidate = tuple[int, int]
@@ -21,19 +23,6 @@ PromptScores = Mapping[ScoreName, tuple[float, ...]]
 """A candidate's scores by name, prompt by prompt; a score is their mean."""
 ComputeScores = Callable[[ScoreName, Sequence[Candidate]], Sequence[Mapping[ScoreName, float]]]
 """Computes scores of some candidates; returns for each the values by name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
-    """What a candidate must satisfy to be chosen."""
-
-    kl: float = 0.1
-    induce: float = 0.0
-    prune_layers: float = 0.2
-
-    def layer_limit(self, n_layers: int) -> int:
-        """Return the first layer that is too late to be chosen."""
-        return int(n_layers * (1.0 - self.prune_layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

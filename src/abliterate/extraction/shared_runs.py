@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from abliterate.extraction.options import Thresholds
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import record_streamed
 from abliterate.extraction.selection import (
@@ -18,7 +19,6 @@ from abliterate.extraction.selection import (
     CandidateScore,
     PromptScores,
     ScoreName,
-    Thresholds,
     score_exhaustively,
     score_lazily,
 )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from abliterate.errors import ModelError
 from abliterate.models.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
+from abliterate.models.options import ModelOptions
 from abliterate.models.stream import ResidualStream, find_blocks, find_stream
 
 if TYPE_CHECKING:
@@ -149,30 +150,6 @@ BATCH_OVERHEAD = {"cpu": 32, "cuda": 1024}
 """What starting a batch costs, in tokens of computation: launching its operations, reading the weights."""
 CACHED_TOKENS_PER_TOKEN = 8
 """So many cached tokens cost a row about the memory and time of one that is computed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
-    """How a model is loaded and run.
-
-    Attributes:
-        dtype: auto, float32, bfloat16 or float16; auto is the stored one, but float32 for half formats on a CPU.
-        device: auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.
-        batch_size: prompts per forward pass, or None to size batches by tokens.
-        system_prompt: the system message, or None for what the chat template does by default.
-        trust_remote_code: run Python code that comes with the model.
-        device_map: auto spreads the model over GPUs, memory and disk (accelerate), in the stored number format unless
-            `dtype` names another; None puts all of it on `device`.
-        stream_layers: read one decoder layer at a time instead of loading the model; for `extract` only.
-    """
-
-    dtype: str = "auto"
-    device: str = "auto"
-    batch_size: int | None = None
-    system_prompt: str | None = None
-    trust_remote_code: bool = False
-    device_map: str | None = None
-    stream_layers: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,9 +19,10 @@ from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.errors import InputError, ModelError
-from abliterate.models.chat_model import ChatModel, ModelOptions, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.chat_template import ChatFormat
 from abliterate.models.layer_weights import LayerWeights
+from abliterate.models.options import ModelOptions
 from abliterate.models.stream import find_blocks
 from abliterate.models.stream_probe import probe_stream
 from abliterate.models.streamed_model import NotHandedOnError, StreamedChat
@@ -289,18 +290,14 @@ def try_streaming(config: "PretrainedConfig", *, name: str) -> int:
     refusal = f"{name}: layers of {config.model_type} cannot be run one by one"
     try:
         chat = _twin(config)
-    except _CANNOT_BUILD as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{refusal}: a small model to try it on is not built ({reason})") from error
-    returned = set(probe_stream(chat, rows=[row[-5:] for row in _TWIN_ROWS]).returned)
-    try:
+        returned = set(probe_stream(chat, rows=[row[-5:] for row in _TWIN_ROWS]).returned)
         whole = torch.stack([chat.forward([row])[0] for row in _TWIN_ROWS])
         apart = dataclasses.replace(chat, returned=max(returned)).last_logits(_TWIN_ROWS)
     except NotHandedOnError as error:
         raise ModelError(f"{refusal}: something happens between them; load it without --stream-layers") from error
     except _CANNOT_BUILD as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{refusal}: a small model to try it on does not run so ({reason})") from error
+        raise ModelError(f"{refusal}: a small model to try it on does not run ({reason})") from error
     if not float((apart - whole).abs().max()) <= _TWIN_TOLERANCE * float(whole.abs().max()):
         raise ModelError(f"{refusal}: in a small model the logits come out otherwise; load it without --stream-layers")
     return max(returned)

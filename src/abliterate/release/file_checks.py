@@ -24,7 +24,7 @@ from abliterate.editing.checks import (
     ratio,
     rounding_bound,
 )
-from abliterate.editing.plan import EditOptions
+from abliterate.editing.options import EditOptions
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter

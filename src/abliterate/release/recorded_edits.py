@@ -19,7 +19,8 @@ from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.editing.edits import edits_of_writers
-from abliterate.editing.plan import EditOptions, select_writers
+from abliterate.editing.options import EditOptions
+from abliterate.editing.plan import select_writers
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, decode_subspace
 from abliterate.errors import CheckpointError, InputError
 

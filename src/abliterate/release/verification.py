@@ -19,12 +19,14 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.errors import InputError, ModelError
-from abliterate.models.chat_model import ChatModel, ModelOptions
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_subspace
 from abliterate.models.loading import open_model
+from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, load_prompt_set
 from abliterate.release.file_checks import QuickCheck, verify_files
+from abliterate.release.options import VerificationOptions
 from abliterate.release.recorded_edits import find_base, recorded_options, recorded_subspace
 from abliterate.release.report import (
     LogitCheck,
@@ -39,27 +41,6 @@ from abliterate.release.stream_checks import LogitComparison, StreamComponents, 
 
 # Sine of the angle below which two subspaces are the same; directions are stored in float32.
 _SAME_SUBSPACE = 1e-6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerificationOptions:
-    """What is run, and how much of it.
-
-    Attributes:
-        quick: Check the files only, run nothing.
-        harmful: SPEC of harmful prompts.
-        harmless: SPEC of harmless prompts.
-        n_prompts: How many of each, from the start. The logits of all of them are held in float32.
-    """
-
-    quick: bool = False
-    harmful: str = "bundled"
-    harmless: str = "bundled"
-    n_prompts: int = 4
-
-    def __post_init__(self) -> None:
-        if self.n_prompts < 1:
-            raise InputError(f"the number of prompts is {self.n_prompts}; give at least 1")
 
 
 def verify_checkpoint(

@@ -1,0 +1,73 @@
+"""How the field of an options class is called on the command line, said once, beside its default.
+
+    kl: Annotated[float, Argument(flag="--kl-threshold", help="Largest KL accepted, in nats.")] = 0.1
+
+The commands make their options of it, and `cli_arguments` writes options down again as the words that give them.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """What a command calls a field of its options.
+
+    Attributes:
+        flag: the name with its dashes. Of a truth value: what turns the default around.
+        help: what `--help` says about it.
+        metavar: what stands for the value there; None: its type.
+        minimum: the smallest number that the command takes.
+        maximum: the largest.
+        separator: what stands between the values of a tuple; None: the flag is given once for each.
+        names_file: whether the value can be a path on this machine.
+        of_machine: whether it says where and how fast the work is done, and not what comes out.
+    """
+
+    flag: str
+    help: str
+    metavar: str | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    separator: str | None = None
+    names_file: bool = False
+    of_machine: bool = False
+
+
+def arguments_of(options: "type[DataclassInstance]") -> dict[str, Argument]:
+    """Return the arguments of the fields that have one, by the fields' names."""
+    found = {field.name: _annotated(field.type) for field in fields(options)}
+    return {name: argument for name, argument in found.items() if argument is not None}
+
+
+def cli_arguments(options: "DataclassInstance") -> list[str]:
+    """Return the command-line arguments that give these options: those that differ from the defaults.
+
+    What is about the machine is left out; fields that are options themselves follow in their places.
+    """
+    words: list[str] = []
+    defaults, known = type(options)(), arguments_of(type(options))
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            words += cli_arguments(value)
+        elif field.name in known and not known[field.name].of_machine and value != getattr(defaults, field.name):
+            words += _words(known[field.name], value)
+    return words
+
+
+def _annotated(annotation: Any) -> Argument | None:
+    return next((part for part in get_args(annotation) if isinstance(part, Argument)), None)
+
+
+def _words(argument: Argument, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [argument.flag]
+    if not isinstance(value, tuple):
+        return [argument.flag, str(value)]
+    if argument.separator is not None:
+        return [argument.flag, argument.separator.join(map(str, value))]
+    return [word for part in value for word in (argument.flag, str(part))]

@@ -1,0 +1,138 @@
+"""What an extraction is asked for. The defaults stand here and nowhere else; they are the paper's."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from abliterate.arguments import Argument
+from abliterate.prompt_sets import BUNDLED
+
+Variant = Literal["difference", "projected"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSources:
+    """Where the prompts of an extraction come from; see `abliterate.prompt_sets`."""
+
+    harmful: Annotated[
+        str,
+        Argument(
+            flag="--harmful",
+            metavar="SPEC",
+            help="Harmful prompts: bundled, a file, or a Hub dataset.",
+            names_file=True,
+        ),
+    ] = BUNDLED
+    harmless: Annotated[
+        str,
+        Argument(
+            flag="--harmless",
+            metavar="SPEC",
+            help="Harmless prompts: bundled, a file, or a Hub dataset.",
+            names_file=True,
+        ),
+    ] = BUNDLED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What a candidate must satisfy to be chosen."""
+
+    kl: Annotated[float, Argument(flag="--kl-threshold", help="Largest KL accepted, in nats.")] = 0.1
+    induce: Annotated[float, Argument(flag="--induce-threshold", help="Smallest induce score accepted.")] = 0.0
+    prune_layers: Annotated[
+        float,
+        Argument(flag="--prune-layers", minimum=0, maximum=0.99, help="Share of the last layers never chosen."),
+    ] = 0.2
+
+    def layer_limit(self, n_layers: int) -> int:
+        """Return the first layer that is too late to be chosen."""
+        return int(n_layers * (1.0 - self.prune_layers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectionRecipe:
+    """How each candidate is made; the default is the paper's.
+
+    Attributes:
+        variant: `difference`, or `projected`: without the component along the harmless mean.
+        winsorize: Q, at least 0 and below 0.5: each coordinate is clipped at its Q and 1 - Q quantiles before the
+            mean is taken; None clips nothing.
+    """
+
+    variant: Annotated[
+        Variant,
+        Argument(
+            flag="--variant",
+            help="Candidates: the difference in means (the paper's), or projected: without the harmless mean in it.",
+        ),
+    ] = "difference"
+    winsorize: Annotated[
+        float | None,
+        Argument(
+            flag="--winsorize", metavar="Q", help="Clip each coordinate at its Q and 1-Q quantiles before taking means."
+        ),
+    ] = None
+
+    @property
+    def in_words(self) -> str:
+        """A short name, as reports show it."""
+        name = {"difference": "difference in means", "projected": "difference in means without the harmless mean"}
+        clipped = "" if self.winsorize is None else f", winsorised at {self.winsorize:g}"
+        return name[self.variant] + clipped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractionOptions:
+    """How a direction is extracted; the defaults are the paper's.
+
+    Attributes:
+        n_train: harmful and harmless prompts each, for the means.
+        n_val: harmful and harmless prompts each, for the scores.
+        seed: of the sampling of prompts.
+        thresholds: see `Thresholds`.
+        refusal_tokens: token texts that start refusals; empty to find them from the model's own answers.
+        filter_prompts: drop harmful prompts that are answered and harmless ones that are refused.
+        exhaustive: score every candidate below the layer limit, not only those the choice depends on.
+        recipe: how candidates are made; see `DirectionRecipe`.
+        n_bootstrap: how often to resample the prompts, see `resampling`; above 0 all candidates are scored.
+        rank: how many directions to choose: the best candidates that pass and are independent of each other.
+    """
+
+    n_train: Annotated[int, Argument(flag="--n-train", minimum=8, help="Prompts of each kind for the means.")] = 128
+    n_val: Annotated[int, Argument(flag="--n-val", minimum=1, help="Prompts of each kind for the scores.")] = 32
+    seed: Annotated[int, Argument(flag="--seed", help="Seed of the sampling of prompts.")] = 42
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    refusal_tokens: Annotated[
+        tuple[str, ...],
+        Argument(flag="--refusal-token", metavar="TOK", help="First token of refusals; several times for several."),
+    ] = ()
+    filter_prompts: Annotated[
+        bool, Argument(flag="--no-filter", help="Keep harmful prompts that are answered, harmless ones refused.")
+    ] = True
+    exhaustive: Annotated[
+        bool, Argument(flag="--exhaustive", help="Score all candidates, also those that cannot change the choice.")
+    ] = False
+    recipe: DirectionRecipe = field(default_factory=DirectionRecipe)
+    rank: Annotated[
+        int,
+        Argument(
+            flag="--rank",
+            metavar="K",
+            minimum=1,
+            help="Choose K independent candidates that pass; writes NAME.1.safetensors ...",
+        ),
+    ] = 1
+    n_bootstrap: Annotated[
+        int,
+        Argument(
+            flag="--bootstrap",
+            metavar="N",
+            minimum=0,
+            help="Resample the prompts N times: how the direction turns, what else would be chosen. Scores everything.",
+        ),
+    ] = 0
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether every candidate below the layer limit is scored."""
+        return self.exhaustive or self.n_bootstrap > 0
