@@ -109,7 +109,7 @@ def test_ablating_a_subspace_leaves_nothing_of_it_and_all_the_rest(chat: ChatMod
         chat.forward(row)
     with ablate_subspace(chat, basis) as n_hooks, capture_inputs(chat, lambda _l, hidden: seen.append(hidden)):
         chat.forward(row)
-    assert n_hooks == 3 * chat.n_layers
+    assert n_hooks == 1 + 3 * chat.n_layers
     assert max(float((hidden @ basis.T).abs().max()) for hidden in plain) > 0.5
     assert max(float((hidden @ basis.T).abs().max()) for hidden in seen) < 1e-4
     expected = plain[0] - plain[0] @ basis.T @ basis

@@ -41,7 +41,7 @@ def test_ablation_keeps_the_direction_out_of_the_stream(chat: ChatModel) -> None
         # Watchers attached after the ablating hooks see what the block sees.
         after = max(float((h @ unit).abs().max() / h.norm(dim=-1).max()) for h in stream(chat))
     handle.remove()
-    assert attached == sum(1 + len(block.writes) for block in chat.stream.blocks) == 3 * chat.n_layers
+    assert attached == 1 + sum(1 + len(block.writes) for block in chat.stream.blocks) == 1 + 3 * chat.n_layers
     assert before > 1e-2
     assert after < 1e-6
 

@@ -31,7 +31,7 @@ def test_the_component_is_what_it_is_set_to_and_the_rest_of_the_stream_is_ablati
     with set_component(chat, vector, wanted) as attached:
         during = components(chat, unit)
         affine = chat.forward(ROWS)
-    assert attached == 4 * chat.n_layers
+    assert attached == 1 + 4 * chat.n_layers
     for found, value in zip(during, wanted, strict=True):
         assert torch.allclose(found, torch.full_like(found, value), atol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(components(chat, unit), before, strict=True))

@@ -76,6 +76,22 @@ def test_a_block_that_needs_more_of_those_before_is_run_after_them(chat: ChatMod
         assert not probe_stream(chat, rows=ROWS).starts_at_blocks
 
 
+def test_a_model_that_reads_its_embedding_past_the_first_block(llama_chat: ChatModel) -> None:
+    embedding = llama_chat.model.get_input_embeddings()
+    asked: list[torch.Tensor] = []
+    handle = embedding.register_forward_pre_hook(lambda _m, args: asked.append(args[0]))
+    last = llama_chat.blocks[-1]
+    plain = last.forward
+
+    def forward(hidden_states, *args, **kwargs):
+        return hidden_states + plain(embedding(asked[-1]), *args, **kwargs)
+
+    assert not probe_stream(llama_chat, rows=ROWS).reads_embedding
+    with replaced_forward(last, forward):
+        assert probe_stream(llama_chat, rows=ROWS).reads_embedding
+    handle.remove()
+
+
 def test_scores_are_the_same_whether_a_pass_starts_at_a_block_or_not(llama_chat: ChatModel) -> None:
     probe = probe_stream(llama_chat)
     candidates = torch.randn(2, llama_chat.n_layers, llama_chat.d_model, generator=torch.Generator().manual_seed(1))

@@ -279,6 +279,7 @@ def check_hooks(
     with ablate_direction(chat, direction):
         ablated = read_stream(base, inputs)
     has_norms = any(writer.has_norm for block in chat.stream.blocks for writer in block.writers)
+    has_norms |= any(each.module is not base.get_input_embeddings() for each in chat.stream.embeddings)
     starts, not_extracted, not_streamed = None, None, None
     try:
         starts = probe_stream(chat, rows=[[5, 17, 23, 42, 61], [7, 11, 13, 19, 3]]).starts_at_blocks

@@ -49,12 +49,14 @@ class StreamModules:
     Attributes:
         model_type: Of the text model.
         stacks: Paths of the lists of decoder blocks.
+        embeddings: Paths of the modules whose outputs start the stream: the token embedding, or the norm behind it.
         writers: Of each list, by block.
         not_extracted: Why no direction can be extracted; None where one can.
     """
 
     model_type: str
     stacks: tuple[str, ...]
+    embeddings: tuple[str, ...]
     writers: Mapping[str, Mapping[int, tuple[ModuleWriter, ...]]]
     not_extracted: str | None = None
 
@@ -92,6 +94,13 @@ def map_modules(
         blocks[parsed.layer] = (*blocks.get(parsed.layer, ()), writer)
     return StreamModules(
         model_type=row.model_type,
+        embeddings=tuple(
+            dict.fromkeys(
+                (chains.of(parsed)[-1].weight if chains.of(parsed) else parameter).rpartition(".")[0]
+                for parameter, parsed in names.items()
+                if parsed.part is Part.TOKEN_EMBEDDING
+            )
+        ),
         stacks=tuple(sorted({parsed.stack for parsed in names.values() if parsed.stack})),
         writers=writers,
         not_extracted=row.not_extracted,

@@ -30,18 +30,24 @@ def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
             here, a zero vector removes nothing.
 
     Yields:
-        how many hooks are attached: one for each block's input and one for each of its writes.
+        how many hooks are attached: one for the embedding, for each block's input, and for each of its writes.
 
     Raises:
         ModelError: what writes to the stream of this model is not known, or its type is refused by name.
     """
+    ablate = _ablating(chat, direction)
     with ExitStack() as stack:
-        yield sum(stack.enter_context(ablate_in_block(chat, layer, direction)) for layer in range(chat.n_layers))
+        yield sum(stack.enter_context(_edit_stream(chat, layer, ablate)) for layer in (None, *range(chat.n_layers)))
 
 
 @contextmanager
 def ablate_in_block(chat: ChatModel, layer: int, direction: Tensor) -> Iterator[int]:
     """Remove `direction` at one block's input and from all that it writes; see `ablate_direction`."""
+    with _edit_stream(chat, layer, _ablating(chat, direction)) as n_hooks:
+        yield n_hooks
+
+
+def _ablating(chat: ChatModel, direction: Tensor) -> Callable[[Tensor], Tensor]:
     placed = _placed(_unit(direction, chat))
 
     def ablate(hidden: Tensor) -> Tensor:
@@ -55,8 +61,7 @@ def ablate_in_block(chat: ChatModel, layer: int, direction: Tensor) -> Iterator[
         share = torch.bmm(rows, unit.unsqueeze(-1))
         return torch.baddbmm(rows, share, unit.unsqueeze(1), alpha=-1).reshape(hidden.shape)
 
-    with _edit_stream(chat, layer, ablate) as n_hooks:
-        yield n_hooks
+    return ablate
 
 
 @contextmanager
@@ -70,13 +75,19 @@ def ablate_subspace(chat: ChatModel, basis: Tensor) -> Iterator[int]:
     Yields:
         how many hooks are attached, as `ablate_direction` does.
     """
+    ablate = _ablating_subspace(chat, basis)
     with ExitStack() as stack:
-        yield sum(stack.enter_context(ablate_subspace_in_block(chat, layer, basis)) for layer in range(chat.n_layers))
+        yield sum(stack.enter_context(_edit_stream(chat, layer, ablate)) for layer in (None, *range(chat.n_layers)))
 
 
 @contextmanager
 def ablate_subspace_in_block(chat: ChatModel, layer: int, basis: Tensor) -> Iterator[int]:
     """Remove several directions together at one block's input and from all that it writes."""
+    with _edit_stream(chat, layer, _ablating_subspace(chat, basis)) as n_hooks:
+        yield n_hooks
+
+
+def _ablating_subspace(chat: ChatModel, basis: Tensor) -> Callable[[Tensor], Tensor]:
     if basis.dim() != 2 or basis.shape[1] != chat.d_model:
         raise ModelError(f"basis has shape {tuple(basis.shape)}; the model's width is {chat.d_model}")
     placed = _placed(basis.to(chat.device, chat.model.dtype))
@@ -86,8 +97,7 @@ def ablate_subspace_in_block(chat: ChatModel, layer: int, basis: Tensor) -> Iter
         ablated: Tensor = hidden - (hidden @ rows.T) @ rows
         return ablated
 
-    with _edit_stream(chat, layer, ablate) as n_hooks:
-        yield n_hooks
+    return ablate
 
 
 @contextmanager
@@ -201,14 +211,15 @@ def _pass_through(count: int) -> Callable[..., Any]:
 
 
 @contextmanager
-def _edit_stream(chat: ChatModel, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[int]:
-    """Edit a block's input and all that it adds to the stream."""
-    writes = chat.stream.blocks[layer].writes
+def _edit_stream(chat: ChatModel, layer: int | None, edit: Callable[[Tensor], Tensor]) -> Iterator[int]:
+    """Edit a block's input and all that it adds to the stream; without a layer, what starts the stream."""
+    writes = chat.stream.embeddings if layer is None else chat.stream.blocks[layer].writes
     with ExitStack() as stack:
-        stack.callback(_edit_input(chat.blocks[layer], edit).remove)
+        if layer is not None:
+            stack.callback(_edit_input(chat.blocks[layer], edit).remove)
         for write in writes:
             stack.callback(_edit_output(write.module, edit, output=write.output).remove)
-        yield 1 + len(writes)
+        yield len(writes) + (layer is not None)
 
 
 def _unit(direction: Tensor, chat: ChatModel) -> Tensor:

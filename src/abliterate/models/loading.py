@@ -290,7 +290,10 @@ def try_streaming(config: "PretrainedConfig", *, name: str) -> int:
     refusal = f"{name}: layers of {config.model_type} cannot be run one by one"
     try:
         chat = _twin(config)
-        returned = set(probe_stream(chat, rows=[row[-5:] for row in _TWIN_ROWS]).returned)
+        probe = probe_stream(chat, rows=[row[-5:] for row in _TWIN_ROWS])
+        if probe.reads_embedding:
+            raise ModelError(f"{refusal}: more than its first block reads what starts the stream")
+        returned = set(probe.returned)
         whole = torch.stack([chat.forward([row])[0] for row in _TWIN_ROWS])
         apart = dataclasses.replace(chat, returned=max(returned)).last_logits(_TWIN_ROWS)
     except NotHandedOnError as error:

@@ -51,10 +51,12 @@ class ResidualStream:
     """The blocks of a loaded model, in order, with their writes.
 
     Attributes:
+        embeddings: what starts the stream; some models read it past their first block too.
         blocks: one a decoder block.
         not_extracted: why no direction can be extracted from it; None where one can.
     """
 
+    embeddings: tuple[Write, ...]
     blocks: tuple[BlockStream, ...]
     not_extracted: str | None = None
 
@@ -87,7 +89,11 @@ def find_stream(model: "PreTrainedModel", blocks: Sequence[nn.Module], *, d_mode
             f"{name}: cannot tell which modules of a {type(missing).__name__} write to the residual stream "
             f"(children: {children}); its architecture is not supported"
         )
-    return ResidualStream(blocks=found, not_extracted=modules.not_extracted)
+    return ResidualStream(
+        embeddings=tuple(Write(module=model.get_submodule(path)) for path in modules.embeddings),
+        blocks=found,
+        not_extracted=modules.not_extracted,
+    )
 
 
 def _stream_of(

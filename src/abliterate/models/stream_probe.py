@@ -5,6 +5,7 @@ so that a model whose blocks do more than add to the stream is refused by name i
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.hooks import ablate_direction, capture_stream, start_at_block
+from abliterate.models.hooks import ablate_direction, ablate_in_block, capture_stream, start_at_block
 
 _PROMPTS = ("Name a color.", "What is a river? Say it in one sentence.")
 _STARTS = 8
@@ -31,10 +32,12 @@ class StreamProbe:
     Attributes:
         returned: of each block how many values it returns; 0 for one that is not in a tuple.
         starts_at_blocks: a pass may start at any block, given that block's input.
+        reads_embedding: something beside the first block reads what starts the stream.
     """
 
     returned: tuple[int, ...]
     starts_at_blocks: bool
+    reads_embedding: bool
 
 
 @torch.inference_mode()
@@ -67,9 +70,11 @@ def probe_stream(chat: ChatModel, rows: Sequence[Sequence[int]] | None = None) -
         raise ModelError(
             f"{refusal}: a block's input has the shape {list(wrong.shape)}, not [prompts, tokens, d_model]"
         )
-    _check_ablation(chat, batch, [hidden for _, hidden in inputs[1:]], refusal)
+    ablated = _check_ablation(chat, batch, [hidden for _, hidden in inputs[1:]], refusal)
     return StreamProbe(
-        returned=returned, starts_at_blocks=_starts_at_blocks(chat, batch, dict(inputs), returned, logits)
+        returned=returned,
+        starts_at_blocks=_starts_at_blocks(chat, batch, dict(inputs), returned, logits),
+        reads_embedding=not _is_close(_ablated_in_blocks(chat, batch), ablated),
     )
 
 
@@ -100,9 +105,8 @@ def _plain_pass(chat: ChatModel, batch: list[list[int]]) -> tuple[list[tuple[int
     return inputs, tuple(counts.get(layer, 0) for layer in range(chat.n_layers)), logits
 
 
-def _check_ablation(chat: ChatModel, batch: list[list[int]], outputs: Sequence[Tensor], refusal: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(chat.d_model, generator=generator, dtype=torch.float64)
+def _check_ablation(chat: ChatModel, batch: list[list[int]], outputs: Sequence[Tensor], refusal: str) -> Tensor:
+    direction = _random_direction(chat)
     unit = direction / direction.norm()
     seen: list[Tensor] = []
 
@@ -113,7 +117,7 @@ def _check_ablation(chat: ChatModel, batch: list[list[int]], outputs: Sequence[T
         # At each block's own output: what the next one receives is cleaned.
         handles = [block.register_forward_hook(look) for block in chat.blocks]
         try:
-            chat.forward(batch)
+            logits = chat.forward(batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -128,6 +132,26 @@ def _check_ablation(chat: ChatModel, batch: list[list[int]], outputs: Sequence[T
                 f"{refusal}: after an ablation {left:.1e} of a random direction is left behind block {layer} "
                 f"({plain:.1e} without), so something else writes to its residual stream"
             )
+    return logits
+
+
+def _random_direction(chat: ChatModel) -> Tensor:
+    return torch.randn(chat.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def _ablated_in_blocks(chat: ChatModel, batch: list[list[int]]) -> Tensor:
+    """Return the logits with a direction ablated in the blocks alone, and not where the stream starts."""
+    with ExitStack() as stack:
+        for layer in range(chat.n_layers):
+            stack.enter_context(ablate_in_block(chat, layer, _random_direction(chat)))
+        return chat.forward(batch)
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    precision = max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps)
+    return float((found - expected).double().abs().max()) <= _ROUNDINGS * precision * float(
+        expected.double().abs().max()
+    )
 
 
 def _share(hidden: Tensor, unit: Tensor) -> float:
@@ -140,14 +164,12 @@ def _starts_at_blocks(
 ) -> bool:
     n_layers = chat.n_layers
     starts = sorted({round(i * (n_layers - 1) / _STARTS) for i in range(1, _STARTS + 1)} - {0})
-    precision = max(torch.finfo(chat.model.dtype).eps, torch.finfo(torch.float32).eps)
-    scale = float(logits.double().abs().max())
     for layer in (layer for layer in starts if layer in inputs):
         try:
             with start_at_block(chat, inputs[layer], layer=layer, returned=returned):
                 found = chat.forward(batch)
         except _NEEDS_MORE:
             return False
-        if not float((found - logits).double().abs().max()) <= _ROUNDINGS * precision * scale:
+        if not _is_close(found, logits):
             return False
     return True
