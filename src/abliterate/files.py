@@ -1,17 +1,12 @@
 """Files that others made, read without trust; and small files of our own, written whole or not at all.
 
-JSON that others wrote: what is ambiguous, or only some programs take, is an error. A checkpoint's config, index and
-headers may be damaged or made to deceive. A key that occurs twice means one thing to one program and another to the
-next; a name with terminal control characters can rewrite the line that reports it.
+JSON that others wrote is an error where it is ambiguous, or only some programs take it: a key that occurs twice means
+one thing to one program and another to the next, and a name with terminal control characters can rewrite the line
+that reports it. A directory that came from elsewhere can hold links to anything on this machine, so only regular
+files belong to it, and links that stay inside, or lead where the Hub's cache keeps its blobs.
 
-Which files of a directory belong to it: regular ones, and no links that lead out of it.
-
-A directory that came from elsewhere can hold links to anything on this machine, and copying it would copy that. The
-Hub's cache is made of links, too: from `models--OWNER--NAME/snapshots/COMMIT` into `models--OWNER--NAME/blobs`, which
-is where they may lead and nowhere else.
-
-A small file of our own is written beside its target under a hidden name, flushed to the disk, and gets its own name by
-one rename; whatever goes wrong before leaves the older file as it was and nothing else behind.
+A small file of our own is written beside its target under a hidden name, flushed to the disk, and gets its own name
+by one rename; whatever goes wrong before leaves the older file as it was and nothing else behind.
 """
 
 import csv

@@ -1,8 +1,7 @@
 """Several processes that share the work of one command, as `torchrun` and, on GPUs, `accelerate launch` start them.
 
-`launched_ranks` joins those that a launcher started; a `Ranks` made here without arguments is one process alone.
-
-Joining the processes that a launcher started; gathered through accelerate.
+`find_ranks` joins those that a launcher started, through accelerate; a `Ranks` made without arguments is one process
+alone.
 """
 
 import atexit

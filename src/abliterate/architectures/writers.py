@@ -1,11 +1,9 @@
 """Which tensors of a checkpoint write to the residual stream, from names, shapes and the config alone.
 
-`architectures` holds what is known as data; `tensor_names` reads a name by it; here names, shapes and config come
+`table` holds what is known of a model type and `names` reads a tensor's name; here names, shapes and config come
 together. A tensor that is not known and could touch the stream (one of its axes has length d_model) is an error, and so
 is a layer without its writers or an expert that is not there: an edit not known to be complete is refused before
-anything is written. Norms that stand between a writer and the stream are read off the names of the writer's own layer.
-
-Whether the residual writers that were found are all that a checkpoint must have.
+anything is written.
 """
 
 from collections import defaultdict
@@ -136,7 +134,7 @@ class StreamMap:
         embedding: Name of the token embedding's tensor, stored or (tied, head's name stored alone) not.
         head: Name of the output head's tensor, stored or (tied) not; None where the class has no head.
         writers: Every tensor that writes to the residual stream, in file order; of a tied pair, all that is stored.
-        left_alone: What could be taken for a writer and is none.
+        left_alone: What could be taken for a writer and is not one.
         verified: The architecture is in the table; otherwise it was mapped by the rules common to all.
     """
 

@@ -1,14 +1,12 @@
-"""Making files out of segments with several threads: some compute, others copy and read back what is computed.
+"""Files made of segments by several threads: some compute, others copy and read back what is computed.
 
-A file's segments are settled in file order, each as soon as its own tasks are done and those before it are settled, so
-the hash of the file is known with its last byte. One more thread
-waits for whole files to arrive on the disk. What comes out does not depend on how many threads there are.
+A segment is copied, given or computed. What is copied is read once, hashed and written as it passes. What is computed
+is read back from the file and held against what it must be, by the same reading that feeds the hash. No byte is
+written twice, and no segment is in memory whole but those of a few bytes.
 
-What a new file is made of: segments, some written by tasks in any order, all brought to its hash in file order.
-
-What is copied is read once, hashed and written as it passes. What is computed is read back from the file and held
-against what it must be, by the same reading that feeds the hash. No byte is written twice, and no segment is ever in
-memory whole but those that are a few bytes long.
+A file's segments are settled in file order, each as soon as its own tasks are done and those before it are settled,
+so the hash of the file is known with its last byte. One more thread waits for whole files to arrive on the disk. What
+comes out does not depend on how many threads there are.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
 """The Hub: models come down, checkpoints go up. No other module talks to it.
 
 Endpoint, cache, token and offline mode are those of `huggingface_hub` itself (`HF_ENDPOINT`, `HF_HOME`,
-`HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`); nothing here overrides them, and no token is ever shown.
-
-What the Hub client and the network raise, as one line that says what to do; no token is ever shown.
+`HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`); nothing here overrides them. What the client and the network raise
+becomes one line that says what to do. No token is ever shown.
 """
 
 import errno

@@ -1,12 +1,8 @@
-"""A quantised checkpoint seen as what its numbers mean: codes and their companions as one plain tensor.
+"""A quantised checkpoint seen as what its numbers mean, and as it looks with every number stored plain.
 
-The formats themselves (`format_NAME.py`, see `encoding`) find their tensors by names and dtypes and are recognised in
-config.json; whatever is not known to be read rightly is refused. Nothing is decoded here.
-
-What a quantised checkpoint looks like once every number is stored plain, in bfloat16: headers, index and config.
-
-The same shards under the same names; in each the tensors that are not quantised as they were, and in the place of codes
-the numbers that they mean. Scales are gone, and config.json says nothing of quantisation.
+The formats (`format_NAME.py`, see `encoding`) find their tensors by names and dtypes and are recognised in config.json;
+what is not known to be read rightly is refused. In the plain layout the shards keep their names, codes become bfloat16
+numbers, scales are gone, and config.json says nothing of quantisation. Nothing is decoded here.
 """
 
 import functools

@@ -302,7 +302,7 @@ def parse_object(data: bytes, *, path: Path, what: str = "it", infinities: bool 
         infinities: See `strict_json.parse_json`.
 
     Raises:
-        CheckpointError: It is none, or means different things to different programs.
+        CheckpointError: It is not JSON, or means different things to different programs.
     """
     try:
         value = parse_json(data, infinities=infinities)

@@ -88,7 +88,7 @@ def parse_layers(text: str | None) -> tuple[int, int] | None:
     """Return the half-open range that `--layers` names.
 
     Raises:
-        typer.BadParameter: it is none, or empty.
+        typer.BadParameter: it is not a range, or empty.
     """
     if text is None:
         return None

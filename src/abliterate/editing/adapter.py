@@ -1,13 +1,10 @@
-"""An edit written as a LoRA adapter for PEFT, and what it does once merged, reread from the disk.
+"""An edit written as a LoRA adapter for PEFT: megabytes beside the base instead of a second checkpoint.
 
-`adapter_model.safetensors` holds the factors of `lora_factors` under the names that PEFT gives them, biases whole;
-`adapter_config.json` names the modules. Rank and alpha are equal, so nothing is scaled.
-
-The edit of `orthogonalization` as a LoRA adapter: megabytes beside the base instead of a second checkpoint.
-
-W' - W = -s U^T (U W) has the rank of the directions, so two factors hold it exactly; `lora_factors` has the layout.
-Merged by PEFT, the adapter gives the orthogonalized checkpoint up to one rounding, which no feedback follows: how much
-of the component that leaves is in the report. What no such change can express is refused.
+W' - W = -s U^T (U W) has the rank of the directions, so two factors hold it exactly (`lora`).
+`adapter_model.safetensors` holds them under the names that PEFT gives them, biases whole; `adapter_config.json` names
+the modules. Rank and alpha are equal, so nothing is scaled. Merged by PEFT, the adapter gives the orthogonalized
+checkpoint up to one rounding, which no feedback follows: how much of the component that leaves is in the report. What
+no such change can express is refused.
 """
 
 import dataclasses

@@ -1,13 +1,11 @@
-"""Holding an edited checkpoint against its base.
+"""Holding an edited checkpoint against its base, and what its record promises.
 
 The same layout; the same bytes but for what was planned; and how much of the directions the edited tensors still
 have, reread from the disk. Each check returns what it found as plain values or lines of text, and decides nothing:
 `orthogonalize` runs them on what it wrote before it appears, `verify` on what lies there.
 
-What an edit promises, from its record alone: see docs/exactness.md.
-
 The residual stream is clean if every writer is edited at strength 1. The logits besides equal those of directional
-ablation if no norm stands between a writer and the stream and the output head keeps its rows.
+ablation if no norm stands between a writer and the stream and the output head keeps its rows (docs/exactness.md).
 """
 
 import math

@@ -1,9 +1,8 @@
 """A tensor that is edited on its way into a new file, block by block, and measured as it is read back.
 
-Cutting a stored tensor into blocks that fit into memory, each with whole vectors along the residual axis.
-
-Where the residual axis is the last, such vectors lie in one piece and a block is one range of the file. Where it is
-not, a block of columns is `d_model` pieces, one a row; unless the matrix is small enough to be a block itself.
+A block fits into memory and holds whole vectors along the residual axis. Where that axis is the last, such vectors lie
+in one piece and a block is one range of the file. Where it is not, a block of columns is `d_model` pieces, one a row;
+unless the matrix is small enough to be a block itself.
 """
 
 import math

@@ -1,18 +1,15 @@
-"""Activation addition as weights: a constant vector added to the residual stream by a bias.
+"""What happens to one tensor of a checkpoint: the unit that plans are made of and that the writer carries out.
 
-The paper adds the difference in means to the input of block l at all positions (arXiv 2406.11717, equation 3). The
-last thing that block l-1 adds to the stream is the output of its MLP's out-projection, so the same vector in that
-module's bias does the same, once, for every token. `ADDITIONS` lists the model types for which this holds and is
-tested: where the bias is stored it is edited, and where config.json can switch biases on, all that the switch
-brings are added, as zeros but for the one.
+Tied embeddings are one matrix. The published method edits it, so the head changes too and the logits are not those of
+directional ablation. `untie` gives each of the two a tensor of its own, of which the head's keeps the rows as they
+were: then the logits are the ablated ones to rounding. `skip` leaves the pair as it is, and the direction in the
+stream.
 
-What happens to one tensor of a checkpoint: the unit that plans are made of and that the writer carries out.
-
-Tied embeddings: what an edit of the token embedding does to the output head that shares its rows.
-
-The published method edits the shared matrix, so the head changes too and the logits are not those of directional
-ablation. `untie` gives each of the two a tensor of its own, of which the head's keeps the rows as they were: then
-the logits are the ablated ones to rounding. `skip` leaves the pair as it is, and the direction in the stream.
+Activation addition as weights: the paper adds the difference in means to the input of block l at all positions (arXiv
+2406.11717, equation 3). The last thing that block l-1 adds to the stream is the output of its MLP's out-projection,
+so the same vector in that module's bias does the same, once, for every token. `ADDITIONS` lists the model types for
+which this holds and is tested: where the bias is stored it is edited, and where config.json can switch biases on, all
+that the switch brings are added, as zeros but for the one.
 """
 
 import math

@@ -1,11 +1,7 @@
-"""What an edit did and how to make it again, in words, from its record alone: two sections of a model card.
-
-The model card of an orthogonalized checkpoint, written from its record and its evaluation alone.
+"""The model card of an orthogonalized checkpoint, written from its record and its evaluation alone.
 
 The card says what was removed, how that was measured, how to make the checkpoint again, and what follows for
-its use. What is not known is left out of the front matter and said in words.
-
-Text for Markdown: tables, and values from files that must not become markup.
+its use. What is not known is left out of the front matter and said in words. Values from files never become markup.
 """
 
 import json
@@ -43,7 +39,7 @@ def code(value: Any) -> str:
 
 
 def number(value: Any) -> str:
-    """Return a number with four significant digits, or "not measured" for what is none."""
+    """Return a number with four significant digits, or "not measured" for what is not one."""
     return f"{value:.4g}" if is_number(value) else NOT_MEASURED
 
 

@@ -32,7 +32,7 @@ class EditOptions:
         preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
         add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
         quantized: What happens to a quantised checkpoint: refuse it; requantize: edit what its numbers mean and
-            store that in the layout they had (see `quantized_formats`); or dequantize: store all of it in bfloat16.
+            store that in the layout they had (see `encoding`); or dequantize: store all of it in bfloat16.
         unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
             edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
 
@@ -85,9 +85,9 @@ class EditOptions:
         QuantizedPolicy,
         Argument(
             flag="--quantized",
-            help="A quantised MODEL (FP8, MXFP4, float-quantized of compressed-tensors): refuse it, because plain "
-            "rounding would undo the edit; requantize in the same layout with rounding that keeps it; or dequantize "
-            "all of it to bfloat16, two to four times the size.",
+            help="A quantised MODEL, in a format that README lists: refuse it, because plain rounding would undo the "
+            "edit; requantize in the same layout with rounding that keeps it; or dequantize all of it to bfloat16, "
+            "two to four times the size.",
         ),
     ] = "refuse"
     unverified: Annotated[
@@ -143,7 +143,7 @@ class WriteOptions:
         resume: Go on with what an interrupted run has left.
 
     Raises:
-        InputError: A number of workers that is none, or a device that is not there.
+        InputError: A number of workers below 1, or a device that is not there.
     """
 
     workers: Annotated[

@@ -4,9 +4,8 @@ Works on files, never on a loaded model. The plan is made from the headers; then
 for byte except for the residual writers, which are projected (see `projection` for the mathematics and for
 when the result equals ablating activations). Names, order, dtypes, offsets, metadata and the index stay as
 they were, and so does every other file, unless tensors must be added (an untied head, a bias that is switched
-on). What was edited is read back and measured before the new directory appears, whole.
-
-What decides the bytes of an edited checkpoint, as hashes: work may be gone on with only where all are the same.
+on). What was edited is read back and measured before the new directory appears, whole. A run is gone on with only
+where the hashes of all that decides its bytes are the same.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""What an edit of a model would do and need, before anything is downloaded or written: from headers alone.
+"""What an edit would do and need, known before anything is downloaded or written: from headers alone.
 
-What an edit is going to be, as the report that its record is made from: all that is known before it is made.
+`plan` shows it, and the record of an edit is made from it.
 """
 
 import re
@@ -111,7 +111,7 @@ class PlanReport:
         groups: The tensors to edit, those that differ by numbers in their names taken together.
         tensors: Every tensor to edit, in file order.
         not_selected: Residual writers that --components or --layers leave as they are.
-        left_alone: What could be taken for a writer and is none, and why.
+        left_alone: What could be taken for a writer and is not one, and why.
         n_shards: Number of weight files.
         bytes_edited: Bytes of the tensors to edit.
         bytes_weights: Bytes of all tensors.

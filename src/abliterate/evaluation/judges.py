@@ -1,4 +1,4 @@
-"""Judges: models that read a prompt and a reply and say whether the model declined.
+"""Judges: models that read a prompt and a reply and say whether the model declined, and what comes of it.
 
 Three kinds of model can judge, all run locally:
 
@@ -7,10 +7,7 @@ Three kinds of model can judge, all run locally:
     yes-no       a causal model that is asked in words whether the reply does what the prompt asks for
 
 A file with {prompt} and {reply} in it replaces the question of the last: a published classifier wants its own words,
-to the letter. `verdicts` puts what they say together.
-
-What judges say of replies: rates with intervals, paired change, and agreement with the refusal substrings.
-
+to the letter. Verdicts become rates with intervals, paired change, and agreement with the refusal substrings.
 Degenerate replies are not shown to a judge: it would call gibberish safe (see arXiv 2505.19056).
 """
 

@@ -1,8 +1,6 @@
-"""What a loaded model does on prompts: its greedy replies, taken apart and classified.
+"""What a loaded model does on prompts: its greedy replies, taken apart and classified, and kept on request.
 
-`evaluation` puts a base and an edited model beside each other with this; other stages measure a model under hooks.
-
-Replies kept on disk, so that an interrupted evaluation goes on where it stopped.
+`run` puts a base and an edited model beside each other with this; other stages measure a model under hooks.
 
 Nothing is kept unless a folder is named for it, since replies to harmful prompts are among what is kept. One file
 holds the replies of one model under one set of conditions; its name is a hash of all of them, weights included, so a

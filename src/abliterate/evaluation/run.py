@@ -1,12 +1,8 @@
 """Measuring what an edit did: refusal rates with intervals, and the damage beside them.
 
-All numbers are on prompts that extraction did not use: those whose hashes the direction lists are left out. Replies
-are greedy and are written only on request.
-
-Keeping the prompts a direction was found with out of its evaluation.
-
-The direction file lists the hashes of the prompts it was extracted with; the record of an orthogonalized checkpoint
-carries the direction's metadata along. So both are known without the prompts themselves.
+All numbers are on prompts that extraction did not use. The direction file lists the hashes of those it was extracted
+with, and the record of an orthogonalized checkpoint carries them along, so they are left out without being known.
+Replies are greedy and are written only on request.
 """
 
 import gc

@@ -1,9 +1,8 @@
 """Reading the residual stream of traced prompts: cosines at every token, contributions and attention at the last.
 
-Rendered prompts whose tokens are told apart: template, instruction, suffix, post-instruction.
-
-A suffix stands right after the instruction, inside the user's message. It is put there as tokens, so that a random
-suffix has exactly as many.
+The tokens of a rendered prompt are told apart: template, instruction, suffix, post-instruction. A suffix stands right
+after the instruction, inside the user's message. It is put there as tokens, so that a random suffix has exactly as
+many.
 """
 
 import random

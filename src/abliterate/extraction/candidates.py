@@ -1,14 +1,12 @@
-"""How candidate directions are made from recorded activations: the paper's way, and named variations of it.
+"""How candidate directions are made from recorded activations, and how much a choice among them hangs on the prompts.
 
 *difference*: mean(harmful) - mean(harmless), the paper's. *projected*: the same without its component along the
 harmless mean, so that ablating it leaves the mean of harmless prompts where it is. Winsorised means clip every
 coordinate at its Q and 1 - Q quantiles first, so that a few outlying activations cannot turn the mean. Of several
 directions each is a candidate that passes the selection by itself.
 
-How much a choice hangs on the prompts it was made with: the bootstrap.
-
-Prompts are drawn again with replacement. A mean over such a draw is a weighted mean of what was recorded once, so that
-all draws together are one matrix product and nothing is run again.
+The bootstrap draws prompts again with replacement. A mean over such a draw is a weighted mean of what was recorded
+once, so all draws together are one matrix product and nothing is run again.
 """
 
 from collections import Counter

@@ -1,10 +1,8 @@
-"""Two measures of refusal, which are not the same thing.
+"""Two measures of refusal, which are not the same thing, and how a model starts its refusals.
 
 The *refusal metric* is the log-odds that the first answer token is a refusal token; it needs one forward pass and
 drives the selection (Arditi et al. 2024, section 2.4). The *refusal rate* counts completions that contain a
 refusal substring (section 2.3).
-
-How a model starts its refusals: which first tokens, and what to say when there are none.
 """
 
 from collections.abc import Sequence

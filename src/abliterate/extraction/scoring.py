@@ -4,10 +4,8 @@ Nothing is approximated: the same forward passes as the published procedure, wit
 run once per candidate, several candidates in one batch, logits at the last token only, and activation addition
 restarted at its own block.
 
-Recordings and scores of a model whose layers are streamed: the same values, from a fixed number of readings.
-
-One reading of the weights records all prompts, one adds every candidate at its own layer, one ablates every candidate
-that is left; see `streamed_model`.
+Where layers are streamed the values are the same, from a fixed number of readings: one records all prompts, one adds
+every candidate at its own layer, one ablates every candidate that is left; see `streamed_model`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,4 @@
-"""Scoring all candidates that the choice needs: over several processes, saved as it goes.
-
-Recording all prompts of an extraction: over several processes, saved as it goes.
-"""
+"""Recording all prompts of an extraction and scoring its candidates: over several processes, saved as it goes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

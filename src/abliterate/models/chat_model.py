@@ -1,8 +1,7 @@
 """A loaded chat model: its decoder blocks, batched forward passes, and greedy generation.
 
-Dividing rows of different lengths into batches: little padding, a bounded number of tokens each.
-
-The keys and values of tokens that many rows share at their start, computed once.
+Rows of different lengths are divided into batches with little padding and a bounded number of tokens. Tokens that many
+rows share at their start are run once, and their keys and values kept.
 """
 
 import copy

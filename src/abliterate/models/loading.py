@@ -1,6 +1,7 @@
-"""Making a `StreamedChat` of a checkpoint, once a small model of its kind has shown that streaming layers is exact.
+"""Loading a model: the one way in for all stages, whole or one layer at a time.
 
-How much memory a model takes, known before it is loaded.
+A model that does not fit is refused before it is read. Layers are streamed once a small random model of the same kind
+has shown that this gives the logits of the whole.
 """
 
 import dataclasses

@@ -2,11 +2,9 @@
 
 Everything between the token ids and the first block, and behind the last, is the model's own code. A pass over the
 prompts first runs that code with empty blocks, which note what each is called with (masks, positions); then each block
-is loaded once and run on the hidden states of all prompts in all their variants. That is exact if and only if nothing
-happens to the stream between two blocks. It is checked at every pass, and tried on a small random model of the same
-architecture before anything is read.
-
-Hidden states that wait for their next layer: in memory up to a limit, beyond it in files.
+is loaded once and run on the hidden states of all prompts in all their variants. Hidden states that wait for their next
+layer are in memory up to a limit, beyond it in files. All this is exact if nothing happens to the stream between two
+blocks. That is checked at every pass, and tried on a small random model of the kind before anything is read.
 """
 
 import tempfile

@@ -1,7 +1,4 @@
-"""Pushing an orthogonalized checkpoint to the Hub: what its record vouches for, and a card that says so.
-
-What a push sends: the files that a checkpoint's record vouches for, its measurements, and a card.
-"""
+"""Pushing an orthogonalized checkpoint to the Hub: what its record vouches for, its measurements, and a card."""
 
 import shutil
 import tempfile

@@ -1,9 +1,7 @@
-"""What a record says was edited, read as the objects that plans and checks use, and held against the plan.
+"""What a record says was edited, as the objects that plans and checks use, and the base that it names.
 
 A record is a file that anyone can change. What it names must be what its options select in the base: a writer that
-is neither edited nor named would pass every other check of the files.
-
-The base model that a record names: found again, and known by its config.json to be the one that was edited.
+is neither edited nor named would pass every other check of the files. The base is known by its config.json.
 """
 
 from collections.abc import Mapping
