@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from abliterate.directions import make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import make_edit_plan
-from abliterate.editing.plan_report import plan_edit
+from abliterate.editing.plan_report import plan_layout, read_layout
 from tests.support.fake_hub import FakeHub
 from tests.support.tiny_models import D_MODEL, random_direction, save_tiny_llama
 
@@ -313,7 +313,7 @@ class TestConfig:
     def test_infinity_passes_where_released_configs_have_it(self, base, direction):
         # transformers 4 wrote `"time_step_limit": [0.0, Infinity]`.
         edit_config(time_step_limit=[0.0, float("inf")])(base)
-        assert plan_edit(model=str(base)).counts["embed"] == 1
+        assert plan_layout(read_layout(model=str(base))).counts["embed"] == 1
 
 
 class TestHeaders:

@@ -16,7 +16,7 @@ from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.plan_report import plan_edit
+from abliterate.editing.plan_report import plan_layout, read_layout
 from abliterate.errors import AbliterateError
 from tests.support.checkpoint_mutations import break_checkpoint, make_harmless
 from tests.support.tiny_models import random_direction
@@ -93,7 +93,7 @@ def _edit(checkpoint: Path, output: Path, options: EditOptions, direction: Direc
     known: list[str] = []
     for run in (
         lambda: open_checkpoint(checkpoint),
-        lambda: plan_edit(model=str(checkpoint), options=EditOptions(unverified=options.unverified)),
+        lambda: plan_layout(read_layout(model=str(checkpoint)), options=EditOptions(unverified=options.unverified)),
         lambda: orthogonalize_checkpoint(
             source=checkpoint, direction=direction, output=None, options=options, dry_run=True
         ),
