@@ -70,6 +70,7 @@ def test_notes_and_progress_go_to_stderr_unless_quiet(capsys):
 
 def test_of_several_processes_the_first_reports(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     Output(json_output=True).report(REPORT, tables=list)
     assert capsys.readouterr().out == ""
 

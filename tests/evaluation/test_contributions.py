@@ -160,8 +160,18 @@ def test_a_wrong_head_count_is_noticed() -> None:
 
 def test_what_is_no_plain_linear_map_is_refused_by_name() -> None:
     chat = tiny_chat("llama")
-    chat.blocks[1].self_attn.o_proj = nn.Sequential(chat.blocks[1].self_attn.o_proj)  # type: ignore[union-attr]
-    with pytest.raises(HeadsUnknownError, match="llama: its out-projection is a Sequential"):
+    projection: Any = chat.blocks[1].self_attn.o_proj  # type: ignore[union-attr]
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = projection.weight
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 2 * projection(hidden)
+
+    chat.blocks[1].self_attn.o_proj = Doubled()  # type: ignore[union-attr]
+    with pytest.raises(HeadsUnknownError, match="llama: its out-projection is a Doubled"):
         run(chat)
 
 
@@ -178,7 +188,7 @@ def test_an_attention_without_a_known_out_projection_is_refused_by_name() -> Non
     block: Any = chat.blocks[0]
     block.self_attn.strange = block.self_attn.o_proj
     del block.self_attn.o_proj
-    with pytest.raises(HeadsUnknownError, match="llama: the head table needs an attention module"):
+    with pytest.raises(HeadsUnknownError, match="llama: the head table needs one attention module"):
         find_block_parts(chat)
 
 

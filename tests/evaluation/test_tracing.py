@@ -155,7 +155,7 @@ def test_unknown_heads_leave_the_cosines_and_say_why(
 ) -> None:
     whole = trace_direction(model=llama_chat, direction=direction(), options=TraceOptions(prompts=(spec,)))
     if broken == "parts":
-        monkeypatch.setattr("abliterate.evaluation.contributions.OUT_PROJECTION_NAMES", ("nothing",))
+        monkeypatch.setattr("abliterate.evaluation.tracing.find_block_parts", _refuse)
     else:
         monkeypatch.setattr("abliterate.evaluation.traced_stream.check_decomposition", _refuse)
     messages: list[str] = []
@@ -207,7 +207,7 @@ def test_the_files_hold_the_same_numbers(llama_chat: ChatModel, spec: str, tmp_p
 def test_without_heads_there_are_no_files_about_them(
     llama_chat: ChatModel, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abliterate.evaluation.contributions.OUT_PROJECTION_NAMES", ("nothing",))
+    monkeypatch.setattr("abliterate.evaluation.tracing.find_block_parts", _refuse)
     report = trace_direction(model=llama_chat, direction=direction(), options=TraceOptions(prompts=(spec,)))
     written = write_trace_report(report, tmp_path / "report")
     assert [path.name for path in written] == ["trace.json", "cosines.csv", "cosines.png"]

@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from abliterate._version import __version__
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.progress import SILENT, ProgressReporter
@@ -66,5 +64,7 @@ def versions(*names: str) -> dict[str, str]:
     Args:
         names: abliterate, python, torch, or packages that are installed.
     """
+    import torch
+
     known = {"abliterate": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return {name: known.get(name) or metadata.version(name) for name in names}
