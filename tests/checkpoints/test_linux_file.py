@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import abliterate.checkpoints.file_ranges
 from abliterate.checkpoints.file_ranges import BOUNDARY, AlignedMemory, address, round_up
-from abliterate.checkpoints.linux_file import LinuxFile, open_direct
+from abliterate.checkpoints.linux_file import LinuxFile, is_cached, open_direct
 from abliterate.errors import CheckpointError
 
 SIZE = 300_000
@@ -194,3 +194,15 @@ def test_memory_is_taken_once_and_begins_at_a_boundary():
     assert address(one) % BOUNDARY == 0
     assert address(memoryview(b"abc")) is None
     assert [round_up(value) for value in (0, 1, BOUNDARY, BOUNDARY + 1)] == [0, BOUNDARY, BOUNDARY, 2 * BOUNDARY]
+
+
+def test_what_is_in_the_page_cache_is_told_where_the_kernel_tells(source):
+    descriptor = os.open(source, os.O_RDONLY)
+    try:
+        before = is_cached(descriptor, 0, SIZE)
+        os.pread(descriptor, SIZE, 0)
+        after = is_cached(descriptor, 0, SIZE)
+    finally:
+        os.close(descriptor)
+    assert not before or after
+    assert is_cached(-1, 0, SIZE) is False

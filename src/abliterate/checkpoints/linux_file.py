@@ -7,9 +7,12 @@ kernel keeps them consistent. Where a file system can do none of this, everythin
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import mmap
 import os
+import platform
 import struct
 from pathlib import Path
 
@@ -22,6 +25,11 @@ _LEAST_DIRECT = 1 << 16
 # Of ioctl, in linux/fs.h: let one file have the blocks of another, all of them or a range.
 _FICLONE = 0x40049409
 _FICLONERANGE = 0x4020940D
+
+
+# The system call has the same number on every architecture but one. It is there since version 6.5.
+_CACHESTAT = 451
+_LIBC = ctypes.CDLL(None) if platform.machine() != "alpha" else None
 
 
 class LinuxFile(PlainFile):
@@ -63,7 +71,7 @@ class LinuxFile(PlainFile):
             self._direct, self._goes_direct = None, False
 
     def _read_blocks(self, room: memoryview, start: int, least: int) -> int:
-        if not self._goes_direct or least < _LEAST_DIRECT:
+        if not self._goes_direct or least < _LEAST_DIRECT or is_cached(self.descriptor, start, least):
             return 0
         done = 0
         while self._direct is not None and done < least and done % BOUNDARY == 0:
@@ -103,6 +111,22 @@ def open_direct(path: Path, flags: int) -> int | None:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
         return None
+
+
+def is_cached(descriptor: int, offset: int, count: int) -> bool:
+    """Return whether most of a range of a file lies in the page cache; False where the kernel does not say.
+
+    Without it a source that is in the cache would be read from the disk again, or one that is not through the cache:
+    the first costs 7 to 11 % of an edit, the second 24 % (benchmarks/README.md).
+    """
+    if _LIBC is None:
+        return False
+    wanted = (ctypes.c_uint64 * 2)(offset, count)
+    found = (ctypes.c_uint64 * 5)()
+    if _LIBC.syscall(_CACHESTAT, descriptor, ctypes.byref(wanted), ctypes.byref(found), 0):
+        return False
+    pages: int = found[0]
+    return 2 * pages * mmap.PAGESIZE >= count
 
 
 def clones(source: Path, directory: Path) -> bool:
