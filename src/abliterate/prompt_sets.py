@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from abliterate.arguments import Argument
 from abliterate.errors import PromptSetError
 from abliterate.prompt_files import SPEC_FORMS, Prompts, read_prompt_file, read_prompts
 
@@ -26,6 +27,20 @@ Part = Literal["train", "validation", "test"]
 Kind = Literal["harmful", "harmless", "borderline"]
 
 BUNDLED = "bundled"
+
+HarmfulSpec = Annotated[
+    str,
+    Argument(
+        flag="--harmful", metavar="SPEC", help="Harmful prompts: bundled, a file, or a Hub dataset.", names_file=True
+    ),
+]
+HarmlessSpec = Annotated[
+    str,
+    Argument(
+        flag="--harmless", metavar="SPEC", help="Harmless prompts: bundled, a file, or a Hub dataset.", names_file=True
+    ),
+]
+
 MINIMUM_COUNTS: dict[Part, int] = {"train": 256, "validation": 64, "test": 128}
 MINIMUM_BORDERLINE = 100
 MINIMUM_CATEGORIES = 10

@@ -20,7 +20,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, Scratch, WrittenFile, open_file, round_up
+import torch
+from torch import Tensor
+
+from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, WrittenFile, open_file, round_up
 from abliterate.errors import VerificationError
 from abliterate.progress import Advance
 
@@ -44,6 +47,20 @@ class Traffic:
         self.read += other.read
         self.written += other.written
         self.shared += other.shared
+
+
+class Scratch:
+    """Memory that one thread computes in, block after block."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return [size], the same memory for a name each time, with what its last user left."""
+        key = (name, dtype, device)
+        if key not in self._kept or len(self._kept[key]) < size:
+            self._kept[key] = torch.empty(size, dtype=dtype, device=device)
+        return self._kept[key][:size]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -16,14 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import BinaryIO, Self
 
 from abliterate.errors import CheckpointError
 from abliterate.progress import Advance
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 # A multiple of what any common disk asks for.
 BOUNDARY = 4096
@@ -235,22 +231,6 @@ def became_shorter(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path}: it became shorter while it was being read; the file is damaged or incomplete, download it again"
     )
-
-
-class Scratch:
-    """Memory that one thread works in, block after block."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, size: int, *, dtype: "torch.dtype", device: "torch.device") -> "Tensor":
-        """Return [size], the same memory for a name each time, with what its last user left."""
-        import torch
-
-        key = (name, dtype, device)
-        if key not in self._kept or len(self._kept[key]) < size:
-            self._kept[key] = torch.empty(size, dtype=dtype, device=device)
-        return self._kept[key][:size]
 
 
 _CHUNK_BYTES = 16 << 20

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.file_ranges import Scratch
+from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.directions import orthonormalize
 
 # Elements that are held in the arithmetic's wide dtype at a time, so that memory is bounded by a block and

@@ -11,7 +11,7 @@ from abliterate.evaluation.report import RefusalRate
 from abliterate.evaluation.statistics import PairedChange
 from abliterate.extraction.options import Thresholds
 from abliterate.files import write_json
-from abliterate.prompt_sets import BUNDLED
+from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
 
 if TYPE_CHECKING:
     from abliterate.evaluation.candidate_ranking import CandidateSummary, Stability
@@ -73,24 +73,8 @@ class AuditOptions:
         thresholds: see `AuditThresholds`.
     """
 
-    harmful: Annotated[
-        str,
-        Argument(
-            flag="--harmful",
-            metavar="SPEC",
-            help="Harmful prompts: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
-    harmless: Annotated[
-        str,
-        Argument(
-            flag="--harmless",
-            metavar="SPEC",
-            help="Harmless prompts: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
+    harmful: HarmfulSpec = BUNDLED
+    harmless: HarmlessSpec = BUNDLED
     test_harmful: Annotated[
         str,
         Argument(

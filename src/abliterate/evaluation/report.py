@@ -9,7 +9,7 @@ from abliterate.arguments import Argument
 from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import PairedChange, paired_change, wilson_interval
 from abliterate.files import write_json
-from abliterate.prompt_sets import BUNDLED
+from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
 
 if TYPE_CHECKING:
     from abliterate.evaluation.capability import CapabilityReport
@@ -82,24 +82,8 @@ class EvaluationOptions:
         cache: a folder that keeps replies (token ids, those to harmful prompts too) for resuming; None keeps none.
     """
 
-    harmful: Annotated[
-        str,
-        Argument(
-            flag="--harmful",
-            metavar="SPEC",
-            help="Harmful prompts: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
-    harmless: Annotated[
-        str,
-        Argument(
-            flag="--harmless",
-            metavar="SPEC",
-            help="Harmless prompts: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
+    harmful: HarmfulSpec = BUNDLED
+    harmless: HarmlessSpec = BUNDLED
     borderline: Annotated[
         str,
         Argument(flag="--borderline", metavar="SPEC", help="Safe prompts that look unsafe.", names_file=True),

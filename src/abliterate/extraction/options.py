@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from abliterate.arguments import Argument
-from abliterate.prompt_sets import BUNDLED
+from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
 
 Variant = Literal["difference", "projected"]
 
@@ -13,24 +13,8 @@ Variant = Literal["difference", "projected"]
 class PromptSources:
     """Where the prompts of an extraction come from; see `abliterate.prompt_sets`."""
 
-    harmful: Annotated[
-        str,
-        Argument(
-            flag="--harmful",
-            metavar="SPEC",
-            help="Harmful prompts: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
-    harmless: Annotated[
-        str,
-        Argument(
-            flag="--harmless",
-            metavar="SPEC",
-            help="Harmless prompts: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
+    harmful: HarmfulSpec = BUNDLED
+    harmless: HarmlessSpec = BUNDLED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

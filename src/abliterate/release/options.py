@@ -5,7 +5,7 @@ from typing import Annotated
 
 from abliterate.arguments import Argument
 from abliterate.errors import InputError
-from abliterate.prompt_sets import BUNDLED
+from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,24 +20,8 @@ class VerificationOptions:
     """
 
     quick: Annotated[bool, Argument(flag="--quick", help="Check the files only; run no model.")] = False
-    harmful: Annotated[
-        str,
-        Argument(
-            flag="--harmful",
-            metavar="SPEC",
-            help="Harmful prompts: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
-    harmless: Annotated[
-        str,
-        Argument(
-            flag="--harmless",
-            metavar="SPEC",
-            help="Harmless prompts: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
+    harmful: HarmfulSpec = BUNDLED
+    harmless: HarmlessSpec = BUNDLED
     n_prompts: Annotated[
         int,
         Argument(
