@@ -40,6 +40,7 @@ def test_the_stream_is_clean_and_each_group_of_edits_is_needed(tmp_path, name):
     hooks = result.hooks
     assert hooks.ablated < (1e-6 if model_type in FLOAT32 else 1e-9)
     assert (hooks.unlike_edited or 0) < 1e-6
+    assert hooks.unlike_alone < 1e-6
     assert (hooks.unlike_hidden_states or 0) < 1e-9
     rows = [exact_row(name, result), *reason_rows(name, result)]
     assert set(rows) <= set(written_rows()), "run `python -m scripts.architecture_matrix`"

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import abliterate.editing.projection
-from abliterate.checkpoints.file_ranges import AlignedMemory, Scratch, open_file
+from abliterate.checkpoints.file_assembly import Scratch
+from abliterate.checkpoints.file_ranges import AlignedMemory, open_file
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, tensor_bytes
 from abliterate.editing.edited_tensors import blocks_of
 from abliterate.editing.projection import ComponentMeter, block_width, component_and_norm, project_out

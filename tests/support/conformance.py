@@ -213,6 +213,8 @@ class HookResult:
         ablated: The stream's component in the base with the direction ablated by hooks.
         unlike_edited: Largest difference between that stream and the edited model's, over the stream's length; None
             where norms stand behind writers, so that the two are not the same.
+        unlike_alone: Largest difference between the stream of a row whose direction is ablated beside rows with others,
+            as candidates are scored, and that of the same row with its direction alone.
         unlike_hidden_states: Largest difference between what is recorded and transformers' `output_hidden_states`; None
             where nothing is.
         starts_at_blocks: A pass may start at any block.
@@ -222,6 +224,7 @@ class HookResult:
 
     ablated: float
     unlike_edited: float | None
+    unlike_alone: float
     unlike_hidden_states: float | None
     starts_at_blocks: bool | None
     not_extracted: str | None
@@ -292,6 +295,7 @@ def check_hooks(
     return HookResult(
         ablated=max(_component(stream, direction) for stream in ablated),
         unlike_edited=None if has_norms else _largest_difference(ablated, read_stream(edited, inputs)),
+        unlike_alone=_unlike_alone(chat, inputs),
         unlike_hidden_states=None if chat.stream.not_extracted else _unlike_hidden_states(chat, inputs),
         starts_at_blocks=starts,
         not_extracted=not_extracted,
@@ -304,6 +308,19 @@ def _largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> fl
     return max(
         float(((a - b).double().norm(dim=-1) / a.double().norm(dim=-1).clamp_min(1e-300)).max()) for a, b in pairs
     )
+
+
+def _unlike_alone(chat: ChatModel, inputs: Mapping[str, Tensor]) -> float:
+    n_rows = len(inputs["input_ids"])
+    directions = torch.randn(n_rows, chat.d_model, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with ablate_direction(chat, directions):
+        together = read_stream(chat.model, inputs)
+    worst = 0.0
+    for row in range(n_rows):
+        with ablate_direction(chat, directions[row]):
+            alone = read_stream(chat.model, inputs)
+        worst = max(worst, _largest_difference([s[row] for s in alone], [s[row] for s in together]))
+    return worst
 
 
 def _unlike_hidden_states(chat: ChatModel, inputs: Mapping[str, Tensor]) -> float:
