@@ -9,6 +9,7 @@ from abliterate.evaluation.reply_classes import read_reply
 from abliterate.extraction.options import Thresholds
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction
+from abliterate.models.stream_probe import probe_stream
 from abliterate.progress import SILENT
 from abliterate.prompt_sets import ExtractionPrompts, split_for_extraction
 
@@ -21,7 +22,7 @@ def prompts() -> ExtractionPrompts:
 
 
 def make_finder(chat: ChatModel, prompts: ExtractionPrompts, thresholds: Thresholds = ANYTHING) -> CandidateFinder:
-    return CandidateFinder(chat=chat, prompts=prompts, thresholds=thresholds, progress=SILENT)
+    return CandidateFinder(chat=chat, probe=probe_stream(chat), prompts=prompts, thresholds=thresholds, progress=SILENT)
 
 
 @pytest.fixture

@@ -29,14 +29,14 @@ from abliterate.evaluation.drift import BaseDistributions, Surprise, compare_sur
 from abliterate.evaluation.replies import Answers, answer_prompts, measure_surprise, read_replies
 from abliterate.evaluation.reply_classes import Reply
 from abliterate.evaluation.report import RefusalRate, count_replies, refusal_change
-from abliterate.models.chat_model import ChatModel, find_response_prefix, with_response_prefix
+from abliterate.extraction.run import force_response_prefix
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
+from abliterate.models.stream_probe import StreamProbe, probe_stream
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, Kind, PromptSet, load_prompt_set, split_for_extraction
-
-N_PREFIX_PROMPTS = 8
 
 
 def audit_model(
@@ -71,8 +71,9 @@ def audit_model(
         "harmless": _test_set(options.test_harmless, "harmless", options.n_test, prompts),
     }
     opened = open_model(model, options=model_options or ModelOptions(), progress=progress)
-    chat = with_response_prefix(opened.chat, _response_prefix(opened.chat, prompts))
-    audit = _Audit(chat=chat, prompts=prompts, test=test, options=options, progress=progress)
+    probe = probe_stream(opened.chat)
+    chat = force_response_prefix(opened.chat, prompts, progress)
+    audit = _Audit(chat=chat, probe=probe, prompts=prompts, test=test, options=options, progress=progress)
     return audit.run(opened.name, opened.revision)
 
 
@@ -100,11 +101,6 @@ def _test_set(spec: str, kind: Kind, n: int, prompts: ExtractionPrompts) -> Prom
     return replace(left, texts=left.texts[:n], ids=left.ids[:n], categories=left.categories[:n])
 
 
-def _response_prefix(chat: ChatModel, prompts: ExtractionPrompts) -> str:
-    few = [*prompts.harmful_train.texts[:N_PREFIX_PROMPTS], *prompts.harmless_train.texts[:N_PREFIX_PROMPTS]]
-    return find_response_prefix(chat, few)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Base:
     """What the unchanged model does on the test prompts."""
@@ -122,12 +118,14 @@ class _Audit:
         self,
         *,
         chat: ChatModel,
+        probe: StreamProbe,
         prompts: ExtractionPrompts,
         test: dict[str, PromptSet],
         options: AuditOptions,
         progress: ProgressReporter,
     ) -> None:
         self._chat = chat
+        self._probe = probe
         self._prompts = prompts
         self._test = test
         self._options = options
@@ -142,7 +140,11 @@ class _Audit:
         induced: RefusalRate | None = None
         if base.rates["harmful"].rate >= self._options.thresholds.min_refusal:
             finder = CandidateFinder(
-                chat=self._chat, prompts=self._prompts, thresholds=self._options.selection, progress=self._progress
+                chat=self._chat,
+                probe=self._probe,
+                prompts=self._prompts,
+                thresholds=self._options.selection,
+                progress=self._progress,
             )
             summary = finder.screen(n_candidates=self._options.n_screened, max_new_tokens=self._options.max_new_tokens)
             with self._base_distributions(base) as distributions:

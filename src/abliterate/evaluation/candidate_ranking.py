@@ -6,8 +6,8 @@ harmful from harmless validation prompts, and then *screened*: each is ablated, 
 that get an answer are counted.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,17 +17,19 @@ from abliterate.evaluation.reply_classes import read_reply
 from abliterate.extraction.candidates import resampled_cosines
 from abliterate.extraction.options import DirectionRecipe, Thresholds
 from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric
+from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import CandidateScorer
-from abliterate.extraction.selection import CandidateScore, passing_candidates
+from abliterate.extraction.selection import Candidate, CandidateScore, passing_candidates
+from abliterate.extraction.shared_runs import RecordingRun, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.hooks import Recording, ablate_direction, difference_in_means, record
+from abliterate.models.hooks import Recording, ablate_direction, difference_in_means
+from abliterate.models.stream_probe import StreamProbe
+from abliterate.processes import Ranks
 from abliterate.progress import ProgressReporter
-from abliterate.prompt_sets import ExtractionPrompts, PromptSet
+from abliterate.prompt_sets import ExtractionPrompts
 
 MIN_FILTERED = 8
 """With fewer prompts than this left on one side, the filter by the refusal metric is not applied."""
-ZERO_NORM = 1e-9
-"""A candidate shorter than this share of the longest is a zero vector."""
 N_SCREENING_PROMPTS = 16
 
 
@@ -92,25 +94,37 @@ class CandidateFinder:
 
     Args:
         chat: the model.
+        probe: what was found about its blocks.
         prompts: training and validation prompts.
         thresholds: what makes a candidate pass.
         progress: where to show progress.
     """
 
     def __init__(
-        self, *, chat: ChatModel, prompts: ExtractionPrompts, thresholds: Thresholds, progress: ProgressReporter
+        self,
+        *,
+        chat: ChatModel,
+        probe: StreamProbe,
+        prompts: ExtractionPrompts,
+        thresholds: Thresholds,
+        progress: ProgressReporter,
     ) -> None:
         self._chat = chat
+        self._probe = probe
         self._prompts = prompts
         self._thresholds = thresholds
         self._progress = progress
-        harmful, harmless = self._record(prompts.harmful_train), self._record(prompts.harmless_train)
+        self._saved = SavedWork(None, key={}, progress=progress)
+        recordings = RecordingRun(
+            chat=chat, prompts=prompts, saved=self._saved, ranks=Ranks(), progress=progress
+        ).record()
+        harmful, harmless = recordings["harmful_train"], recordings["harmless_train"]
         found = find_refusal_tokens(harmful_logits=harmful.logits, harmless_logits=harmless.logits)
         self._token_ids = [token_id for token_id, _, _ in found]
         self._harmful, self._harmless, self._filtered = self._filter(harmful, harmless)
         self.candidates = difference_in_means(harmful=self._harmful, harmless=self._harmless)
-        self._grid = self._able()
-        self._separation = self._separate()
+        self._grid = able_candidates(self.candidates, thresholds=thresholds)
+        self._separation = self._separate(recordings)
         self._scores = {(score.position, score.layer): score for score in self._score()} if found else {}
 
     def screen(self, *, n_candidates: int, max_new_tokens: int) -> CandidateSummary:
@@ -169,11 +183,6 @@ class CandidateFinder:
             n_resamples=n_resamples, mean_cosine=float(found.mean()), low_cosine=float(found.quantile(0.05))
         )
 
-    def _record(self, prompts: PromptSet) -> Recording:
-        rows = self._chat.encode(prompts.texts)
-        with self._progress.task(f"Recording {prompts.name}", total=len(rows)) as advance:
-            return record(self._chat, rows, advance=advance)
-
     def _filter(self, harmful: Recording, harmless: Recording) -> tuple[Tensor, Tensor, bool]:
         if self._token_ids:
             keep = [
@@ -184,21 +193,8 @@ class CandidateFinder:
                 return harmful.activations[keep[0]], harmless.activations[keep[1]], True
         return harmful.activations, harmless.activations, False
 
-    def _able(self) -> list[tuple[int, int]]:
-        norms = self.candidates.norm(dim=-1)
-        n_positions, n_layers = norms.shape
-        return [
-            (position, layer)
-            for position in range(-n_positions, 0)
-            for layer in range(min(n_layers, self._thresholds.layer_limit(n_layers)))
-            if norms[position, layer] > ZERO_NORM * norms.max()
-        ]
-
-    def _separate(self) -> dict[tuple[int, int], float]:
-        harmful, harmless = (
-            self._record(prompts).activations.double()
-            for prompts in (self._prompts.harmful_validation, self._prompts.harmless_validation)
-        )
+    def _separate(self, recordings: Mapping[str, Recording]) -> dict[Candidate, float]:
+        harmful, harmless = (recordings[f"{kind}_validation"].activations.double() for kind in ("harmful", "harmless"))
         found = {}
         for position, layer in self._grid:
             unit = self.candidates[position, layer] / self.candidates[position, layer].norm()
@@ -208,25 +204,24 @@ class CandidateFinder:
         return found
 
     def _score(self) -> list[CandidateScore]:
-        """Score the candidates as `extract` does; KL and bypass only of those that induce refusal."""
+        """Score the candidates as `extract` does; bypass and KL of all that induce: how many pass is reported."""
         scorer = CandidateScorer(
             chat=self._chat,
             candidates=self.candidates,
             harmful_rows=self._chat.encode(self._prompts.harmful_validation.texts),
             harmless_rows=self._chat.encode(self._prompts.harmless_validation.texts),
             token_ids=self._token_ids,
+            probe=self._probe,
         )
-        scores = []
-        with self._progress.task("Scoring candidates", total=len(self._grid)) as advance:
-            for position, layer in self._grid:
-                score = CandidateScore(position=position, layer=layer, induce=scorer.induce(position, layer))
-                if score.induce is not None and score.induce >= self._thresholds.induce:
-                    score = replace(score, kl=scorer.kl(position, layer))
-                if score.kl is not None and score.kl <= self._thresholds.kl:
-                    score = replace(score, bypass=scorer.bypass(position, layer))
-                scores.append(score)
-                advance(1)
-        return scores
+        scorer.kl_at_once = None
+        run = ScoringRun(
+            scorer=scorer,
+            saved=self._saved,
+            thresholds=self._thresholds,
+            n_layers=self._chat.n_layers,
+            progress=self._progress,
+        )
+        return run.score(self.candidates)
 
     def _propose(self, passing: Sequence[tuple[int, int]], n_candidates: int) -> list[tuple[int, int]]:
         chosen = list(passing[: n_candidates // 2])

@@ -94,7 +94,7 @@ def extract_direction(
     source, chat = opened.source, opened.chat
     # A small model of the kind has been looked at where layers are streamed.
     probe = None if isinstance(chat, StreamedChat) else probe_stream(chat)
-    chat = _force_response_prefix(chat, prompts, progress)
+    chat = force_response_prefix(chat, prompts, progress)
     saved = SavedWork(
         work_directory if source is not None and ranks.is_first else None,
         key=_work_key(source, prompts, options, model_options),
@@ -141,7 +141,8 @@ def _check_options(options: ExtractionOptions) -> None:
             raise InputError(f"--{name} {value} must be at least {low}")
 
 
-def _force_response_prefix(chat: ChatModel, prompts: ExtractionPrompts, progress: ProgressReporter) -> ChatModel:
+def force_response_prefix(chat: ChatModel, prompts: ExtractionPrompts, progress: ProgressReporter) -> ChatModel:
+    """Return the model with what starts all of its answers forced: the token after it tells them apart."""
     few = [*prompts.harmful_train.texts[:N_PREFIX_PROMPTS], *prompts.harmless_train.texts[:N_PREFIX_PROMPTS]]
     prefix = find_response_prefix(chat, few)
     if prefix:

@@ -30,6 +30,23 @@ ZERO_NORM = 1e-9
 """A candidate shorter than this share of the longest is a zero vector."""
 
 
+def able_candidates(candidates: Tensor, *, thresholds: Thresholds) -> list[Candidate]:
+    """Return the candidates that can be chosen: below the layer limit, and no zero vectors.
+
+    Args:
+        candidates: [n_pos, n_layers, d_model], un-normalised.
+        thresholds: see `Thresholds`.
+    """
+    norms = candidates.norm(dim=-1)
+    n_positions, n_layers = norms.shape
+    return [
+        (position, layer)
+        for position in range(-n_positions, 0)
+        for layer in range(min(n_layers, thresholds.layer_limit(n_layers)))
+        if norms[position, layer] > ZERO_NORM * norms.max()
+    ]
+
+
 class Scorer(Protocol):
     """Computes scores of candidates, prompt by prompt."""
 
@@ -83,9 +100,7 @@ class ScoringRun:
             candidates: [n_pos, n_layers, d_model], un-normalised.
         """
         grid = [(p, layer) for p in range(-len(candidates), 0) for layer in range(self.n_layers)]
-        norms = candidates.norm(dim=-1)
-        limit = self.thresholds.layer_limit(self.n_layers)
-        able = [(p, layer) for p, layer in grid if layer < limit and norms[p, layer] > ZERO_NORM * norms.max()]
+        able = able_candidates(candidates, thresholds=self.thresholds)
         with self.progress.task("Scoring candidates", total=3 * len(able)) as advance:
             n_done = 0
 
