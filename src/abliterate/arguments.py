@@ -6,6 +6,7 @@ The commands make their options of it, and `cli_arguments` writes options down a
 """
 
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def arguments_of(options: "type[DataclassInstance]") -> dict[str, Argument]:
 def cli_arguments(options: "DataclassInstance") -> list[str]:
     """Return the command-line arguments that give these options: those that differ from the defaults.
 
-    What is about the machine is left out; fields that are options themselves follow in their places.
+    What is about the machine is left out, and so are the folders of its files: what is written down may be published.
+    Fields that are options themselves follow in their places.
     """
     words: list[str] = []
     defaults, known = type(options)(), arguments_of(type(options))
@@ -66,8 +68,21 @@ def _annotated(annotation: Any) -> Argument | None:
 def _words(argument: Argument, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [argument.flag]
-    if not isinstance(value, tuple):
-        return [argument.flag, str(value)]
+    parts = [_without_folder(str(part)) if argument.names_file else str(part) for part in _parts(value)]
     if argument.separator is not None:
-        return [argument.flag, argument.separator.join(map(str, value))]
-    return [word for part in value for word in (argument.flag, str(part))]
+        parts = [argument.separator.join(parts)]
+    return [word for part in parts for word in _option(argument.flag, part)]
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _option(flag: str, value: str) -> list[str]:
+    # A value that begins with a dash would be taken for an option of its own.
+    return [f"{flag}={value}"] if value.startswith("-") else [flag, value]
+
+
+def _without_folder(spec: str) -> str:
+    path, colon, column = spec.partition(":")
+    return Path(path).name + colon + column if Path(path).is_absolute() or Path(path).exists() else spec

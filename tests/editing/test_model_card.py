@@ -153,7 +153,8 @@ class TestText:
         assert f"| Coefficient | {coefficient:g} |" in text
         assert "but for `mlp_bias: true`" in text
         assert "Strength" not in text
-        assert commands(card)[1][-2:] == ["--add", str(coefficient)]
+        words = [f"--add={coefficient}"] if coefficient < 0 else ["--add", str(coefficient)]
+        assert commands(card)[1][-len(words) :] == words
 
     def test_measurements(self, record):
         text = section(card_of(record, evaluation_report()), "How it was measured")
@@ -190,11 +191,33 @@ class TestText:
         assert "1 to not measured" in text
 
 
+class TestMeasurements:
+    def test_each_is_a_row_with_its_unit(self, record):
+        measured = [
+            {"name": "KL, first token", "unit": "nats a token", "model": 0.0312, "base": None, "relative_change": None},
+            {"name": "entropy | x", "unit": "bits", "model": 0.533, "base": 0.512, "relative_change": 0.041},
+        ]
+        text = section(card_of(record, evaluation_report(measurements=measured)), "How it was measured")
+        assert "| KL, first token | nats a token | 0.0312 |" in text
+        assert "| entropy \\| x | bits | 0.512 to 0.533 (+4.1 %) |" in text
+
+    @pytest.mark.parametrize("measured", [None, [], 3, {"name": "x"}])
+    def test_files_without_them_say_what_they_have(self, record, measured):
+        text = section(card_of(record, evaluation_report(measurements=measured)), "How it was measured")
+        assert "0.512 to 0.533 (+4.1 %)" in text
+
+    def test_what_is_malformed_is_not_measured(self, record):
+        text = section(
+            card_of(record, evaluation_report(measurements=[7, {"name": "n", "model": "many"}])), "How it was measured"
+        )
+        assert text.count("not measured") == 2
+
+
 class TestCommands:
     def test_of_a_hub_base(self, record):
         model = ["org/base", "--revision", "c" * 40]
         thresholds = ["--seed", "42", "--kl-threshold", "0.1", "--induce-threshold", "0.0", "--prune-layers", "0.2"]
-        edit = ["-o", "OUT", "--components", "embed,attn,mlp", "--strength", "1.0"]
+        edit = ["-o", "OUT"]
         assert commands(card_of(record, evaluation_report())) == [
             ["abliterate", "extract", *model, "-o", "refusal.safetensors", *thresholds],
             ["abliterate", "orthogonalize", *model, "--direction", "refusal.safetensors", *edit],
@@ -211,7 +234,7 @@ class TestCommands:
         }
         extract, orthogonalize = commands(card_of(record))
         assert extract[2:5] == ["my model", "-o", "refusal.safetensors"]
-        assert extract[5:] == ["--system-prompt", "Be kind; $(rm)", "--no-filter"]
+        assert extract[5:] == ["--system-prompt", r"$Be\x0akind; $(rm)", "--no-filter"]
         assert orthogonalize[orthogonalize.index("--layers") + 1] == "4:10"
 
     def test_a_name_cannot_break_out_of_the_markdown(self, record):

@@ -6,9 +6,13 @@ import torch
 from abliterate.errors import InputError, ModelError
 from abliterate.evaluation.drift import (
     BaseDistributions,
+    CrossEntropy,
+    Divergence,
+    Findings,
     Surprise,
     compare_surprise,
     completion_surprise,
+    measure,
     text_surprise,
 )
 from abliterate.models.chat_model import ChatModel, make_chat_model
@@ -114,3 +118,18 @@ def test_comparison_without_a_base() -> None:
     assert found is not None
     assert (found.base, found.model, found.relative_change, found.n_tokens) == (None, 2.0, None, 3)
     assert compare_surprise(None, Surprise(nats=(), tokens=())) is None
+
+
+def test_measurements_carry_their_own_unit_and_what_is_missing_is_left_out() -> None:
+    own = CrossEntropy(base=2.0, model=2.5, relative_change=0.25, n_tokens=10)
+    text = CrossEntropy(base=None, model=3.0, relative_change=None, n_tokens=10)
+    apart = Divergence(first_token=0.1, continuation=0.2, n_tokens=7, per_prompt=32)
+    found = measure(Findings(divergence=apart, own_answers=own, texts={"t.txt": text}, replies={}, base_replies=None))
+    assert [measurement.cells() for measurement in found] == [
+        ("KL(base || model), harmless, first token", "nats a token", "", "0.1000", ""),
+        ("KL(base || model), harmless, the base's answers (up to 32 tokens)", "nats a token", "", "0.2000", ""),
+        ("cross-entropy, the base's own harmless answers", "nats a token", "2.0000", "2.5000", "+25.0%"),
+        ("cross-entropy, texts t.txt", "nats a token", "", "3.0000", ""),
+    ]
+    nothing = Findings(divergence=None, own_answers=None, texts={}, replies={}, base_replies=None)
+    assert measure(nothing) == ()

@@ -177,7 +177,7 @@ def rates_table(report: "EvaluationReport") -> Table:
 
 def damage_table(report: "EvaluationReport") -> Table:
     """Return what else changed, as the report's measurements say it."""
-    table = Table("nats a token", "base", "model", "change", title="What else changed")
+    table = Table("", "unit", "base", "model", "change", title="What else changed")
     for measurement in report.measurements:
         table.add_row(*measurement.cells())
     return table

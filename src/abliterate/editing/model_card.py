@@ -8,12 +8,16 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_args
 
 from huggingface_hub import ModelCardData
 
+from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import CardFacts
+from abliterate.editing.options import EditOptions
+from abliterate.models.options import Dtype
 
 NOT_MEASURED = "not measured"
 
@@ -211,26 +215,15 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
     revision = base.get("revision")
     name = base["model"] if revision else local_name(record)
     model = [name, "--revision", revision] if revision else [name]
-    directions = record["directions"]
-    files = (
-        ["refusal.safetensors"]
-        if len(directions) == 1
-        else [f"direction-{n + 1}.safetensors" for n in range(len(directions))]
-    )
+    extract, files = _extractions(model, record["directions"])
     orthogonalize = ["abliterate", "orthogonalize", *model]
     orthogonalize += [word for file in files for word in ("--direction", file)] + ["-o", "OUT"]
-    orthogonalize += _edit_options(options) + (["--format", "adapter"] if record.get("format") == "adapter" else [])
-    commands = [
-        *(
-            ["abliterate", "extract", *model, "-o", file, *_extract_options(direction)]
-            for file, direction in zip(files, directions, strict=True)
-        ),
-        orthogonalize,
-        ["abliterate", "evaluate", "OUT", "--base", name, "--output", "OUT/evaluation.json"],
-    ]
-    if evaluation is None:
-        commands.pop()
-    block = "\n".join(" ".join(shlex.quote(" ".join(str(word).split())) for word in line) for line in commands)
+    orthogonalize += _edit_arguments(options) + (["--format", "adapter"] if record.get("format") == "adapter" else [])
+    commands = [*extract, orthogonalize]
+    if evaluation is not None:
+        evaluate = ["abliterate", "evaluate", "OUT", "--base", name, "--output", "OUT/evaluation.json"]
+        commands.append([*evaluate, *(_words_of(evaluation) or [])])
+    block = "\n".join(" ".join(map(_shell_word, line)) for line in commands)
     tool = dict(record.get("tool", {}))
     tool = {tool.pop("name", "abliterate"): tool.pop("version", "of unknown version"), **tool}
     versions = [f"{key} {value}" for key, value in tool.items()]
@@ -238,33 +231,74 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
     return f"## How to reproduce\n\n```sh\n{block}\n```\n\nMade with these versions: {made_with}."
 
 
-def _edit_options(options: dict[str, Any]) -> list[Any]:
-    unverified = ["--unverified"] if options.get("unverified") else []
-    if options.get("add") is not None:
-        return ["--add", options["add"], *unverified]
-    layers, tied = options.get("layers"), options.get("tied", "edit")
-    return [
-        *("--components", ",".join(options.get("components", []))),
-        *(["--layers", f"{layers[0]}:{layers[1]}"] if layers else []),
-        *("--strength", options.get("strength", 1.0)),
-        *(["--tied", tied] if tied != "edit" else []),
-        *(["--preserve-norms"] if options.get("preserve_norms") else []),
-        *(["--quantized", options["quantized"]] if options.get("quantized", "refuse") != "refuse" else []),
-        *unverified,
+def _shell_word(word: Any) -> str:
+    text = str(word)
+    if text.isprintable():
+        return shlex.quote(text)
+    # A line feed would end the command, and could end the block of code.
+    escaped = "".join(
+        f"\\{c}" if c in "\\'" else c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in c.encode())
+        for c in text
+    )
+    return f"$'{escaped}'"
+
+
+def _words_of(content: Mapping[str, Any]) -> list[str] | None:
+    """Return the arguments that a direction's metadata or an evaluation writes down; None where it has none."""
+    words = content.get("arguments")
+    return [str(word) for word in words] if isinstance(words, list) else None
+
+
+def _edit_arguments(options: dict[str, Any]) -> list[str]:
+    known = {field.name for field in fields(EditOptions)}
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items() if n in known}
+    return cli_arguments(EditOptions(**values))
+
+
+def _extractions(model: list[str], directions: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
+    """Return the commands that find the directions, and the files that they write, in the order of the directions."""
+    metadata = [mapping(direction.get("metadata")) for direction in directions]
+    ways = [_extract_arguments(each) for each in metadata]
+    n = len(directions)
+    are_of_one = n > 1 and all(way == ways[0] for way in ways) and {each.get("rank") for each in metadata} == {n}
+    stems = ["refusal"] * n if n == 1 or are_of_one else [f"direction-{i}" for i in range(1, n + 1)]
+    commands = [
+        ["abliterate", "extract", *model, "-o", f"{stem}.safetensors", *way]
+        for stem, way in zip(stems, ways, strict=True)
     ]
+    files = [_file_of(stem, each) for stem, each in zip(stems, metadata, strict=True)]
+    return commands[:1] if are_of_one else commands, files
 
 
-def _extract_options(direction: dict[str, Any]) -> list[Any]:
-    metadata = mapping(direction.get("metadata"))
-    thresholds = mapping(metadata.get("thresholds"))
+def _file_of(stem: str, metadata: dict[str, Any]) -> str:
+    """Return the file in which `extract -o STEM.safetensors` leaves a direction: of several each has a number."""
+    rank = metadata.get("rank")
+    number = f".{metadata.get('number')}" if isinstance(rank, int) and rank > 1 else ""
+    return f"{stem}{number}.safetensors"
+
+
+def _extract_arguments(metadata: dict[str, Any]) -> list[str]:
+    dtype = metadata.get("dtype")
+    written = _words_of(metadata)
+    words = _known_arguments(metadata) if written is None else written
+    # What `auto` came to depends on the machine.
+    return words if "--dtype" in words or dtype not in get_args(Dtype) else [*words, "--dtype", str(dtype)]
+
+
+def _known_arguments(metadata: dict[str, Any]) -> list[str]:
+    """Return what a direction file says that was written before arguments were."""
+    thresholds, recipe = mapping(metadata.get("thresholds")), mapping(metadata.get("recipe"))
     values = {
         "--seed": metadata.get("seed"),
         "--kl-threshold": thresholds.get("kl"),
         "--induce-threshold": thresholds.get("induce"),
         "--prune-layers": thresholds.get("prune_layers"),
+        "--variant": recipe.get("variant"),
+        "--winsorize": recipe.get("winsorize"),
+        "--rank": metadata.get("rank"),
         "--system-prompt": metadata.get("system_prompt"),
     }
-    words = [word for option, value in values.items() if value is not None for word in (option, value)]
+    words = [str(word) for option, value in values.items() if value is not None for word in (option, value)]
     return [*words, *(["--no-filter"] if metadata.get("filtered") is False else [])]
 
 
@@ -426,7 +460,22 @@ def _rate(rate: dict[str, Any] | None) -> str:
     return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
+def _measurement(measured: dict[str, Any]) -> tuple[str, str, str]:
+    base, change = measured.get("base"), measured.get("relative_change")
+    percent = f" ({100 * float(change or 0):+.1f} %)" if is_number(change) else ""
+    before = f"{number(base)} to " if base is not None else ""
+    return (
+        inline(measured.get("name", "?")),
+        inline(measured.get("unit", "")),
+        before + number(measured.get("model")) + percent,
+    )
+
+
 def _drift(evaluation: dict[str, Any]) -> str:
+    measured = evaluation.get("measurements")
+    if measured and isinstance(measured, list):
+        return table(("Change on harmless prompts", "", ""), [_measurement(mapping(each)) for each in measured])
+    # Written before measurements had names.
     kl, entropy = evaluation.get("kl_harmless"), evaluation.get("cross_entropy")
     rows = [("KL(base, this model), first token of the answer to harmless prompts, nats", number(kl))]
     if entropy:

@@ -253,11 +253,11 @@ class Measurement:
     base: float | None = None
     relative_change: float | None = None
 
-    def cells(self) -> tuple[str, str, str, str]:
-        """Return name, base, model and change as a table shows them."""
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Return name, unit, base, model and change as a table shows them."""
         base = "" if self.base is None else f"{self.base:.4f}"
         change = "" if self.relative_change is None else f"{self.relative_change:+.1%}"
-        return self.name, base, f"{self.model:.4f}", change
+        return self.name, self.unit, base, f"{self.model:.4f}", change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

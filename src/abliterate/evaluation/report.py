@@ -236,6 +236,7 @@ class EvaluationReport:
         capability: scores of lm-evaluation-harness, or None.
         excluded: kind -> prompts left out because the direction was found with them.
         prompt_sets: name, size and hash of each set as used.
+        arguments: the arguments of `evaluate` that differ from its defaults.
         versions: of what computed this.
     """
 
@@ -261,6 +262,7 @@ class EvaluationReport:
     capability: "CapabilityReport | None" = None
     excluded: dict[str, int] = field(default_factory=dict)
     prompt_sets: dict[str, dict[str, Any]]
+    arguments: tuple[str, ...] = ()
     versions: dict[str, str]
 
     def save(self, path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.provenance import model_sha256, versions
 from abliterate.directions import Direction, load_direction
@@ -395,6 +396,7 @@ class _Run:
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
                 for kind, chosen in prompts.items()
             },
+            arguments=tuple(cli_arguments(self.options) + cli_arguments(self.model_options)),
             versions=versions("abliterate", "torch", "transformers"),
         )
 

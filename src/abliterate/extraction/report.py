@@ -1,6 +1,7 @@
 """What an extraction is asked for and what it reports, as plain values."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,6 +132,7 @@ def directions_of(
     chat: ChatModel,
     prompts: ExtractionPrompts,
     options: ExtractionOptions,
+    arguments: Sequence[str],
     source: ModelSource | None,
 ) -> tuple[Direction, ...]:
     """Return the chosen candidates as directions, each of which carries its provenance.
@@ -141,6 +143,7 @@ def directions_of(
         chat: the model it was found in.
         prompts: the prompts it was found with.
         options: how it was found.
+        arguments: the same as the arguments of the command.
         source: where the model came from.
     """
     n_positions, n_layers = candidates.shape[:2]
@@ -162,6 +165,7 @@ def directions_of(
         "config_sha256": _config_hash(source),
         "d_model": report.d_model,
         "n_layers": report.n_layers,
+        "arguments": list(arguments),
         "recipe": asdict(report.recipe),
         "thresholds": asdict(report.thresholds),
         "baseline": asdict(report.baseline),

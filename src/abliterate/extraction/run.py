@@ -1,7 +1,7 @@
 """Finding the refusal direction: difference in means, filtering, scoring, selection (Arditi et al. 2024, section 2)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import quick_model_sha256, versions
 from abliterate.directions import orthonormalize
@@ -19,7 +20,7 @@ from abliterate.extraction.candidates import (
     independent_candidates,
     measure_robustness,
 )
-from abliterate.extraction.options import ExtractionOptions
+from abliterate.extraction.options import ExtractionOptions, PromptSources
 from abliterate.extraction.refusal import refusal_metric, refusal_tokens_of, require_both_behaviours
 from abliterate.extraction.report import (
     Baseline,
@@ -100,7 +101,20 @@ def extract_direction(
         key=_work_key(source, prompts, options, model_options),
         progress=progress,
     )
-    run = _Run(chat=chat, probe=probe, prompts=prompts, options=options, progress=progress, saved=saved, ranks=ranks)
+    run = _Run(
+        chat=chat,
+        probe=probe,
+        prompts=prompts,
+        options=options,
+        arguments=(
+            *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
+            *cli_arguments(options),
+            *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
+        ),
+        progress=progress,
+        saved=saved,
+        ranks=ranks,
+    )
     try:
         extraction = run.extract(source)
     except (InputError, RefusalBehaviourError):
@@ -158,6 +172,7 @@ class _Run:
     probe: StreamProbe | None
     prompts: ExtractionPrompts
     options: ExtractionOptions
+    arguments: tuple[str, ...]
     progress: ProgressReporter
     saved: SavedWork
     ranks: Ranks
@@ -238,6 +253,7 @@ class _Run:
             chat=self.chat,
             prompts=self.prompts,
             options=self.options,
+            arguments=self.arguments,
             source=source,
         )
         return Extraction(directions=directions, report=report, score_table=table)

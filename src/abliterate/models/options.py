@@ -53,6 +53,7 @@ class ModelOptions:
         Argument(
             flag="--device-map",
             help="auto: spread the model over GPUs, memory and disk, in its stored number format.",
+            of_machine=True,
         ),
     ] = None
     stream_layers: Annotated[
@@ -60,5 +61,6 @@ class ModelOptions:
         Argument(
             flag="--stream-layers",
             help="Read one decoder layer at a time: for models that do not fit into memory.",
+            of_machine=True,
         ),
     ] = False

@@ -132,7 +132,7 @@ def _damage(report: EvaluationReport) -> Section:
     rows: list[list[object]] = [list(measurement.cells()) for measurement in report.measurements]
     return Section(
         heading="What else changed",
-        blocks=(table(["nats a token", "base", "model", "change"], rows, caption="Damage to harmless behaviour"),),
+        blocks=(table(["", "unit", "base", "model", "change"], rows, caption="Damage to harmless behaviour"),),
     )
 
 
