@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from abliterate.errors import ModelError, UnsupportedArchitectureError
+from abliterate.evaluation.auditing import audit_model
 from abliterate.extraction.run import extract_direction
 from abliterate.extraction.scoring import CandidateScorer
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, replaced_forward
 from abliterate.models.stream import find_blocks
 from abliterate.models.stream_probe import probe_stream
+from tests.support.conformance import tiny_config
 
 ROWS = [[5, 9, 17, 40, 7], [8, 11, 60, 61, 62]]
 
@@ -114,6 +116,13 @@ def test_a_type_without_one_stream_is_refused_by_its_reason(llama_chat: ChatMode
     monkeypatch.setattr(type(llama_chat.model.config), "model_type", "deepseek_v4")
     with pytest.raises(ModelError, match="type deepseek_v4: it has four residual streams"):
         probe_stream(llama_chat)
+
+
+@pytest.mark.parametrize("command", [extract_direction, audit_model])
+def test_it_is_refused_by_its_config_before_any_weight_is_read(tmp_path, command) -> None:
+    tiny_config("hrm_text").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="type hrm_text: its blocks run several times"):
+        command(model=tmp_path)
 
 
 def test_a_block_without_a_known_write_is_refused_by_its_childrens_names(llama_chat: ChatModel) -> None:

@@ -70,7 +70,7 @@ def audit_model(
         "harmful": _test_set(options.test_harmful, "harmful", options.n_test, prompts),
         "harmless": _test_set(options.test_harmless, "harmless", options.n_test, prompts),
     }
-    opened = open_model(model, options=model_options or ModelOptions(), progress=progress)
+    opened = open_model(model, options=model_options or ModelOptions(), extracts=True, progress=progress)
     probe = probe_stream(opened.chat)
     chat = force_response_prefix(opened.chat, prompts, progress)
     audit = _Audit(chat=chat, probe=probe, prompts=prompts, test=test, options=options, progress=progress)

@@ -91,7 +91,9 @@ def extract_direction(
     model_options = model_options or ModelOptions()
     ranks = find_ranks(device=model_options.device)
     spill = None if work_directory is None else work_directory.absolute().parent
-    opened = open_model(model, options=model_options, can_stream=True, spill_directory=spill, progress=progress)
+    opened = open_model(
+        model, options=model_options, extracts=True, can_stream=True, spill_directory=spill, progress=progress
+    )
     source, chat = opened.source, opened.chat
     # A small model of the kind has been looked at where layers are streamed.
     probe = None if isinstance(chat, StreamedChat) else probe_stream(chat)

@@ -24,7 +24,7 @@ from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.chat_template import ChatFormat
 from abliterate.models.layer_weights import LayerWeights
 from abliterate.models.options import ModelOptions
-from abliterate.models.stream import find_blocks
+from abliterate.models.stream import check_extractable, find_blocks
 from abliterate.models.stream_probe import probe_stream
 from abliterate.models.streamed_model import NotHandedOnError, StreamedChat
 from abliterate.progress import SILENT, ProgressReporter
@@ -61,6 +61,7 @@ def open_model(
     *,
     options: ModelOptions,
     needs_template: bool = True,
+    extracts: bool = False,
     can_stream: bool = False,
     spill_directory: Path | None = None,
     progress: ProgressReporter = SILENT,
@@ -71,6 +72,7 @@ def open_model(
         model: a directory, a Hub id, a resolved source, or a loaded model, which is given back.
         options: see `ModelOptions`.
         needs_template: see `load_chat_model`.
+        extracts: refuse, before weights are read, a model from which no direction can be extracted.
         can_stream: let `options.stream_layers` count; stages that need the whole model in memory do without it.
         spill_directory: see `load_streamed_model`.
         progress: where to show progress.
@@ -83,6 +85,8 @@ def open_model(
     if isinstance(model, ChatModel):
         return OpenedModel(chat=model, source=None)
     source = as_source(model)
+    if extracts:
+        check_extractable(_read_config(source.path, name=source.name, options=options), name=source.name)
     if can_stream and options.stream_layers:
         chat: ChatModel = load_streamed_model(
             source.path, name=source.name, options=options, spill_directory=spill_directory, progress=progress
@@ -133,7 +137,6 @@ def load_weights(
         ModelError: the files do not load as such a model, or it does not fit into memory.
         InputError: the device is not there.
     """
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -141,8 +144,9 @@ def load_weights(
     if options.device_map is None:
         check_memory(path, name=name, dtype=options.dtype, device=device)
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    config = _read_config(path, name=name, options=options, kind=kind)
     try:
-        auto_class = (choose_class or class_of)(AutoConfig.from_pretrained(path, trust_remote_code=trust))
+        auto_class = (choose_class or class_of)(config)
         model = auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map)
     except SafetensorError as error:
         raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
@@ -153,6 +157,18 @@ def load_weights(
             model = model.float()
         model = cast(Any, model).to(device)
     return cast("PreTrainedModel", model)
+
+
+def _read_config(
+    path: Path, *, name: str, options: ModelOptions, kind: str = "a causal language model"
+) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
+    return cast("PretrainedConfig", config)
 
 
 def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from abliterate.architectures.config import read_loaded_row
 from abliterate.architectures.modules import ModuleWriter, StreamModules, map_modules
 from abliterate.architectures.vocabulary import LAYER_LISTS
 from abliterate.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,31 @@ class ResidualStream:
     embeddings: tuple[Write, ...]
     blocks: tuple[BlockStream, ...]
     not_extracted: str | None = None
+
+
+def no_extraction(kind: str, reason: str) -> ModelError:
+    """Return the error about a model type from which no direction can be extracted."""
+    return ModelError(
+        f"no direction can be extracted from a model of type {kind}: {reason}; docs/architectures.md lists the types "
+        "from which one can"
+    )
+
+
+def check_extractable(config: "PretrainedConfig", *, name: str) -> None:
+    """Refuse by its config a model from which no direction can be extracted, before its weights are read.
+
+    Args:
+        config: as transformers reads it.
+        name: what to call the model in messages.
+
+    Raises:
+        UnsupportedArchitectureError: its type is refused by name, or one of its settings is.
+        ModelError: its blocks have no one input each.
+    """
+    d_model = int(config.get_text_config(decoder=True).hidden_size)
+    row, _ = read_loaded_row(config=config.to_dict(), d_model=d_model, name=name)
+    if row.not_extracted is not None:
+        raise no_extraction(row.model_type, row.not_extracted)
 
 
 def find_stream(model: "PreTrainedModel", blocks: Sequence[nn.Module], *, d_model: int, name: str) -> ResidualStream:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, ablate_in_block, capture_stream, start_at_block
+from abliterate.models.stream import no_extraction
 
 _PROMPTS = ("Name a color.", "What is a river? Say it in one sentence.")
 _STARTS = 8
@@ -53,24 +53,19 @@ def probe_stream(chat: ChatModel, rows: Sequence[Sequence[int]] | None = None) -
         UnsupportedArchitectureError: its type is refused by name.
     """
     kind = str(chat.model.config.model_type)
-    refusal = f"no direction can be extracted from a model of type {kind}"
     if chat.stream.not_extracted is not None:
-        raise ModelError(
-            f"{refusal}: {chat.stream.not_extracted}; docs/architectures.md lists the types that it can be"
-        )
+        raise no_extraction(kind, chat.stream.not_extracted)
     batch = [list(row) for row in rows or _short_rows(chat)]
     inputs, returned, logits = _plain_pass(chat, batch)
     # Blocks that read images are passed over where there is none.
     layers = [layer for layer, _ in inputs]
     if layers[:1] != [0] or layers[-2:] != [chat.n_layers - 1, chat.n_layers] or sorted(set(layers)) != layers:
-        raise ModelError(f"{refusal}: its {chat.n_layers} blocks are not each run once, in order")
+        raise no_extraction(kind, f"its {chat.n_layers} blocks are not each run once, in order")
     expected = (len(batch), len(batch[0]), chat.d_model)
     wrong = next((hidden for _, hidden in inputs if hidden.shape != expected), None)
     if wrong is not None:
-        raise ModelError(
-            f"{refusal}: a block's input has the shape {list(wrong.shape)}, not [prompts, tokens, d_model]"
-        )
-    ablated = _check_ablation(chat, batch, [hidden for _, hidden in inputs[1:]], refusal)
+        raise no_extraction(kind, f"a block's input has the shape {list(wrong.shape)}, not [prompts, tokens, d_model]")
+    ablated = _check_ablation(chat, batch, [hidden for _, hidden in inputs[1:]], kind)
     return StreamProbe(
         returned=returned,
         starts_at_blocks=_starts_at_blocks(chat, batch, dict(inputs), returned, logits),
@@ -105,7 +100,7 @@ def _plain_pass(chat: ChatModel, batch: list[list[int]]) -> tuple[list[tuple[int
     return inputs, tuple(counts.get(layer, 0) for layer in range(chat.n_layers)), logits
 
 
-def _check_ablation(chat: ChatModel, batch: list[list[int]], outputs: Sequence[Tensor], refusal: str) -> Tensor:
+def _check_ablation(chat: ChatModel, batch: list[list[int]], outputs: Sequence[Tensor], kind: str) -> Tensor:
     direction = _random_direction(chat)
     unit = direction / direction.norm()
     seen: list[Tensor] = []
@@ -128,9 +123,10 @@ def _check_ablation(chat: ChatModel, batch: list[list[int]], outputs: Sequence[T
         rounding = _ROUNDINGS * precision * ((1 + layer) / chat.d_model) ** 0.5
         # Written so that a NaN does not pass.
         if not left <= min(max(rounding, 1e-3 * plain), 0.5 * plain):
-            raise ModelError(
-                f"{refusal}: after an ablation {left:.1e} of a random direction is left behind block {layer} "
-                f"({plain:.1e} without), so something else writes to its residual stream"
+            raise no_extraction(
+                kind,
+                f"after an ablation {left:.1e} of a random direction is left behind block {layer} ({plain:.1e} "
+                "without), so something else writes to its residual stream",
             )
     return logits
 
