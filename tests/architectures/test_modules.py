@@ -54,6 +54,22 @@ def test_experts_write_through_what_holds_them() -> None:
     assert [way for _, way, _ in ways("mixtral", apart)] == ["block_sparse_moe"]
 
 
+def test_what_a_quantised_or_adapted_module_holds_is_the_modules() -> None:
+    held = {
+        "self_attn.o_proj.qweight": (1, 8),
+        "self_attn.o_proj.scales": (1, 8),
+        "self_attn.q_proj.qweight": (1, 8),
+        "mlp.down_proj.base_layer.weight": (D, 20),
+        "mlp.down_proj.lora_B.default.weight": (D, 2),
+        "mlp.down_proj.weight_scale_inv": (1, 1),
+    }
+    assert {way for _, way, _ in ways("llama", held)} == {"self_attn.o_proj", "mlp.down_proj"}
+    stacked = {"mlp.experts.down_proj_blocks": (4, D, 2, 16), "mlp.experts.down_proj_scales": (4, D, 2)}
+    assert {way for _, way, _ in ways("gpt_oss", stacked)} == {"mlp"}
+    packed = {"self_attn.o_proj.weight": (32, 1), "mlp.down_proj.weight": (80, 1)}
+    assert [way for _, way, _ in ways("llama", packed)] == ["self_attn.o_proj", "mlp.down_proj"]
+
+
 def test_experts_that_end_in_a_latent_space_do_not_write() -> None:
     shapes = {"mixer.experts.down_proj": (4, 5, 20), "mixer.fc2_latent_proj.weight": (D, 5)}
     assert [way for _, way, _ in ways("nemotron_h", shapes)] == ["mixer.fc2_latent_proj"]

@@ -1,5 +1,7 @@
 """Hooks: what they do, that they did not do it before, and that nothing stays attached."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +68,27 @@ def test_ablation_equals_removing_the_direction_from_each_submodule(chat: ChatMo
         ablated = chat.forward(ROWS)
     assert (ablated - base).abs().max() > 1e-2
     assert torch.allclose(ablated, expected, atol=1e-4)
+
+
+def test_a_weight_that_is_held_in_another_form_is_ablated_all_the_same(llama_chat: ChatModel) -> None:
+    class Packed(torch.nn.Module):
+        """As quantised layers are: no parameter called weight."""
+
+        def __init__(self, linear: torch.nn.Linear) -> None:
+            super().__init__()
+            self.register_buffer("qweight", linear.weight.detach().clone())
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden @ self.qweight.T
+
+    with ablate_direction(llama_chat, random_direction(llama_chat)) as n_plain:
+        expected = llama_chat.forward(ROWS)
+    for block in llama_chat.blocks:
+        block.self_attn.o_proj, block.mlp.down_proj = Packed(block.self_attn.o_proj), Packed(block.mlp.down_proj)
+    packed = replace(llama_chat, _stream=[])
+    with ablate_direction(packed, random_direction(packed)) as n_packed:
+        assert torch.allclose(packed.forward(ROWS), expected, atol=1e-5)
+    assert n_packed == n_plain
 
 
 def test_a_zero_vector_ablates_nothing(chat: ChatModel) -> None:

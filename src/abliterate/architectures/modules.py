@@ -11,9 +11,10 @@ from typing import Any
 
 from abliterate.architectures import vocabulary
 from abliterate.architectures.config import read_loaded_row
-from abliterate.architectures.names import NormChains, Part, Role, TensorName, parse_name
+from abliterate.architectures.names import WRITERS, NormChains, Part, Role, TensorName, parse_name, writer_behind
 
-_WRITING = {Part.WRITER, Part.BIAS}
+# Where a loaded model holds a weight in another form, what it holds of it belongs to the same module.
+_WRITING = {Part.WRITER, Part.BIAS, Part.COMPANION}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,7 @@ class ModuleWriter:
 
     Attributes:
         parameter: Its name in the loaded model.
+        owner: Path of the module that computes with it.
         role: attn or mlp.
         layer: Index of its decoder block in its list of blocks.
         module: Path of the module whose output is added to the stream.
@@ -30,16 +32,12 @@ class ModuleWriter:
     """
 
     parameter: str
+    owner: str
     role: Role
     layer: int
     module: str
     output: int = 0
     has_norm: bool = False
-
-    @property
-    def owner(self) -> str:
-        """Path of the module that owns the parameter."""
-        return self.parameter.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +72,7 @@ def map_modules(
 
     Args:
         config: The loaded model's config, as in config.json.
-        shapes: Of each parameter, by its name in the loaded model.
+        shapes: Of each parameter and buffer, by its name in the loaded model.
         d_model: Width of the residual stream.
         name: What to call the model in messages.
 
@@ -86,8 +84,10 @@ def map_modules(
     chains = NormChains(names, post_norm=row.post_norm, plus_one=row.plus_one)
     writers: dict[str, dict[int, tuple[ModuleWriter, ...]]] = {}
     for parameter, parsed in names.items():
+        if parsed.layer is None or parsed.part not in _WRITING:
+            continue
         # Experts may end in a latent space, from which another matrix leads to the stream.
-        if parsed.layer is None or parsed.part not in _WRITING or d_model not in shapes[parameter]:
+        if row.latent_experts and "experts" in parsed.path.split(".") and d_model not in shapes[parameter]:
             continue
         writer = _writer(parameter, parsed, chains, is_stack=len(shapes[parameter]) == 3)
         blocks = writers.setdefault(parsed.stack, {})
@@ -112,7 +112,8 @@ def _writer(parameter: str, name: TensorName, chains: NormChains, *, is_stack: b
     assert name.role is not None
     chain = chains.of(name)
     block = f"{name.stack}.{name.layer}"
-    module, output = parameter.rpartition(".")[0], 0
+    owner = _owner(parameter.removeprefix(f"{block}."), name.path)
+    module, output = f"{block}.{owner}", 0
     if chain:
         module = chain[-1].weight.rpartition(".")[0]
     elif name.path in vocabulary.HANDED_ON:
@@ -123,9 +124,20 @@ def _writer(parameter: str, name: TensorName, chains: NormChains, *, is_stack: b
         module = f"{block}.{name.path.partition('.')[0]}"
     return ModuleWriter(
         parameter=parameter,
+        owner=f"{block}.{owner}",
         role=name.role,
         layer=name.layer,
         module=module,
         output=output,
         has_norm=bool(chain),
     )
+
+
+def _owner(within_block: str, path: str) -> str:
+    """Return the module within the block that computes with a parameter: of a companion, that of its writer."""
+    writer = writer_behind(path)
+    if writer is None or path in WRITERS:
+        return within_block.rpartition(".")[0]
+    parts, depth = within_block.split("."), writer.count(".") + 1
+    is_module = parts[depth - 1] == writer.rpartition(".")[2] and len(parts) > depth
+    return ".".join(parts[: depth if is_module else depth - 1])

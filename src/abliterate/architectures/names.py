@@ -134,12 +134,17 @@ def _part_in_layer(path: str, *, is_bias: bool) -> tuple[Part, Role | None]:
         return Part.NORM, None
     if leaf in vocabulary.READERS or path.endswith(".rotary_emb.inv_freq"):
         return Part.READER, None
-    for owner in WRITERS:
-        if path.startswith((f"{owner}.", f"{owner}_")):
-            return Part.COMPANION, WRITERS[owner]
+    owner = writer_behind(path)
+    if owner is not None:
+        return Part.COMPANION, WRITERS[owner]
     if parent.rpartition(".")[2] in vocabulary.READERS and _COMPANION.fullmatch(leaf):
         return Part.READER_COMPANION, None
     return Part.UNKNOWN, None
+
+
+def writer_behind(path: str) -> str | None:
+    """Return the writer that a companion's path belongs to, such as that of `self_attn.o_proj.qweight`; else None."""
+    return next((owner for owner in WRITERS if path.startswith((f"{owner}.", f"{owner}_"))), None)
 
 
 def _outside(name: str) -> TensorName:

@@ -100,7 +100,8 @@ def find_stream(model: "PreTrainedModel", blocks: Sequence[nn.Module], *, d_mode
         UnsupportedArchitectureError: its type is refused by name.
         ModelError: a block has no write that is known.
     """
-    shapes = {parameter: tuple(tensor.shape) for parameter, tensor in model.named_parameters()}
+    held = (*model.named_parameters(), *model.named_buffers())
+    shapes = {parameter: tuple(tensor.shape) for parameter, tensor in held}
     modules = map_modules(config=model.config.to_dict(), shapes=shapes, d_model=d_model, name=name)
     places = {
         id(block): (stack, layer)
