@@ -36,7 +36,7 @@ from abliterate.models.hooks import ablate_direction, capture_stream
 from abliterate.models.loading import try_streaming
 from abliterate.models.stream import find_blocks
 from abliterate.models.stream_probe import probe_stream
-from tests.support.conformance_models import BIASES, EXTRAS, INPUTS, WRAPPER_EXTRAS
+from tests.support.conformance_models import BIASES, EXTRAS, FLOAT32, INPUTS, WRAPPER_EXTRAS
 from tests.support.tiny_models import random_direction
 
 logging.set_verbosity_error()
@@ -229,6 +229,23 @@ class HookResult:
     starts_at_blocks: bool | None
     not_extracted: str | None
     not_streamed: str | None
+
+
+def shortcomings(model_type: str, result: Result) -> list[str]:
+    """Return what docs/architectures.md promises of a type that is edited and does not hold; empty if all does."""
+    hooks = result.hooks
+    holds = {
+        "the base's stream has the direction": result.before > DIRTY,
+        "the edited model's stream is clean": result.after < CLEAN,
+        "each group of edits is needed": min(result.without.values()) > max(CLEAN, 100 * result.after),
+        # Every entry that was edited on disk is one that the model has, and no other changed.
+        "what is edited on disk is what changes in memory": result.edited_on_disk == result.edited_in_memory,
+        "hooks keep the stream clean": hooks.ablated < (1e-6 if model_type in FLOAT32 else 1e-9),
+        "hooks give the edited model's stream": (hooks.unlike_edited or 0) < 1e-6,
+        "rows with directions of their own are as each alone": hooks.unlike_alone < 1e-6,
+        "what is recorded is what transformers shows": (hooks.unlike_hidden_states or 0) < 1e-9,
+    }
+    return [promise for promise, kept in holds.items() if not kept]
 
 
 def check(model_type: str, work: Path, *, model: PreTrainedModel | None = None, shard: str = "60KB") -> Result:
