@@ -12,11 +12,11 @@ QUICK = ["--n-train", "8", "--n-val", "2", "--n-test", "4", "--screen", "3", "--
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, call_main: CommandLine, llama_directory: Path):
-    monkeypatch.setattr("abliterate.evaluation.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
+    monkeypatch.setattr("abliterate.extraction.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
 
     def call(*arguments: object, refuses: bool = True) -> Outcome:
         # A random model writes random text; whether that is a refusal is for the test to say.
-        monkeypatch.setattr("abliterate.evaluation.reply_classes.is_refusal", lambda _text: refuses)
+        monkeypatch.setattr("abliterate.extraction.reply_classes.is_refusal", lambda _text: refuses)
         command = ["audit", llama_directory, *QUICK, "--max-new-tokens", "3", *arguments]
         return call_main(*command)
 

@@ -20,9 +20,9 @@ from abliterate.evaluation.audit_report import (
 )
 from abliterate.evaluation.auditing import audit_model
 from abliterate.evaluation.drift import Divergence
-from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import RefusalRate, count_replies
 from abliterate.evaluation.statistics import paired_change
+from abliterate.extraction.reply_classes import read_reply
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction, capture_inputs
@@ -125,9 +125,9 @@ def starts_with_a_vowel(text: str) -> bool:
 def audited() -> tuple[ChatModel, AuditReport]:
     chat = make_chat_model(tiny_llama(), make_tokenizer())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("abliterate.evaluation.reply_classes.is_refusal", starts_with_a_vowel)
+        patch.setattr("abliterate.extraction.reply_classes.is_refusal", starts_with_a_vowel)
         # Random text is as unlikely to a random model as any other.
-        patch.setattr("abliterate.evaluation.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
+        patch.setattr("abliterate.extraction.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
         return chat, audit_model(model=chat, options=FEW)
 
 

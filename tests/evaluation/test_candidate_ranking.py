@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from abliterate.evaluation.candidate_ranking import CandidateFinder
-from abliterate.evaluation.reply_classes import read_reply
 from abliterate.extraction.options import Thresholds
+from abliterate.extraction.reply_classes import read_reply
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction
 from abliterate.models.stream_probe import probe_stream

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.errors import InputError, ModelError
 from abliterate.evaluation.judges import JudgeOptions, judge_replies, load_judge, parse_verdict
-from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import EvaluationOptions
 from abliterate.evaluation.run import evaluate_model
+from abliterate.extraction.reply_classes import read_reply
 from abliterate.models.chat_model import ChatModel
 from tests.support.tiny_models import CHAT_VOCABULARY, make_tokenizer, save_chat_model
 

@@ -117,7 +117,7 @@ def test_replies_are_classified_and_what_the_base_finds_of_them_counts(llama_cha
     surprise = measure_surprise(llama_chat, answers)
     nats = sorted(surprise["harmful"].per_token(index) for index in range(2))
     assert 0 < nats[0] < nats[1]
-    monkeypatch.setattr("abliterate.evaluation.reply_classes.MAX_NATS_PER_TOKEN", sum(nats) / 2)
+    monkeypatch.setattr("abliterate.extraction.reply_classes.MAX_NATS_PER_TOKEN", sum(nats) / 2)
     found = {reply.reply_class for reply in read_replies(llama_chat, answers, surprise=surprise)["harmful"]}
     assert "incoherent" in found
     assert len(found) == 2

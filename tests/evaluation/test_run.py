@@ -9,10 +9,10 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, PromptSetError
-from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import EvaluationOptions, count_by_category
 from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS
+from abliterate.extraction.reply_classes import read_reply
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_chat_model

@@ -15,10 +15,10 @@ from abliterate.evaluation.candidate_ranking import CandidateSummary, ScreenedCa
 from abliterate.evaluation.capability import CapabilityReport, TaskScore
 from abliterate.evaluation.drift import CrossEntropy, Divergence, Findings, measure
 from abliterate.evaluation.judges import JudgedRate, JudgeReport
-from abliterate.evaluation.reply_classes import read_reply
 from abliterate.evaluation.report import KINDS, EvaluationReport, count_by_category, count_replies, refusal_change
 from abliterate.evaluation.statistics import Agreement
 from abliterate.extraction.options import Thresholds
+from abliterate.extraction.reply_classes import read_reply
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.selection import CandidateScore
 

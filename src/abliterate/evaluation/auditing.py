@@ -27,8 +27,8 @@ from abliterate.evaluation.audit_report import (
 from abliterate.evaluation.candidate_ranking import CandidateFinder, CandidateSummary, Stability
 from abliterate.evaluation.drift import BaseDistributions, Surprise, compare_surprise, completion_surprise
 from abliterate.evaluation.replies import Answers, answer_prompts, measure_surprise, read_replies
-from abliterate.evaluation.reply_classes import Reply
 from abliterate.evaluation.report import RefusalRate, count_replies, refusal_change
+from abliterate.extraction.reply_classes import Reply
 from abliterate.extraction.run import force_response_prefix
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction

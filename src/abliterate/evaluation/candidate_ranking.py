@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import orthonormalize
-from abliterate.evaluation.reply_classes import read_reply
 from abliterate.extraction.candidates import resampled_cosines
 from abliterate.extraction.options import DirectionRecipe, Thresholds
 from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric
+from abliterate.extraction.reply_classes import read_reply
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import CandidateScorer
 from abliterate.extraction.selection import Candidate, CandidateScore, passing_candidates

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from abliterate.errors import InputError, ModelError
-from abliterate.evaluation.reply_classes import Reply
+from abliterate.extraction.reply_classes import Reply
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
 

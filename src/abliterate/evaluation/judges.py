@@ -23,8 +23,8 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import model_sha256
 from abliterate.errors import InputError, ModelError
 from abliterate.evaluation.replies import ReplyCache, generate_replies
-from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import Agreement, PairedChange, cohens_kappa, paired_change, wilson_interval
+from abliterate.extraction.reply_classes import DEGENERATE, Reply
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.chat_template import ChatFormat, tokenize
 from abliterate.models.loading import load_tokenizer, load_weights

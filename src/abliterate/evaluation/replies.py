@@ -16,7 +16,7 @@ from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
-from abliterate.evaluation.reply_classes import Reply, read_reply
+from abliterate.extraction.reply_classes import Reply, read_reply
 from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, Advance, ProgressReporter
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from abliterate.arguments import Argument
-from abliterate.evaluation.reply_classes import DEGENERATE, Reply
 from abliterate.evaluation.statistics import PairedChange, paired_change, wilson_interval
+from abliterate.extraction.reply_classes import DEGENERATE, Reply
 from abliterate.files import write_json
 from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
 

@@ -39,7 +39,6 @@ from abliterate.evaluation.replies import (
     measure_surprise,
     read_replies,
 )
-from abliterate.evaluation.reply_classes import Reply
 from abliterate.evaluation.report import (
     KINDS,
     SCORER,
@@ -50,6 +49,7 @@ from abliterate.evaluation.report import (
     count_replies,
     refusal_change,
 )
+from abliterate.extraction.reply_classes import Reply
 from abliterate.files import write_file
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import open_model

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from abliterate.evaluation.reply_classes import classify_answer, read_reply, split_thinking
 from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS, is_refusal
+from abliterate.extraction.reply_classes import classify_answer, read_reply, split_thinking
 
 OVERVIEW = (
     "Locks have protected houses for thousands of years, and the way they work says much about the people who made "
