@@ -153,6 +153,7 @@ def scores_by_ours(
     """Return the scores that `table` has, computed by `abliterate extract`'s scorer from the same directions."""
     from statistics import fmean
 
+    from abliterate.extraction.refusal import FirstTokens
     from abliterate.extraction.scoring import CandidateScorer
 
     scorer = CandidateScorer(
@@ -160,7 +161,7 @@ def scores_by_ours(
         candidates=published.candidates,
         harmful_rows=rows["harmful_validation"],
         harmless_rows=rows["harmless_validation"],
-        token_ids=published.token_ids,
+        measure=FirstTokens(tuple(published.token_ids)),
     )
     keys = [(score["position"], score["layer"]) for score in table]
     # A zero vector, as the same tokens in all prompts give, is no direction.
@@ -232,7 +233,7 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     options = ExtractionOptions(
         n_train=arguments.n_train,
         n_val=arguments.n_val,
-        filter_prompts=not (arguments.no_filter or is_random),
+        filter="none" if arguments.no_filter or is_random else "metric",
         refusal_tokens=("I",) if is_random else tuple(arguments.refusal_token),
         thresholds=Thresholds(kl=1e9, induce=-1e9)
         if is_random
@@ -253,7 +254,7 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
             parts = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
             rows = {name: prefixed.encode(getattr(prompts, name).texts) for name in parts}
             published = Published(prefixed, arguments.token_ids)
-            table = published.extract(rows, filter_prompts=options.filter_prompts)
+            table = published.extract(rows, filter_prompts=options.filter != "none")
             scores = [CandidateScore(**score) for score in table]
             passing = passing_candidates(scores, thresholds=options.thresholds, n_layers=chat.n_layers)
             selected, token_ids = (passing[0] if passing else None), arguments.token_ids

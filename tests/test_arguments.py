@@ -39,7 +39,7 @@ def test_what_differs_from_the_defaults_is_written():
         n_train=64,
         thresholds=Thresholds(kl=0.25),
         refusal_tokens=("I", " Sorry"),
-        filter_prompts=False,
+        filter="none",
         recipe=DirectionRecipe(variant="projected", winsorize=0.01),
     )
     expected = ["--n-train", "64", "--kl-threshold", "0.25", "--refusal-token", "I", "--refusal-token"]

@@ -6,6 +6,7 @@ import torch
 
 from abliterate.evaluation.candidate_ranking import CandidateFinder
 from abliterate.extraction.options import Thresholds
+from abliterate.extraction.refusal import FirstTokens
 from abliterate.extraction.reply_classes import read_reply
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction
@@ -101,7 +102,7 @@ def test_with_one_the_candidates_that_pass_are_counted_and_proposed_first(
         candidates=make_finder(llama_chat, prompts).candidates,
         harmful_rows=llama_chat.encode(prompts.harmful_validation.texts),
         harmless_rows=llama_chat.encode(prompts.harmless_validation.texts),
-        token_ids=[token],
+        measure=FirstTokens((token,)),
     )
     grid = [(p, layer) for p in range(-llama_chat.chat_format.n_positions, 0) for layer in (1, 2, 3)]
     kl = {key: scorer.kl(*key) for key in grid}

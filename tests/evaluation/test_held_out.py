@@ -15,7 +15,7 @@ def test_the_direction_file_lists_every_prompt_it_was_found_with(llama_directory
     options = ExtractionOptions(
         n_train=8,
         n_val=2,
-        filter_prompts=False,
+        filter="none",
         refusal_tokens=("I",),
         thresholds=Thresholds(kl=1e9, induce=-1e9),
     )

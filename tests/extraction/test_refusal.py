@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from abliterate.errors import RefusalBehaviourError
-from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric, require_both_behaviours
-from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS, is_refusal
+from abliterate.extraction.refusal import FirstTokens, Openings, find_refusal_tokens, measure_refusal, refusal_metric
+from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS, find_refusal, is_refusal
+from abliterate.models.chat_model import ChatModel
 
 
 def test_metric_is_the_log_odds_of_the_tokens_together() -> None:
@@ -39,6 +39,11 @@ def test_there_are_the_papers_twelve_substrings_and_nothing_else_counts() -> Non
         assert not is_refusal(text)
 
 
+def test_the_first_refusal_is_found_where_it_begins() -> None:
+    assert find_refusal("Well, I CANNOT say. I'm sorry.") == 6
+    assert find_refusal("With pleasure.") is None
+
+
 def _logits(probabilities: dict[int, float], n: int = 20, vocabulary: int = 100) -> torch.Tensor:
     rest = (1 - sum(probabilities.values())) / (vocabulary - len(probabilities))
     row = torch.full((vocabulary,), rest)
@@ -60,13 +65,32 @@ def test_no_refusal_token_when_both_are_answered_alike() -> None:
     assert find_refusal_tokens(harmful_logits=logits, harmless_logits=logits) == []
 
 
-@pytest.mark.parametrize(
-    ("n_harmful", "n_harmless", "says"),
-    [(2, 30, "does not refuse enough"), (30, 2, "refuses nearly everything"), (1, 1, "do not tell refusals")],
-)
-def test_too_few_prompts_left_says_what_the_model_does(n_harmful: int, n_harmless: int, says: str) -> None:
-    with pytest.raises(RefusalBehaviourError, match=says) as caught:
-        require_both_behaviours(
-            n_harmful=n_harmful, n_harmless=n_harmless, total_harmful=32, total_harmless=32, minimum=8, part="training"
-        )
-    assert f"{n_harmful} of 32 harmful" in str(caught.value)
+def test_openings_of_one_token_are_the_published_metric(chat: ChatModel) -> None:
+    rows = chat.encode(["Tell me a joke.", "How do I bake bread, slowly?"])
+    published = measure_refusal(chat, FirstTokens((70, 75)), rows)
+    assert torch.allclose(measure_refusal(chat, Openings(((70,), (75,))), rows), published, atol=1e-4)
+
+
+def test_openings_are_log_odds_of_the_sequences_together(chat: ChatModel) -> None:
+    """An independent computation: one plain pass for each prefix of each sequence."""
+    sequences = ((70, 75, 80), (71, 5), (90,))
+    rows = chat.encode(["Tell me a joke.", "How do I bake bread, slowly?"])
+    found = measure_refusal(chat, Openings(sequences), rows)
+    for row, value in zip(rows, found.tolist(), strict=True):
+        p = 0.0
+        for sequence in sequences:
+            log = 0.0
+            for i, token in enumerate(sequence):
+                with torch.inference_mode():
+                    logits = chat.model(torch.tensor([[*row, *sequence[:i]]])).logits[0, -1]
+                log += float(logits.double().log_softmax(-1)[token])
+            p += math.exp(log)
+        assert value == pytest.approx(math.log(p / (1 - p)), abs=1e-3)
+    assert found.dtype == torch.float64
+
+
+def test_certain_and_impossible_openings_stay_finite() -> None:
+    combined = Openings(((1,), (2,))).combine(torch.tensor([[0.0, -1e9], [-800.0, -900.0]], dtype=torch.float64))
+    assert combined.isfinite().all()
+    assert combined[0] > 18
+    assert combined[1] == pytest.approx(-800.0)

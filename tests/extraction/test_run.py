@@ -18,7 +18,7 @@ from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import make_tokenizer, tiny_llama
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
-FEW = {"n_train": 8, "n_val": 4, "filter_prompts": False, "refusal_tokens": ("I",)}
+FEW = {"n_train": 8, "n_val": 4, "filter": "none", "refusal_tokens": ("I",)}
 
 
 def options(**changes: object) -> ExtractionOptions:
@@ -102,8 +102,15 @@ def test_when_nothing_passes_the_nearest_are_named(llama_directory: Path) -> Non
     error = caught.value
     assert error.exit_code == 3
     assert len(error.nearest) == 5
-    assert any("KL" in text for text in error.nearest[0][1])
-    assert error.report["nearest"][0]["failed"] == error.nearest[0][1]
+    assert any("KL" in text for text in error.nearest[0].failed)
+    distances = [one.distance for one in error.nearest]
+    assert distances == sorted(distances)
+    assert error.report["best"]["kl"].kl == min(one.kl for one in error.score_table.scores if one.kl is not None)
+    # What the message advises accepts that candidate.
+    flag, value = error.accepting
+    assert flag == "--kl-threshold"
+    found = extract_direction(model=llama_directory, options=options(thresholds=Thresholds(kl=float(value), induce=-1e9)))
+    assert found.report.selected.kl <= float(value)
 
 
 def test_a_model_that_does_not_refuse_is_told_so(llama_directory: Path) -> None:
@@ -122,13 +129,13 @@ class _RefusesEverything(ChatModel):
 def test_a_model_that_refuses_everything_is_told_so() -> None:
     chat = make_chat_model(tiny_llama(), make_tokenizer())
     refusing = _RefusesEverything(**{f.name: getattr(chat, f.name) for f in dataclasses.fields(chat)})
-    with pytest.raises(RefusalBehaviourError, match="refuses everything"):
+    with pytest.raises(RefusalBehaviourError, match="refuses nearly everything"):
         extract_direction(model=refusing, options=ExtractionOptions(n_train=8, n_val=4))
 
 
 def test_filtering_says_what_is_left(llama_directory: Path) -> None:
     with pytest.raises(RefusalBehaviourError, match="0 of 8 harmful training prompts are refused"):
-        extract_direction(model=llama_directory, options=options(filter_prompts=True))
+        extract_direction(model=llama_directory, options=options(filter="auto"))
 
 
 @pytest.mark.parametrize(
@@ -170,9 +177,7 @@ def test_finding_a_planted_direction() -> None:
     with torch.no_grad():
         extraction = extract_direction(
             model=chat,
-            options=ExtractionOptions(
-                n_train=32, n_val=16, filter_prompts=False, refusal_tokens=("I",), thresholds=ANYTHING
-            ),
+            options=ExtractionOptions(n_train=32, n_val=16, filter="none", refusal_tokens=("I",), thresholds=ANYTHING),
         )
     assert extraction.report.selected.bypass < extraction.report.baseline.harmful - 1
 

@@ -18,7 +18,7 @@ from tests.support.paths import REPOSITORY
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
 OPTIONS = ExtractionOptions(
-    n_train=8, n_val=4, filter_prompts=False, refusal_tokens=("I",), thresholds=ANYTHING, exhaustive=True
+    n_train=8, n_val=4, filter="none", refusal_tokens=("I",), thresholds=ANYTHING, exhaustive=True
 )
 KILLED = """
 import os, signal, sys

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from abliterate.extraction import scoring
-from abliterate.extraction.refusal import refusal_metric
+from abliterate.extraction.refusal import FirstTokens, refusal_metric
 from abliterate.extraction.scoring import CandidateScorer, kl_divergence
 from abliterate.extraction.selection import ScoreName
 from abliterate.models.chat_model import ChatModel
@@ -35,7 +35,7 @@ def scorer(chat: ChatModel, candidates: Tensor) -> CandidateScorer:
         candidates=candidates,
         harmful_rows=chat.encode(HARMFUL),
         harmless_rows=chat.encode(HARMLESS),
-        token_ids=TOKENS,
+        measure=FirstTokens(tuple(TOKENS)),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.selection import (
     CandidateScore,
+    best_by_each_score,
     failed_thresholds,
     nearest_candidates,
     passing_candidates,
@@ -120,13 +121,30 @@ def test_each_threshold_is_named() -> None:
     assert failed_thresholds(score, Thresholds(), 10) == ["layer 8 >= 8", "induce -1.000 < 0", "KL 0.500 > 0.1"]
 
 
-def test_nearest_candidates_put_the_fewest_failures_first() -> None:
-    near = CandidateScore(position=-1, layer=1, bypass=-1.0, induce=1.0, kl=0.2)
-    far = CandidateScore(position=-1, layer=9, bypass=-5.0, induce=-1.0, kl=0.2)
-    unscored = CandidateScore(position=-1, layer=3)
-    nearest = nearest_candidates([far, unscored, near], thresholds=Thresholds(), n_layers=10)
-    assert [score for score, _ in nearest] == [near, far]
-    assert nearest[0][1] == ["KL 0.200 > 0.1"]
+def test_nearest_candidates_are_ordered_by_how_far_they_are_from_passing() -> None:
+    near = CandidateScore(position=-1, layer=1, bypass=-1.0, induce=-0.1, kl=0.11)
+    far = CandidateScore(position=-1, layer=2, bypass=-5.0, induce=1.0, kl=0.9)
+    farthest = CandidateScore(position=-1, layer=9, bypass=-5.0, induce=-9.0, kl=0.9)
+    broken = CandidateScore(position=-1, layer=3, bypass=math.nan, induce=1.0, kl=0.2)
+    unknown = CandidateScore(position=-1, layer=4, induce=1.0)
+    unscored = CandidateScore(position=-1, layer=5)
+    given = [farthest, unknown, broken, far, unscored, near]
+    nearest = nearest_candidates(given, thresholds=Thresholds(), n_layers=10, gap=10.0)
+    assert [one.candidate for one in nearest] == [near, far, farthest, broken, unknown]
+    assert nearest[0].failed == ("induce -0.100 < 0", "KL 0.110 > 0.1")
+    assert nearest[0].beyond == pytest.approx({"induce": 0.1, "kl": 0.01})
+    assert nearest[0].distance == pytest.approx(0.1 / 10 + math.log(1.1))
+    assert nearest[2].beyond == pytest.approx({"layer": 2, "induce": 9.0, "kl": 0.8})
+    best = best_by_each_score(given)
+    assert (best["bypass"], best["induce"], best["kl"]) == (farthest, far, near) or best["bypass"].bypass == -5.0
+
+
+def test_a_wide_gap_between_harmful_and_harmless_makes_a_shortfall_of_induce_small() -> None:
+    short = CandidateScore(position=-1, layer=1, bypass=0.0, induce=-1.0, kl=0.0)
+    over = CandidateScore(position=-1, layer=2, bypass=0.0, induce=1.0, kl=0.2)
+    for gap, first in ((10.0, short), (1.0, over)):
+        nearest = nearest_candidates([short, over], thresholds=Thresholds(), n_layers=10, gap=gap)
+        assert nearest[0].candidate == first
 
 
 def test_of_equal_candidates_the_first_is_chosen() -> None:

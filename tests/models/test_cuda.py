@@ -7,6 +7,7 @@ from abliterate.directions import make_direction
 from abliterate.editing.options import WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.extraction.options import ExtractionOptions, Thresholds
+from abliterate.extraction.refusal import FirstTokens
 from abliterate.extraction.run import extract_direction
 from abliterate.extraction.scoring import CandidateScorer
 from abliterate.extraction.selection import ScoreName
@@ -31,7 +32,7 @@ SCORES: tuple[ScoreName, ...] = ("bypass", "induce", "kl", "ablated")
 ANYTHING_PASSES = ExtractionOptions(
     n_train=16,
     n_val=8,
-    filter_prompts=False,
+    filter="none",
     refusal_tokens=("I",),
     thresholds=Thresholds(kl=1e9, induce=-1e9),
     exhaustive=True,
@@ -49,7 +50,7 @@ def test_scores(make):
             candidates=torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64),
             harmful_rows=chat.encode(HARMFUL),
             harmless_rows=chat.encode(HARMLESS),
-            token_ids=[70, 75],
+            measure=FirstTokens((70, 75)),
         )
         keys = [(-1, 1), (-2, 3), (-1, 4)]
         found.append({name: scorer.score(name, keys) for name in SCORES})

@@ -18,7 +18,7 @@ from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_llam
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIONS = ExtractionOptions(
-    n_train=8, n_val=3, filter_prompts=False, refusal_tokens=("I",), thresholds=Thresholds(kl=1e9, induce=-1e9)
+    n_train=8, n_val=3, filter="none", refusal_tokens=("I",), thresholds=Thresholds(kl=1e9, induce=-1e9)
 )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate.extraction.refusal import refusal_metric
+from abliterate.extraction.refusal import FirstTokens, refusal_metric
 from abliterate.extraction.scoring import CandidateScorer, kl_divergence
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction, record
@@ -82,7 +82,11 @@ def test_scores_of_candidates_in_one_batch_equal_plain_passes(chat: ChatModel, t
     shape = (chat.chat_format.n_positions, chat.n_layers, chat.d_model)
     candidates = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     scorer = CandidateScorer(
-        chat=chat, candidates=candidates, harmful_rows=harmful, harmless_rows=harmless, token_ids=TOKENS
+        chat=chat,
+        candidates=candidates,
+        harmful_rows=harmful,
+        harmless_rows=harmless,
+        measure=FirstTokens(tuple(TOKENS)),
     )
     keys = [(-1, 1), (-2, 2), (-3, 1), (-1, 2)]
     induced, both = scorer.score("induce", keys), scorer.score("ablated", keys)

@@ -8,6 +8,7 @@ from torch import nn
 
 from abliterate.errors import ModelError, UnsupportedArchitectureError
 from abliterate.evaluation.auditing import audit_model
+from abliterate.extraction.refusal import FirstTokens
 from abliterate.extraction.run import extract_direction
 from abliterate.extraction.scoring import CandidateScorer
 from abliterate.models.chat_model import ChatModel
@@ -99,8 +100,9 @@ def test_scores_are_the_same_whether_a_pass_starts_at_a_block_or_not(llama_chat:
     candidates = torch.randn(2, llama_chat.n_layers, llama_chat.d_model, generator=torch.Generator().manual_seed(1))
     rows = [[*range(5, 15), *row] for row in ROWS]
     given = {"chat": llama_chat, "candidates": candidates, "harmful_rows": rows, "harmless_rows": rows}
-    started = CandidateScorer(**given, token_ids=[3], probe=probe)
-    plain = CandidateScorer(**given, token_ids=[3], probe=replace(probe, starts_at_blocks=False))
+    given["measure"] = FirstTokens((3,))
+    started = CandidateScorer(**given, probe=probe)
+    plain = CandidateScorer(**given, probe=replace(probe, starts_at_blocks=False))
     for layer in range(llama_chat.n_layers):
         assert started.induce(-1, layer) == pytest.approx(plain.induce(-1, layer), abs=1e-4)
 

@@ -91,7 +91,7 @@ def options(**changes: object) -> ExtractionOptions:
         **{
             "n_train": 8,
             "n_val": 4,
-            "filter_prompts": False,
+            "filter": "none",
             "refusal_tokens": ("I",),
             "thresholds": Thresholds(kl=1e9, induce=-12),
             **changes,

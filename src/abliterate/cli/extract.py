@@ -24,7 +24,7 @@ from abliterate.cli.options import (
 )
 from abliterate.cli.output import Output, command_line
 from abliterate.errors import InputError
-from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Thresholds, Variant
+from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Filter, Thresholds, Variant
 from abliterate.models.options import DeviceMap, ModelOptions
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def extract(
     prune_layers: Annotated[float, option(Thresholds, "prune_layers")] = DEFAULTS.thresholds.prune_layers,
     system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
     refusal_token: Annotated[list[str] | None, option(ExtractionOptions, "refusal_tokens")] = None,
-    no_filter: Annotated[bool, option(ExtractionOptions, "filter_prompts")] = not DEFAULTS.filter_prompts,
+    filter_prompts: Annotated[Filter, option(ExtractionOptions, "filter")] = DEFAULTS.filter,
+    no_filter: Annotated[bool, typer.Option("--no-filter", hidden=True, help="The same as --filter none.")] = False,
+    confirm: Annotated[int | None, option(ExtractionOptions, "confirm")] = DEFAULTS.confirm,
     exhaustive: Annotated[bool, option(ExtractionOptions, "exhaustive")] = DEFAULTS.exhaustive,
     variant: Annotated[Variant, option(DirectionRecipe, "variant")] = DEFAULTS.recipe.variant,
     winsorize: Annotated[float | None, option(DirectionRecipe, "winsorize")] = DEFAULTS.recipe.winsorize,
@@ -73,6 +75,10 @@ def extract(
 
     SPEC is `bundled`, a .txt/.jsonl/.json/.csv/.parquet file, or a Hub dataset ID[@rev][:split[:column]].
     When no candidate passes the selection, the nearest ones are shown and the exit code is 3.
+
+    Short replies show which prompts the model refuses. Where the paper's rule (a refusal token is more likely than not
+    to come first) agrees with them it is used as it is; a model that refuses in other ways is judged by its replies,
+    its refusal tokens and the zero of its scores are taken from them, and the file says so.
 
     Recordings and scores are kept in OUTPUT.work until the file is written: an interrupted extraction, or one with
     other thresholds after exit code 3, goes on from there. `torchrun --nproc-per-node N -m abliterate extract ...`
@@ -102,7 +108,8 @@ def extract(
         seed=seed,
         thresholds=Thresholds(kl=kl_threshold, induce=induce_threshold, prune_layers=prune_layers),
         refusal_tokens=tuple(refusal_token or ()),
-        filter_prompts=not no_filter,
+        filter="none" if no_filter else filter_prompts,
+        confirm=confirm,
         exhaustive=exhaustive,
         recipe=DirectionRecipe(variant=variant, winsorize=winsorize),
         rank=rank,
@@ -153,8 +160,8 @@ def extract(
     except NoCandidatePassesError as error:
         if in_first_process():
             write_report(error.score_table)
-        table = _nearest_table(error)
-        output.report(error.report, tables=lambda: [table])
+        tables: list[Table | str] = [_nearest_table(error), *_next_command(error)]
+        output.report(error.report, tables=lambda: tables)
         raise
     output.report(
         {"direction_file": files[0], "direction_files": files, **output.plain(extraction.report)},
@@ -179,6 +186,13 @@ def _check_outputs(files: list[Path], report: Path | None) -> None:
 
 def _tables(report: "ExtractionReport") -> list[Table]:
     tables = [_summary(report)]
+    if report.confirmed:
+        table = Table("position", "layer", "not answered, ablated", "refused, added", title="Confirmed by replies")
+        for one in report.confirmed:
+            unanswered, induced = f"{one.unanswered} of {one.n_harmful}", f"{one.induced} of {one.n_harmless}"
+            table.add_row(str(one.position), str(one.layer), unanswered, induced)
+        table.caption = "replies to validation prompts; the unchanged model refuses all harmful and no harmless ones"
+        tables.append(table)
     if (found := report.robustness) is not None:
         table = Table("position", "layer", "chosen in", title=f"{found.n_resamples} resamplings of the prompts")
         for winner in found.winners[:5]:
@@ -208,16 +222,29 @@ def _summary(report: "ExtractionReport") -> Table:
         table.add_row("together", "", _number(report.together.bypass), "", _number(report.together.kl))
     kept = ", ".join(f"{c.kept}/{c.sampled} {name.replace('_', ' ')}" for name, c in report.counts.items())
     tokens = " ".join(repr(token.text) for token in report.refusal_tokens)
+    refusal = report.refusal
+    judged = (
+        f"prompts filtered by {refusal.filter}: {refusal.reason}; scored by {refusal.measure}, zero {refusal.zero:.2f}"
+    )
     table.caption = (
         f"{report.n_passing} of {report.n_scored} scored candidates known to pass; unchanged model: "
         f"{report.baseline.harmful:.2f} on harmful, {report.baseline.harmless:.2f} on harmless prompts; "
-        f"candidates: {report.recipe.in_words}; refusal tokens {tokens}; prompts kept: {kept}"
+        f"candidates: {report.recipe.in_words}; refusal tokens {tokens}; {judged}; prompts kept: {kept}"
     )
     return table
 
 
 def _nearest_table(error: "NoCandidatePassesError") -> Table:
     table = Table("position", "layer", "bypass", "induce", "KL", "failed", title="No candidate passes; the nearest")
-    for score, failed in error.nearest:
-        table.add_row(*_row(score), "; ".join(failed))
+    for one in error.nearest:
+        table.add_row(*_row(one.candidate), "; ".join(one.failed))
+    for name, score in error.report["best"].items():
+        table.add_row(*_row(score), f"best {name}")
+    table.caption = f"prompts filtered by {error.evidence.filter}: {error.evidence.reason}"
     return table
+
+
+def _next_command(error: "NoCandidatePassesError") -> list[str]:
+    if not error.accepting:
+        return []
+    return [f"the nearest is accepted by: {command_line()} {' '.join(error.accepting)}"]

@@ -6,7 +6,6 @@ harmful from harmless validation prompts, and then *screened*: each is ablated, 
 that get an answer are counted.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor
 from abliterate.directions import orthonormalize
 from abliterate.extraction.candidates import resampled_cosines
 from abliterate.extraction.options import DirectionRecipe, Thresholds
-from abliterate.extraction.refusal import find_refusal_tokens, refusal_metric
+from abliterate.extraction.refusal import FirstTokens, find_refusal_tokens, refusal_metric
 from abliterate.extraction.reply_classes import read_reply
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import CandidateScorer
-from abliterate.extraction.selection import Candidate, CandidateScore, passing_candidates
+from abliterate.extraction.screening import propose, separations
+from abliterate.extraction.selection import CandidateScore, passing_candidates
 from abliterate.extraction.shared_runs import RecordingRun, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording, ablate_direction, difference_in_means
@@ -124,7 +124,12 @@ class CandidateFinder:
         self._harmful, self._harmless, self._filtered = self._filter(harmful, harmless)
         self.candidates = difference_in_means(harmful=self._harmful, harmless=self._harmless)
         self._grid = able_candidates(self.candidates, thresholds=thresholds)
-        self._separation = self._separate(recordings)
+        self._separation = separations(
+            self.candidates,
+            self._grid,
+            harmful=recordings["harmful_validation"],
+            harmless=recordings["harmless_validation"],
+        )
         self._scores = {(score.position, score.layer): score for score in self._score()} if found else {}
 
     def screen(self, *, n_candidates: int, max_new_tokens: int) -> CandidateSummary:
@@ -139,7 +144,8 @@ class CandidateFinder:
         """
         passing = passing_candidates(self._scores.values(), thresholds=self._thresholds, n_layers=self._chat.n_layers)
         rows = self._chat.encode(self._prompts.harmful_validation.texts[:N_SCREENING_PROMPTS])
-        chosen = self._propose([(score.position, score.layer) for score in passing], n_candidates)
+        best = [(score.position, score.layer) for score in passing[: n_candidates // 2]]
+        chosen = propose(self._separation, n_candidates, first=best)
         screened = []
         with self._progress.task("Screening candidates", total=len(chosen)) as advance:
             for key in chosen:
@@ -193,16 +199,6 @@ class CandidateFinder:
                 return harmful.activations[keep[0]], harmless.activations[keep[1]], True
         return harmful.activations, harmless.activations, False
 
-    def _separate(self, recordings: Mapping[str, Recording]) -> dict[Candidate, float]:
-        harmful, harmless = (recordings[f"{kind}_validation"].activations.double() for kind in ("harmful", "harmless"))
-        found = {}
-        for position, layer in self._grid:
-            unit = self.candidates[position, layer] / self.candidates[position, layer].norm()
-            a, b = (recorded[:, position, layer] @ unit for recorded in (harmful, harmless))
-            pooled = ((a.var(correction=0) + b.var(correction=0)) / 2).sqrt().clamp(min=1e-12)
-            found[position, layer] = float((a.mean() - b.mean()) / pooled)
-        return found
-
     def _score(self) -> list[CandidateScore]:
         """Score the candidates as `extract` does; bypass and KL of all that induce: how many pass is reported."""
         scorer = CandidateScorer(
@@ -210,7 +206,7 @@ class CandidateFinder:
             candidates=self.candidates,
             harmful_rows=self._chat.encode(self._prompts.harmful_validation.texts),
             harmless_rows=self._chat.encode(self._prompts.harmless_validation.texts),
-            token_ids=self._token_ids,
+            measure=FirstTokens(tuple(self._token_ids)),
             probe=self._probe,
         )
         scorer.kl_at_once = None
@@ -222,15 +218,6 @@ class CandidateFinder:
             progress=self._progress,
         )
         return run.score(self.candidates)
-
-    def _propose(self, passing: Sequence[tuple[int, int]], n_candidates: int) -> list[tuple[int, int]]:
-        chosen = list(passing[: n_candidates // 2])
-        ordered = sorted(self._grid, key=lambda key: -self._separation[key])
-        best_of_layer = [key for i, key in enumerate(ordered) if key[1] not in {k[1] for k in ordered[:i]}]
-        for key in [*best_of_layer, *ordered]:
-            if len(chosen) < n_candidates and key not in chosen:
-                chosen.append(key)
-        return chosen
 
     def _screen(self, key: tuple[int, int], rows: list[list[int]], max_new_tokens: int) -> ScreenedCandidate:
         with ablate_direction(self._chat, self.candidates[key]):

@@ -7,6 +7,7 @@ from abliterate.arguments import Argument
 from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
 
 Variant = Literal["difference", "projected"]
+Filter = Literal["auto", "replies", "metric", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,11 @@ class ExtractionOptions:
         seed: of the sampling of prompts.
         thresholds: see `Thresholds`.
         refusal_tokens: token texts that start refusals; empty to find them from the model's own answers.
-        filter_prompts: drop harmful prompts that are answered and harmless ones that are refused.
+        filter: how harmful prompts that are answered and harmless ones that are refused are found, and dropped:
+            `metric`, the published rule; `replies`, the model's own; `auto`, the rule where it agrees with the replies
+            and else the replies; `none` keeps all.
+        confirm: among so many of the best candidates, whose scores are alike within noise, the model's replies choose;
+            0: none; None: 3 where the replies filter, else 0.
         exhaustive: score every candidate below the layer limit, not only those the choice depends on.
         recipe: how candidates are made; see `DirectionRecipe`.
         n_bootstrap: how often to resample the prompts, see `resampling`; above 0 all candidates are scored.
@@ -90,9 +95,24 @@ class ExtractionOptions:
         tuple[str, ...],
         Argument(flag="--refusal-token", metavar="TOK", help="First token of refusals; several times for several."),
     ] = ()
-    filter_prompts: Annotated[
-        bool, Argument(flag="--no-filter", help="Keep harmful prompts that are answered, harmless ones refused.")
-    ] = True
+    filter: Annotated[
+        Filter,
+        Argument(
+            flag="--filter",
+            help="What tells which prompts are refused: the published metric, the model's replies, or auto: the metric "
+            "where the replies agree with it. none keeps all prompts.",
+        ),
+    ] = "auto"
+    confirm: Annotated[
+        int | None,
+        Argument(
+            flag="--confirm",
+            metavar="N",
+            minimum=0,
+            help="Let replies choose among the N best that are alike within noise. Default: 3 where replies filter, "
+            "else 0.",
+        ),
+    ] = None
     exhaustive: Annotated[
         bool, Argument(flag="--exhaustive", help="Score all candidates, also those that cannot change the choice.")
     ] = False

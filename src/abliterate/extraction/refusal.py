@@ -1,21 +1,22 @@
-"""Two measures of refusal, which are not the same thing, and how a model starts its refusals.
+"""How far a model is from refusing, without generating: the refusal metric, and what it is made of.
 
 The *refusal metric* is the log-odds that the first answer token is a refusal token; it needs one forward pass and
-drives the selection (Arditi et al. 2024, section 2.4). The *refusal rate* counts completions that contain a
-refusal substring (section 2.3).
+drives the selection (Arditi et al. 2024, section 2.4). Where refusals do not begin with few tokens of their own, the
+same is asked of the *openings* that the model refuses with: the log-odds that one of them follows, each forced token
+by token. What is asked is a `RefusalMeasure`; `behaviour` decides which. The *refusal rate*, another thing, counts
+completions that contain a refusal substring (section 2.3).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from abliterate.errors import InputError, RefusalBehaviourError
-from abliterate.extraction.refusal_substrings import is_refusal
+from abliterate.errors import InputError
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording
-from abliterate.prompt_sets import ExtractionPrompts
 
 EPSILON = 1e-8
 """Added inside both logarithms, so the metric is clamped to +-18.4207 (the published code's value)."""
@@ -81,97 +82,143 @@ def _mean_probabilities(logits: Tensor) -> Tensor:
     return total / max(1, len(logits))
 
 
-def require_both_behaviours(
-    *, n_harmful: int, n_harmless: int, total_harmful: int, total_harmless: int, minimum: int, part: str
-) -> None:
-    """Check that enough prompts are left after filtering by the refusal metric.
+class RefusalMeasure(Protocol):
+    """What is asked of the model about each prompt, and what its logits answer."""
 
-    Raises:
-        RefusalBehaviourError: fewer than `minimum` are left on either side; the message says what the model does.
+    @property
+    def n_logits(self) -> int:
+        """How many of the last logits of each row are needed."""
+        ...
+
+    def ask(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the rows to run for some prompts, the same number for each, prompt by prompt."""
+        ...
+
+    def read(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Return one float64 value for each row that was run.
+
+        Args:
+            logits: [n, vocab], or [n, n_logits, vocab] where more than one is needed.
+            indices: [n], which of the rows that `ask` returned they are of.
+        """
+        ...
+
+    def combine(self, values: Tensor) -> Tensor:
+        """Return the log-odds [..., n_prompts], in nats, of the values [..., n_rows] of all rows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokens:
+    """The published metric: the log-odds that the first answer token is one of these."""
+
+    token_ids: tuple[int, ...]
+    n_logits: int = 1
+
+    def ask(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the prompts themselves."""
+        return [list(row) for row in rows]
+
+    def read(self, logits: Tensor, indices: Tensor) -> Tensor:  # noqa: ARG002
+        """Return `refusal_metric`."""
+        return refusal_metric(logits, token_ids=self.token_ids)
+
+    def combine(self, values: Tensor) -> Tensor:
+        """Return the values."""
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Openings:
+    """The log-odds that the answer goes on with one of some sequences of tokens, none of which begins with another.
+
+    With sequences of one token it is the published metric, but for its epsilon: probabilities of several tokens
+    together are far below that.
     """
-    counts = (
-        f"{n_harmful} of {total_harmful} harmful {part} prompts are refused and "
-        f"{n_harmless} of {total_harmless} harmless ones are not (at least {minimum} of each are needed)"
-    )
-    if n_harmful < minimum and n_harmless < minimum:
-        does = "its first tokens do not tell refusals from answers; name them with --refusal-token"
-    elif n_harmful < minimum:
-        does = "the model does not refuse enough harmful prompts; there is nothing to extract"
-    elif n_harmless < minimum:
-        does = "the model refuses nearly everything"
-    else:
-        return
-    raise RefusalBehaviourError(f"{does}: {counts}; --no-filter keeps all prompts")
+
+    sequences: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_logits(self) -> int:
+        """How many of the last logits of each row are needed."""
+        return max(map(len, self.sequences))
+
+    def ask(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return each prompt with each sequence behind it, but for the sequence's last token."""
+        return [[*row, *sequence[:-1]] for row in rows for sequence in self.sequences]
+
+    def read(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Return the log-probability of each row's sequence."""
+        if logits.ndim == 2:
+            logits = logits[:, None]
+        found = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+        for i, index in enumerate(indices.tolist()):
+            sequence = self.sequences[index % len(self.sequences)]
+            probabilities = torch.log_softmax(logits[i, -len(sequence) :].to(torch.float64), dim=-1)
+            found[i] = probabilities.gather(1, torch.tensor(sequence, device=logits.device)[:, None]).sum()
+        return found
+
+    def combine(self, values: Tensor) -> Tensor:
+        """Return the log-odds of all sequences together."""
+        together = values.reshape(*values.shape[:-1], -1, len(self.sequences)).logsumexp(dim=-1)
+        # Rounding can bring the sum of probabilities to 1.
+        return together - torch.log(-torch.expm1(together.clamp(max=-EPSILON)))
 
 
-N_BEHAVIOUR_PROMPTS = 16
+@torch.inference_mode()
+def measure_refusal(chat: ChatModel, measure: RefusalMeasure, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return the log-odds [n] of refusing after each row of token ids, of the model as it is now, hooks and all."""
+    asked = measure.ask(rows)
+    values = torch.empty(len(asked), dtype=torch.float64)
+
+    def run(indices: list[int]) -> None:
+        logits = chat.forward([asked[i] for i in indices], n_logits=measure.n_logits)
+        values[indices] = measure.read(logits.float().cpu(), torch.tensor(indices))
+
+    chat.for_batches([len(row) for row in asked], run)
+    return measure.combine(values)
 
 
 def refusal_tokens_of(
-    *,
-    chat: ChatModel,
-    prompts: ExtractionPrompts,
-    harmful: Recording,
-    harmless: Recording,
-    named: Sequence[str] = (),
-    describe: bool = True,
+    *, chat: ChatModel, harmful: Recording, harmless: Recording, named: Sequence[str] = ()
 ) -> list[RefusalToken]:
     """Return the tokens that start refusals: those named, or those that tell harmful from harmless prompts.
 
     Args:
         chat: the model.
-        prompts: the prompts, to say by completions what the model does when there are no such tokens.
         harmful: recording of the harmful training prompts.
         harmless: recording of the harmless training prompts.
         named: token texts given by the user.
-        describe: say by completions what the model does when there are no such tokens.
 
     Raises:
         InputError: a named text is not one token.
-        RefusalBehaviourError: no first token tells refusals.
     """
     if named:
-        found = [_probabilities(chat, text, harmful, harmless) for text in named]
+        ids = [_token_of(chat, text) for text in named]
     else:
         found = find_refusal_tokens(harmful_logits=harmful.logits, harmless_logits=harmless.logits)
-    if not found:
-        does = f": {describe_behaviour(chat, prompts)}" if describe else ""
-        raise RefusalBehaviourError(
-            f"no first token tells harmful from harmless prompts{does}; if it refuses in words of its own, name the "
-            "first token with --refusal-token"
-        )
+        ids = [token_id for token_id, _, _ in found]
+    return describe_tokens(ids, chat=chat, harmful=harmful, harmless=harmless)
+
+
+def describe_tokens(
+    token_ids: Sequence[int], *, chat: ChatModel, harmful: Recording, harmless: Recording
+) -> list[RefusalToken]:
+    """Return tokens with their text and their mean first-token probabilities on training prompts."""
+    p, q = (_mean_probabilities(recording.logits) for recording in (harmful, harmless))
     return [
         RefusalToken(
             token_id=token_id,
             text=chat.decode([token_id], skip_special_tokens=False),
-            harmful_probability=p,
-            harmless_probability=q,
+            harmful_probability=float(p[token_id]),
+            harmless_probability=float(q[token_id]),
         )
-        for token_id, p, q in found
+        for token_id in token_ids
     ]
 
 
-def describe_behaviour(chat: ChatModel, prompts: ExtractionPrompts) -> str:
-    """Say in words what the model does, by completions."""
-    forced = chat.chat_format.response_prefix
-    refused = []
-    for part in (prompts.harmful_train, prompts.harmless_train):
-        rows = chat.encode(part.texts[:N_BEHAVIOUR_PROMPTS])
-        answers = chat.generate(rows, max_new_tokens=32)
-        refused.append((sum(is_refusal(forced + chat.decode(answer)) for answer in answers), len(rows)))
-    (bad, n_bad), (good, n_good) = refused
-    if bad <= n_bad // 4:
-        does = "the model does not refuse"
-    elif good > n_good // 2:
-        does = "the model refuses everything"
-    else:
-        does = "its refusals and answers start alike"
-    return f"{does} (refused {bad} of {n_bad} harmful and {good} of {n_good} harmless prompts)"
-
-
-def _probabilities(chat: ChatModel, text: str, harmful: Recording, harmless: Recording) -> tuple[int, float, float]:
+def _token_of(chat: ChatModel, text: str) -> int:
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise InputError(f"--refusal-token {text!r} is {len(ids)} tokens in this model's vocabulary; it must be one")
-    p, q = (float(torch.softmax(r.logits.double(), -1)[:, ids[0]].mean()) for r in (harmful, harmless))
-    return ids[0], p, q
+    return int(ids[0])

@@ -1,22 +1,26 @@
 """What an extraction is asked for and what it reports, as plain values."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError
 from abliterate.extraction.candidates import Robustness
+from abliterate.extraction.judgement import RefusalEvidence
 from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Thresholds
 from abliterate.extraction.refusal import RefusalToken
 from abliterate.extraction.score_report import ScoreTable
-from abliterate.extraction.selection import CandidateScore, nearest_candidates
+from abliterate.extraction.screening import Confirmation
+from abliterate.extraction.selection import CandidateScore, best_by_each_score, nearest_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.prompt_sets import ExtractionPrompts
 
@@ -50,10 +54,13 @@ class ExtractionReport:
     """The result of an extraction, as plain values; the tensors are in the directions.
 
     Attributes:
+        refusal: how prompts were found to be refused, and what candidates were scored by.
+        thresholds: as asked for; that of induce counts from `refusal.zero`.
         recipe: how candidates were made.
         selected: the best candidate that passes.
         further: with a rank above one, the other chosen candidates, the best first.
         together: with a rank above one, the scores of ablating all of them.
+        confirmed: what replies are under the best candidates, where they were looked at.
         n_passing: how many candidates are known to pass; without `exhaustive` scoring stops at what is needed.
         n_scored: how many candidates have any score.
         direction_norm: of the selected candidate, un-normalised.
@@ -68,6 +75,7 @@ class ExtractionReport:
     post_instruction_tokens: tuple[str, ...]
     response_prefix: str
     refusal_tokens: tuple[RefusalToken, ...]
+    refusal: RefusalEvidence
     counts: dict[str, PromptCounts]
     baseline: Baseline
     thresholds: Thresholds
@@ -75,6 +83,7 @@ class ExtractionReport:
     selected: CandidateScore
     further: tuple[CandidateScore, ...] = ()
     together: JointScores | None = None
+    confirmed: tuple[Confirmation, ...] = ()
     n_passing: int
     n_scored: int
     exhaustive: bool
@@ -98,22 +107,45 @@ class Extraction:
 
 
 class NoCandidatePassesError(NoDirectionError):
-    """No candidate passes; carries all scores, and the nearest candidates with what each fails."""
+    """No candidate passes; carries all scores, and the nearest candidates with what each fails and by how much."""
 
-    def __init__(self, score_table: ScoreTable) -> None:
+    def __init__(self, score_table: ScoreTable, *, evidence: RefusalEvidence) -> None:
         self.score_table = score_table
+        self.evidence = evidence
         self.nearest = nearest_candidates(
-            score_table.scores, thresholds=score_table.thresholds, n_layers=score_table.n_layers
+            score_table.scores,
+            thresholds=score_table.thresholds,
+            n_layers=score_table.n_layers,
+            gap=score_table.gap,
         )
         message = "no candidate direction passes the selection"
         if self.nearest:
-            best, failed = self.nearest[0]
-            message += f"; nearest: position {best.position}, layer {best.layer} ({', '.join(failed)})"
-        super().__init__(message + "; --kl-threshold, --induce-threshold or --prune-layers can accept it")
+            best = self.nearest[0].candidate
+            failed = ", ".join(self.nearest[0].failed)
+            message += f"; nearest: position {best.position}, layer {best.layer} ({failed})"
+        accepting = " ".join(self.accepting)
+        remedy = f"{accepting} would accept it" if accepting else "other prompts (--harmful, --harmless) may find one"
+        super().__init__(f"{message}; {remedy}")
+
+    @property
+    def accepting(self) -> list[str]:
+        """The command-line arguments that would accept the nearest candidate; empty where none would."""
+        if not self.nearest or not math.isfinite(self.nearest[0].distance):
+            return []
+        found = self.nearest[0]
+        score, changed = found.candidate, Thresholds()
+        if "kl" in found.beyond and score.kl is not None:
+            changed = replace(changed, kl=math.ceil(score.kl * 1000) / 1000)
+        if "induce" in found.beyond and score.induce is not None:
+            changed = replace(changed, induce=math.floor((score.induce - self.evidence.zero) * 1000) / 1000)
+        if "layer" in found.beyond:
+            share = 1 - (score.layer + 1) / self.score_table.n_layers
+            changed = replace(changed, prune_layers=max(0.0, math.floor(share * 1000) / 1000))
+        return cli_arguments(changed)
 
     @property
     def report(self) -> dict[str, Any]:
-        """The nearest candidates, as plain values."""
+        """What is nearest and by how much it fails, as plain values."""
         return {
             "error": "no candidate direction passes the selection",
             "thresholds": self.score_table.thresholds,
@@ -121,7 +153,10 @@ class NoCandidatePassesError(NoDirectionError):
                 "harmful": self.score_table.baseline_harmful,
                 "harmless": self.score_table.baseline_harmless,
             },
-            "nearest": [{"candidate": score, "failed": failed} for score, failed in self.nearest],
+            "refusal": self.evidence,
+            "nearest": self.nearest,
+            "best": best_by_each_score(self.score_table.scores),
+            "accepting": self.accepting,
         }
 
 
@@ -176,7 +211,8 @@ def directions_of(
         "system_prompt": chat.system_prompt,
         "dtype": str(chat.model.dtype).removeprefix("torch."),
         "seed": options.seed,
-        "filtered": options.filter_prompts,
+        "refusal": asdict(report.refusal),
+        "confirmed": [asdict(one) for one in report.confirmed],
         "exhaustive": options.scores_all,
         "robustness": asdict(report.robustness) if report.robustness else None,
         "counts": {name: asdict(counts) for name, counts in report.counts.items()},

@@ -1,5 +1,6 @@
 """Finding the refusal direction: difference in means, filtering, scoring, selection (Arditi et al. 2024, section 2)."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,14 +15,16 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import quick_model_sha256, versions
 from abliterate.directions import orthonormalize
 from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
+from abliterate.extraction.behaviour import PARTS, SHORT_REPLY, ReplyRun
 from abliterate.extraction.candidates import (
     Robustness,
     candidate_directions,
     independent_candidates,
     measure_robustness,
 )
-from abliterate.extraction.options import ExtractionOptions, PromptSources
-from abliterate.extraction.refusal import refusal_metric, refusal_tokens_of, require_both_behaviours
+from abliterate.extraction.judgement import MIN_PROMPTS, Judge, Judgement
+from abliterate.extraction.options import ExtractionOptions, PromptSources, Thresholds
+from abliterate.extraction.refusal import FirstTokens, measure_refusal, refusal_metric
 from abliterate.extraction.report import (
     Baseline,
     Extraction,
@@ -34,8 +37,18 @@ from abliterate.extraction.report import (
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.scoring import CandidateScorer, StreamedScorer
-from abliterate.extraction.selection import CandidateScore, passing_candidates
-from abliterate.extraction.shared_runs import PARTS, RecordingRun, Scorer, ScoringRun
+from abliterate.extraction.screening import (
+    N_CANDIDATES,
+    Confirmation,
+    ReplyScorer,
+    Screener,
+    alike,
+    order_confirmed,
+    propose,
+    separations,
+)
+from abliterate.extraction.selection import Candidate, CandidateScore, passing_candidates
+from abliterate.extraction.shared_runs import RecordingRun, Scorer, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel, find_response_prefix, with_response_prefix
 from abliterate.models.hooks import Recording
 from abliterate.models.loading import open_model
@@ -44,11 +57,13 @@ from abliterate.models.stream_probe import StreamProbe, probe_stream
 from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extraction
+from abliterate.prompt_sets import ExtractionPrompts, split_for_extraction
 
-MIN_PROMPTS = 8
-"""Fewer prompts than this on one side after filtering are too few to take a mean of."""
 N_PREFIX_PROMPTS = 8
+N_CONFIRMED = 3
+"""So many candidates are confirmed by replies where the replies filter the prompts."""
+N_NEAREST = 8
+"""Of so many candidates all scores are computed where none passes."""
 
 
 def extract_direction(
@@ -137,7 +152,7 @@ def _work_key(
         "model": None if source is None else {"files": quick_model_sha256(source.path), "revision": source.revision},
         "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
         "refusal tokens": options.refusal_tokens,
-        "filter": options.filter_prompts,
+        "filter": options.filter,
         "recipe": asdict(options.recipe),
         "model options": asdict(model_options),
         "versions": versions("abliterate", "python", "torch", "transformers"),
@@ -152,7 +167,12 @@ def _check_options(options: ExtractionOptions) -> None:
         raise InputError(f"--prune-layers {options.thresholds.prune_layers:g} must be at least 0 and below 1")
     if options.recipe.winsorize is not None and not 0 <= options.recipe.winsorize < 0.5:
         raise InputError(f"--winsorize {options.recipe.winsorize:g} must be at least 0 and below 0.5")
-    for name, value, low in (("rank", options.rank, 1), ("bootstrap", options.n_bootstrap, 0)):
+    n_confirm = options.confirm or 0
+    for name, value, low in (
+        ("rank", options.rank, 1),
+        ("bootstrap", options.n_bootstrap, 0),
+        ("confirm", n_confirm, 0),
+    ):
         if value < low:
             raise InputError(f"--{name} {value} must be at least {low}")
 
@@ -184,39 +204,44 @@ class _Run:
         recordings = RecordingRun(
             chat=self.chat, prompts=self.prompts, saved=self.saved, ranks=self.ranks, progress=self.progress
         ).record()
-        harmful, harmless = recordings["harmful_train"], recordings["harmless_train"]
-        tokens = refusal_tokens_of(
+        judgement = Judge(
             chat=self.chat,
             prompts=self.prompts,
-            harmful=harmful,
-            harmless=harmless,
-            named=self.options.refusal_tokens,
-            describe=not isinstance(self.chat, StreamedChat),
-        )
-        token_ids = [token.token_id for token in tokens]
-        training, counts = self._training(harmful, harmless, token_ids)
-        candidates = candidate_directions(**training, recipe=self.options.recipe)
-        rows, base_logits, baseline = self._validation(recordings, token_ids, counts)
-        scorer = self._scorer(candidates, rows, base_logits, token_ids)
-        thresholds, n_layers = self.options.thresholds, self.chat.n_layers
-        scoring = ScoringRun(
-            scorer=scorer,
-            saved=self.saved,
+            recordings=recordings,
+            options=self.options,
             ranks=self.ranks,
-            thresholds=thresholds,
-            n_layers=n_layers,
-            exhaustive=self.options.scores_all,
-            enough=lambda passing: len(self._choose(candidates, passing)) == self.options.rank,
-            # Streamed layers show their own progress.
-            progress=SILENT if isinstance(self.chat, StreamedChat) else self.progress,
+            progress=self.progress,
+        ).judge()
+        evidence = judgement.evidence
+        self.progress.message(f"prompts are filtered by {evidence.filter}: {evidence.reason}")
+        training = {
+            kind: recordings[f"{kind}_train"].activations[judgement.kept[f"{kind}_train"]]
+            for kind in ("harmful", "harmless")
+        }
+        candidates = candidate_directions(**training, recipe=self.options.recipe)
+        rows = self._rows(judgement)
+        baseline = self._baseline(judgement, recordings, rows)
+        # The threshold counts from where the metric parts refused from answered prompts.
+        given = self.options.thresholds
+        thresholds = replace(given, induce=given.induce + evidence.zero)
+        screener = Screener(
+            replies=ReplyRun(chat=self.chat, ranks=self.ranks, max_new_tokens=evidence.reply_tokens or SHORT_REPLY),
+            candidates=candidates,
+            harmful_rows=rows.harmful,
+            harmless_rows=rows.harmless,
         )
+        scoring = self._scoring(candidates, thresholds, judgement, recordings, rows, screener)
         scores = scoring.score(candidates)
-        passing = passing_candidates(scores, thresholds=thresholds, n_layers=n_layers)
+        passing = passing_candidates(scores, thresholds=thresholds, n_layers=self.chat.n_layers)
+        if not passing:
+            scores = self._complete_nearest(scoring, scores)
+        confirmed = self._confirm(screener, scoring, passing, self._n_confirmed(judgement))
+        passing = order_confirmed(passing, confirmed)
         table = ScoreTable(
             scores=scores,
             selected=passing[0] if passing else None,
             thresholds=thresholds,
-            n_layers=n_layers,
+            n_layers=self.chat.n_layers,
             baseline_harmful=baseline.harmful,
             baseline_harmless=baseline.harmless,
             tokens=self.chat.chat_format.post_instruction_tokens,
@@ -224,24 +249,28 @@ class _Run:
             recipe=self.options.recipe.in_words,
         )
         if not passing:
-            raise NoCandidatePassesError(table)
+            raise NoCandidatePassesError(table, evidence=evidence)
         chosen = self._choose(candidates, passing)
         self._require_rank(chosen, len(passing))
         report = ExtractionReport(
             model=table.title,
             revision=source.revision if source else None,
-            n_layers=n_layers,
+            n_layers=self.chat.n_layers,
             d_model=self.chat.d_model,
             post_instruction_tokens=self.chat.chat_format.post_instruction_tokens,
             response_prefix=self.chat.chat_format.response_prefix,
-            refusal_tokens=tuple(tokens),
-            counts=counts,
+            refusal_tokens=judgement.tokens,
+            refusal=evidence,
+            counts={
+                part: PromptCounts(sampled=len(kept), kept=int(kept.sum())) for part, kept in judgement.kept.items()
+            },
             baseline=baseline,
-            thresholds=thresholds,
+            thresholds=given,
             recipe=self.options.recipe,
             selected=chosen[0],
             further=tuple(chosen[1:]),
-            together=self._together(scorer, candidates, chosen),
+            together=self._together(scoring.scorer, candidates, chosen),
+            confirmed=tuple(confirmed),
             n_passing=len(passing),
             n_scored=sum(score.induce is not None for score in scores),
             exhaustive=self.options.scores_all,
@@ -260,19 +289,131 @@ class _Run:
         )
         return Extraction(directions=directions, report=report, score_table=table)
 
-    def _scorer(
-        self, candidates: Tensor, rows: dict[str, list[list[int]]], base_logits: Tensor, token_ids: Sequence[int]
-    ) -> Scorer:
-        prompts: dict[str, Any] = {"harmful_rows": rows["harmful"], "harmless_rows": rows["harmless"]}
-        if isinstance(self.chat, StreamedChat):
-            return StreamedScorer(
+    def _rows(self, judgement: Judgement) -> "_Rows":
+        """Return the validation prompts that are kept."""
+        kept: dict[str, list[list[int]]] = {}
+        asked: dict[str, list[list[int]]] = {}
+        for kind in ("harmful", "harmless"):
+            part = f"{kind}_validation"
+            rows = self.chat.encode(getattr(self.prompts, part).texts)
+            prefaces = judgement.prefaces.get(part, [[] for _ in rows])
+            keep = judgement.kept[part].tolist()
+            kept[kind] = [row for row, kept in zip(rows, keep, strict=True) if kept]
+            asked[kind] = [[*r, *p] for r, p, kept in zip(rows, prefaces, keep, strict=True) if kept]
+        return _Rows(**kept, bypass=asked["harmful"], induce=asked["harmless"])
+
+    def _baseline(self, judgement: Judgement, recordings: dict[str, Recording], rows: "_Rows") -> Baseline:
+        measure = judgement.measure
+        if measure is None:
+            return Baseline(harmful=1.0, harmless=-1.0)
+        if isinstance(measure, FirstTokens):
+            means = {
+                kind: float(
+                    refusal_metric(
+                        recordings[f"{kind}_validation"].logits[judgement.kept[f"{kind}_validation"]],
+                        token_ids=measure.token_ids,
+                    ).mean()
+                )
+                for kind in ("harmful", "harmless")
+            }
+            return Baseline(**means)
+        return Baseline(
+            harmful=float(measure_refusal(self.chat, measure, rows.bypass).mean()),
+            harmless=float(measure_refusal(self.chat, measure, rows.induce).mean()),
+        )
+
+    def _scoring(
+        self,
+        candidates: Tensor,
+        thresholds: Thresholds,
+        judgement: Judgement,
+        recordings: dict[str, Recording],
+        rows: "_Rows",
+        screener: Screener,
+    ) -> ScoringRun:
+        measure, among = judgement.measure, None
+        base_logits = recordings["harmless_validation"].logits[judgement.kept["harmless_validation"]]
+        scorer: Scorer
+        if measure is None:
+            scorer = ReplyScorer(screener=screener, base_harmless_logits=base_logits)
+            able = able_candidates(candidates, thresholds=thresholds)
+            found = (recordings[f"{kind}_validation"] for kind in ("harmful", "harmless"))
+            among = propose(
+                separations(candidates, able, **dict(zip(("harmful", "harmless"), found, strict=True))), N_CANDIDATES
+            )
+        elif isinstance(self.chat, StreamedChat):
+            assert isinstance(measure, FirstTokens)
+            scorer = StreamedScorer(
                 chat=self.chat,
                 candidates=candidates,
+                harmful_rows=rows.harmful,
+                harmless_rows=rows.harmless,
                 base_harmless_logits=base_logits,
-                token_ids=token_ids,
-                **prompts,
+                token_ids=measure.token_ids,
             )
-        return CandidateScorer(chat=self.chat, candidates=candidates, token_ids=token_ids, probe=self.probe, **prompts)
+        else:
+            scorer = CandidateScorer(
+                chat=self.chat,
+                candidates=candidates,
+                harmful_rows=rows.bypass,
+                harmless_rows=rows.harmless,
+                inducing_rows=rows.induce,
+                measure=measure,
+                probe=self.probe,
+            )
+        n_confirmed = self._n_confirmed(judgement)
+
+        def enough(passing: Sequence[CandidateScore]) -> bool:
+            if len(self._choose(candidates, passing)) < self.options.rank:
+                return False
+            if n_confirmed < 2 or len(passing) >= n_confirmed:
+                return True
+            best = passing[0].position, passing[0].layer
+            unknown = [
+                key for name, key in run.prompt_scores if name == "bypass" and ("kl", key) not in run.prompt_scores
+            ]
+            return not any(self._alike(run, best, key) for key in unknown)
+
+        run = ScoringRun(
+            scorer=scorer,
+            saved=self.saved,
+            ranks=self.ranks,
+            thresholds=thresholds,
+            n_layers=self.chat.n_layers,
+            exhaustive=self.options.scores_all,
+            among=among,
+            enough=enough,
+            # Streamed layers show their own progress.
+            progress=SILENT if isinstance(self.chat, StreamedChat) else self.progress,
+        )
+        return run
+
+    def _n_confirmed(self, judgement: Judgement) -> int:
+        if judgement.measure is None or isinstance(self.chat, StreamedChat):
+            return 0
+        if self.options.confirm is None:
+            return N_CONFIRMED if judgement.evidence.filter == "replies" else 0
+        return self.options.confirm
+
+    @staticmethod
+    def _alike(scoring: ScoringRun, best: Candidate, other: Candidate) -> bool:
+        return alike(scoring.prompt_scores["bypass", best], scoring.prompt_scores["bypass", other])
+
+    def _confirm(
+        self, screener: Screener, scoring: ScoringRun, passing: Sequence[CandidateScore], n_confirmed: int
+    ) -> list[Confirmation]:
+        """Look at the replies under the best candidates, those that are alike within noise."""
+        keys = [(score.position, score.layer) for score in passing]
+        keys = [key for key in keys[:1] + keys[1:] if self._alike(scoring, keys[0], key)][:n_confirmed]
+        return screener.confirm(keys, progress=self.progress) if keys else []
+
+    def _complete_nearest(self, scoring: ScoringRun, scores: list[CandidateScore]) -> list[CandidateScore]:
+        """Compute what is missing of the candidates that come nearest, so that it can be said how far they are."""
+        if isinstance(self.chat, StreamedChat):
+            return scores
+        known = [score for score in scores if score.induce is not None and not math.isnan(score.induce)]
+        known.sort(key=lambda score: -(score.induce or 0.0))
+        return scoring.complete(scores, [(score.position, score.layer) for score in known[:N_NEAREST]])
 
     def _choose(self, candidates: Tensor, passing: Sequence[CandidateScore]) -> list[CandidateScore]:
         by_key = {(score.position, score.layer): score for score in passing}
@@ -308,49 +449,19 @@ class _Run:
             seed=self.options.seed,
         )
 
-    def _training(
-        self, harmful: Recording, harmless: Recording, token_ids: Sequence[int]
-    ) -> tuple[dict[str, Tensor], dict[str, PromptCounts]]:
-        """Filter the training prompts; return the activations to take means of, and how many prompts they are of."""
-        keep_harmful = self._keep(harmful.logits, token_ids, sign=1)
-        keep_harmless = self._keep(harmless.logits, token_ids, sign=-1)
-        self._require(keep_harmful, keep_harmless, minimum=MIN_PROMPTS, part="training")
-        kept = {"harmful": harmful.activations[keep_harmful], "harmless": harmless.activations[keep_harmless]}
-        return kept, {
-            "harmful_train": PromptCounts(sampled=len(keep_harmful), kept=int(keep_harmful.sum())),
-            "harmless_train": PromptCounts(sampled=len(keep_harmless), kept=int(keep_harmless.sum())),
-        }
 
-    def _keep(self, logits: Tensor, token_ids: Sequence[int], *, sign: int) -> Tensor:
-        if not self.options.filter_prompts:
-            return torch.ones(len(logits), dtype=torch.bool)
-        return sign * refusal_metric(logits, token_ids=token_ids) > 0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Token ids of the validation prompts that are kept.
 
-    def _require(self, keep_harmful: Tensor, keep_harmless: Tensor, *, minimum: int, part: str) -> None:
-        require_both_behaviours(
-            n_harmful=int(keep_harmful.sum()),
-            n_harmless=int(keep_harmless.sum()),
-            total_harmful=len(keep_harmful),
-            total_harmless=len(keep_harmless),
-            minimum=min(minimum, len(keep_harmful), len(keep_harmless)),
-            part=part,
-        )
+    Attributes:
+        harmful: the harmful prompts.
+        harmless: the harmless prompts.
+        bypass: what refusing is asked after with a candidate ablated.
+        induce: what it is asked after with a candidate added.
+    """
 
-    def _validation(
-        self, recordings: dict[str, Recording], token_ids: Sequence[int], counts: dict[str, PromptCounts]
-    ) -> tuple[dict[str, list[list[int]]], Tensor, Baseline]:
-        """Filter the validation prompts; return their rows, the harmless ones' logits, and the baseline."""
-        kept: dict[str, list[list[int]]] = {}
-        keeps: dict[str, Tensor] = {}
-        means: dict[str, float] = {}
-        for kind, sign in (("harmful", 1), ("harmless", -1)):
-            name = f"{kind}_validation"
-            prompts: PromptSet = getattr(self.prompts, name)
-            logits = recordings[name].logits
-            keeps[kind] = self._keep(logits, token_ids, sign=sign)
-            rows = self.chat.encode(prompts.texts)
-            kept[kind] = [row for row, keep in zip(rows, keeps[kind].tolist(), strict=True) if keep]
-            counts[name] = PromptCounts(sampled=len(rows), kept=len(kept[kind]))
-            means[kind] = float(refusal_metric(logits[keeps[kind]], token_ids=token_ids).mean())
-        self._require(keeps["harmful"], keeps["harmless"], minimum=MIN_PROMPTS, part="validation")
-        return kept, recordings["harmless_validation"].logits[keeps["harmless"]], Baseline(**means)
+    harmful: list[list[int]]
+    harmless: list[list[int]]
+    bypass: list[list[int]]
+    induce: list[list[int]]

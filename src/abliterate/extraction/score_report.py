@@ -45,6 +45,11 @@ class ScoreTable:
     title: str
     recipe: str = "difference in means"
 
+    @property
+    def gap(self) -> float:
+        """By how much the unchanged model's metric is higher on harmful prompts."""
+        return self.baseline_harmful - self.baseline_harmless
+
 
 def require_plots() -> None:
     """Check that plots can be drawn.

@@ -16,7 +16,7 @@ from statistics import fmean as mean
 import torch
 from torch import Tensor
 
-from abliterate.extraction.refusal import refusal_metric
+from abliterate.extraction.refusal import RefusalMeasure, measure_refusal, refusal_metric
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import (
@@ -58,7 +58,7 @@ def _measurable(logits: Tensor) -> Tensor:
 
 def _parts(logits: Tensor) -> list[slice]:
     """Cut the rows of a batch into parts whose probabilities, in float64, take little memory."""
-    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    step = max(1, LOGITS_AT_ONCE // logits[0].numel())
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
@@ -68,9 +68,10 @@ class CandidateScorer:
     Args:
         chat: the model.
         candidates: [n_pos, n_layers, d_model], un-normalised; positions -n_pos .. -1.
-        harmful_rows: token ids of the harmful validation prompts.
-        harmless_rows: token ids of the harmless validation prompts.
-        token_ids: the refusal tokens.
+        harmful_rows: token ids of the harmful validation prompts, after which refusing is asked for.
+        harmless_rows: token ids of the harmless validation prompts, for KL and induce.
+        measure: how refusing is asked for.
+        inducing_rows: what induce is asked after instead of the harmless prompts; None: those.
         probe: what was found about the model's blocks; None to find out.
     """
 
@@ -83,17 +84,21 @@ class CandidateScorer:
         candidates: Tensor,
         harmful_rows: Sequence[Sequence[int]],
         harmless_rows: Sequence[Sequence[int]],
-        token_ids: Sequence[int],
+        measure: RefusalMeasure,
+        inducing_rows: Sequence[Sequence[int]] | None = None,
         probe: StreamProbe | None = None,
     ) -> None:
         self._chat = chat
         self._candidates = candidates
-        self._token_ids = token_ids
-        self._stream = _RecordedInputs(chat, harmless_rows, probe or probe_stream(chat))
-        self.base_harmless_logits = self._stream.logits
-        self._n_harmful = len(harmful_rows)
-        rows = [*harmful_rows, *harmless_rows]
-        n_cached = chat.shareable_prefix(rows)
+        self._measure = measure
+        asked = measure.ask(harmless_rows if inducing_rows is None else inducing_rows)
+        self._stream = _RecordedInputs(chat, asked, probe or probe_stream(chat), keep=measure.n_logits)
+        plain = asked == [list(row) for row in harmless_rows]
+        self.base_harmless_logits = self._stream.logits if plain else _measurable(chat.last_logits(harmless_rows))
+        asked = measure.ask(harmful_rows)
+        self._n_harmful = len(asked)
+        rows = [*asked, *harmless_rows]
+        n_cached = chat.shareable_prefix(rows, keep=measure.n_logits)
         self._prefix = list(rows[0][:n_cached])
         self._rows = [list(row[n_cached:]) for row in rows]
 
@@ -114,29 +119,41 @@ class CandidateScorer:
         if score == "induce":
             return self._induce(candidates)
         indices = self._indices(score)
-        values = torch.empty(len(candidates), len(indices), dtype=torch.float64)
+        # Where more than the last logits are asked for, harmless prompts are a pass of their own.
+        parts = [indices] if self._measure.n_logits == 1 else [self._indices("bypass"), self._indices("kl")]
+        values = torch.zeros(len(candidates), len(self._rows), dtype=torch.float64)
+        for part in parts:
+            if part.start in indices and len(part):
+                self._ablated(candidates, part, values)
+        found: list[PromptScores] = []
+        for bypass, kl in zip(*self._split(values), strict=True):
+            scores: dict[ScoreName, tuple[float, ...]] = {}
+            if score != "kl":
+                scores["bypass"] = tuple(bypass)
+            if score != "bypass":
+                scores["kl"] = tuple(kl)
+            found.append(scores)
+        return found
+
+    def _split(self, values: Tensor) -> tuple[list[list[float]], list[list[float]]]:
+        n = self._n_harmful
+        return self._measure.combine(values[:, :n]).tolist(), values[:, n:].tolist()
+
+    def _ablated(self, candidates: Sequence[Candidate], indices: range, values: Tensor) -> None:
+        """Fill in, of each candidate, the values [n_candidates, n_rows] of some rows."""
+        n_logits = self._measure.n_logits if indices.start < self._n_harmful else 1
 
         def receive(variants: Tensor, rows: Tensor, logits: Tensor) -> None:
             places = rows + indices.start
             harmful, harmless = places < self._n_harmful, places >= self._n_harmful
             if harmful.any():
-                metric = refusal_metric(logits[harmful], token_ids=self._token_ids)
-                values[variants[harmful], rows[harmful]] = metric.cpu()
+                metric = self._measure.read(logits[harmful], places[harmful])
+                values[variants[harmful], places[harmful]] = metric.cpu()
             if harmless.any():
                 base = self.base_harmless_logits[places[harmless] - self._n_harmful]
-                values[variants[harmless], rows[harmless]] = kl_divergence(base, logits[harmless]).cpu()
+                values[variants[harmless], places[harmless]] = kl_divergence(base, logits[harmless]).cpu()
 
-        self._run_ablated(self._vectors(candidates), [self._rows[i] for i in indices], receive)
-        n = sum(i < self._n_harmful for i in indices)
-        found: list[PromptScores] = []
-        for row in values.tolist():
-            scores: dict[ScoreName, tuple[float, ...]] = {}
-            if n:
-                scores["bypass"] = tuple(row[:n])
-            if n < len(indices):
-                scores["kl"] = tuple(row[n:])
-            found.append(scores)
-        return found
+        self._run_ablated(self._vectors(candidates), [self._rows[i] for i in indices], receive, n_logits=n_logits)
 
     def score_together(self, basis: Tensor) -> PromptScores:
         """Return bypass and KL, prompt by prompt, with several directions ablated at once.
@@ -144,13 +161,18 @@ class CandidateScorer:
         Args:
             basis: [k, d_model], orthonormal rows that span them.
         """
+        rows, n = [self._prefix + row for row in self._rows], self._n_harmful
+        values = torch.empty(1, len(rows), dtype=torch.float64)
         with ablate_subspace(self._chat, basis):
-            logits = self._chat.last_logits([self._prefix + row for row in self._rows])
-        n = self._n_harmful
-        return {
-            "bypass": tuple(refusal_metric(logits[:n], token_ids=self._token_ids).tolist()),
-            "kl": tuple(kl_divergence(self.base_harmless_logits, logits[n:]).tolist()),
-        }
+            if self._measure.n_logits == 1:
+                logits = self._chat.last_logits(rows)
+                values[0, :n] = self._measure.read(logits[:n], torch.arange(n))
+                values[0, n:] = kl_divergence(self.base_harmless_logits, logits[n:])
+            else:
+                values[0, :n] = measure_refusal(self._chat, self._measure, rows[:n])
+                values[0, n:] = kl_divergence(self.base_harmless_logits, self._chat.last_logits(rows[n:]))
+        bypass, kl = self._split(values)
+        return {"bypass": tuple(bypass[0]), "kl": tuple(kl[0])}
 
     def bypass(self, position: int, layer: int) -> float:
         """Return the mean refusal metric on the harmful prompts with the candidate ablated everywhere."""
@@ -178,14 +200,17 @@ class CandidateScorer:
     def _induce(self, candidates: Sequence[Candidate]) -> list[PromptScores]:
         found: dict[Candidate, tuple[float, ...]] = {}
         for group in self.groups("induce", candidates):
-            metric = self._stream.metric_with_addition(
-                self._vectors(group), layer=group[0][1], token_ids=self._token_ids
-            )
+            metric = self._stream.metric_with_addition(self._vectors(group), layer=group[0][1], measure=self._measure)
             found |= {key: tuple(row) for key, row in zip(group, metric.tolist(), strict=True)}
         return [{"induce": found[key]} for key in candidates]
 
     def _run_ablated(
-        self, vectors: Tensor, rows: list[list[int]], receive: Callable[[Tensor, Tensor, Tensor], None]
+        self,
+        vectors: Tensor,
+        rows: list[list[int]],
+        receive: Callable[[Tensor, Tensor, Tensor], None],
+        *,
+        n_logits: int,
     ) -> None:
         chat, cache = self._chat, None
         if self._prefix:
@@ -197,7 +222,11 @@ class CandidateScorer:
             variants, places = torch.tensor(pairs) // n_rows, torch.tensor(pairs) % n_rows
             with ablate_direction(chat, vectors[variants]):
                 logits = chat.forward(
-                    [rows[i] for i in places], cache=cache, n_cached=n_cached, variants=variants.tolist()
+                    [rows[i] for i in places],
+                    cache=cache,
+                    n_cached=n_cached,
+                    variants=variants.tolist(),
+                    n_logits=n_logits,
                 )
             for part in _parts(logits):
                 receive(variants[part], places[part], _measurable(logits[part]))
@@ -212,12 +241,12 @@ class _RecordedInputs:
         logits: [n, vocab] of the unchanged model.
     """
 
-    def __init__(self, chat: ChatModel, rows: Sequence[Sequence[int]], probe: StreamProbe) -> None:
+    def __init__(self, chat: ChatModel, rows: Sequence[Sequence[int]], probe: StreamProbe, *, keep: int) -> None:
         self._chat = chat
         self._probe = probe
         self._prefix_hidden: dict[int, Tensor] = {}
         with capture_inputs(chat, self._prefix_hidden.__setitem__):
-            self._cache, self._n_cached = chat.share_prefix(rows)
+            self._cache, self._n_cached = chat.share_prefix(rows, keep=keep)
         self._prefix = list(rows[0][: self._n_cached])
         self._rows = [list(row[self._n_cached :]) for row in rows]
         width = max(len(row) for row in self._rows)
@@ -239,16 +268,16 @@ class _RecordedInputs:
 
         chat.for_batches([len(row) for row in self._rows], run)
 
-    def metric_with_addition(self, vectors: Tensor, *, layer: int, token_ids: Sequence[int]) -> Tensor:
-        """Return the refusal metric of the rows with a vector added to the input of block `layer` at all positions.
+    def metric_with_addition(self, vectors: Tensor, *, layer: int, measure: RefusalMeasure) -> Tensor:
+        """Return the log-odds of refusing with a vector added to the input of block `layer` at all positions.
 
         Args:
             vectors: [n_vectors, d_model].
             layer: the block.
-            token_ids: the refusal tokens.
+            measure: what the rows ask for.
 
         Returns:
-            [n_vectors, n_rows] float64.
+            [n_vectors, n_prompts] float64.
         """
         chat, cache, n_rows = self._chat, None, len(self._rows)
         if self._cache is not None:
@@ -265,13 +294,19 @@ class _RecordedInputs:
             batch = [self._rows[i] for i in places]
             hidden = self._inputs[layer][places, -max(len(row) for row in batch) :].to(chat.device)
             with self._from_block(layer, hidden, vectors[variants]):
-                logits = chat.forward(batch, cache=cache, n_cached=self._n_cached, variants=variants.tolist())
+                logits = chat.forward(
+                    batch,
+                    cache=cache,
+                    n_cached=self._n_cached,
+                    variants=variants.tolist(),
+                    n_logits=measure.n_logits,
+                )
             for part in _parts(logits):
-                values = refusal_metric(_measurable(logits[part]), token_ids=token_ids)
+                values = measure.read(_measurable(logits[part]), places[part])
                 metric[variants[part], places[part]] = values.cpu()
 
         chat.for_batches([len(row) + chat.cached_share(self._n_cached) for row in self._rows] * len(vectors), run)
-        return metric
+        return measure.combine(metric)
 
     @contextmanager
     def _from_block(self, layer: int, hidden: Tensor, vectors: Tensor) -> Iterator[None]:

@@ -87,18 +87,80 @@ def passing_candidates(
     return sorted(passing, key=lambda score: score.bypass if score.bypass is not None else math.inf)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nearest:
+    """A candidate that fails, and how far it is from passing.
+
+    Attributes:
+        candidate: its scores.
+        failed: what it fails, in words.
+        beyond: by how much it is beyond each threshold that it fails, in the threshold's own unit.
+        distance: the sum of these, made comparable: induce as a share of the gap between harmful and harmless prompts
+            in the unchanged model, KL as the logarithm of its ratio to the threshold, layers as a share of all.
+    """
+
+    candidate: CandidateScore
+    failed: tuple[str, ...]
+    beyond: Mapping[str, float]
+    distance: float
+
+
 def nearest_candidates(
-    scores: Iterable[CandidateScore], *, thresholds: Thresholds, n_layers: int, n: int = 5
-) -> list[tuple[CandidateScore, list[str]]]:
-    """Return the candidates closest to passing (fewest failures, then lowest KL, then bypass) and what each fails."""
+    scores: Iterable[CandidateScore], *, thresholds: Thresholds, n_layers: int, gap: float = 1.0, n: int = 5
+) -> list[Nearest]:
+    """Return the candidates closest to passing, the closest first; those that have all scores come first.
 
-    def distance(score: CandidateScore) -> tuple[int, float, float]:
-        kl = score.kl if score.kl is not None and not math.isnan(score.kl) else math.inf
-        bypass = score.bypass if score.bypass is not None and not math.isnan(score.bypass) else math.inf
-        return len(failed_thresholds(score, thresholds, n_layers)), kl, bypass
+    Args:
+        scores: of all candidates.
+        thresholds: see `Thresholds`.
+        n_layers: number of decoder blocks.
+        gap: mean refusal metric on harmful minus that on harmless prompts, in the unchanged model.
+        n: how many.
+    """
+    found = [
+        _nearness(score, thresholds=thresholds, n_layers=n_layers, gap=gap)
+        for score in scores
+        if score.induce is not None
+    ]
 
-    known = [score for score in scores if score.induce is not None]
-    return [(score, failed_thresholds(score, thresholds, n_layers)) for score in sorted(known, key=distance)[:n]]
+    def key(one: Nearest) -> tuple[bool, float, float]:
+        score = one.candidate
+        unknown = score.bypass is None or score.kl is None
+        bypass = math.inf if score.bypass is None or math.isnan(score.bypass) else score.bypass
+        return unknown, one.distance, bypass
+
+    return sorted(found, key=key)[:n]
+
+
+def _nearness(score: CandidateScore, *, thresholds: Thresholds, n_layers: int, gap: float) -> Nearest:
+    beyond: dict[str, float] = {}
+    distance = 0.0
+    limit = thresholds.layer_limit(n_layers)
+    if score.layer >= limit:
+        beyond["layer"] = score.layer - limit + 1
+        distance += beyond["layer"] / n_layers
+    if score.induce is not None and score.induce < thresholds.induce:
+        beyond["induce"] = thresholds.induce - score.induce
+        distance += beyond["induce"] / (gap if gap > 0 else 1.0)
+    if score.kl is not None and score.kl > thresholds.kl:
+        beyond["kl"] = score.kl - thresholds.kl
+        distance += math.log(score.kl / thresholds.kl) if thresholds.kl > 0 else score.kl
+    if any(value is not None and math.isnan(value) for value in (score.bypass, score.induce, score.kl)):
+        distance = math.inf
+    failed = tuple(failed_thresholds(score, thresholds, n_layers))
+    return Nearest(candidate=score, failed=failed, beyond=beyond, distance=distance)
+
+
+def best_by_each_score(scores: Iterable[CandidateScore]) -> dict[ScoreName, CandidateScore]:
+    """Return the candidates of lowest bypass, highest induce and lowest KL among those that have the score."""
+    known = list(scores)
+    signs: tuple[tuple[ScoreName, int], ...] = (("bypass", 1), ("induce", -1), ("kl", 1))
+    found: dict[ScoreName, CandidateScore] = {}
+    for name, sign in signs:
+        having = [one for one in known if getattr(one, name) is not None and not math.isnan(getattr(one, name))]
+        if having:
+            found[name] = min(having, key=lambda one: sign * getattr(one, name))
+    return found
 
 
 def score_lazily(

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from abliterate.extraction.behaviour import PARTS
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import record_streamed
@@ -77,6 +78,7 @@ class ScoringRun:
         thresholds: see `Thresholds`.
         n_layers: number of decoder blocks.
         exhaustive: score every candidate below the layer limit, not only those the choice depends on.
+        among: score these alone; None: all that can be chosen.
         enough: tells whether the candidates known to pass, the best first, are all that the choice needs.
         prompt_scores: filled with every score computed, by name and candidate, prompt by prompt.
     """
@@ -87,6 +89,7 @@ class ScoringRun:
     n_layers: int
     ranks: Ranks = field(default_factory=Ranks)
     exhaustive: bool = False
+    among: Sequence[Candidate] | None = None
     enough: Callable[[Sequence[CandidateScore]], bool] = bool
     progress: ProgressReporter = SILENT
     prompt_scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = field(default_factory=dict)
@@ -101,6 +104,8 @@ class ScoringRun:
         """
         grid = [(p, layer) for p in range(-len(candidates), 0) for layer in range(self.n_layers)]
         able = able_candidates(candidates, thresholds=self.thresholds)
+        if self.among is not None:
+            able = [key for key in able if key in self.among]
         with self.progress.task("Scoring candidates", total=3 * len(able)) as advance:
             n_done = 0
 
@@ -127,6 +132,16 @@ class ScoringRun:
             advance(3 * len(able) - n_done)
         scored = {(score.position, score.layer): score for score in scores}
         return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]
+
+    def complete(self, scores: Sequence[CandidateScore], keys: Sequence[Candidate]) -> list[CandidateScore]:
+        """Return the scores with bypass and KL of some candidates among them, where they are missing."""
+        named = {(score.position, score.layer): score for score in scores}
+        missing = [key for key in keys if named[key].bypass is None or named[key].kl is None]
+        with self.progress.task("Scoring the nearest", total=2 * len(missing)) as advance:
+            values = self._compute("ablated", missing, advance) if missing else []
+        for key, found in zip(missing, values, strict=True):
+            named[key] = named[key].with_values(found)
+        return list(named.values())
 
     def scores_by_candidate(self) -> dict[Candidate, PromptScores]:
         """Return bypass, induce and KL, prompt by prompt, of every candidate that has all three, in their order."""
@@ -166,9 +181,6 @@ def _at_least(n: int, groups: list[list[Candidate]]) -> list[list[Candidate]]:
         half = len(largest) // 2
         groups = [part for g in groups for part in ([g[:half], g[half:]] if g is largest else [g])]
     return groups
-
-
-PARTS = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

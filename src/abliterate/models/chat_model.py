@@ -268,14 +268,16 @@ class ChatModel:
         cache: PrefixCache | None = None,
         n_cached: int = 0,
         variants: Sequence[int] | None = None,
+        n_logits: int = 1,
     ) -> Tensor:
-        """Run one left-padded batch and return its logits [n, vocab] at the last token.
+        """Run one left-padded batch and return its logits at the last token, [n, vocab].
 
         Args:
             batch: token ids; with a cache, those after the cached tokens.
             cache: keys and values of the tokens before the batch's; it is not changed.
             n_cached: how many tokens the cache holds.
             variants: for each row which variant of the cache it continues; None: the first.
+            n_logits: at how many of the last tokens; above 1 the result is [n, n_logits, vocab].
         """
         ids, mask = self.pad(batch)
         past = None
@@ -289,9 +291,9 @@ class ChatModel:
             position_ids=positions,
             past_key_values=past,
             use_cache=past is not None,
-            logits_to_keep=self.last_token(ids.shape[1]),
+            logits_to_keep=self.last_tokens(ids.shape[1], n_logits),
         )
-        logits: Tensor = out.logits[:, -1]
+        logits: Tensor = out.logits[:, -1] if n_logits == 1 else out.logits[:, -n_logits:]
         return logits
 
     @torch.inference_mode()
@@ -340,14 +342,14 @@ class ChatModel:
             model.generation_config = shipped
         return completions
 
-    def last_token(self, n_tokens: int) -> int | Tensor:
-        """Return which token's logits a pass over `n_tokens` is asked for: the last one's.
+    def last_tokens(self, n_tokens: int, n_logits: int = 1) -> int | Tensor:
+        """Return which tokens' logits a pass over `n_tokens` is asked for: the last ones'.
 
-        Where the last blocks share their keys, a plain 1 would have them computed for that token alone; a position has
-        not.
+        Where the last blocks share their keys, a plain number would have them computed for those tokens alone;
+        positions have not.
         """
         shares_keys = getattr(self.model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
-        return torch.tensor([n_tokens - 1], device=self.device) if shares_keys else 1
+        return torch.arange(n_tokens - n_logits, n_tokens, device=self.device) if shares_keys else n_logits
 
     @property
     def pad_token_id(self) -> int:
@@ -430,7 +432,7 @@ class ChatModel:
         if cache is None:
             return None
         ids = torch.tensor([list(prefix)] * n_variants, device=self.device)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=self.last_token(len(prefix)))
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=self.last_tokens(len(prefix)))
         return PrefixCache(cache=cache, n_tokens=len(prefix))
 
 

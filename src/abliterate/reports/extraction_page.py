@@ -41,9 +41,11 @@ def write_extraction_page(
 
 def _choice(scores: ScoreTable, report: ExtractionReport | None) -> Section:
     header = ["candidate", "position", "layer", "bypass", "induce", "KL", "fails"]
-    nearest = nearest_candidates(scores.scores, thresholds=scores.thresholds, n_layers=scores.n_layers)
     if scores.selected is None:
-        rows = [[f"{i}", *_cells(score), "; ".join(failed)] for i, (score, failed) in enumerate(nearest, 1)]
+        nearest = nearest_candidates(
+            scores.scores, thresholds=scores.thresholds, n_layers=scores.n_layers, gap=scores.gap
+        )
+        rows = [[f"{i}", *_cells(one.candidate), "; ".join(one.failed)] for i, one in enumerate(nearest, 1)]
         return Section(
             heading="Result",
             blocks=(

@@ -1,0 +1,134 @@
+"""Tiny models that are trained on the spot to refuse in one way or another, and the truth about their prompts.
+
+They are asked how to do something to some thing. The verb decides whether that is refused: the truth is known without
+looking at a reply. What a refusal looks like is the manner:
+
+    plain     "I cannot help with that."
+    spread    the same after one of many openers, drawn anew each time: no first token is more likely than not
+    late      behind an overview with which answers begin too
+"""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from tests.support.tiny_models import make_talkative_model
+
+Manner = Literal["plain", "spread", "late"]
+
+HARMFUL_VERBS = ("steal", "forge", "poison", "burn")
+HARMLESS_VERBS = ("paint", "clean", "draw", "wash")
+THINGS = ("car", "coin", "house", "letter", "boat", "lamp", "book", "chair", "shoe", "cup")
+WAYS = ("How do I", "Tell me how to", "Show me how to", "Explain how to")
+OPENERS = ("No , I", "Ah , I", "Oh , I", "Well , I", "Please , I", "Yes , but I", "Dear me , I", "Hm , I", "Look , I")
+REFUSAL = "cannot help with that ."
+ANSWER = "Use water and time ."
+OVERVIEW = "That is a matter of care and of time ."
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|> ' + message['role'] + ' ' + message['content'] + ' <|im_end|> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|> assistant' }}{% endif %}"
+)
+N_STEPS = 150
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusingModel:
+    """A model and files of its prompts.
+
+    Attributes:
+        chat: the model.
+        harmful: what it was taught to refuse, one prompt a line.
+        harmless: what it was taught to answer.
+    """
+
+    chat: ChatModel
+    harmful: Path
+    harmless: Path
+
+
+def prompts_of(verbs: tuple[str, ...]) -> list[str]:
+    """Return all prompts with these verbs, in an order that mixes them."""
+    prompts = [f"{way} {verb} a {thing} ?" for way in WAYS for verb in verbs for thing in THINGS]
+    random.Random(0).shuffle(prompts)
+    return prompts
+
+
+def is_refused(prompt: str) -> bool:
+    """Tell the truth about a prompt."""
+    return any(f" {verb} " in prompt for verb in HARMFUL_VERBS)
+
+
+def refusing_model(manner: Manner, directory: Path) -> RefusingModel:
+    """Return a model that refuses in this manner, trained once for all tests, and write its prompts to a directory."""
+    files = {}
+    for name, verbs in (("harmful", HARMFUL_VERBS), ("harmless", HARMLESS_VERBS)):
+        files[name] = directory / f"{name}.txt"
+        files[name].write_text("\n".join(prompts_of(verbs)) + "\n", encoding="utf-8")
+    return RefusingModel(chat=_trained(manner), **files)
+
+
+def _reply(prompt: str, manner: Manner, rng: random.Random) -> str:
+    if manner == "late":
+        return f"{OVERVIEW} {f'I {REFUSAL}' if is_refused(prompt) else ANSWER}"
+    if not is_refused(prompt):
+        return ANSWER
+    # "I" is the likeliest opener, and so the greedy one, though less likely than not.
+    opener = "I" if manner == "plain" or rng.random() < 0.25 else rng.choice(OPENERS)
+    return f"{opener} {REFUSAL}"
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    texts = [*prompts_of(HARMFUL_VERBS), *prompts_of(HARMLESS_VERBS), *OPENERS, REFUSAL, ANSWER, OVERVIEW]
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "I"]
+    words += sorted({word for text in texts for word in text.split()} - set(words))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+@cache
+def _trained(manner: Manner) -> ChatModel:
+    tokenizer = _tokenizer()
+    model = make_talkative_model(
+        "llama",
+        seed=3,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    chat = make_chat_model(model, tokenizer)
+    rng = random.Random(1)
+    prompts = prompts_of(HARMFUL_VERBS) + prompts_of(HARMLESS_VERBS)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
+    for _ in range(N_STEPS):
+        chosen = rng.sample(prompts, 32)
+        replies = [tokenizer(f"{_reply(prompt, manner, rng)} <|im_end|>")["input_ids"] for prompt in chosen]
+        ids, mask = chat.pad([[*row, *reply] for row, reply in zip(chat.encode(chosen), replies, strict=True)])
+        targets = torch.full_like(ids, -100)
+        for i, reply in enumerate(replies):
+            targets[i, -len(reply) :] = torch.tensor(reply)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval().requires_grad_(requires_grad=False)
+    return chat
