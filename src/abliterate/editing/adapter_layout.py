@@ -133,7 +133,7 @@ def _vector_key(name: str, wrapped: set[str]) -> str:
 
 
 def _inexpressible(plan: EditPlan, edit: TensorEdit, reason: str) -> ModelError:
-    others = [role for role in plan.options.components if role != edit.role]
+    others = [role for role in plan.options.components if role != edit.writer.role]
     agree = f", or agree to leave it out with --components {','.join(others)}" if others else ""
     return ModelError(
         f"{plan.source.name}: tensor {edit.name} cannot be edited by an adapter: {reason}; {_CHECKPOINT}{agree}"
@@ -236,7 +236,7 @@ class _LoadedNames:
     def _loaded_axis(self, name: str, edit: TensorEdit) -> int:
         """Return which axis of the loaded parameter indexes the residual stream."""
         wanted = list(self.loaded[name].shape)
-        shape, axis = list(edit.info.shape), edit.residual_axis
+        shape, axis = list(edit.info.shape), edit.writer.residual_axis
         for operation in self._rename(edit.name)[1]:
             kind = type(operation).__name__
             if kind == "MergeModulelist" and operation.dim == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
 from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
-from abliterate.editing.projection import ComponentMeter, NormSums, block_width, project_out
+from abliterate.editing.projection import Component, ComponentMeter, NormSums, block_width, project_out
 from abliterate.errors import CheckpointError
 
 # What is held of a tensor at a time, as it is stored: what is one range of the file, little enough to stay in the cache
@@ -172,14 +172,14 @@ class ProjectedTensor:
         self._original = f"{source.path.parent}: tensor {info.name}"
 
     @property
-    def before(self) -> tuple[float, float]:
+    def before(self) -> Component:
         """|U W| and |W| of the original, once all tasks are done."""
         parts = [part for segment in self.segments for part in segment.before]
         along = math.fsum(part.along_squared for part in parts)
-        return math.sqrt(along), math.sqrt(math.fsum(part.total_squared for part in parts))
+        return Component(math.sqrt(along), math.sqrt(math.fsum(part.total_squared for part in parts)))
 
     @property
-    def after(self) -> tuple[float, float]:
+    def after(self) -> Component:
         """|U W'| and |W'| of what was read back."""
         return self.meter.result()
 

@@ -14,13 +14,13 @@ that the switch brings are added, as zeros but for the one.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from abliterate.architectures.writers import PostNorm, ResidualWriter, Role, StreamMap
+from abliterate.architectures.writers import ResidualWriter, StreamMap
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.directions import Direction
 from abliterate.editing.options import TiedPolicy
@@ -36,31 +36,25 @@ from abliterate.files import shown
 Kind = Literal["projected", "added", "untied"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEdit:
     """One tensor that will not be as it is in the base, or is not in the base at all.
 
     Attributes:
+        writer: What it belongs to and how it reaches the residual stream, under the name that it will have.
         info: Name, shard, dtype and shape that it will have; the offsets of a new tensor mean nothing.
         source: The base's tensor it is made from; None makes it from zeros.
         kind: projected; untied: a tensor of its own for one of a tied pair; added: a bias of an addition.
-        role: What it belongs to.
-        layer: Its decoder block; None for embeddings.
-        residual_axis: The axis that indexes the residual stream.
-        norm_chain: Norms between it and the stream, innermost first.
         project: Whether the directions are projected out of it.
-        dose: What is added along the residual axis, [d_model] float64; None adds nothing.
+        dose: What is added, a number for each entry of the residual axis; None adds nothing.
     """
 
+    writer: ResidualWriter
     info: TensorInfo
     source: TensorInfo | None
     kind: Kind
-    role: Role
-    layer: int | None
-    residual_axis: int
-    norm_chain: tuple[PostNorm, ...] = ()
     project: bool = False
-    dose: Tensor | None = None
+    dose: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -79,11 +73,37 @@ class TensorEdit:
         return () if encoding is None else tuple(each.name for each in encoding.rewritten)
 
     @property
+    def stored_dtype(self) -> str:
+        """Its dtype as safetensors names it; of a tensor that is stored quantised that of its codes."""
+        return self.info.dtype if self.info.encoding is None else self.info.encoding.codes.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes it takes up in its shard; of a tensor that is stored quantised those of its codes."""
         if self.info.encoding is not None:
             return self.info.end - self.info.start
         return math.prod(self.info.shape) * TORCH_DTYPES[self.info.dtype].itemsize
+
+    def described(self) -> dict[str, Any]:
+        """Return what every list of tensors says of one: `plan --json` and the record begin with it."""
+        info, writer = self.info, self.writer
+        return {
+            "name": info.name,
+            "role": writer.role,
+            "layer": writer.layer,
+            "residual_axis": writer.residual_axis,
+            "shape": info.shape,
+            "dtype": self.stored_dtype,
+            "shard": info.shard,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as `plan --json` lists it."""
+        return {
+            **self.described(),
+            "bytes": self.nbytes,
+            "norm_chain": [asdict(norm) for norm in self.writer.norm_chain],
+        }
 
 
 def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
@@ -96,7 +116,7 @@ def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
         if edit.info.encoding is None:
             continue
         rows = len(edit.info.shape) - (1 if edit.info.encoding.turned else 2)
-        if edit.residual_axis != rows or edit.is_new:
+        if edit.writer.residual_axis != rows or edit.is_new:
             raise QuantizedCheckpointError(
                 f"{path / edit.info.shard}: tensor {edit.name} is stored quantised along the residual stream and not "
                 "across it, so it cannot be edited; use the model it was quantised from"
@@ -105,21 +125,7 @@ def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
 
 def projection_of(writer: ResidualWriter, info: TensorInfo) -> TensorEdit:
     """Return the edit that projects the directions out of a stored residual writer."""
-    return TensorEdit(
-        info=info,
-        source=info,
-        kind="projected",
-        role=writer.role,
-        layer=writer.layer,
-        residual_axis=writer.residual_axis,
-        norm_chain=writer.norm_chain,
-        project=True,
-    )
-
-
-def renamed(info: TensorInfo, name: str) -> TensorInfo:
-    """Return a tensor of another name with the shard, dtype and shape of `info`."""
-    return replace(info, name=name)
+    return TensorEdit(writer=writer, info=info, source=info, kind="projected", project=True)
 
 
 # Released models have 0.01 to 100.
@@ -218,7 +224,7 @@ def plan_addition(
             f"{path}: {rule.multiplier} is {shown(scale)}, expected a number other than 0 that the MLP's output is "
             "multiplied by; take config.json from the model's original release"
         )
-    dose = coefficient / scale * mean_difference.double()
+    dose = tuple((coefficient / scale * mean_difference.double()).tolist())
     bias = weight.tensor_name.removesuffix("weight") + "bias"
     if bias in tensors:
         edit = _bias_edit(tensors[bias], tensors[bias], layer=layer - 1, dose=dose)
@@ -278,7 +284,7 @@ def _switched_on(
     stream: StreamMap,
     tensors: Mapping[str, TensorInfo],
     bias: str,
-    dose: Tensor,
+    dose: tuple[float, ...],
     path: Path,
 ) -> tuple[TensorEdit, ...]:
     leaf = weight.tensor_name.removesuffix(".weight").rpartition(".")[2]
@@ -301,8 +307,11 @@ def _switched_on(
     return tuple(edits)
 
 
-def _bias_edit(info: TensorInfo, source: TensorInfo | None, *, layer: int, dose: Tensor | None) -> TensorEdit:
-    return TensorEdit(info=info, source=source, kind="added", role="mlp", layer=layer, residual_axis=0, dose=dose)
+def _bias_edit(
+    info: TensorInfo, source: TensorInfo | None, *, layer: int, dose: tuple[float, ...] | None
+) -> TensorEdit:
+    writer = ResidualWriter(tensor_name=info.name, role="mlp", layer=layer, residual_axis=0)
+    return TensorEdit(writer=writer, info=info, source=source, kind="added", dose=dose)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,13 +379,10 @@ def _untied(
         name = stream.head if is_head else stream.embedding
         edits.append(
             TensorEdit(
-                info=renamed(stored, name),
+                writer=replace(writer, tensor_name=name, norm_chain=() if is_head else writer.norm_chain),
+                info=replace(stored, name=name),
                 source=stored,
                 kind="untied",
-                role="embed",
-                layer=None,
-                residual_axis=writer.residual_axis,
-                norm_chain=() if is_head else writer.norm_chain,
                 project=not is_head,
             )
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import orthonormalize
+from abliterate.editing.projection import Component
 
 # Elements that are held in the arithmetic's wide dtype at a time: 4 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 20
@@ -28,17 +29,13 @@ class MergedWeight:
     """What a weight is once the factors are merged into it; Frobenius norms in float64.
 
     Attributes:
-        along_before: |U W|.
-        norm_before: |W|.
-        along_after: |U W'|, W' rounded to the dtype of W.
-        norm_after: |W'|.
+        before: |U W| and |W|.
+        after: |U W'| and |W'|, W' rounded to the dtype of W.
         change_error: |U^T C + s U^T (U W)|, by how much the factors are not the edit of this weight.
     """
 
-    along_before: float
-    norm_before: float
-    along_after: float
-    norm_after: float
+    before: Component
+    after: Component
     change_error: float
 
 
@@ -132,14 +129,9 @@ def merge_factors(
             after = basis @ merged
             for index, value in enumerate((before, block.double(), after, merged, error)):
                 sums[index] += value.square().sum()
+    along, norm, along_after, norm_after, change_error = sums.sqrt().tolist()
     return MergedWeight(
-        **dict(
-            zip(
-                ("along_before", "norm_before", "along_after", "norm_after", "change_error"),
-                sums.sqrt().tolist(),
-                strict=True,
-            )
-        )
+        before=Component(along, norm), after=Component(along_after, norm_after), change_error=change_error
     )
 
 

@@ -30,6 +30,7 @@ T_S <- T_S - U_S^T (U_S U_S^T)^-1 (U Q). Of all roundings that with the smallest
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,27 @@ _LEAST_SHARE = 0.25
 
 # A fibre of which less than this share is left has lost its direction to rounding: its norm is not restored.
 _LEAST_LEFT = 1e-3
+
+
+class Component(NamedTuple):
+    """How much of a tensor lies along directions U; Frobenius norms.
+
+    Attributes:
+        along: |U W|.
+        norm: |W|.
+    """
+
+    along: float
+    norm: float
+
+    @property
+    def share(self) -> float:
+        """|U W| / |W|, and 0 where W is 0."""
+        return self.along / self.norm if self.norm else 0.0
+
+    def survivor_of(self, before: "Component") -> float:
+        """Return |U W'| / |U W|, W' being this tensor and W what it was `before`; 0 where there was nothing."""
+        return self.along / before.along if before.along else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,11 +182,10 @@ def component_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) ->
     1 means that everything the weight writes lies in their span; a random weight has about sqrt(k/d_model).
     An all-zero weight gives 0.
     """
-    along, total = component_and_norm(weight, directions=directions, residual_axis=residual_axis)
-    return along / total if total else 0.0
+    return component_and_norm(weight, directions=directions, residual_axis=residual_axis).share
 
 
-def component_and_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) -> tuple[float, float]:
+def component_and_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) -> Component:
     """Return |U W| and |W|, Frobenius norms in float64. See `component_norm`."""
     basis = _basis_for(directions, weight, residual_axis)
     memory = _Block(weight, residual_axis, Scratch(), wide=torch.float64)
@@ -173,7 +194,7 @@ def component_and_norm(weight: Tensor, *, directions: Tensor, residual_axis: int
         wide = memory.exact(block)
         along_squared += float((basis @ wide).square().sum())
         total_squared += float(torch.linalg.vector_norm(wide)) ** 2
-    return along_squared**0.5, total_squared**0.5
+    return Component(along_squared**0.5, total_squared**0.5)
 
 
 class ComponentMeter:
@@ -223,9 +244,9 @@ class ComponentMeter:
                 self._sums.zero_()
                 self._row = 0
 
-    def result(self) -> tuple[float, float]:
+    def result(self) -> Component:
         """Return |U W| and |W| of all rows so far."""
-        return self._along_squared**0.5, self._total_squared**0.5
+        return Component(self._along_squared**0.5, self._total_squared**0.5)
 
 
 def residue_bound(dtype: torch.dtype, *, d_model: int, elements: int, before: float, after: float) -> float:

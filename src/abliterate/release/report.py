@@ -132,7 +132,7 @@ def stream_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: in
     """
     writes = math.sqrt(2 * n_layers + 1)
     stored = max(
-        (check.component_after for check in tensors if not check.expected and check.bound is not None), default=0.0
+        (check.after.share for check in tensors if not check.expected and check.bound is not None), default=0.0
     )
     return writes * (_roundoff(dtype) + 8 * _FLOAT32_ROUNDOFF) + 16 * stored
 
