@@ -12,13 +12,13 @@ which this holds and is tested: where the bias is stored it is edited, and where
 that the switch brings are added, as zeros but for the one.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
@@ -32,6 +32,10 @@ from abliterate.errors import (
     UnsupportedArchitectureError,
 )
 from abliterate.files import shown
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
+    from torch import Tensor
 
 Kind = Literal["projected", "added", "untied"]
 
@@ -240,7 +244,7 @@ def plan_addition(
     return Addition(layer=layer, edits=edits, config_changes={switch: True}, notes=(note,))
 
 
-def _where_and_what(direction: Direction, stream: StreamMap) -> tuple[int, Tensor]:
+def _where_and_what(direction: Direction, stream: StreamMap) -> tuple[int, Float32[Tensor, " d_model"]]:
     layer = direction.metadata.get("layer")
     if direction.mean_difference is None or type(layer) is not int:
         raise DirectionError(
