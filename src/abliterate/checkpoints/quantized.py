@@ -60,9 +60,9 @@ def base_in_words(config: Mapping[str, Any]) -> str:
 
 
 def plain_view(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint in which each pair of codes and scales is one plain tensor, and the config says so.
+    """Return a checkpoint in which codes and scales are seen as one plain tensor, and whose config says the same.
 
-    Of the tensors that it lists those with an `encoding` are read decoded; its shards keep their headers.
+    Of the tensors that it lists, those with an `encoding` are decoded as they are read; its shards keep their headers.
 
     Raises:
         QuantizedCheckpointError: The format is not one that is handled, or codes have no scales that fit them.

@@ -291,7 +291,7 @@ def write_adapter(
         The report; its components and survivors are those of the merged weights in the base's dtype.
 
     Raises:
-        InputError: `output` cannot be used, or the options ask for what is no low-rank change.
+        InputError: `output` cannot be used, or the options ask for what is not a low-rank change.
         DirectionError: A direction is malformed, has another width than the model, or adds nothing to the others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or writing failed.
         ModelError: transformers does not build the model, or PEFT cannot adapt one of the tensors.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Form = Literal["linear", "conv1d", "embedding", "parameter"]
 
 # Where transformers stacks experts as it loads them, PEFT takes layers of these names for experts stored apart, and
-# would leave the dense ones out; named as parameters they are what they are.
+# would leave the dense ones out; named as parameters they are adapted, too.
 _TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 _CHECKPOINT = "leave out --format adapter to write a whole checkpoint"

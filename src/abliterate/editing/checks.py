@@ -317,7 +317,7 @@ def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo
 
 
 def reasons_against_clean_stream(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return why the edited model's stream may still have the directions; nothing if it may not.
+    """Return why the edited model's stream may still have the directions; empty if it may not.
 
     Args:
         record: The content of `abliteration.json`.
@@ -341,7 +341,7 @@ def reasons_against_clean_stream(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def reasons_against_equal_logits(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return why the edited model's logits need not be those of directional ablation; nothing if they must be.
+    """Return why the edited model's logits need not be those of directional ablation; empty if they must be.
 
     Args:
         record: The content of `abliteration.json`.

@@ -72,7 +72,7 @@ class EditedShard:
         self._segments: list[Segment] = []
 
     def file(self, *, added: Sequence[TensorEdit]) -> NewFile:
-        """Return it with `added` behind its own tensors; its sources are open.
+        """Return the new file, with `added` after its own tensors; the files that it reads are open.
 
         Raises:
             CheckpointError: The original cannot be read, or is not what it was when the plan was made.
@@ -96,7 +96,7 @@ class EditedShard:
         return NewFile(name=shard.file_name, sources=tuple(self._opened.values()), segments=tuple(self._segments))
 
     def dequantized_file(self, layout: Shard, *, added: Sequence[TensorEdit]) -> NewFile:
-        """Return it with every number plain, laid out as `layout` says, and `added` behind its own tensors.
+        """Return the new file with every number plain, laid out as `layout` says, and `added` after its own tensors.
 
         Raises:
             CheckpointError: The original cannot be read, or is not what it was when the plan was made.
@@ -224,13 +224,13 @@ class FinishedFile:
     edits: tuple[EditedTensor, ...]
 
     def entry(self) -> Entry:
-        """Return what a journal holds of it."""
+        """Return what a journal records of it."""
         edits = {tensor.name: [tensor.before, tensor.after] for tensor in self.edits}
         return {"sha256": self.written.sha256, "bytes": self.written.bytes, "edits": edits}
 
     @classmethod
     def from_entry(cls, entry: Entry, edits: Mapping[str, TensorEdit]) -> Self:
-        """Return what `entry` made a journal hold; `edits` are those of the plan by name."""
+        """Return the file that an entry of a journal describes; `edits` are those of the plan, by name."""
 
         def component(values: Any) -> Component | None:
             return None if values is None else Component(float(values[0]), float(values[1]))

@@ -1,4 +1,4 @@
-"""What happens to one tensor of a checkpoint: the unit that plans are made of and that the writer carries out.
+"""What happens to one tensor of a checkpoint: the unit that plans are made of and that `edited_files` carries out.
 
 Tied embeddings are one matrix. The published method edits it, so the head changes too and the logits are not those of
 directional ablation. `untie` gives each of the two a tensor of its own, of which the head's keeps the rows as they
@@ -8,8 +8,8 @@ stream.
 Activation addition as weights: the paper adds the difference in means to the input of block l at all positions (arXiv
 2406.11717, equation 3). The last thing that block l-1 adds to the stream is the output of its MLP's out-projection,
 so the same vector in that module's bias does the same, once, for every token. `ADDITIONS` lists the model types for
-which this holds and is tested: where the bias is stored it is edited, and where config.json can switch biases on, all
-that the switch brings are added, as zeros but for the one.
+which this holds and is tested. Where the bias is stored, it is edited. Where config.json can switch biases on, every
+bias that the switch brings is added, and all but this one are zero.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class TensorEdit:
 
     @property
     def stored_as(self) -> tuple[str, ...]:
-        """Of a quantised tensor the names of the two that are stored, codes and scales; else empty."""
+        """Of a quantised tensor the names of the stored ones that its edit rewrites, codes and scales; else empty."""
         encoding = self.info.encoding
         return () if encoding is None else tuple(each.name for each in encoding.rewritten)
 
@@ -132,7 +132,7 @@ def projection_of(writer: ResidualWriter, info: TensorInfo) -> TensorEdit:
     return TensorEdit(writer=writer, info=info, source=info, kind="projected", project=True)
 
 
-# Released models have 0.01 to 100.
+# Of the multiplier in config.json; released models have 0.01 to 100.
 _MAX_SCALE = 1e9
 
 
@@ -342,7 +342,7 @@ def edits_of_writers(
         writers: What the options select.
         stream: What the checkpoint's tensors do.
         tensors: Name -> what the headers say.
-        policy: edit, untie or skip; without a tied pair among the writers they are all the same.
+        policy: edit, untie or skip; without a tied pair among the writers it changes nothing.
 
     Raises:
         InputError: The model class has no head that could be untied.

@@ -4,8 +4,8 @@ Works on files, never on a loaded model. The plan is made from the headers; then
 for byte except for the residual writers, which are projected (see `projection` for the mathematics and for
 when the result equals ablating activations). Names, order, dtypes, offsets, metadata and the index stay as
 they were, and so does every other file, unless tensors must be added (an untied head, a bias that is switched
-on). What was edited is read back and measured before the new directory appears, whole. A run is gone on with only
-where the hashes of all that decides its bytes are the same.
+on). What was edited is read back and measured before the new directory appears, whole. An interrupted run is resumed
+only where the hashes of everything that decides its bytes are the same.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from abliterate.progress import SILENT, ProgressReporter
 
 
 def plan_key(plan: EditPlan, *, device: str) -> dict[str, str]:
-    """Return a hash for each part of what makes up the result, under a word for messages.
+    """Return a hash for each part of what decides the result, under the word that messages use for the part.
 
     Files of the source go in by size, time of change and, for shards, header: reading them whole would take as long
     as writing the result.
@@ -84,7 +84,7 @@ def orthogonalize_checkpoint(
         options: What to edit, and how; all residual writers at strength 1 by default.
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
-        writing: How to write: threads, device, whether to go on with what an interrupted run left.
+        writing: How to write: threads, device, whether to resume an interrupted run.
         progress: Shown the bytes written and checked.
 
     Returns:

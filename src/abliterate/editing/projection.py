@@ -135,7 +135,7 @@ def project_out(
             vector as a whole keeps it orthogonal to U; scaling the other way, each output by a factor of
             its own, would put the direction back. One that lay along U altogether stays as the edit left it.
         out: Where to write the result, contiguous; `weight` itself will do. None makes a new tensor.
-        scratch: Memory to work in, for who calls again and again.
+        scratch: Memory to work in, for a caller that calls often.
         before: Is told |U W| and |W|, with the accuracy of the arithmetic.
 
     Returns:

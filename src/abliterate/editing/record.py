@@ -263,7 +263,7 @@ def read_json_report(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: It cannot be read, or holds something else.
-        CheckpointError: It is no regular file.
+        CheckpointError: It is not a regular file.
     """
     try:
         with open_regular(path) as file:

@@ -28,8 +28,8 @@ class QuantizedEdit:
     Attributes:
         path: The directory of the checkpoint it is read from.
         info: The tensor, with its encoding.
-        projection: What is taken out of it; None decodes it and takes nothing out. Norms are preserved of a tensor
-            that is dequantised only, and the arithmetic is done on the CPU.
+        projection: What is projected out of it; None decodes it and takes nothing out. `preserve_norms` counts only
+            where it is dequantised, and `device` does not: the arithmetic is done on the CPU.
     """
 
     path: Path

@@ -93,7 +93,7 @@ class QuickCheck:
 
     Attributes:
         against_base: Whether they were held against the base.
-        bytes_compared: Bytes of the tensors that had to be, and were compared with, the base's.
+        bytes_compared: Bytes of the tensors that had to be the base's, and were compared with it.
         tensors: Every tensor that directions were projected out of.
         failures: What failed, a line each, the most telling first.
     """
