@@ -11,13 +11,15 @@ and, under the metadata key `abliterate`, a JSON object with the provenance. Onl
 a file that another tool wrote is a direction file as soon as it has that one 1-D tensor.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -26,6 +28,9 @@ from torch import Tensor
 
 from abliterate.errors import DirectionError
 from abliterate.files import parse_json, write_file
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Float64
 
 METADATA_KEY = "abliterate"
 SCORE_NAMES = ("bypass", "induce", "kl")
@@ -40,18 +45,18 @@ class Direction:
     """A direction in the residual stream, and where it comes from.
 
     Attributes:
-        vector: Unit vector, [d_model], float32.
-        mean_difference: Harmful mean - harmless mean, un-normalised, [d_model] float32; None for a bare file.
-        candidates: Differences in means it was chosen from, [n_pos, n_layers, d_model] float32, or None.
-        scores: "bypass", "induce" and "kl", each [n_pos, n_layers] float64, NaN = not scored; {} if unknown.
+        vector: Unit vector.
+        mean_difference: Harmful mean - harmless mean, un-normalised; None for a bare file.
+        candidates: Differences in means it was chosen from, or None.
+        scores: "bypass", "induce" and "kl", NaN = not scored; {} if unknown.
         metadata: Provenance as plain JSON values; {} for a bare file.
         sha256: Of the vector's bytes, float32 little-endian.
     """
 
-    vector: Tensor
-    mean_difference: Tensor | None = None
-    candidates: Tensor | None = None
-    scores: dict[str, Tensor] = field(default_factory=dict)
+    vector: Float32[Tensor, " d_model"]
+    mean_difference: Float32[Tensor, " d_model"] | None = None
+    candidates: Float32[Tensor, "n_pos n_layers d_model"] | None = None
+    scores: dict[str, Float64[Tensor, "n_pos n_layers"]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     sha256: str
 
@@ -84,17 +89,17 @@ class Direction:
 
 def make_direction(
     *,
-    mean_difference: Tensor,
-    candidates: Tensor | None = None,
-    scores: Mapping[str, Tensor] | None = None,
+    mean_difference: Float[Tensor, " d_model"],
+    candidates: Float[Tensor, "n_pos n_layers d_model"] | None = None,
+    scores: Mapping[str, Float[Tensor, "n_pos n_layers"]] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Direction:
     """Make a direction from a difference in means.
 
     Args:
-        mean_difference: Un-normalised difference in means, [d_model], any float dtype.
-        candidates: All differences in means, [n_pos, n_layers, d_model].
-        scores: "bypass", "induce", "kl", each [n_pos, n_layers].
+        mean_difference: Un-normalised difference in means, of any float dtype.
+        candidates: All differences in means.
+        scores: "bypass", "induce", "kl".
         metadata: Provenance; values JSON can hold. Non-finite numbers become null.
 
     Raises:
@@ -214,7 +219,7 @@ def _checked_direction(
     )
 
 
-def _unit_vector(vector: Tensor, where: str) -> Tensor:
+def _unit_vector(vector: Tensor, where: str) -> Float32[Tensor, " d_model"]:
     if vector.dim() != 1 or vector.numel() == 0:
         raise DirectionError(_shape_message(where, "direction", vector, "one non-empty axis, [d_model]"))
     if not vector.is_floating_point():
@@ -236,23 +241,23 @@ def _unit_vector(vector: Tensor, where: str) -> Tensor:
     return (wide / norm).float()
 
 
-def vector_sha256(vector: Tensor) -> str:
+def vector_sha256(vector: Float[Tensor, " d_model"]) -> str:
     """Return the hex SHA-256 of a vector's float32 little-endian bytes: the name records give a direction."""
     return hashlib.sha256(vector.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
 
 
 def orthonormalize(
-    vectors: Tensor, *, tolerance: float = 1e-12, at_most: int | None = None
-) -> tuple[Tensor, tuple[int, ...]]:
+    vectors: Float[Tensor, "n d_model"], *, tolerance: float = 1e-12, at_most: int | None = None
+) -> tuple[Float64[Tensor, "k d_model"], tuple[int, ...]]:
     """Return an orthonormal basis of what some vectors span, and which of the vectors it leaves out.
 
     Args:
-        vectors: [n, d_model]; their lengths do not matter.
+        vectors: One a row; their lengths do not matter.
         tolerance: A vector is left out if the sine of its angle to the span of those before is less.
         at_most: Leave out all that come after this many rows; None: there is no limit.
 
     Returns:
-        [k, d_model] float64 with k <= n, each row turned like its vector, and the indices left out.
+        The basis, k <= n rows, each turned like its vector, and the indices left out.
 
     Raises:
         ValueError: The vectors are not finite or not [n, d_model].

@@ -76,7 +76,9 @@ def test_a_stored_bias_is_all_that_changes(tmp_path, model_type, options):
     base = save_tiny_model(tmp_path / "base", model_type, **options)
     report = add(base, tmp_path / "out", dose())
     name = "transformer.h.1.mlp.c_proj.bias" if model_type == "gpt2" else "model.layers.1.mlp.down_proj.bias"
-    assert [(tensor.name, tensor.kind, tensor.layer) for tensor in report.tensors] == [(name, "added", 1)]
+    assert [(tensor.name, tensor.edit.kind, tensor.edit.writer.layer) for tensor in report.tensors] == [
+        (name, "added", 1)
+    ]
     assert report.config_changes == {}
     before, after = stored(base), stored(tmp_path / "out")
     assert before.keys() == after.keys()

@@ -81,7 +81,8 @@ def test_what_it_reports_is_what_is_left_in_the_merged_model(tmp_path, dtype, k)
     found, old = weights(merged(base, tmp_path / "adapter")), weights(load(base))
     for tensor in report.tensors:
         after, before = (
-            basis @ (each[tensor.name].T if tensor.residual_axis else each[tensor.name]) for each in (found, old)
+            basis @ (each[tensor.name].T if tensor.edit.writer.residual_axis else each[tensor.name])
+            for each in (found, old)
         )
         assert tensor.component_after == pytest.approx(float(after.norm() / found[tensor.name].norm()), rel=1e-6)
         assert tensor.survivor == pytest.approx(float(after.norm() / before.norm()), rel=1e-6)
@@ -183,7 +184,7 @@ def test_a_tied_pair_stored_twice_is_adapted_once(tmp_path):
     assert found.lm_head.weight is found.model.embed_tokens.weight
     r = directions(1)[0].vector.double()
     assert float((found.lm_head.weight.double() @ r).abs().max()) < 1e-6
-    embeddings = [tensor for tensor in report.tensors if tensor.role == "embed"]
+    embeddings = [tensor for tensor in report.tensors if tensor.edit.writer.role == "embed"]
     assert len(embeddings) == 2
     assert embeddings[0].survivor == embeddings[1].survivor
 

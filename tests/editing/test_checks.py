@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.architectures.writers import PostNorm
+from abliterate.architectures.writers import PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.editing.checks import (
-    EditedWriter,
     compare_bytes,
     compare_layouts,
     directions_through,
@@ -143,28 +143,23 @@ def test_survivors_are_measured_from_the_files_through_norms_in_other_shards(bas
     torch.testing.assert_close(seen[(norm,)][0], by_hand / by_hand.norm(), rtol=0, atol=1e-12)
     torch.testing.assert_close(seen[()], subspace, rtol=0, atol=1e-12)
     change(copy, DOWN, lambda w: project_out(w, directions=seen[(norm,)], residual_axis=0))
-    writer = EditedWriter(name=DOWN, residual_axis=0, norm_chain=(norm,))
-    (found,) = measure_survivors(open_checkpoint(copy), base=checkpoint, writers=[writer], subspace=subspace)
+    writer = ResidualWriter(tensor_name=DOWN, role="mlp", layer=2, residual_axis=0, norm_chain=(norm,))
+    ((before, after),) = measure_survivors(open_checkpoint(copy), base=checkpoint, writers=[writer], subspace=subspace)
     weight = stored(base)[DOWN].double()
-    assert found.norm_before == pytest.approx(float(weight.norm()), rel=1e-12)
-    assert found.along_before == pytest.approx(float((seen[(norm,)] @ weight).norm()), rel=1e-12)
-    assert found.ratio is not None
-    assert found.ratio < 1e-6
-    plain = EditedWriter(name=DOWN, residual_axis=0)
-    (found,) = measure_survivors(open_checkpoint(copy), base=checkpoint, writers=[plain], subspace=subspace)
-    assert found.ratio is not None
-    assert found.ratio > 0.05, "along the plain direction it is another component"
+    assert before.norm == pytest.approx(float(weight.norm()), rel=1e-12)
+    assert before.along == pytest.approx(float((seen[(norm,)] @ weight).norm()), rel=1e-12)
+    assert after.survivor_of(before) < 1e-6
+    plain = replace(writer, norm_chain=())
+    ((before, after),) = measure_survivors(open_checkpoint(copy), base=checkpoint, writers=[plain], subspace=subspace)
+    assert after.survivor_of(before) > 0.05, "along the plain direction it is another component"
 
 
 def test_what_is_not_there_is_said(base):
     checkpoint = open_checkpoint(base)
     subspace = torch.eye(1, D_MODEL, dtype=torch.float64)
+    writer = ResidualWriter(tensor_name="nowhere", role="mlp", layer=0, residual_axis=0)
     with pytest.raises(CheckpointError, match="no tensor nowhere"):
-        list(
-            measure_survivors(
-                checkpoint, base=None, writers=[EditedWriter(name="nowhere", residual_axis=0)], subspace=subspace
-            )
-        )
+        list(measure_survivors(checkpoint, base=None, writers=[writer], subspace=subspace))
     with pytest.raises(CheckpointError, match=r"no tensor post\.weight"):
         directions_through(checkpoint, subspace, chains={(PostNorm(weight="post.weight"),)})
 

@@ -63,12 +63,12 @@ def test_what_merging_gives_is_measured_on_the_rounded_sum(kind, dtype):
     # Matrix by matrix: a batched product may be summed in another order.
     change = torch.stack([span.T @ part for span, part in zip(spanned.to(wide), found, strict=True)])
     merged = (turned.to(wide) + change).to(dtype).double()
-    assert result.along_before == pytest.approx(float((directions @ turned.double()).norm()))
-    assert result.norm_before == pytest.approx(float(old.double().norm()))
-    assert result.along_after == pytest.approx(float((directions @ merged).norm()), abs=1e-13)
-    assert result.norm_after == pytest.approx(float(merged.norm()))
-    assert result.along_after < torch.finfo(dtype).eps * result.norm_before
-    assert result.change_error < 20 * torch.finfo(wide).eps * result.norm_before
+    assert result.before.along == pytest.approx(float((directions @ turned.double()).norm()))
+    assert result.before.norm == pytest.approx(float(old.double().norm()))
+    assert result.after.along == pytest.approx(float((directions @ merged).norm()), abs=1e-13)
+    assert result.after.norm == pytest.approx(float(merged.norm()))
+    assert result.after.along < torch.finfo(dtype).eps * result.before.norm
+    assert result.change_error < 20 * torch.finfo(wide).eps * result.before.norm
 
 
 @pytest.mark.parametrize("spoil", ["coefficients", "directions"])
@@ -89,7 +89,7 @@ def test_blocks_do_not_show(monkeypatch):
     monkeypatch.setattr("abliterate.editing.lora._BLOCK_ELEMENTS", 24)
     torch.testing.assert_close(coefficients(old, directions=directions, residual_axis=0), whole)
     again = merge_factors(old, whole, spanned, directions=directions, residual_axis=0)
-    assert again.along_after == pytest.approx(before.along_after)
+    assert again.after.along == pytest.approx(before.after.along)
 
 
 def test_a_vector_has_no_factors():

@@ -238,7 +238,7 @@ def test_no_role_is_edited_needlessly(tmp_path, direction, model_type, role):
     report = orthogonalize_checkpoint(
         source=base, direction=direction, output=tmp_path / "out", options=EditOptions(components=components)
     )
-    assert {tensor.role for tensor in report.tensors} == set(components)
+    assert {tensor.edit.writer.role for tensor in report.tensors} == set(components)
     assert stream_component(load(tmp_path / "out"), direction.vector) > 1e-3
 
 
@@ -254,7 +254,7 @@ def test_no_role_is_edited_needlessly(tmp_path, direction, model_type, role):
 def test_layers_and_components_select(single, tmp_path, direction, options, layers):
     report = orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out", options=options)
     edited = {tensor.name for tensor in report.tensors}
-    assert {tensor.layer for tensor in report.tensors} == layers
+    assert {tensor.edit.writer.layer for tensor in report.tensors} == layers
     before, after = stored(single), stored(tmp_path / "out")
     assert {name for name in before if not torch.equal(before[name], after[name])} == edited
 
@@ -266,7 +266,7 @@ def test_strength_scales_what_is_removed(single, tmp_path, direction):
     name = "model.layers.0.mlp.down_proj.weight"
     before, after = (direction.vector @ stored(path)[name] for path in (single, tmp_path / "out"))
     torch.testing.assert_close(after, 0.75 * before, rtol=1e-4, atol=1e-6)
-    assert all(tensor.component_after > 0.01 for tensor in report.tensors if tensor.layer is not None)
+    assert all(tensor.component_after > 0.01 for tensor in report.tensors if tensor.edit.writer.layer is not None)
 
 
 def test_a_direction_file_and_plain_strings_do_as_well(single, tmp_path, direction):
@@ -617,7 +617,7 @@ def test_the_survivor_of_each_tensor_is_reported(tmp_path, dtype):
     unit = direction.vector.double() / direction.vector.double().norm()
     before, after = stored(base), stored(tmp_path / "out")
     for tensor in report.tensors:
-        old, new = (each[tensor.name].double().movedim(tensor.residual_axis, 0) for each in (before, after))
+        old, new = (each[tensor.name].double().movedim(tensor.edit.writer.residual_axis, 0) for each in (before, after))
         accuracy = 1e-3 if dtype == torch.bfloat16 else 1e-6
         assert tensor.survivor == pytest.approx(float((unit @ new).norm() / (unit @ old).norm()), rel=accuracy)
         assert tensor.survivor < 2e-3

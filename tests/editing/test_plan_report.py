@@ -61,10 +61,7 @@ def test_it_names_what_orthogonalize_edits(wide, tmp_path):
     done = orthogonalize_checkpoint(
         source=wide, direction=make_direction(mean_difference=direction), output=tmp_path / "out"
     )
-    assert [t.name for t in plan.tensors] == [t.name for t in done.tensors]
-    assert [(t.role, t.layer, t.residual_axis, t.shape, t.dtype, t.shard) for t in plan.tensors] == [
-        (t.role, t.layer, t.residual_axis, t.shape, t.dtype, t.shard) for t in done.tensors
-    ]
+    assert [tensor.described() for tensor in plan.tensors] == [tensor.edit.described() for tensor in done.tensors]
     assert (plan.counts, plan.bytes_edited) == (done.counts, done.bytes_edited)
     written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     record = (tmp_path / "out" / "abliteration.json").stat().st_size
@@ -100,7 +97,7 @@ def test_identical_layers_are_one_group(wide):
 
 def test_options_select(wide):
     plan = plan_edit(model=str(wide), options=EditOptions(components=("mlp",), layers=(1, 3)))
-    assert [tensor.layer for tensor in plan.tensors] == [1, 2]
+    assert [tensor.writer.layer for tensor in plan.tensors] == [1, 2]
     assert "model.layers.0.mlp.down_proj.weight" in plan.not_selected
     assert "model.embed_tokens.weight" in plan.not_selected
     assert plan.groups[0].layers == "1-2"
@@ -254,8 +251,8 @@ def test_norm_chains_are_shown_and_what_is_left_alone_says_why(tmp_path):
     assert attention.norms == ("model.layers.*.post_attention_layernorm.weight",)
     assert attention.count == N_LAYERS
     tensor = next(each for each in plan.tensors if each.name == "model.layers.1.mlp.down_proj.weight")
-    assert [norm.weight for norm in tensor.norm_chain] == ["model.layers.1.post_feedforward_layernorm.weight"]
-    assert tensor.norm_chain[0].plus_one
+    assert [norm.weight for norm in tensor.writer.norm_chain] == ["model.layers.1.post_feedforward_layernorm.weight"]
+    assert tensor.writer.norm_chain[0].plus_one
 
 
 def test_a_layer_beyond_the_configs_count_is_left_alone_and_named(tmp_path):

@@ -55,16 +55,16 @@ def test_the_layout_stays_and_next_to_nothing_survives(tmp_path, kind):
     report = orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", options=REQUANTIZE)
     old, new = stored(base), stored(tmp_path / "out")
     assert [(n, t.dtype, t.shape) for n, t in new.items()] == [(n, t.dtype, t.shape) for n, t in old.items()]
-    quantized = [tensor for tensor in report.tensors if tensor.stored_as]
+    quantized = [tensor for tensor in report.tensors if tensor.edit.stored_as]
     assert len(quantized) == (3 if kind == "mxfp4" else 6)
     most = 0.05 if kind == "mxfp4" else 0.005
     for tensor in report.tensors:
         assert tensor.component_before > 0.01
-        assert tensor.survivor < (most if tensor.stored_as else 0.005)
-    edited = {name for tensor in report.tensors for name in tensor.stored_as or (tensor.name,)}
+        assert tensor.survivor < (most if tensor.edit.stored_as else 0.005)
+    edited = {name for tensor in report.tensors for name in tensor.edit.stored_as or (tensor.name,)}
     changed = {name for name in old if bytes(tensor_bytes(old[name])) != bytes(tensor_bytes(new[name]))}
     assert changed <= edited
-    assert {tensor.stored_as[0] for tensor in quantized} <= changed
+    assert {tensor.edit.stored_as[0] for tensor in quantized} <= changed
     before, after = tree(base), tree(tmp_path / "out")
     assert before["config.json"] == after["config.json"]
     assert verify(tmp_path / "out", quick=True).failures == ()
@@ -114,8 +114,8 @@ def test_dequantized_it_is_the_plain_checkpoint_edited(tmp_path, kind):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == found.keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
-    assert {tensor.dtype for tensor in report.tensors} == {"BF16"}
-    assert all(tensor.survivor < 0.01 and not tensor.stored_as for tensor in report.tensors)
+    assert {tensor.edit.stored_dtype for tensor in report.tensors} == {"BF16"}
+    assert all(tensor.survivor < 0.01 and not tensor.edit.stored_as for tensor in report.tensors)
     assert report.bytes_total == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert verify(tmp_path / "out", quick=True).failures == ()
 

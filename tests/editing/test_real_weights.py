@@ -55,7 +55,10 @@ def random_direction(d_model: int) -> Direction:
 def verify(base: Path, direction: Direction, output: Path, *, dtype: str, label: str) -> VerificationReport:
     report = orthogonalize_checkpoint(source=base, direction=direction, output=output)
     # What a norm in the chain of a writer multiplies by is part of what is removed, so all of it counts here.
-    assert max(tensor.survivor for tensor in report.tensors) < {"F32": 1e-5, "BF16": 5e-3}[report.tensors[0].dtype]
+    assert (
+        max(tensor.survivor for tensor in report.tensors)
+        < {"F32": 1e-5, "BF16": 5e-3}[report.tensors[0].edit.stored_dtype]
+    )
     found = verify_checkpoint(
         checkpoint=output,
         directions=[direction],
@@ -65,7 +68,7 @@ def verify(base: Path, direction: Direction, output: Path, *, dtype: str, label:
     if FIGURES:
         figures = {
             "model": label,
-            "stored": report.tensors[0].dtype,
+            "stored": report.tensors[0].edit.stored_dtype,
             "survivor": max(tensor.survivor for tensor in report.tensors),
             "stream": dataclasses.asdict(found.stream),
             "logits": dataclasses.asdict(found.logits),

@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 
+from abliterate.cli.output import to_plain
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.plan_report import plan_layout, read_layout
 from abliterate.editing.record import AbliterationRecord, check_hashes, check_sizes, read_record, write_record
 from abliterate.errors import AbliterateError, InputError, VerificationError
+from abliterate.release.options import VerificationOptions
+from abliterate.release.verification import verify_checkpoint
 from tests.support.fake_hub import write_checkpoint
 from tests.support.paths import SOURCES
 from tests.support.tiny_models import random_direction, save_tiny_model
@@ -55,6 +59,48 @@ def test_what_is_written_is_read_back(tmp_path):
     (tmp_path / "other").mkdir()
     write_record(dataclasses.replace(report, notes=("not part of the record",)), tmp_path / "other")
     assert (tmp_path / "other" / "abliteration.json").read_bytes() == (out / "abliteration.json").read_bytes()
+
+
+# Scripts of others read these keys; a new one is a change of the format.
+LISTED = ["name", "role", "layer", "residual_axis", "shape", "dtype", "shard"]
+RECORDED = [*LISTED, "stored_as", "norm_chain", "kind", "component_before", "component_after", "survivor"]
+
+
+def test_each_list_of_tensors_has_the_keys_that_it_always_had(tmp_path):
+    base, out = save_tiny_model(tmp_path / "base", "gemma2"), tmp_path / "out"
+    direction = make_direction(mean_difference=random_direction())
+    report = orthogonalize_checkpoint(source=base, direction=direction, output=out)
+    recorded = json.loads((out / "abliteration.json").read_text())["tensors"]
+    assert json.loads(json.dumps(to_plain(report)))["tensors"] == recorded
+    planned = to_plain(plan_layout(read_layout(model=str(base))))["tensors"]
+    checked = to_plain(verify_checkpoint(checkpoint=out, options=VerificationOptions(quick=True)))["files"]["tensors"]
+    assert len(planned) == len(checked) == len(recorded) == 7
+    for plan, check, record in zip(planned, checked, recorded, strict=True):
+        assert list(record) == RECORDED
+        assert list(plan) == [*LISTED, "bytes", "norm_chain"]
+        assert {key: plan[key] for key in [*LISTED, "norm_chain"]} == {
+            key: record[key] for key in [*LISTED, "norm_chain"]
+        }
+        assert list(check) == [
+            *("name", "role", "layer", "kind", "dtype", "component_before", "component_after", "survivor"),
+            *("expected", "bound"),
+        ]
+        assert all(check[key] == record[key] for key in ("name", "role", "layer", "kind", "dtype"))
+    assert recorded[-1] == {
+        "name": "model.layers.2.self_attn.o_proj.weight",
+        "role": "attn",
+        "layer": 2,
+        "residual_axis": 0,
+        "shape": [32, 32],
+        "dtype": "F32",
+        "shard": "model.safetensors",
+        "stored_as": [],
+        "norm_chain": [
+            {"weight": "model.layers.2.post_attention_layernorm.weight", "plus_one": True, "centered": False}
+        ],
+        "kind": "projected",
+        **{key: recorded[-1][key] for key in RECORDED[-3:]},
+    }
 
 
 def test_no_directory(tmp_path):

@@ -106,7 +106,7 @@ def test_skipped_they_stay_as_they_are(tmp_path, direction, layout):
     base, out = save_tiny_model(tmp_path / "base", tied=True), tmp_path / "out"
     layout(base, EMBEDDINGS["llama"])
     report = edit(base, out, direction, "skip")
-    assert {tensor.role for tensor in report.tensors} == {"attn", "mlp"}
+    assert {tensor.edit.writer.role for tensor in report.tensors} == {"attn", "mlp"}
     assert any("still in the residual stream" in note for note in report.notes)
     assert torch.equal(load(base).lm_head.weight, load(out).lm_head.weight)
     assert stream_component(load(out), direction.vector) > 1e-3
@@ -151,7 +151,7 @@ def test_an_embedding_made_from_a_head_that_is_stored_alone_is_measured(tmp_path
     store_head_alone(base, EMBEDDINGS["llama"])
     report = edit(base, out, direction, "untie")
     entry = next(tensor for tensor in report.tensors if tensor.name == EMBEDDINGS["llama"])
-    assert entry.kind == "untied"
+    assert entry.edit.kind == "untied"
     assert entry.component_before is not None
     assert entry.survivor is not None
     assert entry.component_before > 0.05

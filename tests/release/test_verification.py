@@ -134,7 +134,7 @@ class TestWhatOrthogonalizeWrote:
         assert report.logits.all.kl_max < 1e-9
         checks = {check.name: check for check in report.files.tensors}
         assert set(checks) == {tensor["name"] for tensor in record_of(out)["tensors"]}
-        assert all(check.survivor < 1e-5 < check.component_before for check in checks.values())
+        assert all(check.survivor < 1e-5 < check.before.share for check in checks.values())
         unedited = sum(t.numel() * 4 for name, t in stored(base).items() if name not in checks)
         assert report.files.bytes_compared == unedited
 

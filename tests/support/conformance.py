@@ -272,7 +272,7 @@ def check_saved(model_type: str, work: Path) -> Result:
         before=before,
         after=after,
         without={name: _without(edited, group, inputs, direction) for name, group in groups.items()},
-        edited_on_disk=sum(_entries(tensor.shape) for tensor in report.tensors),
+        edited_on_disk=sum(_entries(tensor.edit.info.shape) for tensor in report.tensors),
         edited_in_memory=sum(changed.numel() for group in groups.values() for changed, _ in group),
         writers=describe_writers(report.tensors),
         hooks=check_hooks(base, edited, inputs, direction),
@@ -358,11 +358,12 @@ def describe_writers(tensors: Sequence[EditedTensor]) -> str:
     described = {}
     for tensor in tensors:
         name = _generic(tensor.name)
-        norms = [norm.weight.removesuffix(".weight") for norm in tensor.norm_chain]
+        writer = tensor.edit.writer
+        norms = [norm.weight.removesuffix(".weight") for norm in writer.norm_chain]
         through = [_generic(norm).rpartition(".*.")[2].rpartition(".")[2] for norm in norms]
-        within = re.sub(r"^.*?(layers|h|blocks|block)\.\*\.", "", name) if tensor.layer is not None else name
+        within = re.sub(r"^.*?(layers|h|blocks|block)\.\*\.", "", name) if writer.layer is not None else name
         within = within.removesuffix(".weight")
-        axis = f" [axis {tensor.residual_axis}]" if tensor.layer is not None and tensor.residual_axis else ""
+        axis = f" [axis {writer.residual_axis}]" if writer.layer is not None and writer.residual_axis else ""
         described[f"`{within}`{axis}{' through ' + ', '.join(through) if through else ''}"] = None
     return ", ".join(sorted(described))
 

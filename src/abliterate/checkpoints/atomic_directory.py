@@ -2,11 +2,11 @@
 
 It is written beside its target under a hidden name and gets its own name by one rename. `published_directory` leaves
 nothing behind when something goes wrong. `partial_run` is for what takes long: it writes `.NAME.partial`, which it
-locks, and journals each finished file; a run that is interrupted leaves it, and one that resumes believes nothing: it
-hashes every journalled file and removes the rest.
+locks, and journals each finished file. An interrupted run leaves that directory behind, and a run that resumes trusts
+nothing in it: it hashes every journalled file and removes the rest.
 
 The first line of a journal says what the work is made from; each other line is a file that was whole and flushed when
-the line was written. A line that a crash cut off is no line.
+the line was written. A line that a crash cut off is ignored.
 """
 
 import ctypes
@@ -141,7 +141,7 @@ class Journal:
 
     Args:
         path: Its file; one that is there is replaced.
-        key: What the work is made from, part by part; work with another key cannot be gone on with.
+        key: What the work is made from, part by part; work with another key cannot be resumed.
 
     Raises:
         OSError: It cannot be written.
@@ -208,7 +208,7 @@ class PartialDirectory:
 
     Attributes:
         path: Where it is.
-        kept: Entries of files that an earlier run finished, which were hashed again and are what they were.
+        kept: Entries of files that an earlier run finished, which were hashed again and are unchanged.
         journal: Where the run says what it has finished.
     """
 
@@ -220,7 +220,7 @@ class PartialDirectory:
             self.journal.add(name, entry)
 
     def has_finished_files(self) -> bool:
-        """Return whether there is anything to go on from."""
+        """Return whether there is anything to resume from."""
         return bool(read_journals(self.path / _OWN, pattern=_JOURNALS)[1])
 
 
@@ -230,7 +230,7 @@ class PartialRun:
     Args:
         output: The directory to be.
         key: What the run makes it from, part by part.
-        resume: Go on with what an earlier run with the same key has finished.
+        resume: Keep what an earlier run with the same key has finished.
         workers: Threads that hash what is there.
         progress: Told what is found and removed.
 
@@ -288,7 +288,7 @@ class PartialRun:
         self._lock.release()
 
     def give_up(self, error: BaseException) -> BaseException:
-        """Keep what a later run can go on with, or remove everything, and return the error that says so."""
+        """Keep what a later run can resume from, or remove everything, and return the error that says so."""
         path = self.directory.path
         stopped = isinstance(error, KeyboardInterrupt)
         if not is_worth_keeping(error):
@@ -346,7 +346,7 @@ def partial_path(output: Path) -> Path:
 
 
 def is_worth_keeping(error: BaseException) -> bool:
-    """Return whether a run that failed so may go on later: a signal or the system stopped it, and not what it read."""
+    """Return whether a run that failed so can be resumed: a signal or the system stopped it, and not what it read."""
     return isinstance(error, (KeyboardInterrupt, OSError)) or isinstance(error.__cause__, OSError)
 
 
@@ -379,7 +379,7 @@ class FileLock:
             return False
 
     def prepare_removal(self) -> None:
-        """Release it now if this system removes no open file; otherwise it is held until the directory is gone."""
+        """Release it now if this system cannot remove open files; otherwise it is held until the directory is gone."""
         if sys.platform == "win32":
             self.release()
 

@@ -30,7 +30,7 @@ _LEAST_GAIN = 0.1
 # Of a column at most 24 entries are moved, and at most one in 16: each moves by a whole step of the grid.
 _MOST_STEPS = 24
 _LARGEST_MOVED_SHARE = 1 / 16
-# Steps end in a column when of the component of a random column this share is left.
+# Steps end in a column when what is left is this share of a random column's component.
 _TOLERANCE = 2e-5
 
 _EXPONENT_BIAS = 127
@@ -68,7 +68,7 @@ class Grid(ABC):
         """Return the level of the nearest number of the grid, ties to the even one; beyond its end, the last."""
 
     def numbers(self, levels: Tensor) -> Tensor:
-        """Return the numbers of levels, float32; NaN for a code beyond the last magnitude, which is no number."""
+        """Return the numbers of levels, float32; NaN for a code beyond the last magnitude."""
         magnitudes = self.magnitudes.to(levels.device)
         table = torch.cat([-magnitudes[1:].flip(0), magnitudes])
         beyond = levels.abs() >= len(magnitudes)
@@ -137,7 +137,7 @@ def decode(codes: Tensor, scales: Tensor, *, layout: BlockLayout) -> Tensor:
     """Return the numbers that are stored, float32.
 
     Args:
-        codes: [..., rows, columns], or as else the grid packs them.
+        codes: [..., rows, columns], or as the grid packs them.
         scales: [..., block rows, block columns], or one number for each matrix.
         layout: How they are stored.
     """
@@ -151,7 +151,7 @@ def encode(values: Tensor, *, layout: BlockLayout, scale_dtype: torch.dtype) -> 
     """Quantise a matrix anew: each block's scale such that its largest entry fits, each entry to the nearest code.
 
     Args:
-        values: [rows, columns]; for fp4 the columns must fill whole groups.
+        values: [rows, columns]; for MXFP4 the columns must fill whole groups.
         layout: How it is to be stored.
         scale_dtype: Of the scales; uint8 for biased exponents.
 

@@ -30,7 +30,7 @@ class Checkpoint:
         shards: The safetensors files, by name.
         index: The content of the shard index; None for a single file.
         side_files: Every other regular file below the directory, as relative POSIX paths, sorted.
-        outside_links: Links to files outside the directory, which are not followed; likewise.
+        outside_links: Links to files outside the directory, which are not followed; relative paths, sorted.
     """
 
     path: Path
@@ -100,7 +100,7 @@ def parse_config(data: bytes, *, path: Path) -> dict[str, Any]:
     """Return the content of a config.json; `path` is for messages.
 
     Raises:
-        CheckpointError: It is not a JSON object that means one thing only.
+        CheckpointError: It is not a JSON object, or means different things to different programs.
     """
     # The default of an upper limit, among others of Mamba 2, is infinity; transformers 4 wrote it as such.
     return parse_object(data, path=path, infinities=True)
@@ -139,7 +139,7 @@ def _is_shard_name(name: Any) -> bool:
 
 
 def _is_unicode(name: str) -> bool:
-    # Bytes that are no UTF-8 come as halves of surrogate pairs, which no JSON file, as the record is one, can hold.
+    # Bytes that are not UTF-8 appear as lone surrogates, which a JSON file, such as the record, cannot hold.
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 

@@ -26,11 +26,14 @@ class Encoding(ABC):
             scales, and where it has them zero points or scales of scales. One whose first axis is not the stack's
             belongs to all matrices.
         turned: Whether the codes' matrices lie the other way round than the plain tensor's.
+        unused: Names of further tensors that mean nothing without the codes, such as scales of activations; whether or
+            not they are there.
     """
 
     codes: TensorInfo
     companions: tuple[TensorInfo, ...]
     turned: bool = False
+    unused: tuple[str, ...] = ()
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
@@ -92,22 +95,9 @@ class Encoding(ABC):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedTensor:
-    """A tensor that a format found in a checkpoint.
-
-    Attributes:
-        name: What the tensor is called once it is plain.
-        shape: Its shape then.
-        encoding: How it is stored.
-        unused: Names of further tensors that mean nothing without the codes, such as scales of activations; whether or
-            not they are there.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    encoding: Encoding
-    unused: tuple[str, ...] = ()
+def encoded_tensor(encoding: Encoding, *, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    """Return the tensor that codes and companions mean, which has this name and shape once it is plain."""
+    return replace(encoding.codes, name=name, dtype="BF16", shape=shape, encoding=encoding)
 
 
 class EncodingError(ValueError):
@@ -132,8 +122,8 @@ class QuantizedFormat(Protocol):
 
     def find(
         self, info: TensorInfo, tensors: Mapping[str, TensorInfo], content: Mapping[str, Any]
-    ) -> EncodedTensor | None:
-        """Return the tensor whose codes `info` holds, or None where it holds no codes of this format.
+    ) -> TensorInfo | None:
+        """Return what the codes in `info` mean (`encoded_tensor`), or None where it holds no codes of this format.
 
         Args:
             info: Any tensor of the checkpoint.

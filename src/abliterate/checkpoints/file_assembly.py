@@ -2,7 +2,7 @@
 
 A segment is copied, given or computed. What is copied is read once, hashed and written as it passes. What is computed
 is read back from the file and held against what it must be, by the same reading that feeds the hash. No byte is
-written twice, and no segment is in memory whole but those of a few bytes.
+written twice, and no segment of more than a few bytes is ever whole in memory.
 
 A file's segments are settled in file order, each as soon as its own tasks are done and those before it are settled,
 so the hash of the file is known with its last byte. One more thread waits for whole files to arrive on the disk. What
@@ -240,10 +240,10 @@ class NewFile:
         return self.segments[-1].end if self.segments else 0
 
 
-# So many files may wait for the disk before another is begun.
+# How many files may be open, some of them waiting for the disk, before another is begun.
 _MOST_OPEN = 8
-# So many files, the oldest with anything to compute, are computed at a time: enough that they end together, few enough
-# that some end soon.
+# How many files, the oldest that have anything to compute, are computed at a time: enough that they end together, few
+# enough that some end soon.
 _FILES_AT_ONCE = 4
 
 Done = Callable[[str, WrittenFile], None]

@@ -1,7 +1,7 @@
 """Ranges of bytes of open files, each read and written at its own place, and the memory that they pass through.
 
 Positions are given with each call, so several threads can work on one file. `open_file` is the one door: it gives the
-class that this system is served best by, `LinuxFile` on Linux and `PlainFile`, which needs nothing of any system,
+class that serves this system best, `LinuxFile` on Linux and `PlainFile`, which needs nothing of any system,
 elsewhere. Both read and write the same bytes.
 """
 

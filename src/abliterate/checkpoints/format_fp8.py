@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.block_scaled import BlockEncoding, BlockLayout, Grid
-from abliterate.checkpoints.encoding import EncodedTensor, EncodingError, QuantizedFormat
+from abliterate.checkpoints.encoding import EncodingError, QuantizedFormat, encoded_tensor
 from abliterate.checkpoints.safetensors_file import TensorInfo
 
 _METHODS = {"fp8", "mxfp8"}
@@ -57,7 +57,7 @@ class _Fp8:
 
     def find(
         self, info: TensorInfo, tensors: Mapping[str, TensorInfo], content: Mapping[str, Any]
-    ) -> EncodedTensor | None:
+    ) -> TensorInfo | None:
         if info.dtype != "F8_E4M3":
             return None
         stem = info.name.removesuffix(".weight")
@@ -73,12 +73,9 @@ class _Fp8:
             raise EncodingError(info, scales, "whose blocks are not those that config.json names")
         power_of_two = scales.dtype in {"U8", "F8_E8M0"} or content.get("scale_fmt") == "ue8m0"
         layout = BlockLayout(grid=E4M3, block=block, power_of_two=power_of_two)
-        return EncodedTensor(
-            name=info.name,
-            shape=info.shape,
-            encoding=BlockEncoding(codes=info, companions=(scales,), layout=layout),
-            unused=tuple(f"{stem}.{each}" for each in _ACTIVATION_SCALES),
-        )
+        unused = tuple(f"{stem}.{each}" for each in _ACTIVATION_SCALES)
+        encoding = BlockEncoding(codes=info, companions=(scales,), layout=layout, unused=unused)
+        return encoded_tensor(encoding, name=info.name, shape=info.shape)
 
 
 FORMAT: QuantizedFormat = _Fp8()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.block_scaled import BlockEncoding, BlockLayout, Grid
-from abliterate.checkpoints.encoding import EncodedTensor, EncodingError, QuantizedFormat
+from abliterate.checkpoints.encoding import EncodingError, QuantizedFormat, encoded_tensor
 from abliterate.checkpoints.safetensors_file import TensorInfo
 
 _GROUP = 32
@@ -69,7 +69,7 @@ class _Mxfp4:
         info: TensorInfo,
         tensors: Mapping[str, TensorInfo],
         content: Mapping[str, Any],  # noqa: ARG002
-    ) -> EncodedTensor | None:
+    ) -> TensorInfo | None:
         plain = info.name.removesuffix("_blocks")
         scales = tensors.get(f"{plain}_scales")
         if info.dtype != "U8" or plain == info.name or scales is None:
@@ -82,7 +82,7 @@ class _Mxfp4:
         turned = bool(leading)
         matrix = (groups * _GROUP, rows) if turned else (rows, groups * _GROUP)
         encoding = BlockEncoding(codes=info, companions=(scales,), layout=LAYOUT, turned=turned)
-        return EncodedTensor(name=plain, shape=(*leading, *matrix), encoding=encoding)
+        return encoded_tensor(encoding, name=plain, shape=(*leading, *matrix))
 
 
 FORMAT: QuantizedFormat = _Mxfp4()

@@ -1,7 +1,7 @@
 """A file that grows by one JSON value a line, and is read back after a crash.
 
-A line is on the disk when `append` returns. A crash can therefore leave one torn line, and only as the last: it is no
-line. Damage anywhere else has another cause, and is an error that names the line. Lines end with a line feed alone;
+A line is on the disk when `append` returns. A crash can therefore leave one torn line, which is the last, and it is
+ignored. Damage anywhere else has another cause, and is an error that names the line. Lines end with a line feed alone;
 what else Unicode calls a line break (U+2028) may stand inside a JSON string.
 """
 
@@ -55,7 +55,7 @@ class JsonLines:
         return values
 
     def read(self, parse: Callable[[Any], Value]) -> list[Value]:
-        """Return the values, without a torn one; none where there is no file.
+        """Return the values, without a torn one; an empty list where there is no file.
 
         Args:
             parse: Makes a value of parsed JSON. A TypeError, ValueError, KeyError or AttributeError means that the line

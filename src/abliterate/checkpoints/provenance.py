@@ -27,7 +27,7 @@ def values_sha256(value: Any) -> str:
 def model_sha256(directory: Path, *, progress: ProgressReporter = SILENT) -> str:
     """Return a SHA-256 over the names and contents of a model's files: weights, configuration, tokenizer, code.
 
-    For what is kept for long: all is read. What this tool writes about a model is no part of it.
+    For results that are kept for long: every file is read whole. What this tool writes about a model is left out.
     """
     files = sorted({path for pattern in _MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
     files = [path for path in files if path.name not in _WRITTEN_ABOUT_IT]
@@ -42,7 +42,7 @@ def model_sha256(directory: Path, *, progress: ProgressReporter = SILENT) -> str
 def quick_model_sha256(directory: Path) -> str:
     """Return a hash of all files of a model: small ones whole; of large ones size, time, and both ends.
 
-    For work that is gone on with soon. A checkpoint of hundreds of gigabytes is not read a second time for this; an
+    For work that is resumed soon. A checkpoint of hundreds of gigabytes is not read a second time for this; an
     edit that keeps a file's size, its time of change and its first and last megabyte goes unseen.
     """
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from typing import Any
 
 from abliterate import checkpoints
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
-from abliterate.checkpoints.encoding import EncodedTensor, EncodingError, QuantizedFormat
+from abliterate.checkpoints.encoding import Encoding, EncodingError, QuantizedFormat
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, new_header
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
 
@@ -60,9 +60,9 @@ def base_in_words(config: Mapping[str, Any]) -> str:
 
 
 def plain_view(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint in which each pair of codes and scales is one plain tensor, and the config says so.
+    """Return a checkpoint in which codes and scales are seen as one plain tensor, and whose config says the same.
 
-    Of the tensors that it lists those with an `encoding` are read decoded; its shards keep their headers.
+    Of the tensors that it lists, those with an `encoding` are decoded as they are read; its shards keep their headers.
 
     Raises:
         QuantizedCheckpointError: The format is not one that is handled, or codes have no scales that fit them.
@@ -80,17 +80,11 @@ def plain_view(checkpoint: Checkpoint) -> Checkpoint:
     encoded = {
         name: each for name, info in tensors.items() if (each := _encoded(info, tensors, found[1], checkpoint.path))
     }
-    hidden = {stored.name for each in encoded.values() for stored in each.encoding.companions}
-    hidden |= {name for each in encoded.values() for name in each.unused}
-
-    def seen(info: TensorInfo) -> TensorInfo:
-        each = encoded.get(info.name)
-        if each is None:
-            return info
-        return replace(info, name=each.name, dtype="BF16", shape=each.shape, encoding=each.encoding)
-
+    encodings: list[Encoding] = [each.encoding for each in encoded.values() if each.encoding is not None]
+    hidden = {stored.name for encoding in encodings for stored in encoding.companions}
+    hidden |= {name for encoding in encodings for name in encoding.unused}
     shards = tuple(
-        replace(shard, tensors=tuple(seen(info) for info in shard.tensors if info.name not in hidden))
+        replace(shard, tensors=tuple(encoded.get(info.name, info) for info in shard.tensors if info.name not in hidden))
         for shard in checkpoint.shards
     )
     _check_names(checkpoint, shards)
@@ -100,7 +94,7 @@ def plain_view(checkpoint: Checkpoint) -> Checkpoint:
 
 def _encoded(
     info: TensorInfo, tensors: Mapping[str, TensorInfo], content: Mapping[str, Any], path: Path
-) -> EncodedTensor | None:
+) -> TensorInfo | None:
     try:
         found = (each.find(info, tensors, content) for each in quantized_formats())
         return next((each for each in found if each is not None), None)

@@ -299,7 +299,7 @@ def parse_object(data: bytes, *, path: Path, what: str = "it", infinities: bool 
         data: The JSON document.
         path: The file, for messages.
         what: The part of it, for messages.
-        infinities: See `strict_json.parse_json`.
+        infinities: See `files.parse_json`.
 
     Raises:
         CheckpointError: It is not JSON, or means different things to different programs.

@@ -29,6 +29,8 @@ from abliterate.editing.record import Format
 from abliterate.processes import in_first_process
 
 if TYPE_CHECKING:
+    from abliterate.architectures.names import Role
+    from abliterate.editing.edits import Kind
     from abliterate.editing.record import EditedTensor, OrthogonalizationReport
 
 
@@ -155,16 +157,18 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
     for name in ("before", "after", "survivor"):
         table.add_column(name, no_wrap=True)
     table.caption = "the largest |r·W|/|W| before and after, and share of it that survives"
-    groups = dict.fromkeys((tensor.role, tensor.kind) for tensor in report.tensors)
+    groups: dict[tuple[Role, Kind], list[EditedTensor]] = {}
+    for tensor in report.tensors:
+        groups.setdefault((tensor.edit.writer.role, tensor.edit.kind), []).append(tensor)
     for role, kind in sorted(groups, key=lambda group: (ROLES.index(group[0]), group[1])):
-        tensors = [tensor for tensor in report.tensors if (tensor.role, tensor.kind) == (role, kind)]
-        shapes = sorted({" x ".join(map(str, tensor.shape)) for tensor in tensors}, key=len, reverse=True)
+        tensors = groups[role, kind]
+        shapes = dict.fromkeys(" x ".join(map(str, tensor.edit.info.shape)) for tensor in tensors)
         table.add_row(
             role,
             kind,
             str(len(tensors)),
-            ", ".join(shapes),
-            ", ".join(sorted({tensor.dtype for tensor in tensors})),
+            ", ".join(sorted(shapes, key=len, reverse=True)),
+            ", ".join(sorted({tensor.edit.stored_dtype for tensor in tensors})),
             *(_largest(tensors, field) for field in ("component_before", "component_after", "survivor")),
         )
     megabytes = f"{report.bytes_edited / 1e6:.1f} of {report.bytes_total / 1e6:.1f} MB"

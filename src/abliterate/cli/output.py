@@ -37,7 +37,9 @@ def command_line() -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Turn a report into values JSON can hold; a non-finite number becomes null."""
+    """Turn a report into values JSON can hold; a non-finite number becomes null. A `to_json` says how it is listed."""
+    if hasattr(value, "to_json"):
+        return to_plain(value.to_json())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):

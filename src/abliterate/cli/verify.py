@@ -96,15 +96,15 @@ def _tensors(checks: "tuple[TensorCheck, ...]") -> list[Table | str]:
         "role", "tensors", "dtype", "max |U·W|/|W| before", "after", "max survivor", "worst tensor",
         title="Edited tensors, reread",
     )  # fmt: skip
-    for role in dict.fromkeys(check.role for check in checks):
-        group = [check for check in checks if check.role == role]
+    for role in dict.fromkeys(check.recorded.writer.role for check in checks):
+        group = [check for check in checks if check.recorded.writer.role == role]
         worst = max(group, key=lambda check: check.survivor)
         table.add_row(
             role,
             str(len(group)),
             ", ".join(sorted({check.dtype for check in group})),
-            f"{max(check.component_before for check in group):.2e}",
-            f"{max(check.component_after for check in group):.2e}",
+            f"{max(check.before.share for check in group):.2e}",
+            f"{max(check.after.share for check in group):.2e}",
             f"{worst.survivor:.2e}",
             worst.name,
         )

@@ -25,7 +25,7 @@ from abliterate.checkpoints.hub import ModelSource, read_card_facts
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_shard, read_tensor
 from abliterate.directions import Direction
 from abliterate.editing.adapter_layout import AdaptedWeight, AdapterLayout, lay_out_adapter
-from abliterate.editing.checks import directions_through, ratio
+from abliterate.editing.checks import directions_through
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.lora import MergedWeight, coefficients, merge_factors, pack_factors, unpack_factors
 from abliterate.editing.model_card import build_model_card
@@ -67,7 +67,7 @@ def write_adapter_files(
     directions = _directions(plan)
     tensors: dict[str, Tensor] = {}
     for weight in layout.weights:
-        basis = directions[weight.edits[0].norm_chain]
+        basis = directions[weight.edits[0].writer.norm_chain]
         found = torch.cat([_coefficients(plan, edit, basis, advance) for edit in weight.edits])
         first, second = pack_factors(found, basis, rank=len(plan.subspace), residual_on_b=weight.residual_on_b)
         name_a, name_b = _factor_names(weight)
@@ -151,8 +151,8 @@ def check_adapter_files(
                 _read(plan, edit, advance),
                 found[part],
                 spanned[part],
-                directions=directions[edit.norm_chain],
-                residual_axis=edit.residual_axis,
+                directions=directions[edit.writer.norm_chain],
+                residual_axis=edit.writer.residual_axis,
                 strength=plan.options.strength,
                 rounds_change=weight.rounds_change,
             )
@@ -166,7 +166,7 @@ def check_adapter_files(
 
 
 def _directions(plan: EditPlan) -> Directions:
-    return directions_through(plan.checkpoint, plan.subspace, chains={edit.norm_chain for edit in plan.edits})
+    return directions_through(plan.checkpoint, plan.subspace, chains={edit.writer.norm_chain for edit in plan.edits})
 
 
 def _factor_names(weight: AdaptedWeight) -> tuple[str, str]:
@@ -184,7 +184,9 @@ def _read(plan: EditPlan, edit: TensorEdit, advance: Advance) -> Tensor:
 
 def _coefficients(plan: EditPlan, edit: TensorEdit, basis: Tensor, advance: Advance) -> Tensor:
     weight = _read(plan, edit, advance)
-    found = coefficients(weight, directions=basis, residual_axis=edit.residual_axis, strength=plan.options.strength)
+    found = coefficients(
+        weight, directions=basis, residual_axis=edit.writer.residual_axis, strength=plan.options.strength
+    )
     if not bool(torch.isfinite(found).all()):
         raise _not_finite(plan, edit)
     return found
@@ -196,8 +198,8 @@ def _edited_vector(plan: EditPlan, edit: TensorEdit, directions: Directions, adv
         raise _not_finite(plan, edit)
     return project_out(
         vector,
-        directions=directions[edit.norm_chain],
-        residual_axis=edit.residual_axis,
+        directions=directions[edit.writer.norm_chain],
+        residual_axis=edit.writer.residual_axis,
         strength=plan.options.strength,
     )
 
@@ -218,11 +220,11 @@ def _check_vector(
     plan: EditPlan, edit: TensorEdit, directions: Directions, advance: Advance, directory: Path, info: TensorInfo
 ) -> MergedWeight:
     old, new = _read(plan, edit, advance), read_tensor(directory, info)
-    basis, axis = directions[edit.norm_chain], edit.residual_axis
-    before = component_and_norm(old, directions=basis, residual_axis=axis)
-    after = component_and_norm(new, directions=basis, residual_axis=axis)
+    basis, axis = directions[edit.writer.norm_chain], edit.writer.residual_axis
     result = MergedWeight(
-        along_before=before[0], norm_before=before[1], along_after=after[0], norm_after=after[1], change_error=0.0
+        before=component_and_norm(old, directions=basis, residual_axis=axis),
+        after=component_and_norm(new, directions=basis, residual_axis=axis),
+        change_error=0.0,
     )
     _check_merged(plan, edit, result, rounds_change=False)
     return result
@@ -235,8 +237,8 @@ def _check_merged(plan: EditPlan, edit: TensorEdit, result: MergedWeight, *, rou
         dtype,
         d_model=d_model,
         elements=math.prod(edit.info.shape),
-        before=max(1.0, strength) * result.norm_before,
-        after=result.norm_after,
+        before=max(1.0, strength) * result.before.norm,
+        after=result.after.norm,
     )
     if rounds_change:
         bound += residue_bound(
@@ -244,15 +246,15 @@ def _check_merged(plan: EditPlan, edit: TensorEdit, result: MergedWeight, *, rou
             d_model=d_model,
             elements=math.prod(edit.info.shape),
             before=0.0,
-            after=strength * result.along_before,
+            after=strength * result.before.along,
         )
     working = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    exact = 4 * d_model**0.5 * working * strength * result.norm_before
-    left = abs(result.along_after - abs(1 - strength) * result.along_before)
+    exact = 4 * d_model**0.5 * working * strength * result.before.norm
+    left = abs(result.after.along - abs(1 - strength) * result.before.along)
     # Written so that NaN fails, too.
     if not (left <= bound and result.change_error <= exact):
         raise VerificationError(
-            f"{WEIGHTS_NAME}: merged into {edit.name}, the adapter leaves {result.along_after:.3g} along what was to "
+            f"{WEIGHTS_NAME}: merged into {edit.name}, the adapter leaves {result.after.along:.3g} along what was to "
             f"be removed and differs from the edit by {result.change_error:.3g}, where rounding explains "
             f"{bound:.3g} and {exact:.3g}; disk or memory may be faulty, run again"
         )
@@ -289,7 +291,7 @@ def write_adapter(
         The report; its components and survivors are those of the merged weights in the base's dtype.
 
     Raises:
-        InputError: `output` cannot be used, or the options ask for what is no low-rank change.
+        InputError: `output` cannot be used, or the options ask for what is not a low-rank change.
         DirectionError: A direction is malformed, has another width than the model, or adds nothing to the others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or writing failed.
         ModelError: transformers does not build the model, or PEFT cannot adapt one of the tensors.
@@ -344,9 +346,9 @@ def _write(
         written = write_adapter_files(plan, layout, partial, advance=advance)
     with progress.task(f"Checking {report.output}", total=report.bytes_edited, unit="bytes") as advance:
         merged = check_adapter_files(plan, layout, partial, advance=advance)
-    report = dataclasses.replace(
-        report, tensors=tuple(_measured(tensor, _result_of(tensor, merged, plan)) for tensor in report.tensors)
-    )
+    results = ((edit, _result_of(edit, merged, plan)) for edit in plan.edits)
+    tensors = (EditedTensor(edit=edit, before=result.before, after=result.after) for edit, result in results)
+    report = dataclasses.replace(report, tensors=tuple(tensors))
     card = _write_card(plan, report, partial)
     report = dataclasses.replace(
         report,
@@ -364,17 +366,8 @@ def _write_card(plan: EditPlan, report: OrthogonalizationReport, partial: Path) 
     return write_contents({CARD_NAME: card.encode()}, partial)
 
 
-def _result_of(tensor: EditedTensor, merged: Mapping[str, MergedWeight], plan: EditPlan) -> MergedWeight:
-    if tensor.name in merged:
-        return merged[tensor.name]
+def _result_of(edit: TensorEdit, merged: Mapping[str, MergedWeight], plan: EditPlan) -> MergedWeight:
+    if edit.name in merged:
+        return merged[edit.name]
     # The other of a tied pair that is stored twice: one matrix once it is loaded.
     return next(merged[name] for name in (plan.stream.embedding, str(plan.stream.head)) if name in merged)
-
-
-def _measured(tensor: EditedTensor, result: MergedWeight) -> EditedTensor:
-    return dataclasses.replace(
-        tensor,
-        component_before=ratio(result.along_before, result.norm_before),
-        component_after=ratio(result.along_after, result.norm_after),
-        survivor=ratio(result.along_after, result.along_before),
-    )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Form = Literal["linear", "conv1d", "embedding", "parameter"]
 
 # Where transformers stacks experts as it loads them, PEFT takes layers of these names for experts stored apart, and
-# would leave the dense ones out; named as parameters they are what they are.
+# would leave the dense ones out; named as parameters they are adapted, too.
 _TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 _CHECKPOINT = "leave out --format adapter to write a whole checkpoint"
@@ -133,7 +133,7 @@ def _vector_key(name: str, wrapped: set[str]) -> str:
 
 
 def _inexpressible(plan: EditPlan, edit: TensorEdit, reason: str) -> ModelError:
-    others = [role for role in plan.options.components if role != edit.role]
+    others = [role for role in plan.options.components if role != edit.writer.role]
     agree = f", or agree to leave it out with --components {','.join(others)}" if others else ""
     return ModelError(
         f"{plan.source.name}: tensor {edit.name} cannot be edited by an adapter: {reason}; {_CHECKPOINT}{agree}"
@@ -236,7 +236,7 @@ class _LoadedNames:
     def _loaded_axis(self, name: str, edit: TensorEdit) -> int:
         """Return which axis of the loaded parameter indexes the residual stream."""
         wanted = list(self.loaded[name].shape)
-        shape, axis = list(edit.info.shape), edit.residual_axis
+        shape, axis = list(edit.info.shape), edit.writer.residual_axis
         for operation in self._rename(edit.name)[1]:
             kind = type(operation).__name__
             if kind == "MergeModulelist" and operation.dim == 0:

@@ -10,14 +10,13 @@ ablation if no norm stands between a writer and the stream and the output head k
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from abliterate.architectures.writers import ROLES, PostNorm
+from abliterate.architectures.writers import ROLES, PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
@@ -26,7 +25,13 @@ from abliterate.checkpoints.safetensors_file import (
     read_tensor,
     tensor_bytes,
 )
-from abliterate.editing.projection import NormFactor, component_and_norm, effective_directions, residue_bound
+from abliterate.editing.projection import (
+    Component,
+    NormFactor,
+    component_and_norm,
+    effective_directions,
+    residue_bound,
+)
 from abliterate.errors import CheckpointError
 from abliterate.progress import Advance
 
@@ -37,51 +42,8 @@ def _ignore(_bytes: int) -> None:
     pass
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EditedWriter:
-    """An edited tensor as a plan or a record names it.
-
-    Attributes:
-        name: Its name on disk, in the edited checkpoint.
-        residual_axis: The axis that indexes the residual stream.
-        norm_chain: Norms between it and the stream, innermost first.
-        base_name: The tensor it was made from, if the base stores that under another name.
-    """
-
-    name: str
-    residual_axis: int
-    norm_chain: tuple[PostNorm, ...] = ()
-    base_name: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Survivor:
-    """How much of the directions an edited tensor has, reread; Frobenius norms in float64.
-
-    Attributes:
-        name: The tensor.
-        dtype: As safetensors names it.
-        along_before: |U W|, from the base; None without a base.
-        norm_before: |W|; None without a base.
-        along_after: |U W'|.
-        norm_after: |W'|.
-    """
-
-    name: str
-    dtype: str
-    along_before: float | None
-    norm_before: float | None
-    along_after: float
-    norm_after: float
-
-    @property
-    def ratio(self) -> float | None:
-        """|U W'| / |U W|: 0 where there was nothing along the directions, None without a base."""
-        return None if self.along_before is None else ratio(self.along_after, self.along_before)
-
-
 def rounding_bound(
-    info: TensorInfo, *, residual_axis: int, k: int, strength: float, before: tuple[float, float], after: float
+    info: TensorInfo, *, residual_axis: int, k: int, strength: float, before: Component, after: float
 ) -> float:
     """Return how far rounding may leave |U W'| from what was to be left of it.
 
@@ -95,20 +57,16 @@ def rounding_bound(
     """
     d_model = info.shape[residual_axis]
     if info.encoding is not None:
-        along, norm = before
-        return max(1.0, strength) * info.encoding.largest_residue(d_model=d_model, k=k, along=along, norm=norm)
+        return max(1.0, strength) * info.encoding.largest_residue(
+            d_model=d_model, k=k, along=before.along, norm=before.norm
+        )
     return residue_bound(
         TORCH_DTYPES.get(info.dtype, torch.float32),
         d_model=d_model,
         elements=math.prod(info.shape),
-        before=max(1.0, strength) * before[1],
+        before=max(1.0, strength) * before.norm,
         after=after,
     )
-
-
-def ratio(part: float, whole: float) -> float:
-    """Return part / whole, and 0 where the whole is 0."""
-    return part / whole if whole else 0.0
 
 
 def read_norm(checkpoint: Checkpoint, norm: PostNorm) -> NormFactor:
@@ -235,18 +193,23 @@ def measure_survivors(
     edited: Checkpoint,
     *,
     base: Checkpoint | None,
-    writers: Sequence[EditedWriter],
+    writers: Sequence[ResidualWriter],
+    made_from: Mapping[str, str] | None = None,
     subspace: Tensor,
     advance: Advance = _ignore,
-) -> Iterator[Survivor]:
-    """Measure |U W'| for each edited tensor, reread from the disk, and |U W| where there is a base.
+) -> Iterator[tuple[Component | None, Component]]:
+    """Measure each edited tensor, reread from the disk, and what it was before where there is a base.
 
     Args:
         edited: The edited checkpoint.
         base: What it was made from; None measures the edited one alone.
         writers: The edited tensors.
+        made_from: Name of an edited tensor -> the base's tensor it was made from, where that has another name.
         subspace: R, [k, d_model], orthonormal rows.
         advance: Told the bytes read of the edited checkpoint.
+
+    Yields:
+        For each of `writers` |U W| and |W|, None without a base, and |U W'| and |W'|; in float64.
 
     Raises:
         CheckpointError: A file cannot be read, or a tensor or norm is missing.
@@ -256,24 +219,18 @@ def measure_survivors(
     old_infos = {} if base is None else {tensor.name: tensor for tensor in base.tensors()}
     for writer in writers:
         basis = directions[writer.norm_chain]
-        info = _find(new_infos, writer.name, edited)
-        along_before = norm_before = None
+        name = writer.tensor_name
+        info = _find(new_infos, name, edited)
+        before = None
         if base is not None:
-            old = _find(old_infos, writer.base_name or writer.name, base)
-            along_before, norm_before = _measure(base, old, basis, writer.residual_axis)
-        along, norm = _measure(edited, info, basis, writer.residual_axis)
+            old = _find(old_infos, (made_from or {}).get(name, name), base)
+            before = _measure(base, old, basis, writer.residual_axis)
+        after = _measure(edited, info, basis, writer.residual_axis)
         advance(info.end - info.start)
-        yield Survivor(
-            name=writer.name,
-            dtype=info.dtype,
-            along_before=along_before,
-            norm_before=norm_before,
-            along_after=along,
-            norm_after=norm,
-        )
+        yield before, after
 
 
-def _measure(checkpoint: Checkpoint, info: TensorInfo, basis: Tensor, residual_axis: int) -> tuple[float, float]:
+def _measure(checkpoint: Checkpoint, info: TensorInfo, basis: Tensor, residual_axis: int) -> Component:
     # Of a quantised stack one matrix at a time: decoded it has four to eight times the size.
     matrices = encoded_matrices(info)
     axis = residual_axis - (len(info.shape) - len(matrices[0].shape))
@@ -281,7 +238,7 @@ def _measure(checkpoint: Checkpoint, info: TensorInfo, basis: Tensor, residual_a
         component_and_norm(read_tensor(checkpoint.path, matrix), directions=basis, residual_axis=axis)
         for matrix in matrices
     ]
-    return math.hypot(*(along for along, _ in parts)), math.hypot(*(norm for _, norm in parts))
+    return Component(math.hypot(*(part.along for part in parts)), math.hypot(*(part.norm for part in parts)))
 
 
 def _find(infos: Mapping[str, TensorInfo], name: str, checkpoint: Checkpoint) -> TensorInfo:
@@ -360,7 +317,7 @@ def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo
 
 
 def reasons_against_clean_stream(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return why the edited model's stream may still have the directions; nothing if it may not.
+    """Return why the edited model's stream may still have the directions; empty if it may not.
 
     Args:
         record: The content of `abliteration.json`.
@@ -384,7 +341,7 @@ def reasons_against_clean_stream(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def reasons_against_equal_logits(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return why the edited model's logits need not be those of directional ablation; nothing if they must be.
+    """Return why the edited model's logits need not be those of directional ablation; empty if they must be.
 
     Args:
         record: The content of `abliteration.json`.

@@ -44,7 +44,8 @@ from abliterate.editing.checks import directions_through
 from abliterate.editing.edited_tensors import ProjectedTensor, Projection
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
-from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME
+from abliterate.editing.projection import Component
+from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, EditedTensor
 from abliterate.editing.requantization import MadeMatrices, QuantizedEdit
 from abliterate.progress import ProgressReporter
 
@@ -71,7 +72,7 @@ class EditedShard:
         self._segments: list[Segment] = []
 
     def file(self, *, added: Sequence[TensorEdit]) -> NewFile:
-        """Return it with `added` behind its own tensors; its sources are open.
+        """Return the new file, with `added` after its own tensors; the files that it reads are open.
 
         Raises:
             CheckpointError: The original cannot be read, or is not what it was when the plan was made.
@@ -95,7 +96,7 @@ class EditedShard:
         return NewFile(name=shard.file_name, sources=tuple(self._opened.values()), segments=tuple(self._segments))
 
     def dequantized_file(self, layout: Shard, *, added: Sequence[TensorEdit]) -> NewFile:
-        """Return it with every number plain, laid out as `layout` says, and `added` behind its own tensors.
+        """Return the new file with every number plain, laid out as `layout` says, and `added` after its own tensors.
 
         Raises:
             CheckpointError: The original cannot be read, or is not what it was when the plan was made.
@@ -139,13 +140,7 @@ class EditedShard:
                 source=self._source(source.shard),
                 info=source,
                 name=name,
-                projection=Projection(
-                    directions=self._directions[edit.norm_chain],
-                    residual_axis=edit.residual_axis,
-                    strength=self._plan.options.strength,
-                    preserve_norms=self._plan.options.preserve_norms,
-                    device=self._device,
-                ),
+                projection=self._projection(edit),
             )
             self.edits[edit.name] = projected
             self._add(*projected.segments)
@@ -155,7 +150,8 @@ class EditedShard:
             # A bias and its dose are added in float64: one rounding, and nothing else.
             dtype = TORCH_DTYPES[edit.info.dtype]
             old = torch.zeros(edit.info.shape, dtype=dtype) if source is None else read_tensor(path, source)
-            new = old if edit.dose is None else (old.double() + edit.dose).to(dtype)
+            dose = torch.tensor(edit.dose or 0.0, dtype=torch.float64)
+            new = (old.double() + dose).to(dtype)
             self._add(GivenSegment(start=self._end, data=bytes(tensor_bytes(new)), name=name))
 
     def _requantize(self, edit: TensorEdit, stored: TensorInfo) -> None:
@@ -187,18 +183,20 @@ class EditedShard:
         )
 
     def _quantized_edit(self, source: TensorInfo, edit: TensorEdit | None) -> QuantizedEdit:
-        options = self._plan.options
-        made = QuantizedEdit(
-            path=self._plan.checkpoint.path,
-            info=source,
-            directions=self._directions[edit.norm_chain] if edit is not None and edit.project else None,
-            residual_axis=0 if edit is None else edit.residual_axis,
-            strength=options.strength,
-            preserve_norms=options.preserve_norms,
-        )
+        projection = self._projection(edit) if edit is not None and edit.project else None
+        made = QuantizedEdit(path=self._plan.checkpoint.path, info=source, projection=projection)
         for each in made.encoding.stored:
             self._source(each.shard)
         return made
+
+    def _projection(self, edit: TensorEdit) -> Projection:
+        return Projection(
+            directions=self._directions[edit.writer.norm_chain],
+            residual_axis=edit.writer.residual_axis,
+            strength=self._plan.options.strength,
+            preserve_norms=self._plan.options.preserve_norms,
+            device=self._device,
+        )
 
     def _source(self, shard_name: str) -> PlainFile:
         if shard_name not in self._opened:
@@ -214,48 +212,34 @@ class EditedShard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MadeEdit:
-    """What one edit did: |U W|, |W| and |U W'|, |W'|, the latter reread; None where nothing is projected."""
-
-    before: tuple[float, float] | None = None
-    after: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedFile:
     """A file that is whole on the disk and was read back.
 
     Attributes:
         written: Its hash and size.
-        edits: Name of an edited tensor in it -> what was done.
+        edits: The edited tensors in it.
     """
 
     written: WrittenFile
-    edits: dict[str, MadeEdit]
-
-    @classmethod
-    def of(cls, written: WrittenFile, edits: Mapping[str, ProjectedTensor | None]) -> Self:
-        """Return what was written, with what its edited tensors have measured."""
-        made = {
-            name: MadeEdit() if tensor is None else MadeEdit(before=tensor.before, after=tensor.after)
-            for name, tensor in edits.items()
-        }
-        return cls(written=written, edits=made)
+    edits: tuple[EditedTensor, ...]
 
     def entry(self) -> Entry:
-        """Return what a journal holds of it."""
-        edits = {name: [edit.before, edit.after] for name, edit in self.edits.items()}
+        """Return what a journal records of it."""
+        edits = {tensor.name: [tensor.before, tensor.after] for tensor in self.edits}
         return {"sha256": self.written.sha256, "bytes": self.written.bytes, "edits": edits}
 
     @classmethod
-    def from_entry(cls, entry: Entry) -> Self:
-        """Return what `entry` made a journal hold."""
+    def from_entry(cls, entry: Entry, edits: Mapping[str, TensorEdit]) -> Self:
+        """Return the file that an entry of a journal describes; `edits` are those of the plan, by name."""
 
-        def pair(values: Any) -> tuple[float, float] | None:
-            return None if values is None else (float(values[0]), float(values[1]))
+        def component(values: Any) -> Component | None:
+            return None if values is None else Component(float(values[0]), float(values[1]))
 
-        edits = {name: MadeEdit(before=pair(both[0]), after=pair(both[1])) for name, both in entry["edits"].items()}
-        return cls(written=WrittenFile(sha256=entry["sha256"], bytes=entry["bytes"]), edits=edits)
+        made = tuple(
+            EditedTensor(edit=edits[name], before=component(before), after=component(after))
+            for name, (before, after) in entry["edits"].items()
+        )
+        return cls(written=WrittenFile(sha256=entry["sha256"], bytes=entry["bytes"]), edits=made)
 
 
 class EditedFiles:
@@ -275,7 +259,7 @@ class EditedFiles:
         layout = plan.layout
         self._layouts = {shard.file_name: shard for shard in layout.shards}
         self._new_content = _changed_side_files(plan, layout)
-        chains = {edit.norm_chain for edit in plan.edits if edit.project}
+        chains = {edit.writer.norm_chain for edit in plan.edits if edit.project}
         self._directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
         left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in plan.checkpoint.side_files else set()
         self.shard_names = tuple(self._shards)
@@ -319,7 +303,8 @@ class EditedFiles:
             VerificationError: What was read back is not what it must be.
             OSError: A file cannot be written.
         """
-        finished = {name: FinishedFile.from_entry(entry) for name, entry in directory.kept.items()}
+        planned = {edit.name: edit for edit in self._plan.edits}
+        finished = {name: FinishedFile.from_entry(entry, planned) for name, entry in directory.kept.items()}
         missing = {name: size for name, size in self.sizes().items() if name not in finished}
         edits: dict[str, dict[str, ProjectedTensor | None]] = {}
 
@@ -329,7 +314,8 @@ class EditedFiles:
                 yield file
 
         def done(name: str, written: WrittenFile) -> None:
-            finished[name] = FinishedFile.of(written, edits.pop(name))
+            made = tuple(_measured(planned[edited], tensor) for edited, tensor in edits.pop(name).items())
+            finished[name] = FinishedFile(written=written, edits=made)
             directory.journal.add(name, finished[name].entry())
 
         task = progress.task(f"Writing {target}", total=sum(missing.values()), unit="bytes")
@@ -359,6 +345,12 @@ class EditedFiles:
 
     def _added(self, shard: Shard) -> list[TensorEdit]:
         return [edit for edit in self._plan.edits if edit.is_new and edit.info.shard == shard.file_name]
+
+
+def _measured(edit: TensorEdit, tensor: ProjectedTensor | None) -> EditedTensor:
+    if tensor is None:
+        return EditedTensor(edit=edit)
+    return EditedTensor(edit=edit, before=tensor.before, after=tensor.after)
 
 
 @contextmanager

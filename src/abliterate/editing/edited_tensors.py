@@ -15,13 +15,13 @@ from torch import Tensor
 from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
 from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
-from abliterate.editing.projection import ComponentMeter, NormSums, block_width, project_out
+from abliterate.editing.projection import Component, ComponentMeter, NormSums, block_width, project_out
 from abliterate.errors import CheckpointError
 
-# What is held of a tensor at a time, as it is stored: what is one range of the file, little enough to stay in the cache
-# from being read to being written; columns, enough of them that a row's part is not too short to be read by itself.
-# It must not depend on the number of workers: it decides together with `projection.block_width` which vectors are
-# rounded together.
+# Bytes of a tensor, as it is stored, that are held at a time. Where a block is one range of the file, few enough to
+# stay in the cache from reading to writing. Where a block is some of the columns, enough that each row's part is worth
+# a read of its own. Neither may depend on the number of workers, because together with `projection.block_width` they
+# decide which vectors are rounded together.
 RANGE_BYTES = 4 << 20
 BLOCK_BYTES = 112 << 20
 
@@ -125,7 +125,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
-    """What is done to a tensor.
+    """What is projected out of a tensor, and how.
 
     Attributes:
         directions: U, [k, d_model] float64, orthonormal rows.
@@ -172,19 +172,19 @@ class ProjectedTensor:
         self._original = f"{source.path.parent}: tensor {info.name}"
 
     @property
-    def before(self) -> tuple[float, float]:
+    def before(self) -> Component:
         """|U W| and |W| of the original, once all tasks are done."""
         parts = [part for segment in self.segments for part in segment.before]
         along = math.fsum(part.along_squared for part in parts)
-        return math.sqrt(along), math.sqrt(math.fsum(part.total_squared for part in parts))
+        return Component(math.sqrt(along), math.sqrt(math.fsum(part.total_squared for part in parts)))
 
     @property
-    def after(self) -> tuple[float, float]:
+    def after(self) -> Component:
         """|U W'| and |W'| of what was read back."""
         return self.meter.result()
 
     def project(self, stored: Tensor, worker: Worker) -> NormSums:
-        """Project a block, in its place, and return |U W| and |W| of what it was.
+        """Project a block in place, and return |U W| and |W| of what it was.
 
         Raises:
             CheckpointError: It is not finite.

@@ -1,4 +1,4 @@
-"""What happens to one tensor of a checkpoint: the unit that plans are made of and that the writer carries out.
+"""What happens to one tensor of a checkpoint: the unit that plans are made of and that `edited_files` carries out.
 
 Tied embeddings are one matrix. The published method edits it, so the head changes too and the logits are not those of
 directional ablation. `untie` gives each of the two a tensor of its own, of which the head's keeps the rows as they
@@ -8,19 +8,19 @@ stream.
 Activation addition as weights: the paper adds the difference in means to the input of block l at all positions (arXiv
 2406.11717, equation 3). The last thing that block l-1 adds to the stream is the output of its MLP's out-projection,
 so the same vector in that module's bias does the same, once, for every token. `ADDITIONS` lists the model types for
-which this holds and is tested: where the bias is stored it is edited, and where config.json can switch biases on, all
-that the switch brings are added, as zeros but for the one.
+which this holds and is tested. Where the bias is stored, it is edited. Where config.json can switch biases on, every
+bias that the switch brings is added, and all but this one are zero.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from abliterate.architectures.writers import PostNorm, ResidualWriter, Role, StreamMap
+from abliterate.architectures.writers import ResidualWriter, StreamMap
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.directions import Direction
 from abliterate.editing.options import TiedPolicy
@@ -33,34 +33,32 @@ from abliterate.errors import (
 )
 from abliterate.files import shown
 
+if TYPE_CHECKING:
+    from jaxtyping import Float32
+    from torch import Tensor
+
 Kind = Literal["projected", "added", "untied"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEdit:
     """One tensor that will not be as it is in the base, or is not in the base at all.
 
     Attributes:
+        writer: What it belongs to and how it reaches the residual stream, under the name that it will have.
         info: Name, shard, dtype and shape that it will have; the offsets of a new tensor mean nothing.
         source: The base's tensor it is made from; None makes it from zeros.
         kind: projected; untied: a tensor of its own for one of a tied pair; added: a bias of an addition.
-        role: What it belongs to.
-        layer: Its decoder block; None for embeddings.
-        residual_axis: The axis that indexes the residual stream.
-        norm_chain: Norms between it and the stream, innermost first.
         project: Whether the directions are projected out of it.
-        dose: What is added along the residual axis, [d_model] float64; None adds nothing.
+        dose: What is added, a number for each entry of the residual axis; None adds nothing.
     """
 
+    writer: ResidualWriter
     info: TensorInfo
     source: TensorInfo | None
     kind: Kind
-    role: Role
-    layer: int | None
-    residual_axis: int
-    norm_chain: tuple[PostNorm, ...] = ()
     project: bool = False
-    dose: Tensor | None = None
+    dose: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -74,9 +72,14 @@ class TensorEdit:
 
     @property
     def stored_as(self) -> tuple[str, ...]:
-        """Of a quantised tensor the names of the two that are stored, codes and scales; else empty."""
+        """Of a quantised tensor the names of the stored ones that its edit rewrites, codes and scales; else empty."""
         encoding = self.info.encoding
         return () if encoding is None else tuple(each.name for each in encoding.rewritten)
+
+    @property
+    def stored_dtype(self) -> str:
+        """Its dtype as safetensors names it; of a tensor that is stored quantised that of its codes."""
+        return self.info.dtype if self.info.encoding is None else self.info.encoding.codes.dtype
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +87,27 @@ class TensorEdit:
         if self.info.encoding is not None:
             return self.info.end - self.info.start
         return math.prod(self.info.shape) * TORCH_DTYPES[self.info.dtype].itemsize
+
+    def described(self) -> dict[str, Any]:
+        """Return what every list of tensors says of one: `plan --json` and the record begin with it."""
+        info, writer = self.info, self.writer
+        return {
+            "name": info.name,
+            "role": writer.role,
+            "layer": writer.layer,
+            "residual_axis": writer.residual_axis,
+            "shape": info.shape,
+            "dtype": self.stored_dtype,
+            "shard": info.shard,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as `plan --json` lists it."""
+        return {
+            **self.described(),
+            "bytes": self.nbytes,
+            "norm_chain": [asdict(norm) for norm in self.writer.norm_chain],
+        }
 
 
 def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
@@ -96,7 +120,7 @@ def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
         if edit.info.encoding is None:
             continue
         rows = len(edit.info.shape) - (1 if edit.info.encoding.turned else 2)
-        if edit.residual_axis != rows or edit.is_new:
+        if edit.writer.residual_axis != rows or edit.is_new:
             raise QuantizedCheckpointError(
                 f"{path / edit.info.shard}: tensor {edit.name} is stored quantised along the residual stream and not "
                 "across it, so it cannot be edited; use the model it was quantised from"
@@ -105,24 +129,10 @@ def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
 
 def projection_of(writer: ResidualWriter, info: TensorInfo) -> TensorEdit:
     """Return the edit that projects the directions out of a stored residual writer."""
-    return TensorEdit(
-        info=info,
-        source=info,
-        kind="projected",
-        role=writer.role,
-        layer=writer.layer,
-        residual_axis=writer.residual_axis,
-        norm_chain=writer.norm_chain,
-        project=True,
-    )
+    return TensorEdit(writer=writer, info=info, source=info, kind="projected", project=True)
 
 
-def renamed(info: TensorInfo, name: str) -> TensorInfo:
-    """Return a tensor of another name with the shard, dtype and shape of `info`."""
-    return replace(info, name=name)
-
-
-# Released models have 0.01 to 100.
+# Of the multiplier in config.json; released models have 0.01 to 100.
 _MAX_SCALE = 1e9
 
 
@@ -218,7 +228,7 @@ def plan_addition(
             f"{path}: {rule.multiplier} is {shown(scale)}, expected a number other than 0 that the MLP's output is "
             "multiplied by; take config.json from the model's original release"
         )
-    dose = coefficient / scale * mean_difference.double()
+    dose = tuple((coefficient / scale * mean_difference.double()).tolist())
     bias = weight.tensor_name.removesuffix("weight") + "bias"
     if bias in tensors:
         edit = _bias_edit(tensors[bias], tensors[bias], layer=layer - 1, dose=dose)
@@ -234,7 +244,7 @@ def plan_addition(
     return Addition(layer=layer, edits=edits, config_changes={switch: True}, notes=(note,))
 
 
-def _where_and_what(direction: Direction, stream: StreamMap) -> tuple[int, Tensor]:
+def _where_and_what(direction: Direction, stream: StreamMap) -> tuple[int, Float32[Tensor, " d_model"]]:
     layer = direction.metadata.get("layer")
     if direction.mean_difference is None or type(layer) is not int:
         raise DirectionError(
@@ -278,7 +288,7 @@ def _switched_on(
     stream: StreamMap,
     tensors: Mapping[str, TensorInfo],
     bias: str,
-    dose: Tensor,
+    dose: tuple[float, ...],
     path: Path,
 ) -> tuple[TensorEdit, ...]:
     leaf = weight.tensor_name.removesuffix(".weight").rpartition(".")[2]
@@ -301,8 +311,11 @@ def _switched_on(
     return tuple(edits)
 
 
-def _bias_edit(info: TensorInfo, source: TensorInfo | None, *, layer: int, dose: Tensor | None) -> TensorEdit:
-    return TensorEdit(info=info, source=source, kind="added", role="mlp", layer=layer, residual_axis=0, dose=dose)
+def _bias_edit(
+    info: TensorInfo, source: TensorInfo | None, *, layer: int, dose: tuple[float, ...] | None
+) -> TensorEdit:
+    writer = ResidualWriter(tensor_name=info.name, role="mlp", layer=layer, residual_axis=0)
+    return TensorEdit(writer=writer, info=info, source=source, kind="added", dose=dose)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,7 +342,7 @@ def edits_of_writers(
         writers: What the options select.
         stream: What the checkpoint's tensors do.
         tensors: Name -> what the headers say.
-        policy: edit, untie or skip; without a tied pair among the writers they are all the same.
+        policy: edit, untie or skip; without a tied pair among the writers it changes nothing.
 
     Raises:
         InputError: The model class has no head that could be untied.
@@ -370,13 +383,10 @@ def _untied(
         name = stream.head if is_head else stream.embedding
         edits.append(
             TensorEdit(
-                info=renamed(stored, name),
+                writer=replace(writer, tensor_name=name, norm_chain=() if is_head else writer.norm_chain),
+                info=replace(stored, name=name),
                 source=stored,
                 kind="untied",
-                role="embed",
-                layer=None,
-                residual_axis=writer.residual_axis,
-                norm_chain=() if is_head else writer.norm_chain,
                 project=not is_head,
             )
         )

@@ -11,13 +11,20 @@ The layout is that of PEFT. A weight [out, in] gets lora_A [k, in] and lora_B [o
 embedding has lora_embedding_A [k, vocabulary] and lora_embedding_B [d_model, k].
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from abliterate.directions import orthonormalize
+from abliterate.editing.projection import Component
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Elements that are held in the arithmetic's wide dtype at a time: 4 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 20
@@ -28,31 +35,33 @@ class MergedWeight:
     """What a weight is once the factors are merged into it; Frobenius norms in float64.
 
     Attributes:
-        along_before: |U W|.
-        norm_before: |W|.
-        along_after: |U W'|, W' rounded to the dtype of W.
-        norm_after: |W'|.
+        before: |U W| and |W|.
+        after: |U W'| and |W'|, W' rounded to the dtype of W.
         change_error: |U^T C + s U^T (U W)|, by how much the factors are not the edit of this weight.
     """
 
-    along_before: float
-    norm_before: float
-    along_after: float
-    norm_after: float
+    before: Component
+    after: Component
     change_error: float
 
 
-def coefficients(weight: Tensor, *, directions: Tensor, residual_axis: int, strength: float = 1.0) -> Tensor:
+def coefficients(
+    weight: Float[Tensor, "*shape"],
+    *,
+    directions: Float[Tensor, "k d_model"],
+    residual_axis: int,
+    strength: float = 1.0,
+) -> Float[Tensor, "experts k n"]:
     """Return C = -strength * U W for each matrix of a weight.
 
     Args:
         weight: [a, b], or experts [E, a, b]; the axis `residual_axis` has length d_model.
-        directions: U, [k, d_model], orthonormal rows.
+        directions: U, orthonormal rows.
         residual_axis: The axis of `weight` that indexes the residual stream; not the first of three.
         strength: Share of the component that is removed.
 
     Returns:
-        [E, k, n] (E = 1 for a single matrix), in float64 if `weight` is, else in float32.
+        C of each expert (one for a single matrix), in float64 if `weight` is, else in float32.
 
     Raises:
         ValueError: The weight has one axis or more than three.
@@ -66,12 +75,14 @@ def coefficients(weight: Tensor, *, directions: Tensor, residual_axis: int, stre
     return torch.stack(found)
 
 
-def pack_factors(found: Tensor, directions: Tensor, *, rank: int, residual_on_b: bool) -> tuple[Tensor, Tensor]:
+def pack_factors(
+    found: Float[Tensor, "experts k n"], directions: Float[Tensor, "k d_model"], *, rank: int, residual_on_b: bool
+) -> tuple[Float[Tensor, "experts_rank a"], Float[Tensor, "b experts_rank"]]:
     """Return lora_A and lora_B as PEFT stores them.
 
     Args:
-        found: C, [E, k, n].
-        directions: U, [k, d_model].
+        found: C.
+        directions: U.
         rank: The adapter's rank, k or more; what is missing is filled up with zeros.
         residual_on_b: Whether the residual stream is what lora_B writes (an out-projection) or what lora_A reads (a
             weight stored the other way round).
@@ -85,8 +96,14 @@ def pack_factors(found: Tensor, directions: Tensor, *, rank: int, residual_on_b:
     return first.reshape(experts * rank, -1).contiguous(), second.contiguous()
 
 
-def unpack_factors(first: Tensor, second: Tensor, *, experts: int, residual_on_b: bool) -> tuple[Tensor, Tensor]:
-    """Return C [E, rank, n] and U [E, rank, d_model] out of lora_A and lora_B; the inverse of `pack_factors`."""
+def unpack_factors(
+    first: Float[Tensor, "experts_rank a"],
+    second: Float[Tensor, "b experts_rank"],
+    *,
+    experts: int,
+    residual_on_b: bool,
+) -> tuple[Float[Tensor, "experts rank n"], Float[Tensor, "experts rank d_model"]]:
+    """Return C and U of each expert out of lora_A and lora_B; the inverse of `pack_factors`."""
     rank = first.shape[0] // experts
     wide_a = first.reshape(experts, rank, -1)
     wide_b = second.reshape(second.shape[0], rank, experts).permute(2, 1, 0)
@@ -94,11 +111,11 @@ def unpack_factors(first: Tensor, second: Tensor, *, experts: int, residual_on_b
 
 
 def merge_factors(
-    weight: Tensor,
-    found: Tensor,
-    spanned: Tensor,
+    weight: Float[Tensor, "*shape"],
+    found: Float[Tensor, "experts rank n"],
+    spanned: Float[Tensor, "experts rank d_model"],
     *,
-    directions: Tensor,
+    directions: Float[Tensor, "k d_model"],
     residual_axis: int,
     strength: float = 1.0,
     rounds_change: bool = False,
@@ -107,9 +124,9 @@ def merge_factors(
 
     Args:
         weight: As for `coefficients`.
-        found: C, [E, rank, n], as read from the adapter.
-        spanned: Its U, [E, rank, d_model].
-        directions: The U it is meant to be, [k, d_model], orthonormal rows.
+        found: C, as read from the adapter.
+        spanned: Its U.
+        directions: The U it is meant to be, orthonormal rows.
         residual_axis: As for `coefficients`.
         strength: Share of the component that is to be removed.
         rounds_change: Whether the change is rounded to the weight's dtype before it is added, as PEFT does for
@@ -132,14 +149,9 @@ def merge_factors(
             after = basis @ merged
             for index, value in enumerate((before, block.double(), after, merged, error)):
                 sums[index] += value.square().sum()
+    along, norm, along_after, norm_after, change_error = sums.sqrt().tolist()
     return MergedWeight(
-        **dict(
-            zip(
-                ("along_before", "norm_before", "along_after", "norm_after", "change_error"),
-                sums.sqrt().tolist(),
-                strict=True,
-            )
-        )
+        before=Component(along, norm), after=Component(along_after, norm_after), change_error=change_error
     )
 
 
@@ -147,15 +159,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _matrices(weight: Tensor, residual_axis: int) -> list[Tensor]:
-    """Return views [d_model, n], one for each matrix of a stack."""
+def _matrices(weight: Float[Tensor, "*shape"], residual_axis: int) -> list[Float[Tensor, "d_model n"]]:
+    """Return views, one for each matrix of a stack."""
     if weight.dim() not in {2, 3}:
         raise ValueError(f"a weight of {weight.dim()} axes has no low-rank change in PEFT's layout")
     turned = weight.transpose(-1, -2) if residual_axis % weight.dim() == weight.dim() - 1 else weight
     return [turned] if weight.dim() == 2 else list(turned)
 
 
-def _blocks(matrix: Tensor) -> Iterator[Tensor]:
+def _blocks(matrix: Float[Tensor, "d_model n"]) -> Iterator[Float[Tensor, "d_model width"]]:
     width = max(1, _BLOCK_ELEMENTS // matrix.shape[0])
     for first in range(0, matrix.shape[1], width):
         yield matrix[:, first : first + width]

@@ -30,14 +30,14 @@ class EditOptions:
         tied: What happens to tied embeddings: edit the shared matrix, untie it so that the head keeps its rows,
             or skip it.
         preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
-        add: Instead of projecting, add this much of the difference in means (see `activation_addition`).
+        add: Instead of projecting, add this much of the difference in means (see `edits`).
         quantized: What happens to a quantised checkpoint: refuse it; requantize: edit what its numbers mean and
             store that in the layout they had (see `encoding`); or dequantize: store all of it in bfloat16.
         unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
             edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
 
     Raises:
-        InputError: A value that means no edit or none that is defined.
+        InputError: A value is not allowed, or two do not go together.
     """
 
     components: Annotated[
@@ -135,12 +135,12 @@ class EditOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteOptions:
-    """How a checkpoint is written; nothing but the device, by its rounding, changes what is written.
+    """How a checkpoint is written. Only the device can change the result, by its rounding.
 
     Attributes:
         workers: Threads; None: as many as the cores this process may use.
         device: Where the arithmetic is done, as torch names it.
-        resume: Go on with what an interrupted run has left.
+        resume: Keep the files that an interrupted run has finished, and write the others.
 
     Raises:
         InputError: A number of workers below 1, or a device that is not there.

@@ -4,8 +4,8 @@ Works on files, never on a loaded model. The plan is made from the headers; then
 for byte except for the residual writers, which are projected (see `projection` for the mathematics and for
 when the result equals ablating activations). Names, order, dtypes, offsets, metadata and the index stay as
 they were, and so does every other file, unless tensors must be added (an untied head, a bias that is switched
-on). What was edited is read back and measured before the new directory appears, whole. A run is gone on with only
-where the hashes of all that decides its bytes are the same.
+on). What was edited is read back and measured before the new directory appears, whole. An interrupted run is resumed
+only where the hashes of everything that decides its bytes are the same.
 """
 
 import dataclasses
@@ -21,9 +21,8 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.directions import Direction
-from abliterate.editing.checks import EditedWriter, compare_layouts, measure_survivors, ratio, rounding_bound
-from abliterate.editing.edited_files import EditedFiles, MadeEdit
-from abliterate.editing.edits import TensorEdit
+from abliterate.editing.checks import compare_layouts, measure_survivors, rounding_bound
+from abliterate.editing.edited_files import EditedFiles
 from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.plan import EditPlan, make_edit_plan
 from abliterate.editing.plan_report import check_output, planned_report
@@ -33,7 +32,7 @@ from abliterate.progress import SILENT, ProgressReporter
 
 
 def plan_key(plan: EditPlan, *, device: str) -> dict[str, str]:
-    """Return a hash for each part of what makes up the result, under a word for messages.
+    """Return a hash for each part of what decides the result, under the word that messages use for the part.
 
     Files of the source go in by size, time of change and, for shards, header: reading them whole would take as long
     as writing the result.
@@ -45,7 +44,7 @@ def plan_key(plan: EditPlan, *, device: str) -> dict[str, str]:
     checkpoint = plan.checkpoint
     names = [*(shard.file_name for shard in checkpoint.shards), *checkpoint.side_files]
     states = {name: (checkpoint.path / name).stat() for name in names}
-    doses = [None if edit.dose is None else edit.dose.double().tolist() for edit in plan.edits]
+    doses = [edit.dose for edit in plan.edits]
     return {
         "model": values_sha256(
             [
@@ -85,7 +84,7 @@ def orthogonalize_checkpoint(
         options: What to edit, and how; all residual writers at strength 1 by default.
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
-        writing: How to write: threads, device, whether to go on with what an interrupted run left.
+        writing: How to write: threads, device, whether to resume an interrupted run.
         progress: Shown the bytes written and checked.
 
     Returns:
@@ -126,14 +125,14 @@ def _write(
         run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited)
         finished, traffic = files.write(run.directory, target=target, workers=workers, progress=progress)
         partial = run.directory.path
-        made = {name: edit for file in finished.values() for name, edit in file.edits.items()}
+        made = {tensor.name: tensor for file in finished.values() for tensor in file.edits}
         made |= _measure_requantized(plan, partial, progress)
         _check_written(plan, partial, made)
         written = dataclasses.replace(
             report,
             shards={name: finished[name].written for name in files.shard_names},
             side_files={name: finished[name].written for name in files.side_names},
-            tensors=tuple(_measured(tensor, made[tensor.name]) for tensor in report.tensors),
+            tensors=tuple(made[edit.name] for edit in plan.edits),
             work=Work(
                 seconds=time.perf_counter() - started,
                 cpu_seconds=time.process_time() - cpu,
@@ -148,48 +147,27 @@ def _write(
     return written
 
 
-def _measured(tensor: EditedTensor, made: MadeEdit) -> EditedTensor:
-    if made.before is None or made.after is None:
-        return tensor
-    return dataclasses.replace(
-        tensor,
-        component_before=ratio(*made.before),
-        component_after=ratio(*made.after),
-        survivor=ratio(made.after[0], made.before[0]),
-    )
-
-
-def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReporter) -> dict[str, MadeEdit]:
+def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReporter) -> dict[str, EditedTensor]:
     """Measure what was made of tensors that are stored quantised, decoded from what lies in the new directory."""
     edits = [edit for edit in plan.edits if edit.project and edit.source is not None and edit.source.encoding]
     if not edits:
         return {}
-    writers = [
-        EditedWriter(
-            name=edit.name,
-            residual_axis=edit.residual_axis,
-            norm_chain=edit.norm_chain,
-            base_name=edit.source.name if edit.source else None,
-        )
-        for edit in edits
-    ]
     with progress.task("Decoding", total=sum(edit.nbytes for edit in edits), unit="bytes") as advance:
         found = measure_survivors(
             plain_view(open_checkpoint(partial)),
             base=plan.view,
-            writers=writers,
+            writers=[edit.writer for edit in edits],
+            made_from={edit.name: edit.source.name for edit in edits if edit.source},
             subspace=plan.subspace,
             advance=advance,
         )
         return {
-            each.name: MadeEdit(
-                before=(each.along_before or 0.0, each.norm_before or 0.0), after=(each.along_after, each.norm_after)
-            )
-            for each in found
+            edit.name: EditedTensor(edit=edit, before=before, after=after)
+            for edit, (before, after) in zip(edits, found, strict=True)
         }
 
 
-def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit]) -> None:
+def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, EditedTensor]) -> None:
     """Check that all was done that was planned and nothing else; what was edited has been read back already."""
     missed = sorted({edit.name for edit in plan.edits} - made.keys())
     if missed:
@@ -203,28 +181,29 @@ def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, MadeEdit]) 
     if problems:
         raise VerificationError(f"{partial}: {problems[0]}; disk or memory may be faulty, run again")
     for edit in plan.edits:
-        _check_survivor(plan, edit, made[edit.name])
+        _check_survivor(plan, made[edit.name])
 
 
-def _check_survivor(plan: EditPlan, edit: TensorEdit, made: MadeEdit) -> None:
-    if made.before is None or made.after is None:
+def _check_survivor(plan: EditPlan, made: EditedTensor) -> None:
+    edit, before, after = made.edit, made.before, made.after
+    if before is None or after is None:
         return
-    (along, norm), (along_after, norm_after) = made.before, made.after
     strength = plan.options.strength
     bound = rounding_bound(
         edit.info,
-        residual_axis=edit.residual_axis,
+        residual_axis=edit.writer.residual_axis,
         k=len(plan.subspace),
         strength=strength,
-        before=(along, norm),
-        after=norm_after,
+        before=before,
+        after=after.norm,
     )
     # Lengths that are restored scale what a strength other than 1 leaves, by a factor per column.
     is_known = strength == 1.0 or not plan.options.preserve_norms
-    left = abs(along_after - abs(1 - strength) * along)
-    if not math.isfinite(norm_after) or (is_known and left > bound):
+    wanted = abs(1 - strength) * before.along
+    left = abs(after.along - wanted)
+    if not math.isfinite(after.norm) or (is_known and left > bound):
         raise VerificationError(
-            f"{edit.info.shard}: tensor {edit.name}, reread, has a component of {along_after:.3g} along what "
-            f"was to be removed, {abs(1 - strength) * along:.3g} was to be left, and rounding to {edit.info.dtype} "
+            f"{edit.info.shard}: tensor {edit.name}, reread, has a component of {after.along:.3g} along what "
+            f"was to be removed, {wanted:.3g} was to be left, and rounding to {edit.info.dtype} "
             f"explains {bound:.3g}; disk or memory may be faulty, run again"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate._version import __version__
-from abliterate.architectures.writers import ROLES, LeftAlone, PostNorm, ResidualWriter, Role, StreamMap, map_stream
+from abliterate.architectures.writers import ROLES, LeftAlone, ResidualWriter, Role, StreamMap, map_stream
 from abliterate.checkpoints.atomic_directory import check_output_directory
 from abliterate.checkpoints.checkpoint import (
     CONFIG_NAME,
@@ -26,6 +26,7 @@ from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
+from abliterate.editing.edits import TensorEdit, projection_of
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import EditPlan, select_writers, unverified_note
 from abliterate.editing.record import (
@@ -45,21 +46,6 @@ _WORKSPACE_BYTES = 40_000_000
 _FIRST_RANGE = 100_000
 _CONNECTIONS = 8
 _CARD = "README.md"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedTensor:
-    """A tensor that would be edited; `norm_chain` lists the norms between it and the stream, innermost first."""
-
-    name: str
-    role: Role
-    layer: int | None
-    residual_axis: int
-    shape: tuple[int, ...]
-    dtype: str
-    shard: str
-    bytes: int
-    norm_chain: tuple[PostNorm, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +124,7 @@ class PlanReport:
     gated: str | None
     counts: dict[str, int]
     groups: tuple[TensorGroup, ...]
-    tensors: tuple[PlannedTensor, ...]
+    tensors: tuple[TensorEdit, ...]
     not_selected: tuple[str, ...]
     left_alone: tuple[LeftAlone, ...]
     n_shards: int
@@ -276,10 +262,9 @@ def _read_header(remote: RemoteModel, name: str) -> Shard:
 def _report(
     layout: Layout, stream: StreamMap, selected: tuple[ResidualWriter, ...], infos: dict[str, TensorInfo]
 ) -> PlanReport:
-    tensors = tuple(_planned(writer, infos[writer.tensor_name]) for writer in selected)
+    tensors = tuple(projection_of(writer, infos[writer.tensor_name]) for writer in selected)
     chosen = {tensor.name for tensor in tensors}
-    largest = max(tensors, key=lambda tensor: tensor.bytes)
-    roles = [tensor.role for tensor in tensors]
+    largest = max(tensors, key=lambda tensor: tensor.nbytes)
     return PlanReport(
         model=layout.name,
         revision=layout.revision,
@@ -294,54 +279,46 @@ def _report(
         license_name=layout.card.license_name,
         license_link=layout.card.license_link,
         gated=layout.gated,
-        counts={role: roles.count(role) for role in ROLES if role in roles},
+        counts=_counts(tensors),
         groups=group_tensors(tensors),
         tensors=tensors,
         not_selected=tuple(writer.tensor_name for writer in stream.writers if writer.tensor_name not in chosen),
         left_alone=stream.left_alone,
         n_shards=len(layout.shards),
-        bytes_edited=sum(tensor.bytes for tensor in tensors),
+        bytes_edited=sum(tensor.nbytes for tensor in tensors),
         bytes_weights=sum(info.end - info.start for info in infos.values()),
         download_bytes=layout.download_bytes,
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
-        memory_bytes=2 * largest.bytes + _WORKSPACE_BYTES,
+        memory_bytes=2 * largest.nbytes + _WORKSPACE_BYTES,
         notes=() if stream.verified else (unverified_note(stream.model_type),),
     )
 
 
-def _planned(writer: ResidualWriter, info: TensorInfo) -> PlannedTensor:
-    return PlannedTensor(
-        name=writer.tensor_name,
-        role=writer.role,
-        layer=writer.layer,
-        residual_axis=writer.residual_axis,
-        shape=info.shape,
-        dtype=info.dtype,
-        shard=info.shard,
-        bytes=info.end - info.start,
-        norm_chain=writer.norm_chain,
-    )
+def _counts(edits: Iterable[TensorEdit]) -> dict[str, int]:
+    roles = [edit.writer.role for edit in edits]
+    return {role: roles.count(role) for role in ROLES if role in roles}
 
 
-def group_tensors(tensors: Iterable[PlannedTensor]) -> tuple[TensorGroup, ...]:
+def group_tensors(tensors: Iterable[TensorEdit]) -> tuple[TensorGroup, ...]:
     """Take together the tensors whose names differ by numbers only, in the order in which each group begins."""
-    grouped: dict[tuple[Any, ...], list[PlannedTensor]] = {}
+    grouped: dict[tuple[Any, ...], list[TensorEdit]] = {}
     for tensor in tensors:
-        norms = tuple(pattern_of(norm.weight) for norm in tensor.norm_chain)
-        key = (pattern_of(tensor.name), tensor.role, tensor.shape, tensor.dtype, tensor.residual_axis, norms)
+        writer, info = tensor.writer, tensor.info
+        norms = tuple(pattern_of(norm.weight) for norm in writer.norm_chain)
+        key = (pattern_of(info.name), writer.role, info.shape, info.dtype, writer.residual_axis, norms)
         grouped.setdefault(key, []).append(tensor)
     return tuple(
         TensorGroup(
             pattern=pattern,
             role=role,
-            layers=format_ranges({member.layer for member in members if member.layer is not None}),
+            layers=format_ranges({member.writer.layer for member in members if member.writer.layer is not None}),
             count=len(members),
             shape=shape,
             dtype=dtype,
             residual_axis=axis,
             norms=norms,
-            bytes=sum(member.bytes for member in members),
+            bytes=sum(member.nbytes for member in members),
         )
         for (pattern, role, shape, dtype, axis, norms), members in grouped.items()
     )
@@ -393,7 +370,6 @@ def planned_report(
         format: Whether a whole checkpoint or an adapter is made.
     """
     edits = plan.edits
-    roles = [edit.role for edit in edits]
     return OrthogonalizationReport(
         output=None if output is None else str(output),
         dry_run=dry_run,
@@ -409,24 +385,10 @@ def planned_report(
         subspace=encode_subspace(plan.subspace),
         options=plan.options,
         config_changes=plan.config_changes,
-        tensors=tuple(
-            EditedTensor(
-                name=edit.name,
-                role=edit.role,
-                layer=edit.layer,
-                residual_axis=edit.residual_axis,
-                shape=edit.info.shape,
-                dtype=edit.info.encoding.codes.dtype if edit.info.encoding else edit.info.dtype,
-                shard=edit.info.shard,
-                stored_as=edit.stored_as,
-                norm_chain=edit.norm_chain,
-                kind=edit.kind,
-            )
-            for edit in edits
-        ),
+        tensors=tuple(EditedTensor(edit=edit) for edit in edits),
         shards={},
         side_files={},
-        counts={role: roles.count(role) for role in ROLES if role in roles},
+        counts=_counts(edits),
         bytes_edited=sum(edit.nbytes for edit in edits),
         bytes_total=sum(shard.size for shard in plan.layout.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),

@@ -28,14 +28,20 @@ otherwise to take it away, so the next ones feed it back to an eighth of the axi
 T_S <- T_S - U_S^T (U_S U_S^T)^-1 (U Q). Of all roundings that with the smallest |U Q| is kept.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.directions import orthonormalize
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
 
 # Elements that are held in the arithmetic's wide dtype at a time, so that memory is bounded by a block and
 # not by the tensor: 2 MiB of float32, which stays in cache with its scratch.
@@ -57,23 +63,46 @@ _LEAST_SHARE = 0.25
 _LEAST_LEFT = 1e-3
 
 
+class Component(NamedTuple):
+    """How much of a tensor lies along directions U; Frobenius norms.
+
+    Attributes:
+        along: |U W|.
+        norm: |W|.
+    """
+
+    along: float
+    norm: float
+
+    @property
+    def share(self) -> float:
+        """|U W| / |W|, and 0 where W is 0."""
+        return self.along / self.norm if self.norm else 0.0
+
+    def survivor_of(self, before: Component) -> float:
+        """Return |U W'| / |U W|, W' being this tensor and W what it was `before`; 0 where there was nothing."""
+        return self.along / before.along if before.along else 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormFactor:
-    """What a norm multiplies by, [d_model] (1 + weight where the norm does that), and whether it is a LayerNorm."""
+    """What a norm multiplies by (1 + weight where the norm does that), and whether it is a LayerNorm."""
 
-    gamma: Tensor
+    gamma: Float[Tensor, " d_model"]
     centered: bool = False
 
 
-def effective_directions(directions: Tensor, *, norms: Sequence[NormFactor]) -> Tensor:
+def effective_directions(
+    directions: Float[Tensor, "k d_model"], *, norms: Sequence[NormFactor]
+) -> Float64[Tensor, "k_left d_model"]:
     """Return U, the orthonormal directions that a writer's output must not have for the stream to be clean of R.
 
     Args:
-        directions: R, [k, d_model], what the stream shall not have.
+        directions: R, what the stream shall not have.
         norms: The norms between the writer and the stream, innermost first; without any, U spans what R spans.
 
     Returns:
-        [k', d_model] float64; k' < k only if the norms take a direction away by themselves.
+        U; it has fewer rows than R only if the norms take a direction away by themselves.
     """
     vectors = directions.double()
     for norm in reversed(norms):
@@ -84,21 +113,21 @@ def effective_directions(directions: Tensor, *, norms: Sequence[NormFactor]) -> 
 
 
 def project_out(
-    weight: Tensor,
+    weight: Float[Tensor, "*shape"],
     *,
-    directions: Tensor,
+    directions: Float[Tensor, "k d_model"],
     residual_axis: int,
     strength: float = 1.0,
     preserve_norms: bool = False,
-    out: Tensor | None = None,
+    out: Float[Tensor, "*shape"] | None = None,
     scratch: Scratch | None = None,
-    before: "NormSums | None" = None,
-) -> Tensor:
+    before: NormSums | None = None,
+) -> Float[Tensor, "*shape"]:
     """Return W - strength * U^T (U W), rounded with feedback, with U an orthonormal basis of `directions`.
 
     Args:
         weight: Weight, bias or embedding; the axis `residual_axis` has length d_model.
-        directions: [k, d_model]; only what they span matters.
+        directions: Only what they span matters.
         residual_axis: The axis of `weight` that indexes the residual stream.
         strength: Share of the component that is removed; 1 removes it, 2 reflects it.
         preserve_norms: Scale each vector along `residual_axis` (a column of a Linear weight, what one input
@@ -106,7 +135,7 @@ def project_out(
             vector as a whole keeps it orthogonal to U; scaling the other way, each output by a factor of
             its own, would put the direction back. One that lay along U altogether stays as the edit left it.
         out: Where to write the result, contiguous; `weight` itself will do. None makes a new tensor.
-        scratch: Memory to work in, for who calls again and again.
+        scratch: Memory to work in, for a caller that calls often.
         before: Is told |U W| and |W|, with the accuracy of the arithmetic.
 
     Returns:
@@ -142,8 +171,8 @@ class NormSums:
     def __init__(self) -> None:
         self.along_squared = self.total_squared = 0.0
 
-    def add(self, along: Tensor, block: Tensor) -> None:
-        """Count a block [d_model, n], of which `along` [k, n] is U times it."""
+    def add(self, along: Float[Tensor, "k n"], block: Float[Tensor, "d_model n"]) -> None:
+        """Count a block, of which `along` is U times it."""
         flat = (block if block.is_contiguous() else block.T).reshape(-1)
         self.along_squared += float(along.square().sum(dtype=torch.float64))
         self.total_squared += float(torch.dot(flat, flat))
@@ -154,17 +183,20 @@ def block_width(d_model: int) -> int:
     return max(1, _BLOCK_ELEMENTS // d_model)
 
 
-def component_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) -> float:
+def component_norm(
+    weight: Float[Tensor, "*shape"], *, directions: Float[Tensor, "k d_model"], residual_axis: int
+) -> float:
     """Return |U W| / |W| (Frobenius norms, float64): how much of a weight lies along the directions.
 
     1 means that everything the weight writes lies in their span; a random weight has about sqrt(k/d_model).
     An all-zero weight gives 0.
     """
-    along, total = component_and_norm(weight, directions=directions, residual_axis=residual_axis)
-    return along / total if total else 0.0
+    return component_and_norm(weight, directions=directions, residual_axis=residual_axis).share
 
 
-def component_and_norm(weight: Tensor, *, directions: Tensor, residual_axis: int) -> tuple[float, float]:
+def component_and_norm(
+    weight: Float[Tensor, "*shape"], *, directions: Float[Tensor, "k d_model"], residual_axis: int
+) -> Component:
     """Return |U W| and |W|, Frobenius norms in float64. See `component_norm`."""
     basis = _basis_for(directions, weight, residual_axis)
     memory = _Block(weight, residual_axis, Scratch(), wide=torch.float64)
@@ -173,7 +205,7 @@ def component_and_norm(weight: Tensor, *, directions: Tensor, residual_axis: int
         wide = memory.exact(block)
         along_squared += float((basis @ wide).square().sum())
         total_squared += float(torch.linalg.vector_norm(wide)) ** 2
-    return along_squared**0.5, total_squared**0.5
+    return Component(along_squared**0.5, total_squared**0.5)
 
 
 class ComponentMeter:
@@ -182,7 +214,7 @@ class ComponentMeter:
     Its sums do not depend on how the rows are dealt out, as long as that is done in the same way each time.
 
     Args:
-        directions: U, [k, d_model], orthonormal rows.
+        directions: U, orthonormal rows.
         shape: Shape of the tensor.
         residual_axis: The axis of it that indexes the residual stream.
         dtype: Of the arithmetic: float64, or float32 where a component of the size of |W| is measured.
@@ -190,7 +222,7 @@ class ComponentMeter:
 
     def __init__(
         self,
-        directions: Tensor,
+        directions: Float[Tensor, "k d_model"],
         *,
         shape: Sequence[int],
         residual_axis: int,
@@ -204,8 +236,8 @@ class ComponentMeter:
         self._sums = torch.zeros(len(directions), trailing, dtype=dtype)
         self._along_squared = self._total_squared = 0.0
 
-    def add(self, rows: Tensor, *, scratch: Scratch) -> None:
-        """Take the next rows, [n, `row_length`]: vectors, or what one output of the writer reads."""
+    def add(self, rows: Float[Tensor, "n row_length"], *, scratch: Scratch) -> None:
+        """Take the next rows: vectors, or what one output of the writer reads."""
         flat = scratch.take("measured", rows.numel(), dtype=self._basis.dtype, device=rows.device)
         wide = flat.view(rows.shape).copy_(rows)
         self._total_squared += float(torch.dot(flat, flat))
@@ -223,9 +255,9 @@ class ComponentMeter:
                 self._sums.zero_()
                 self._row = 0
 
-    def result(self) -> tuple[float, float]:
+    def result(self) -> Component:
         """Return |U W| and |W| of all rows so far."""
-        return self._along_squared**0.5, self._total_squared**0.5
+        return Component(self._along_squared**0.5, self._total_squared**0.5)
 
 
 def residue_bound(dtype: torch.dtype, *, d_model: int, elements: int, before: float, after: float) -> float:
@@ -258,15 +290,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _basis_for(directions: Tensor, weight: Tensor, residual_axis: int) -> Tensor:
+def _basis_for(
+    directions: Float[Tensor, "n d_model"], weight: Float[Tensor, "*shape"], residual_axis: int
+) -> Float64[Tensor, "k d_model"]:
     d_model = weight.shape[residual_axis]
     if directions.dim() != 2 or directions.shape[1] != d_model:
         raise ValueError(f"directions have shape {list(directions.shape)}, the residual axis has length {d_model}")
     return orthonormalize(directions)[0].to(weight.device)
 
 
-def _blocks(weight: Tensor, residual_axis: int) -> Iterator[Tensor]:
-    """Yield views [d_model, n] that cover a tensor; its vectors along the residual axis are their columns."""
+def _blocks(weight: Float[Tensor, "*shape"], residual_axis: int) -> Iterator[Float[Tensor, "d_model n"]]:
+    """Yield views that cover a tensor; its vectors along the residual axis are their columns."""
     d_model = weight.shape[residual_axis]
     width = block_width(d_model)
     axis = residual_axis % weight.dim()
@@ -279,25 +313,29 @@ def _blocks(weight: Tensor, residual_axis: int) -> Iterator[Tensor]:
 
 
 class _Block:
-    """The memory for a block [d_model, n] of a tensor, laid out as the tensor is.
+    """The memory for a block of a tensor, laid out as the tensor is.
 
     The arithmetic sees nothing but this, so the bytes that come out do not depend on where a block lay.
     """
 
-    def __init__(self, weight: Tensor, residual_axis: int, scratch: Scratch, *, wide: torch.dtype) -> None:
+    def __init__(
+        self, weight: Float[Tensor, "*shape"], residual_axis: int, scratch: Scratch, *, wide: torch.dtype
+    ) -> None:
         self._is_last = weight.shape[residual_axis % weight.dim() + 1 :].numel() == 1
         self._stored, self._wide, self._device, self._scratch = weight.dtype, wide, weight.device, scratch
 
-    def exact(self, block: Tensor) -> Tensor:
+    def exact(self, block: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_model n"]:
         """Return a block in the wide dtype."""
         return self._memory("exact", block.shape, self._wide).copy_(block)
 
-    def rounded(self, exact: Tensor, *, slot: int) -> tuple[Tensor, Tensor]:
+    def rounded(
+        self, exact: Float[Tensor, "rows n"], *, slot: int
+    ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
         """Return `exact` in the stored dtype, and that in the wide one; both last until their slot is used again."""
         stored = self._memory(f"rounded {slot}", exact.shape, self._stored).copy_(exact)
         return stored, self._memory(f"widened {slot}", exact.shape, self._wide).copy_(stored)
 
-    def _memory(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _memory(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Float[Tensor, "rows n"]:
         d_model, n = shape
         flat = self._scratch.take(name, shape.numel(), dtype=dtype, device=self._device)
         return flat.view(n, d_model).T if self._is_last else flat.view(d_model, n)
@@ -309,16 +347,16 @@ class _Span:
 
     Attributes:
         rows: Which.
-        directions: U_S, [k, n], what the directions are in these rows.
-        inverse: U_S^T (U_S U_S^T)^-1, [n, k]: the least change of these rows that changes U W by a given [k].
+        directions: U_S, what the directions are in these rows.
+        inverse: U_S^T (U_S U_S^T)^-1: times k numbers, the least change of these rows that changes U W by those.
     """
 
     rows: slice
-    directions: Tensor
-    inverse: Tensor
+    directions: Float[Tensor, "k rows"]
+    inverse: Float[Tensor, "rows k"]
 
 
-def _spans(directions: Tensor) -> tuple[_Span, ...]:
+def _spans(directions: Float[Tensor, "k d_model"]) -> tuple[_Span, ...]:
     """Return the whole axis, and then the parts of it that hold enough of `directions`, the one with the most first."""
     length = directions.shape[1] // _N_PARTS
     parts = directions[:, : _N_PARTS * length].reshape(-1, _N_PARTS, length).transpose(0, 1)
@@ -339,8 +377,8 @@ def _spans(directions: Tensor) -> tuple[_Span, ...]:
 
 
 def _project_block(
-    old: Tensor,
-    new: Tensor,
+    old: Float[Tensor, "d_model n"],
+    new: Float[Tensor, "d_model n"],
     spans: tuple[_Span, ...],
     memory: _Block,
     *,
@@ -364,8 +402,10 @@ def _project_block(
     new.copy_(_rounded_with_feedback(exact, memory, spans, wanted))
 
 
-def _rounded_with_feedback(exact: Tensor, memory: _Block, spans: tuple[_Span, ...], wanted: Tensor) -> Tensor:
-    """Round `exact` [d_model, n] to Q in the stored dtype so that U Q comes closest to `wanted` [k, n]; changes it."""
+def _rounded_with_feedback(
+    exact: Float[Tensor, "d_model n"], memory: _Block, spans: tuple[_Span, ...], wanted: Float[Tensor, "k n"]
+) -> Float[Tensor, "d_model n"]:
+    """Round `exact` to Q in the stored dtype so that U Q comes closest to `wanted`; changes it."""
     whole = spans[0]
     slot = 0
     best, widened = memory.rounded(exact, slot=slot)

@@ -21,9 +21,9 @@ from abliterate.progress import SILENT, ProgressReporter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from abliterate.architectures.writers import PostNorm, Role
-    from abliterate.editing.edits import Kind
+    from abliterate.editing.edits import TensorEdit
     from abliterate.editing.options import EditOptions
+    from abliterate.editing.projection import Component
 
 RECORD_NAME = "abliteration.json"
 FORMAT_VERSION = 2
@@ -38,39 +38,50 @@ _AGAIN = "run `abliterate orthogonalize` again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditedTensor:
-    """One tensor that is not as it was in the base.
+    """One tensor that is not as it was in the base: its edit, and how much of the directions it had and has.
 
     Attributes:
-        name: Its name on disk.
-        role: What it belongs to.
-        layer: Its decoder block; None for embeddings.
-        residual_axis: The axis of the stored tensor that indexes the residual stream.
-        shape: Its shape.
-        dtype: Its dtype, as safetensors names it; of a quantised tensor that of its codes.
-        shard: The file it is in.
-        stored_as: Of a quantised tensor the two that are stored: codes and scales.
-        norm_chain: Norms between it and the stream, innermost first.
-        kind: projected; untied: a copy of the tied matrix that got a tensor of its own (projected where the
-            component is given); added: a bias of an activation addition.
-        component_before: |U W|/|W|, U being the directions seen through the norm chain; None in a dry run, and
-            where nothing is projected.
-        component_after: |U W'|/|W'|.
-        survivor: |U W'|/|U W|; 0 where there was nothing to remove.
+        edit: What was to be done.
+        before: |U W| and |W|, U being the directions seen through the norm chain; None in a dry run, and where
+            nothing is projected.
+        after: |U W'| and |W'|, reread from the disk; None where `before` is.
     """
 
-    name: str
-    role: "Role"
-    layer: int | None
-    residual_axis: int
-    shape: tuple[int, ...]
-    dtype: str
-    shard: str
-    stored_as: tuple[str, ...] = ()
-    norm_chain: "tuple[PostNorm, ...]" = ()
-    kind: "Kind" = "projected"
-    component_before: float | None = None
-    component_after: float | None = None
-    survivor: float | None = None
+    edit: "TensorEdit"
+    before: "Component | None" = None
+    after: "Component | None" = None
+
+    @property
+    def name(self) -> str:
+        """Its name on disk, in the edited checkpoint."""
+        return self.edit.name
+
+    @property
+    def component_before(self) -> float | None:
+        """|U W|/|W|."""
+        return None if self.before is None else self.before.share
+
+    @property
+    def component_after(self) -> float | None:
+        """|U W'|/|W'|."""
+        return None if self.after is None else self.after.share
+
+    @property
+    def survivor(self) -> float | None:
+        """|U W'|/|U W|; 0 where there was nothing to remove."""
+        return None if self.before is None or self.after is None else self.after.survivor_of(self.before)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as the record and `orthogonalize --json` list it."""
+        return {
+            **self.edit.described(),
+            "stored_as": self.edit.stored_as,
+            "norm_chain": [dataclasses.asdict(norm) for norm in self.edit.writer.norm_chain],
+            "kind": self.edit.kind,
+            "component_before": self.component_before,
+            "component_after": self.component_after,
+            "survivor": self.survivor,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +160,8 @@ class OrthogonalizationReport:
 
     def record(self) -> dict[str, Any]:
         """Return the content of `abliteration.json`."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, tensors=()))
+        values["tensors"] = [tensor.to_json() for tensor in self.tensors]
         outside = {"output", "dry_run", "counts", "bytes_edited", "bytes_total", "notes", "work"}
         return {name: value for name, value in values.items() if name not in outside}
 
@@ -251,7 +263,7 @@ def read_json_report(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: It cannot be read, or holds something else.
-        CheckpointError: It is no regular file.
+        CheckpointError: It is not a regular file.
     """
     try:
         with open_regular(path) as file:

@@ -16,6 +16,7 @@ from abliterate.checkpoints.encoding import Encoding
 from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
 from abliterate.checkpoints.file_ranges import PlainFile
 from abliterate.checkpoints.safetensors_file import TensorInfo, encoded_matrices, read_codes, tensor_bytes
+from abliterate.editing.edited_tensors import Projection
 from abliterate.editing.projection import project_out
 from abliterate.errors import CheckpointError
 
@@ -27,18 +28,13 @@ class QuantizedEdit:
     Attributes:
         path: The directory of the checkpoint it is read from.
         info: The tensor, with its encoding.
-        directions: U, [k, d_model] float64, orthonormal rows; None decodes it and takes nothing out.
-        residual_axis: Its axis that indexes the residual stream.
-        strength: Share of the component that is removed.
-        preserve_norms: See `projection.project_out`; of a dequantised tensor only.
+        projection: What is projected out of it; None decodes it and takes nothing out. `preserve_norms` counts only
+            where it is dequantised, and `device` does not: the arithmetic is done on the CPU.
     """
 
     path: Path
     info: TensorInfo
-    directions: Tensor | None = None
-    residual_axis: int = 0
-    strength: float = 1.0
-    preserve_norms: bool = False
+    projection: Projection | None = None
 
     @property
     def encoding(self) -> Encoding:
@@ -67,19 +63,21 @@ class QuantizedEdit:
         matrix = (numbers.T if self.encoding.turned else numbers).contiguous()
         if not bool(torch.isfinite(matrix).all()):
             raise self._not_finite()
-        if self.directions is None:
+        if self.projection is None:
             return matrix
         return project_out(
             matrix,
-            directions=self.directions,
-            residual_axis=self.residual_axis - len(self.info.shape) + 2,
-            strength=self.strength,
-            preserve_norms=self.preserve_norms,
+            directions=self.projection.directions,
+            residual_axis=self.projection.residual_axis - len(self.info.shape) + 2,
+            strength=self.projection.strength,
+            preserve_norms=self.projection.preserve_norms,
         )
 
     def refit(self, index: int, companion: int) -> Tensor:
         """Return one of the new companions, such as the scales, of one matrix."""
-        return self.encoding.refit(*self.stored(index), directions=self._basis, strength=self.strength)[companion]
+        made = self._made
+        new = self.encoding.refit(*self.stored(index), directions=made.directions, strength=made.strength)
+        return new[companion]
 
     def edit(self, index: int) -> Tensor:
         """Return the new codes of one matrix.
@@ -87,16 +85,17 @@ class QuantizedEdit:
         Raises:
             CheckpointError: It holds NaN or infinite values.
         """
+        made = self._made
         try:
-            return self.encoding.requantize(*self.stored(index), directions=self._basis, strength=self.strength)
+            return self.encoding.requantize(*self.stored(index), directions=made.directions, strength=made.strength)
         except ValueError as error:
             raise self._not_finite() from error
 
     @property
-    def _basis(self) -> Tensor:
-        if self.directions is None:
+    def _made(self) -> Projection:
+        if self.projection is None:
             raise TypeError(f"{self.info.name}: there is nothing to take out")
-        return self.directions
+        return self.projection
 
     def _not_finite(self) -> CheckpointError:
         return CheckpointError(

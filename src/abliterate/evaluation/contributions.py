@@ -9,10 +9,12 @@ number of the token, which is measured; given s the write is linear again, and h
 The sum is compared with the component measured in the stream at every block (`Contributions.largest_gap`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ from abliterate.architectures.modules import ModuleWriter
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.stream import BlockStream
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
 
 RECURRENT_MIXERS = ("mamba", "mixer", "linear_attn", "temporal_block", "conv", "mlstm_layer")
 """Modules whose out-projection reads no attention heads side by side."""
@@ -56,21 +61,21 @@ class Contributions:
     """Components along the direction at the last token of some prompts, float64 on the CPU.
 
     Attributes:
-        component: [n, n_layers + 1], measured in the stream: at each block's input and after the last block.
-        embedding: [n], what the first block receives.
-        heads: [n, n_layers, n_heads].
-        biases: [n, n_layers], of attention's out-projection.
-        mlps: [n, n_layers].
+        component: Measured in the stream: at each block's input and after the last block.
+        embedding: What the first block receives.
+        heads: Attention's, without the out-projection's bias.
+        biases: Of attention's out-projection.
+        mlps: Each block's.
     """
 
-    component: Tensor
-    embedding: Tensor
-    heads: Tensor
-    biases: Tensor
-    mlps: Tensor
+    component: Float64[Tensor, "n n_layers+1"]
+    embedding: Float64[Tensor, " n"]
+    heads: Float64[Tensor, "n n_layers n_heads"]
+    biases: Float64[Tensor, "n n_layers"]
+    mlps: Float64[Tensor, "n n_layers"]
 
-    def reconstructed(self) -> Tensor:
-        """Return the sum of the contributions [n, n_layers + 1] at each block's input and after the last block."""
+    def reconstructed(self) -> Float64[Tensor, "n n_layers+1"]:
+        """Return the sum of the contributions at each block's input and after the last block."""
         written = (self.heads.sum(dim=2) + self.biases + self.mlps).cumsum(dim=1)
         return self.embedding[:, None] + torch.nn.functional.pad(written, (1, 0))
 
@@ -79,7 +84,7 @@ class Contributions:
         return float((self.reconstructed() - self.component).abs().max())
 
     @staticmethod
-    def join(batches: "Sequence[tuple[Sequence[int], Contributions]]") -> "Contributions":
+    def join(batches: Sequence[tuple[Sequence[int], Contributions]]) -> Contributions:
         """Join batches, each with the indices of its prompts, in the order of the prompts."""
         order = torch.tensor([i for indices, _ in batches for i in indices]).argsort()
         names = ("component", "embedding", "heads", "biases", "mlps")
@@ -107,18 +112,18 @@ def n_heads_of(chat: ChatModel) -> int | None:
 
 @contextmanager
 def capture_contributions(
-    chat: ChatModel, parts: tuple[BlockParts, ...], unit: Tensor
-) -> Iterator[Callable[[Tensor], Contributions]]:
+    chat: ChatModel, parts: tuple[BlockParts, ...], unit: Float64[Tensor, " d_model"]
+) -> Iterator[Callable[[Float[Tensor, "n n_layers+1"]], Contributions]]:
     """Watch the writers during one forward pass.
 
     Args:
         chat: the model.
         parts: from `find_block_parts`.
-        unit: the direction, [d_model] float64, unit norm.
+        unit: the direction, unit norm.
 
     Yields:
-        a function that takes the measured component [n, n_layers + 1] of the pass just made and returns the
-        contributions at the last token.
+        a function that takes the measured component of the pass just made and returns the contributions at the last
+        token.
 
     Raises:
         HeadsUnknownError: a norm is not linear given its scale, or the heads are not side by side.
@@ -128,7 +133,7 @@ def capture_contributions(
         raise HeadsUnknownError(f"{_architecture(chat)}: its config does not say how many attention heads a block has")
     watchers = [_Watcher(part, unit, n_heads, _architecture(chat)) for part in parts]
 
-    def take(component: Tensor) -> Contributions:
+    def take(component: Float[Tensor, "n n_layers+1"]) -> Contributions:
         taken = [watcher.take() for watcher in watchers]
         heads, biases, mlps = (torch.stack(column, dim=1).cpu() for column in zip(*taken, strict=True))
         component = component.double().cpu()
@@ -141,12 +146,12 @@ def capture_contributions(
         yield take
 
 
-def check_decomposition(contributions: Contributions, *, norms: Tensor, chat: ChatModel) -> None:
+def check_decomposition(contributions: Contributions, *, norms: Float[Tensor, "n n_layers+1"], chat: ChatModel) -> None:
     """Check that the contributions sum to the measured component, to the rounding of the model's number format.
 
     Args:
         contributions: what was captured.
-        norms: [n, n_layers + 1], length of the residual stream at the same places.
+        norms: length of the residual stream at the same places.
         chat: the model.
 
     Raises:
@@ -168,7 +173,7 @@ def check_decomposition(contributions: Contributions, *, norms: Tensor, chat: Ch
 class _Watcher:
     """Records what one block writes at the last token, as components along the direction."""
 
-    def __init__(self, parts: BlockParts, unit: Tensor, n_heads: int, architecture: str) -> None:
+    def __init__(self, parts: BlockParts, unit: Float64[Tensor, " d_model"], n_heads: int, architecture: str) -> None:
         self._parts = parts
         self._n_heads = n_heads
         self._architecture = architecture
@@ -215,15 +220,15 @@ class _Watcher:
         self._keep("norm_input", args[0])
         self._keep("norm_output", output)
 
-    def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return heads [n, n_heads], bias [n] and MLP [n], each as components along the direction."""
+    def take(self) -> tuple[Float64[Tensor, "n n_heads"], Float64[Tensor, " n"], Float64[Tensor, " n"]]:
+        """Return heads, bias and MLP, each as components along the direction."""
         seen, multiplier = dict(self._seen), self._parts.multiplier
         self._seen.clear()
         scale = multiplier * self._scale(seen)
         per_head = (seen["heads"].reshape(len(scale), self._n_heads, -1) * self._per_head).sum(dim=-1)
         return scale[:, None] * per_head, scale * self._bias, multiplier * (seen["mlp"] @ self._unit)
 
-    def _scale(self, seen: Mapping[str, Tensor]) -> Tensor:
+    def _scale(self, seen: Mapping[str, Float64[Tensor, "n width"]]) -> Float64[Tensor, " n"]:
         if self._gain is None:
             return self._unit.new_ones(len(seen["mlp"]))
         scaled, output = self._gain * seen["norm_input"], seen["norm_output"]
@@ -273,8 +278,10 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def _read_through(projection: nn.Module, reading: Tensor, architecture: str) -> Tensor:
-    """Return W^T reading, [width of the heads], for a linear map stored either way round."""
+def _read_through(
+    projection: nn.Module, reading: Float64[Tensor, " d_model"], architecture: str
+) -> Float64[Tensor, " width"]:
+    """Return W^T reading, as wide as the heads together, for a linear map stored either way round."""
     weight = getattr(projection, "weight", None)
     if isinstance(projection, nn.Linear) and isinstance(weight, Tensor):
         return weight.double().T @ reading

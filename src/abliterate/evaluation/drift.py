@@ -7,10 +7,12 @@ The base's distributions over its own answers are kept in an unnamed temporary f
 only one model need be in memory at a time. Only harmless prompts are compared.
 """
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from abliterate.errors import InputError, ModelError
 from abliterate.extraction.reply_classes import Reply
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
 
 Advance = Callable[[int], None] | None
 
@@ -153,7 +158,7 @@ class BaseDistributions:
         self._vocabulary = 0
         self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> "BaseDistributions":
+    def __enter__(self) -> BaseDistributions:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +173,7 @@ class BaseDistributions:
         """
         self._file = file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
 
-        def keep(index: int, logits: Tensor) -> None:
+        def keep(index: int, logits: Float[Tensor, "n_tokens vocab"]) -> None:
             self._vocabulary = logits.shape[-1]
             self._offsets[index] = file.tell()
             file.write(logits.float().cpu().numpy().tobytes())
@@ -189,7 +194,7 @@ class BaseDistributions:
         """
         found: dict[int, Tensor] = {}
 
-        def measure(index: int, logits: Tensor) -> None:
+        def measure(index: int, logits: Float[Tensor, "n_tokens vocab"]) -> None:
             if logits.shape[-1] != self._vocabulary:
                 raise ModelError(
                     f"the model has {logits.shape[-1]} output tokens and the base {self._vocabulary}; "
@@ -206,14 +211,16 @@ class BaseDistributions:
             per_prompt=self._per_prompt,
         )
 
-    def _read(self, index: int, n_tokens: int) -> Tensor:
+    def _read(self, index: int, n_tokens: int) -> Float32[Tensor, "n_tokens vocab"]:
         assert self._file is not None
         self._file.seek(self._offsets[index])
         content = self._file.read(4 * n_tokens * self._vocabulary)
         return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.float32).reshape(n_tokens, -1))
 
     @torch.inference_mode()
-    def _for_each(self, chat: ChatModel, receive: Callable[[int, Tensor], None], advance: Advance) -> None:
+    def _for_each(
+        self, chat: ChatModel, receive: Callable[[int, Float[Tensor, "n_tokens vocab"]], None], advance: Advance
+    ) -> None:
         def run(indices: list[int]) -> None:
             given = [self._given[i] for i in indices]
             logits = _last_logits(chat, [[*self._rows[i], *self._given[i]] for i in indices], max(map(len, given)) + 1)
@@ -225,8 +232,8 @@ class BaseDistributions:
         chat.for_batches([len(row) + 4 * len(given) for row, given in zip(self._rows, self._given, strict=True)], run)
 
 
-def _last_logits(chat: ChatModel, sequences: list[list[int]], n_positions: int) -> Tensor:
-    """Run one left-padded batch and return the logits [n, n_positions, vocab] at the last positions."""
+def _last_logits(chat: ChatModel, sequences: list[list[int]], n_positions: int) -> Float[Tensor, "n n_positions vocab"]:
+    """Run one left-padded batch and return the logits at the last positions."""
     ids, mask = chat.pad(sequences)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     logits: Tensor = chat.model(

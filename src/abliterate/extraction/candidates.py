@@ -9,9 +9,12 @@ The bootstrap draws prompts again with replacement. A mean over such a draw is a
 once, so all draws together are one matrix product and nothing is run again.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,21 +23,28 @@ from abliterate.directions import orthonormalize
 from abliterate.extraction.options import DirectionRecipe, Thresholds, Variant
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
+
 MIN_INDEPENDENT_SHARE = 0.5
 """A further direction must have this share of its length outside the span of those before it (an angle of 30 degrees):
 neighbouring layers otherwise give the same direction several times."""
 
 
-def candidate_directions(*, harmful: Tensor, harmless: Tensor, recipe: DirectionRecipe) -> Tensor:
+def candidate_directions(
+    *,
+    harmful: Float[Tensor, "n_harmful n_pos n_layers d_model"],
+    harmless: Float[Tensor, "n_harmless n_pos n_layers d_model"],
+    recipe: DirectionRecipe,
+) -> Float64[Tensor, "n_pos n_layers d_model"]:
     """Return the candidate directions, un-normalised.
 
-    Args:
-        harmful: [n_harmful, n_pos, n_layers, d_model].
-        harmless: [n_harmless, n_pos, n_layers, d_model].
-        recipe: how to make them.
+    Arditi et al. 2024, equation 1; accumulated in float64 as published.
 
-    Returns:
-        [n_pos, n_layers, d_model], float64 (Arditi et al. 2024, equation 1; accumulated in float64 as published).
+    Args:
+        harmful: what was recorded of harmful prompts.
+        harmless: the same of harmless ones.
+        recipe: how to make them.
     """
     # Layer by layer: in float64 all layers of a large model would not fit at once.
     layers = []
@@ -44,11 +54,11 @@ def candidate_directions(*, harmful: Tensor, harmless: Tensor, recipe: Direction
     return torch.stack(layers, dim=1)
 
 
-def winsorized(values: Tensor, q: float | None) -> Tensor:
+def winsorized(values: Float[Tensor, "n ..."], q: float | None) -> Float[Tensor, "n ..."]:
     """Return values clipped, each coordinate by itself, at their q and 1 - q quantiles over the first axis.
 
     Args:
-        values: [n, ...], float32 or float64.
+        values: float32 or float64.
         q: at least 0 and below 0.5; None returns the values as they are.
     """
     if q is None:
@@ -62,12 +72,14 @@ def winsorized(values: Tensor, q: float | None) -> Tensor:
     return torch.cat(clipped, dim=1).reshape(values.shape)
 
 
-def combine_means(*, harmful: Tensor, harmless: Tensor, variant: Variant) -> Tensor:
+def combine_means(
+    *, harmful: Float64[Tensor, "*shape d_model"], harmless: Float64[Tensor, "*shape d_model"], variant: Variant
+) -> Float64[Tensor, "*shape d_model"]:
     """Return the candidates that some means give.
 
     Args:
-        harmful: means, [..., d_model] float64.
-        harmless: means of the same shape.
+        harmful: means over harmful prompts.
+        harmless: means over harmless ones.
         variant: see `DirectionRecipe`.
     """
     difference = harmful - harmless
@@ -80,11 +92,13 @@ def combine_means(*, harmful: Tensor, harmless: Tensor, variant: Variant) -> Ten
     return difference
 
 
-def independent_candidates(candidates: Tensor, ordered: Sequence[Candidate], *, rank: int) -> list[Candidate]:
+def independent_candidates(
+    candidates: Float[Tensor, "n_pos n_layers d_model"], ordered: Sequence[Candidate], *, rank: int
+) -> list[Candidate]:
     """Return the first `rank` candidates that are independent of each other, in their order; fewer if there are not.
 
     Args:
-        candidates: [n_pos, n_layers, d_model].
+        candidates: all of them.
         ordered: those to choose from, the best first; the first is always taken.
         rank: how many are wanted.
     """
@@ -125,29 +139,31 @@ class Robustness:
     share_none: float
 
 
-def resample_weights(n: int, *, n_resamples: int, generator: torch.Generator) -> Tensor:
-    """Return [n_resamples, n] float64: the share of each of n prompts in draws of n with replacement."""
+def resample_weights(n: int, *, n_resamples: int, generator: torch.Generator) -> Float64[Tensor, "n_resamples n"]:
+    """Return the share of each of n prompts in draws of n with replacement."""
     drawn = torch.randint(n, (n_resamples, n), generator=generator)
     counts = torch.zeros(n_resamples, n, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, torch.ones(1, dtype=torch.float64).expand_as(drawn)) / n
 
 
 def resampled_cosines(
-    *, harmful: Tensor, harmless: Tensor, recipe: DirectionRecipe, n_resamples: int, generator: torch.Generator
-) -> Tensor:
+    *,
+    harmful: Float[Tensor, "n_harmful d_model"],
+    harmless: Float[Tensor, "n_harmless d_model"],
+    recipe: DirectionRecipe,
+    n_resamples: int,
+    generator: torch.Generator,
+) -> Float64[Tensor, " n_resamples"]:
     """Return the cosines between a candidate and the same one made of resampled prompts.
 
     Winsorised values are clipped once, at the quantiles of all prompts.
 
     Args:
-        harmful: activations at the candidate's position and layer, [n_harmful, d_model].
-        harmless: [n_harmless, d_model].
+        harmful: activations at the candidate's position and layer.
+        harmless: the same of harmless prompts.
         recipe: how the candidate is made.
         n_resamples: how often to draw.
         generator: makes the draws.
-
-    Returns:
-        [n_resamples] float64.
     """
     clipped = [winsorized(values.double(), recipe.winsorize) for values in (harmful, harmless)]
     whole = combine_means(harmful=clipped[0].mean(0), harmless=clipped[1].mean(0), variant=recipe.variant)
@@ -178,8 +194,8 @@ def resampled_winners(
     """
     keys: Sequence[Candidate] = list(scores)
 
-    def values(*names: ScoreName) -> list[Tensor]:
-        """Mean scores, [n_resamples, n_candidates] each, of the same draws."""
+    def values(*names: ScoreName) -> list[Float64[Tensor, "n_resamples n_candidates"]]:
+        """Mean scores of the same draws."""
         parts = [torch.tensor([scores[key][name] for key in keys], dtype=torch.float64) for name in names]
         weights = resample_weights(parts[0].shape[1], n_resamples=n_resamples, generator=generator)
         return [weights @ part.T for part in parts]
@@ -196,8 +212,8 @@ def resampled_winners(
 
 def measure_robustness(
     *,
-    harmful: Tensor,
-    harmless: Tensor,
+    harmful: Float[Tensor, "n_harmful d_model"],
+    harmless: Float[Tensor, "n_harmless d_model"],
     recipe: DirectionRecipe,
     scores: Mapping[Candidate, PromptScores],
     thresholds: Thresholds,

@@ -6,11 +6,13 @@ block's input at all positions (equation 3). *Affine* editing sets the component
 recorded is `resid_pre[l]`, the input of block l, at the tokens that are needed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +21,17 @@ from torch.utils.hooks import RemovableHandle
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Float64
+
 
 @contextmanager
-def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
+def ablate_direction(chat: ChatModel, direction: Float[Tensor, "*batch d_model"]) -> Iterator[int]:
     """Remove `direction` from the residual stream at every write, in all blocks and at all positions.
 
     Args:
         chat: the model.
-        direction: [d_model], or [batch, d_model] with a direction of its own for each row of the batch; normalised
-            here, a zero vector removes nothing.
+        direction: one, or one for each row of the batch; normalised here, a zero vector removes nothing.
 
     Yields:
         how many hooks are attached: one for the embedding, for each block's input, and for each of its writes.
@@ -41,13 +45,13 @@ def ablate_direction(chat: ChatModel, direction: Tensor) -> Iterator[int]:
 
 
 @contextmanager
-def ablate_in_block(chat: ChatModel, layer: int, direction: Tensor) -> Iterator[int]:
+def ablate_in_block(chat: ChatModel, layer: int, direction: Float[Tensor, "*batch d_model"]) -> Iterator[int]:
     """Remove `direction` at one block's input and from all that it writes; see `ablate_direction`."""
     with _edit_stream(chat, layer, _ablating(chat, direction)) as n_hooks:
         yield n_hooks
 
 
-def _ablating(chat: ChatModel, direction: Tensor) -> Callable[[Tensor], Tensor]:
+def _ablating(chat: ChatModel, direction: Float[Tensor, "*batch d_model"]) -> Callable[[Tensor], Tensor]:
     placed = _placed(_unit(direction, chat))
 
     def ablate(hidden: Tensor) -> Tensor:
@@ -65,12 +69,12 @@ def _ablating(chat: ChatModel, direction: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def ablate_subspace(chat: ChatModel, basis: Tensor) -> Iterator[int]:
+def ablate_subspace(chat: ChatModel, basis: Float[Tensor, "k d_model"]) -> Iterator[int]:
     """Remove several directions together, as `ablate_direction` removes one.
 
     Args:
         chat: the model.
-        basis: [k, d_model], orthonormal rows.
+        basis: orthonormal rows.
 
     Yields:
         how many hooks are attached, as `ablate_direction` does.
@@ -81,13 +85,13 @@ def ablate_subspace(chat: ChatModel, basis: Tensor) -> Iterator[int]:
 
 
 @contextmanager
-def ablate_subspace_in_block(chat: ChatModel, layer: int, basis: Tensor) -> Iterator[int]:
+def ablate_subspace_in_block(chat: ChatModel, layer: int, basis: Float[Tensor, "k d_model"]) -> Iterator[int]:
     """Remove several directions together at one block's input and from all that it writes."""
     with _edit_stream(chat, layer, _ablating_subspace(chat, basis)) as n_hooks:
         yield n_hooks
 
 
-def _ablating_subspace(chat: ChatModel, basis: Tensor) -> Callable[[Tensor], Tensor]:
+def _ablating_subspace(chat: ChatModel, basis: Float[Tensor, "k d_model"]) -> Callable[[Tensor], Tensor]:
     if basis.dim() != 2 or basis.shape[1] != chat.d_model:
         raise ModelError(f"basis has shape {tuple(basis.shape)}; the model's width is {chat.d_model}")
     placed = _placed(basis.to(chat.device, chat.model.dtype))
@@ -101,10 +105,12 @@ def _ablating_subspace(chat: ChatModel, basis: Tensor) -> Callable[[Tensor], Ten
 
 
 @contextmanager
-def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: float = 1.0) -> Iterator[int]:
+def add_direction(
+    chat: ChatModel, vector: Float[Tensor, "*batch d_model"], *, layer: int, coefficient: float = 1.0
+) -> Iterator[int]:
     """Add `coefficient * vector` to the input of block `layer` at all positions.
 
-    `vector` is [d_model], or [batch, d_model] with a vector of its own for each row of the batch.
+    `vector` is one, or one for each row of the batch.
     """
     dose = (coefficient * vector).to(chat.device, chat.model.dtype)
     handle = _edit_input(chat.blocks[layer], _adding(dose.unsqueeze(1) if dose.dim() == 2 else dose))
@@ -115,7 +121,7 @@ def add_direction(chat: ChatModel, vector: Tensor, *, layer: int, coefficient: f
 
 
 @contextmanager
-def set_component(chat: ChatModel, direction: Tensor, components: Sequence[float]) -> Iterator[int]:
+def set_component(chat: ChatModel, direction: Float[Tensor, " d_model"], components: Sequence[float]) -> Iterator[int]:
     """Hold the residual stream's component along `direction` at given values: affine concept editing.
 
     At the input of block l, x <- x - r (r . x) + components[l] r; what the block writes is ablated, so that
@@ -124,7 +130,7 @@ def set_component(chat: ChatModel, direction: Tensor, components: Sequence[float
 
     Args:
         chat: the model.
-        direction: [d_model]; normalised here.
+        direction: normalised here.
         components: one value a block, in the units of the stream.
 
     Yields:
@@ -139,8 +145,10 @@ def set_component(chat: ChatModel, direction: Tensor, components: Sequence[float
 
 
 @contextmanager
-def capture_inputs(chat: ChatModel, receive: Callable[[int, Tensor], None]) -> Iterator[int]:
-    """Call `receive(layer, hidden)` with the input [batch, tokens, d_model] of every block."""
+def capture_inputs(
+    chat: ChatModel, receive: Callable[[int, Float[Tensor, "batch tokens d_model"]], None]
+) -> Iterator[int]:
+    """Call `receive(layer, hidden)` with the input of every block."""
     with ExitStack() as stack:
         for layer, block in enumerate(chat.blocks):
             stack.callback(_edit_input(block, _watch(layer, receive)).remove)
@@ -148,7 +156,9 @@ def capture_inputs(chat: ChatModel, receive: Callable[[int, Tensor], None]) -> I
 
 
 @contextmanager
-def capture_stream(chat: ChatModel, receive: Callable[[int, Tensor], None]) -> Iterator[int]:
+def capture_stream(
+    chat: ChatModel, receive: Callable[[int, Float[Tensor, "batch tokens d_model"]], None]
+) -> Iterator[int]:
     """Like `capture_inputs`, and with layer = n_layers what the last block puts out, which the final norm gets."""
     with capture_inputs(chat, receive) as n_hooks:
         handle = _edit_output(chat.blocks[-1], _watch(chat.n_layers, receive))
@@ -167,8 +177,10 @@ def _watch(layer: int, receive: Callable[[int, Tensor], None]) -> Callable[[Tens
 
 
 @contextmanager
-def start_at_block(chat: ChatModel, hidden: Tensor, *, layer: int, returned: Sequence[int]) -> Iterator[None]:
-    """Skip the blocks before `layer` and give block `layer` the input `hidden` [batch, tokens, d_model].
+def start_at_block(
+    chat: ChatModel, hidden: Float[Tensor, "batch tokens d_model"], *, layer: int, returned: Sequence[int]
+) -> Iterator[None]:
+    """Skip the blocks before `layer` and give block `layer` the input `hidden`.
 
     The model must be run on token ids of the same shape, so that positions and masks are the right ones. Where a block
     needs more of those before it than their output, this is not the same pass; `stream_probe` finds out.
@@ -222,7 +234,7 @@ def _edit_stream(chat: ChatModel, layer: int | None, edit: Callable[[Tensor], Te
         yield len(writes) + (layer is not None)
 
 
-def _unit(direction: Tensor, chat: ChatModel) -> Tensor:
+def _unit(direction: Float[Tensor, "*batch d_model"], chat: ChatModel) -> Float[Tensor, "*batch d_model"]:
     if direction.dim() not in {1, 2} or direction.shape[-1] != chat.d_model:
         raise ModelError(f"direction has shape {tuple(direction.shape)}; the model's width is {chat.d_model}")
     double = direction.to(torch.float64)
@@ -267,13 +279,13 @@ class Recording:
     """What one pass over some prompts left.
 
     Attributes:
-        activations: [n_prompts, n_pos, n_layers, d_model] in the model's dtype on the CPU: resid_pre at the
-            post-instruction tokens, in the order of the positions -n_pos .. -1.
-        logits: [n_prompts, vocab] float32 on the CPU, at the last token.
+        activations: resid_pre at the post-instruction tokens, in the order of the positions -n_pos .. -1, in the
+            model's dtype on the CPU.
+        logits: on the CPU, at the last token.
     """
 
-    activations: Tensor
-    logits: Tensor
+    activations: Float[Tensor, "n_prompts n_pos n_layers d_model"]
+    logits: Float32[Tensor, "n_prompts vocab"]
 
 
 @torch.inference_mode()
@@ -307,14 +319,13 @@ def record(
     return Recording(activations=activations, logits=torch.stack(logits))
 
 
-def difference_in_means(*, harmful: Tensor, harmless: Tensor) -> Tensor:
+def difference_in_means(
+    *,
+    harmful: Float[Tensor, "n_harmful n_pos n_layers d_model"],
+    harmless: Float[Tensor, "n_harmless n_pos n_layers d_model"],
+) -> Float64[Tensor, "n_pos n_layers d_model"]:
     """Return mean(harmful) - mean(harmless), the candidate directions, un-normalised.
 
-    Args:
-        harmful: [n_harmful, n_pos, n_layers, d_model].
-        harmless: [n_harmless, n_pos, n_layers, d_model].
-
-    Returns:
-        [n_pos, n_layers, d_model], float64 (Arditi et al. 2024, equation 1; accumulated in float64 as published).
+    Arditi et al. 2024, equation 1; accumulated in float64 as published.
     """
     return harmful.to(torch.float64).mean(dim=0) - harmless.to(torch.float64).mean(dim=0)

@@ -3,8 +3,11 @@
 `hooks` holds the hooks themselves; here a direction file says where they act and how strongly.
 """
 
+from __future__ import annotations
+
 import random
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction, record, set_component
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import BUNDLED, load_prompt_set, sample_prompts
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64
 
 N_REFERENCE_PROMPTS = 128
 """Prompts behind each reference mean of affine editing, from the bundled training parts."""
@@ -88,7 +94,9 @@ def reference_components(
     return [float(value) for value in harmless + towards_harmful * (harmful - harmless)]
 
 
-def _mean_components(chat: ChatModel, direction: Direction, kind: str, progress: ProgressReporter) -> Tensor:
+def _mean_components(
+    chat: ChatModel, direction: Direction, kind: str, progress: ProgressReporter
+) -> Float64[Tensor, " n_layers"]:
     everything = load_prompt_set(BUNDLED, kind="harmful" if kind == "harmful" else "harmless", part="train")
     prompts = sample_prompts(everything, N_REFERENCE_PROMPTS, rng=random.Random(REFERENCE_SEED))
     position = direction.metadata.get("position")

@@ -8,6 +8,7 @@ And every file has the hash that the record gives.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +17,13 @@ from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoin
 from abliterate.checkpoints.quantized import dequantized_layout, plain_view, quantization_of
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 from abliterate.editing.checks import (
-    EditedWriter,
-    Survivor,
     compare_bytes,
     compare_layouts,
     measure_survivors,
-    ratio,
     rounding_bound,
 )
 from abliterate.editing.options import EditOptions
+from abliterate.editing.projection import Component
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
 from abliterate.progress import SILENT, ProgressReporter
@@ -47,28 +46,45 @@ class TensorCheck:
     """What rereading one edited tensor showed.
 
     Attributes:
-        name: The tensor.
-        role: embed, attn or mlp.
-        layer: Its decoder block; None for embeddings.
-        kind: What was done to it: projected, or untied (a tied embedding that got a tensor of its own).
+        recorded: What its record claims of it.
         dtype: What it is stored in.
-        component_before: |U W|/|W| in the base, or as the record says without one.
-        component_after: |U W'|/|W'|.
-        survivor: |U W'|/|U W|.
+        before: |U W| and |W| in the base, or as the record says without one.
+        after: |U W'| and |W'|.
         expected: What |U W'|/|W'| is meant to be: 0 at strength 1.
         bound: By how much rounding may move it; None where nothing tells (norms preserved at another strength).
     """
 
-    name: str
-    role: str
-    layer: int | None
-    kind: str
+    recorded: RecordedTensor
     dtype: str
-    component_before: float
-    component_after: float
-    survivor: float
+    before: Component
+    after: Component
     expected: float
     bound: float | None
+
+    @property
+    def name(self) -> str:
+        """Its name on disk, in the edited checkpoint."""
+        return self.recorded.name
+
+    @property
+    def survivor(self) -> float:
+        """|U W'|/|U W|; 0 where there was nothing to remove."""
+        return self.after.survivor_of(self.before)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as `verify --json` lists it."""
+        return {
+            "name": self.name,
+            "role": self.recorded.writer.role,
+            "layer": self.recorded.writer.layer,
+            "kind": self.recorded.kind,
+            "dtype": self.dtype,
+            "component_before": self.before.share,
+            "component_after": self.after.share,
+            "survivor": self.survivor,
+            "expected": self.expected,
+            "bound": self.bound,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +93,7 @@ class QuickCheck:
 
     Attributes:
         against_base: Whether they were held against the base.
-        bytes_compared: Bytes of the tensors that had to be, and were compared with, the base's.
+        bytes_compared: Bytes of the tensors that had to be the base's, and were compared with it.
         tensors: Every tensor that directions were projected out of.
         failures: What failed, a line each, the most telling first.
     """
@@ -234,21 +250,19 @@ def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
     infos = {tensor.name: tensor for tensor in edited.tensors()}
     in_base = set() if base is None else {tensor.name for tensor in base.tensors()}
     projected = [tensor for tensor in files.tensors if tensor.is_projected]
-    writers = [
-        EditedWriter(
-            name=tensor.name,
-            residual_axis=tensor.residual_axis,
-            norm_chain=tensor.norm_chain,
-            base_name=None if tensor.name in in_base else files.tied_tensor,
-        )
-        for tensor in projected
-    ]
     total = sum(infos[tensor.name].end - infos[tensor.name].start for tensor in projected if tensor.name in infos)
     with files.progress.task("Measuring the edited tensors", total=total, unit="bytes") as advance:
-        found = measure_survivors(edited, base=base, writers=writers, subspace=files.subspace, advance=advance)
+        found = measure_survivors(
+            edited,
+            base=base,
+            writers=[tensor.writer for tensor in projected],
+            made_from={tensor.name: files.tied_tensor for tensor in projected if tensor.name not in in_base},
+            subspace=files.subspace,
+            advance=advance,
+        )
         return tuple(
-            _tensor_check(files, tensor, survivor, infos[tensor.name])
-            for tensor, survivor in zip(projected, found, strict=True)
+            _tensor_check(files, tensor, infos[tensor.name], before, after)
+            for tensor, (before, after) in zip(projected, found, strict=True)
         )
 
 
@@ -257,53 +271,50 @@ def _view(checkpoint: Checkpoint, options: EditOptions) -> Checkpoint:
     return checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
 
 
-def _tensor_check(files: _Files, tensor: RecordedTensor, found: Survivor, info: TensorInfo) -> TensorCheck:
+def _tensor_check(
+    files: _Files, tensor: RecordedTensor, info: TensorInfo, before: Component | None, after: Component
+) -> TensorCheck:
     options = files.options
-    if found.along_before is not None and found.norm_before is not None:
-        along, norm = found.along_before, found.norm_before
-    else:
+    if before is None:
         # What is left is orthogonal to what was taken: |W|^2 = |W'|^2 + |U W|^2 (1 - (1 - strength)^2).
         share = min(tensor.component_before or 0.0, 1.0)
         rest = 1.0 - share**2 * (1.0 - (1.0 - options.strength) ** 2)
-        norm = found.norm_after if options.preserve_norms or rest <= 0 else found.norm_after / math.sqrt(rest)
-        along = share * norm
+        norm = after.norm if options.preserve_norms or rest <= 0 else after.norm / math.sqrt(rest)
+        before = Component(share * norm, norm)
     bound = rounding_bound(
         info,
-        residual_axis=tensor.residual_axis,
+        residual_axis=tensor.writer.residual_axis,
         k=len(files.subspace),
         strength=options.strength,
-        before=(along, norm),
-        after=found.norm_after,
+        before=before,
+        after=after.norm,
     )
     # Restored lengths scale what another strength leaves, by a factor of its own for each vector.
     is_known = options.strength == 1.0 or not options.preserve_norms
     return TensorCheck(
-        name=tensor.name,
-        role=tensor.role,
-        layer=tensor.layer,
-        kind=tensor.kind,
+        recorded=tensor,
         dtype=info.dtype,
-        component_before=ratio(along, norm),
-        component_after=ratio(found.along_after, found.norm_after),
-        survivor=ratio(found.along_after, along),
-        expected=ratio(abs(1.0 - options.strength) * along, found.norm_after),
-        bound=ratio(bound, found.norm_after) if is_known else None,
+        before=before,
+        after=after,
+        expected=Component(abs(1.0 - options.strength) * before.along, after.norm).share,
+        bound=Component(bound, after.norm).share if is_known else None,
     )
 
 
 def _tensor_problems(files: _Files, check: TensorCheck) -> Sequence[str]:
     where = f"{files.record.directory}: tensor {check.name}"
-    found = f"{where} has a component of {check.component_after:.9g} along what was removed"
-    if not math.isfinite(check.component_after):
+    component = check.after.share
+    found = f"{where} has a component of {component:.9g} along what was removed"
+    if not math.isfinite(component):
         return [f"{where} holds NaN or infinite values; {_AGAIN}"]
-    if check.bound is not None and abs(check.component_after - check.expected) > check.bound:
+    if check.bound is not None and abs(component - check.expected) > check.bound:
         meant = f"{check.expected:.3g} was to be left, and " if check.expected else ""
         return [
             f"{found}; {meant}rounding to {check.dtype} explains {check.bound:.3g}: "
             f"it was not edited, or changed since; {_AGAIN}"
         ]
-    recorded = next(tensor.component_after or 0.0 for tensor in files.tensors if tensor.name == check.name)
-    if abs(check.component_after - recorded) > _SAME * recorded + 1e-15:
+    recorded = check.recorded.component_after or 0.0
+    if abs(component - recorded) > _SAME * recorded + 1e-15:
         return [f"{found}, and {recorded:.9g} according to {RECORD_NAME}: changed since then; {_AGAIN}"]
     return []
 

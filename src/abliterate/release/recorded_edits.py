@@ -7,38 +7,46 @@ is neither edited nor named would pass every other check of the files. The base 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
-from abliterate.architectures.writers import PostNorm, map_stream
+from abliterate.architectures.writers import ROLES, PostNorm, ResidualWriter, map_stream
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.checkpoints.quantized import plain_view
-from abliterate.editing.edits import edits_of_writers
+from abliterate.editing.edits import Kind, edits_of_writers
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import select_writers
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, decode_subspace
 from abliterate.errors import CheckpointError, InputError
 
 _AGAIN = "run `abliterate orthogonalize` again"
-_KINDS = {"projected", "added", "untied"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedTensor:
-    """An edited tensor as its record describes it; see `abliteration_record.EditedTensor`."""
+    """An edited tensor as its record describes it (`record.EditedTensor.to_json`): a claim, which is to be checked.
 
-    name: str
-    role: str
-    layer: int | None
-    kind: str
-    residual_axis: int
-    norm_chain: tuple[PostNorm, ...]
+    Attributes:
+        writer: What it belongs to and how it reaches the residual stream.
+        kind: What was done to it.
+        stored_as: Of a quantised tensor the names of those that are stored.
+        component_before: |U W|/|W|; None where nothing was projected.
+        component_after: |U W'|/|W'|; None where nothing was projected.
+    """
+
+    writer: ResidualWriter
+    kind: Kind
+    stored_as: tuple[str, ...]
     component_before: float | None
     component_after: float | None
-    stored_as: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its name on disk, in the edited checkpoint."""
+        return self.writer.tensor_name
 
     @property
     def is_projected(self) -> bool:
@@ -127,19 +135,22 @@ def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[
 
 
 def _read_tensor(entry: Mapping[str, Any]) -> RecordedTensor:
-    if entry["kind"] not in _KINDS:
-        raise ValueError(f"unknown kind {entry['kind']!r}")
+    for key, known in (("kind", get_args(Kind)), ("role", ROLES)):
+        if entry[key] not in known:
+            raise ValueError(f"unknown {key} {entry[key]!r}")
     before, after = entry.get("component_before"), entry.get("component_after")
     return RecordedTensor(
-        name=str(entry["name"]),
-        role=str(entry["role"]),
-        layer=entry["layer"],
+        writer=ResidualWriter(
+            tensor_name=str(entry["name"]),
+            role=entry["role"],
+            layer=entry["layer"],
+            residual_axis=int(entry["residual_axis"]),
+            norm_chain=tuple(PostNorm(**norm) for norm in entry["norm_chain"]),
+        ),
         kind=entry["kind"],
-        residual_axis=int(entry["residual_axis"]),
-        norm_chain=tuple(PostNorm(**norm) for norm in entry["norm_chain"]),
+        stored_as=tuple(str(name) for name in entry.get("stored_as", ())),
         component_before=None if before is None else float(before),
         component_after=None if after is None else float(after),
-        stored_as=tuple(str(name) for name in entry.get("stored_as", ())),
     )
 
 

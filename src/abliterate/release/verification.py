@@ -1,9 +1,9 @@
 """Verifying an orthogonalized checkpoint: its files, and what it does when it runs.
 
-(a), (b) its files (see `quick_verification`); (c) the directions in its residual stream on real prompts, beside its
+(a), (b) its files (see `file_checks`); (c) the directions in its residual stream on real prompts, beside its
 base; (d) its logits beside those of the base with the directions ablated by hooks. docs/exactness.md says when the
 stream must be clean and when the logits must be equal; where they need not be, (c) and (d) report and do not judge.
-`verification_report` says how clean is clean.
+`report` says how clean is clean.
 """
 
 import gc
