@@ -109,7 +109,9 @@ def test_when_nothing_passes_the_nearest_are_named(llama_directory: Path) -> Non
     # What the message advises accepts that candidate.
     flag, value = error.accepting
     assert flag == "--kl-threshold"
-    found = extract_direction(model=llama_directory, options=options(thresholds=Thresholds(kl=float(value), induce=-1e9)))
+    found = extract_direction(
+        model=llama_directory, options=options(thresholds=Thresholds(kl=float(value), induce=-1e9))
+    )
     assert found.report.selected.kl <= float(value)
 
 

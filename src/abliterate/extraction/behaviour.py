@@ -23,13 +23,14 @@ from abliterate.extraction.refusal import Openings
 from abliterate.extraction.refusal_substrings import find_refusal
 from abliterate.extraction.reply_classes import ReplyClass, read_reply
 from abliterate.models.chat_model import ChatModel
+from abliterate.models.greedy import GreedyDecoder
 from abliterate.processes import Ranks
 from abliterate.progress import ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts
 
 PARTS = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
 
-SHORT_REPLY = 24
+SHORT_REPLY = 20
 LONG_REPLY = 160
 """Length limits in tokens; the long one where short replies hardly refuse, but a few long ones do."""
 N_LATE_PROMPTS = 16
@@ -129,15 +130,25 @@ class ReplyRun:
 
         def compute(part: Sequence[Sequence[int]]) -> list[ShortReply]:
             if task is None:
-                generated = self.chat.generate(part, max_new_tokens=self.max_new_tokens)
+                generated = self.decoder.replies(part)
             else:
                 with progress.task(task, total=len(part)) as advance:
-                    generated = self.chat.generate(part, max_new_tokens=self.max_new_tokens, advance=advance)
-            return [self._classed(tokens) for tokens in generated]
+                    generated = self.decoder.replies(part, advance=advance)
+            return [self.classed(tokens) for tokens in generated]
 
         return self.ranks.share(rows, compute)
 
-    def _classed(self, tokens: Sequence[int]) -> ShortReply:
+    @property
+    def decoder(self) -> GreedyDecoder:
+        """What generates the replies: until they end, or refuse."""
+        return GreedyDecoder(chat=self.chat, max_new_tokens=self.max_new_tokens, enough=self._shows_refusal)
+
+    def _shows_refusal(self, tokens: Sequence[int]) -> bool:
+        reply = self.classed(tokens)
+        return reply.refused and len(reply.opening) == OPENING_TOKENS
+
+    def classed(self, tokens: Sequence[int]) -> ShortReply:
+        """Return what a reply is."""
         chat = self.chat
         # What is forced belongs to the reply: it may open a thinking part, or refuse by itself.
         forced = chat.chat_format.response_prefix
@@ -164,11 +175,23 @@ def _token_at(chat: ChatModel, tokens: Sequence[int], character: int) -> int:
 
 
 def read_all_parts(
-    *, chat: ChatModel, prompts: ExtractionPrompts, ranks: Ranks, progress: ProgressReporter
+    *,
+    chat: ChatModel,
+    prompts: ExtractionPrompts,
+    known: Mapping[str, list[ShortReply]],
+    ranks: Ranks,
+    progress: ProgressReporter,
 ) -> tuple[dict[str, list[ShortReply]], int]:
     """Return the model's replies to the prompts of all parts, and their length limit.
 
     Short replies first; where they hardly refuse, and long replies to a few harmful prompts do, long ones to all.
+
+    Args:
+        chat: the model.
+        prompts: training and validation prompts.
+        known: short replies that were read while the prompts were recorded, by part.
+        ranks: the processes that share the work.
+        progress: where to show progress.
     """
     rows = {name: chat.encode(getattr(prompts, name).texts) for name in PARTS}
 
@@ -177,12 +200,13 @@ def read_all_parts(
         together = [row for name in names for row in rows[name]]
         run = ReplyRun(chat=chat, ranks=ranks, max_new_tokens=max_new_tokens)
         replies = run.read(together, progress=progress, task=f"Replies of {max_new_tokens} tokens")
-        found = {}
+        found: dict[str, list[ShortReply]] = {}
         for name in names:
             found[name], replies = replies[: len(rows[name])], replies[len(rows[name]) :]
         return found
 
-    replies = read(PARTS, SHORT_REPLY)
+    missing = [name for name in PARTS if name not in known]
+    replies = {**known, **(read(missing, SHORT_REPLY) if missing else {})}
     n_refused = sum(reply.refused for reply in replies["harmful_train"])
     if n_refused < MIN_REFUSED * len(replies["harmful_train"]):
         few = ReplyRun(chat=chat, ranks=ranks, max_new_tokens=LONG_REPLY).read(

@@ -116,6 +116,7 @@ class Judge:
         chat: the model.
         prompts: training and validation prompts.
         recordings: of the prompts of all parts.
+        replies: short replies that were read on the way, by part.
         options: which filter is asked for, and tokens that are named.
         ranks: the processes that share the work.
         progress: where to show progress.
@@ -124,6 +125,7 @@ class Judge:
     chat: ChatModel
     prompts: ExtractionPrompts
     recordings: Mapping[str, Recording]
+    replies: Mapping[str, list[ShortReply]]
     options: ExtractionOptions
     ranks: Ranks
     progress: ProgressReporter
@@ -143,7 +145,7 @@ class Judge:
         if asked in ("metric", "none"):
             return self._by_metric(asked, "as asked for")
         replies, reply_tokens = read_all_parts(
-            chat=self.chat, prompts=self.prompts, ranks=self.ranks, progress=self.progress
+            chat=self.chat, prompts=self.prompts, known=self.replies, ranks=self.ranks, progress=self.progress
         )
         return self._by_replies(replies, reply_tokens)
 

@@ -201,13 +201,21 @@ class _Run:
 
     def extract(self, source: ModelSource | None) -> Extraction:
         """Record, filter, take the means, score and choose."""
-        recordings = RecordingRun(
-            chat=self.chat, prompts=self.prompts, saved=self.saved, ranks=self.ranks, progress=self.progress
-        ).record()
+        replying = self.options.filter in ("auto", "replies") and not isinstance(self.chat, StreamedChat)
+        recording = RecordingRun(
+            chat=self.chat,
+            prompts=self.prompts,
+            saved=self.saved,
+            ranks=self.ranks,
+            progress=self.progress,
+            replying=ReplyRun(chat=self.chat, ranks=self.ranks) if replying else None,
+        )
+        recordings = recording.record()
         judgement = Judge(
             chat=self.chat,
             prompts=self.prompts,
             recordings=recordings,
+            replies=recording.replies,
             options=self.options,
             ranks=self.ranks,
             progress=self.progress,

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from abliterate.extraction.behaviour import PARTS
+from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import record_streamed
@@ -193,6 +193,8 @@ class RecordingRun:
         saved: where recordings are kept as they are made.
         ranks: the processes that share the work.
         progress: where to show progress.
+        replying: reads the reply to each prompt on the way; None: there are no replies.
+        replies: filled with these, by part; not those of parts whose recordings were saved.
     """
 
     chat: ChatModel
@@ -200,6 +202,8 @@ class RecordingRun:
     saved: SavedWork
     ranks: Ranks
     progress: ProgressReporter
+    replying: ReplyRun | None = None
+    replies: dict[str, list[ShortReply]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Recording]:
         """Return the recordings of all parts, those that are saved from there."""
@@ -220,7 +224,7 @@ class RecordingRun:
             recorded = self._record_rows([row for name in group for row in rows[name]])
         else:
             with self.progress.task(f"Recording {self._prompts(group[0]).name}", total=len(rows[group[0]])) as advance:
-                recorded = self._record_rows(rows[group[0]], advance)
+                recorded = self._record_rows(rows[group[0]], advance, group[0])
         start, parts = 0, {}
         for name in group:
             end = start + len(rows[name])
@@ -230,16 +234,27 @@ class RecordingRun:
                 self.saved.save_recording(name, parts[name])
         return parts
 
-    def _record_rows(self, rows: list[list[int]], advance: Advance | None = None) -> dict[str, Tensor]:
-        def compute(part: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
+    def _record_rows(
+        self, rows: list[list[int]], advance: Advance | None = None, part: str | None = None
+    ) -> dict[str, Tensor]:
+        def compute(rows: Sequence[list[int]]) -> list[tuple[Tensor, Tensor, ShortReply | None]]:
+            replies: list[ShortReply | None] = [None] * len(rows)
+
+            def receive(index: int, tokens: list[int]) -> None:
+                assert self.replying is not None
+                replies[index] = self.replying.classed(tokens)
+
             if isinstance(self.chat, StreamedChat):
-                recording = record_streamed(self.chat, part)
+                recording = record_streamed(self.chat, rows)
             else:
                 count = None if advance is None else lambda n: advance(n * self.ranks.count)
-                recording = record(self.chat, part, advance=count)
-            return list(zip(recording.activations, recording.logits, strict=True))
+                decoder = None if self.replying is None else self.replying.decoder
+                recording = record(self.chat, rows, decoder=decoder, receive=receive, advance=count)
+            return list(zip(recording.activations, recording.logits, replies, strict=True))
 
-        activations, logits = zip(*self.ranks.share(rows, compute), strict=True)
+        activations, logits, replies = zip(*self.ranks.share(rows, compute), strict=True)
+        if part is not None and self.replying is not None:
+            self.replies[part] = list(replies)
         return {"activations": torch.stack(activations), "logits": torch.stack(logits)}
 
     def _prompts(self, name: str) -> PromptSet:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
+from abliterate.models.greedy import GreedyDecoder, PromptPass, can_continue
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Float64
@@ -290,15 +291,26 @@ class Recording:
 
 @torch.inference_mode()
 def record(
-    chat: ChatModel, rows: Sequence[Sequence[int]], *, advance: Callable[[int], None] | None = None
+    chat: ChatModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    decoder: GreedyDecoder | None = None,
+    receive: Callable[[int, list[int]], None] = lambda _index, _reply: None,
+    advance: Callable[[int], None] | None = None,
 ) -> Recording:
     """Run the prompts once and keep resid_pre at the post-instruction tokens and the last logits.
 
     Args:
         chat: the model.
         rows: token ids of the rendered prompts.
+        decoder: goes on from each batch with replies; None: there are none.
+        receive: called with the index of each prompt and its reply.
         advance: called with the number of prompts done.
     """
+    if decoder is not None and not can_continue(chat, rows, max_new_tokens=decoder.max_new_tokens):
+        for i, reply in enumerate(decoder.replies(rows)):
+            receive(i, reply)
+        decoder = None
     n_positions = chat.chat_format.n_positions
     cache, n_cached = chat.share_prefix(rows, keep=n_positions)
     activations = torch.zeros(len(rows), n_positions, chat.n_layers, chat.d_model, dtype=chat.model.dtype)
@@ -308,8 +320,17 @@ def record(
         def keep(layer: int, hidden: Tensor) -> None:
             activations[indices, :, layer] = hidden[:, -n_positions:].cpu()
 
+        batch = [list(rows[i][n_cached:]) for i in indices]
+        begun: PromptPass | None = None
         with capture_inputs(chat, keep):
-            result = chat.forward([list(rows[i][n_cached:]) for i in indices], cache=cache, n_cached=n_cached)
+            if decoder is None:
+                result = chat.forward(batch, cache=cache, n_cached=n_cached)
+            else:
+                begun = decoder.run_prompts(batch, cache=cache, n_cached=n_cached)
+                result = begun.logits
+        if decoder is not None and begun is not None:
+            for i, reply in zip(indices, decoder.reply(begun), strict=True):
+                receive(i, reply)
         for i, row in zip(indices, result.float().cpu(), strict=True):
             logits[i] = row
         if advance is not None:
