@@ -61,6 +61,7 @@ class ExtractionReport:
         further: with a rank above one, the other chosen candidates, the best first.
         together: with a rank above one, the scores of ablating all of them.
         confirmed: what replies are under the best candidates, where they were looked at.
+        raced: whether candidates were scored on as many prompts as it took to decide; see `racing`.
         n_passing: how many candidates are known to pass; without `exhaustive` scoring stops at what is needed.
         n_scored: how many candidates have any score.
         direction_norm: of the selected candidate, un-normalised.
@@ -84,6 +85,7 @@ class ExtractionReport:
     further: tuple[CandidateScore, ...] = ()
     together: JointScores | None = None
     confirmed: tuple[Confirmation, ...] = ()
+    raced: bool = False
     n_passing: int
     n_scored: int
     exhaustive: bool
@@ -212,6 +214,7 @@ def directions_of(
         "dtype": str(chat.model.dtype).removeprefix("torch."),
         "seed": options.seed,
         "refusal": asdict(report.refusal),
+        "raced": report.raced,
         "confirmed": [asdict(one) for one in report.confirmed],
         "exhaustive": options.scores_all,
         "robustness": asdict(report.robustness) if report.robustness else None,

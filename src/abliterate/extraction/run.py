@@ -1,7 +1,6 @@
 """Finding the refusal direction: difference in means, filtering, scoring, selection (Arditi et al. 2024, section 2)."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -14,19 +13,13 @@ from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import quick_model_sha256, versions
 from abliterate.directions import orthonormalize
-from abliterate.errors import InputError, NoDirectionError, RefusalBehaviourError
-from abliterate.extraction.behaviour import PARTS, SHORT_REPLY, ReplyRun
-from abliterate.extraction.candidates import (
-    Robustness,
-    candidate_directions,
-    independent_candidates,
-    measure_robustness,
-)
-from abliterate.extraction.judgement import MIN_PROMPTS, Judge, Judgement
-from abliterate.extraction.options import ExtractionOptions, PromptSources, Thresholds
-from abliterate.extraction.refusal import FirstTokens, measure_refusal, refusal_metric
+from abliterate.errors import InputError, RefusalBehaviourError
+from abliterate.extraction.behaviour import PARTS, ReplyRun
+from abliterate.extraction.candidates import Robustness, candidate_directions, measure_robustness
+from abliterate.extraction.choosing import Choice, Chooser
+from abliterate.extraction.judgement import MIN_PROMPTS, Judge
+from abliterate.extraction.options import ExtractionOptions, PromptSources
 from abliterate.extraction.report import (
-    Baseline,
     Extraction,
     ExtractionReport,
     JointScores,
@@ -36,21 +29,8 @@ from abliterate.extraction.report import (
 )
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.score_report import ScoreTable
-from abliterate.extraction.scoring import CandidateScorer, StreamedScorer
-from abliterate.extraction.screening import (
-    N_CANDIDATES,
-    Confirmation,
-    ReplyScorer,
-    Screener,
-    alike,
-    order_confirmed,
-    propose,
-    separations,
-)
-from abliterate.extraction.selection import Candidate, CandidateScore, passing_candidates
-from abliterate.extraction.shared_runs import RecordingRun, Scorer, ScoringRun, able_candidates
+from abliterate.extraction.shared_runs import RecordingRun
 from abliterate.models.chat_model import ChatModel, find_response_prefix, with_response_prefix
-from abliterate.models.hooks import Recording
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream_probe import StreamProbe, probe_stream
@@ -60,10 +40,6 @@ from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, split_for_extraction
 
 N_PREFIX_PROMPTS = 8
-N_CONFIRMED = 3
-"""So many candidates are confirmed by replies where the replies filter the prompts."""
-N_NEAREST = 8
-"""Of so many candidates all scores are computed where none passes."""
 
 
 def extract_direction(
@@ -227,39 +203,33 @@ class _Run:
             for kind in ("harmful", "harmless")
         }
         candidates = candidate_directions(**training, recipe=self.options.recipe)
-        rows = self._rows(judgement)
-        baseline = self._baseline(judgement, recordings, rows)
-        # The threshold counts from where the metric parts refused from answered prompts.
-        given = self.options.thresholds
-        thresholds = replace(given, induce=given.induce + evidence.zero)
-        screener = Screener(
-            replies=ReplyRun(chat=self.chat, ranks=self.ranks, max_new_tokens=evidence.reply_tokens or SHORT_REPLY),
+        chooser = Chooser(
+            chat=self.chat,
+            probe=self.probe,
+            prompts=self.prompts,
+            options=self.options,
+            judgement=judgement,
+            recordings=recordings,
             candidates=candidates,
-            harmful_rows=rows.harmful,
-            harmless_rows=rows.harmless,
+            saved=self.saved,
+            ranks=self.ranks,
+            progress=self.progress,
         )
-        scoring = self._scoring(candidates, thresholds, judgement, recordings, rows, screener)
-        scores = scoring.score(candidates)
-        passing = passing_candidates(scores, thresholds=thresholds, n_layers=self.chat.n_layers)
-        if not passing:
-            scores = self._complete_nearest(scoring, scores)
-        confirmed = self._confirm(screener, scoring, passing, self._n_confirmed(judgement))
-        passing = order_confirmed(passing, confirmed)
+        choice = chooser.choose()
         table = ScoreTable(
-            scores=scores,
-            selected=passing[0] if passing else None,
-            thresholds=thresholds,
+            scores=choice.scores,
+            selected=choice.passing[0] if choice.passing else None,
+            thresholds=choice.thresholds,
             n_layers=self.chat.n_layers,
-            baseline_harmful=baseline.harmful,
-            baseline_harmless=baseline.harmless,
+            baseline_harmful=choice.baseline.harmful,
+            baseline_harmless=choice.baseline.harmless,
             tokens=self.chat.chat_format.post_instruction_tokens,
             title=source.name if source else str(self.chat.model.config._name_or_path),
             recipe=self.options.recipe.in_words,
         )
-        if not passing:
-            raise NoCandidatePassesError(table, evidence=evidence)
-        chosen = self._choose(candidates, passing)
-        self._require_rank(chosen, len(passing))
+        if not choice.passing:
+            raise NoCandidatePassesError(table, evidence=judgement.evidence)
+        best = choice.chosen[0]
         report = ExtractionReport(
             model=table.title,
             revision=source.revision if source else None,
@@ -268,23 +238,24 @@ class _Run:
             post_instruction_tokens=self.chat.chat_format.post_instruction_tokens,
             response_prefix=self.chat.chat_format.response_prefix,
             refusal_tokens=judgement.tokens,
-            refusal=evidence,
+            refusal=judgement.evidence,
             counts={
                 part: PromptCounts(sampled=len(kept), kept=int(kept.sum())) for part, kept in judgement.kept.items()
             },
-            baseline=baseline,
-            thresholds=given,
+            baseline=choice.baseline,
+            thresholds=self.options.thresholds,
             recipe=self.options.recipe,
-            selected=chosen[0],
-            further=tuple(chosen[1:]),
-            together=self._together(scoring.scorer, candidates, chosen),
-            confirmed=tuple(confirmed),
-            n_passing=len(passing),
-            n_scored=sum(score.induce is not None for score in scores),
+            selected=best,
+            further=tuple(choice.chosen[1:]),
+            together=self._together(choice, candidates),
+            confirmed=tuple(choice.confirmed),
+            raced=chooser.races,
+            n_passing=len(choice.passing),
+            n_scored=sum(score.induce is not None for score in choice.scores),
             exhaustive=self.options.scores_all,
-            direction_norm=float(candidates[chosen[0].position, chosen[0].layer].norm()),
-            scores=tuple(scores),
-            robustness=self._robustness(training, scoring, chosen[0]),
+            direction_norm=float(candidates[best.position, best.layer].norm()),
+            scores=tuple(choice.scores),
+            robustness=self._robustness(training, choice),
         )
         directions = directions_of(
             candidates=candidates,
@@ -297,179 +268,24 @@ class _Run:
         )
         return Extraction(directions=directions, report=report, score_table=table)
 
-    def _rows(self, judgement: Judgement) -> "_Rows":
-        """Return the validation prompts that are kept."""
-        kept: dict[str, list[list[int]]] = {}
-        asked: dict[str, list[list[int]]] = {}
-        for kind in ("harmful", "harmless"):
-            part = f"{kind}_validation"
-            rows = self.chat.encode(getattr(self.prompts, part).texts)
-            prefaces = judgement.prefaces.get(part, [[] for _ in rows])
-            keep = judgement.kept[part].tolist()
-            kept[kind] = [row for row, kept in zip(rows, keep, strict=True) if kept]
-            asked[kind] = [[*r, *p] for r, p, kept in zip(rows, prefaces, keep, strict=True) if kept]
-        return _Rows(**kept, bypass=asked["harmful"], induce=asked["harmless"])
-
-    def _baseline(self, judgement: Judgement, recordings: dict[str, Recording], rows: "_Rows") -> Baseline:
-        measure = judgement.measure
-        if measure is None:
-            return Baseline(harmful=1.0, harmless=-1.0)
-        if isinstance(measure, FirstTokens):
-            means = {
-                kind: float(
-                    refusal_metric(
-                        recordings[f"{kind}_validation"].logits[judgement.kept[f"{kind}_validation"]],
-                        token_ids=measure.token_ids,
-                    ).mean()
-                )
-                for kind in ("harmful", "harmless")
-            }
-            return Baseline(**means)
-        return Baseline(
-            harmful=float(measure_refusal(self.chat, measure, rows.bypass).mean()),
-            harmless=float(measure_refusal(self.chat, measure, rows.induce).mean()),
-        )
-
-    def _scoring(
-        self,
-        candidates: Tensor,
-        thresholds: Thresholds,
-        judgement: Judgement,
-        recordings: dict[str, Recording],
-        rows: "_Rows",
-        screener: Screener,
-    ) -> ScoringRun:
-        measure, among = judgement.measure, None
-        base_logits = recordings["harmless_validation"].logits[judgement.kept["harmless_validation"]]
-        scorer: Scorer
-        if measure is None:
-            scorer = ReplyScorer(screener=screener, base_harmless_logits=base_logits)
-            able = able_candidates(candidates, thresholds=thresholds)
-            found = (recordings[f"{kind}_validation"] for kind in ("harmful", "harmless"))
-            among = propose(
-                separations(candidates, able, **dict(zip(("harmful", "harmless"), found, strict=True))), N_CANDIDATES
-            )
-        elif isinstance(self.chat, StreamedChat):
-            assert isinstance(measure, FirstTokens)
-            scorer = StreamedScorer(
-                chat=self.chat,
-                candidates=candidates,
-                harmful_rows=rows.harmful,
-                harmless_rows=rows.harmless,
-                base_harmless_logits=base_logits,
-                token_ids=measure.token_ids,
-            )
-        else:
-            scorer = CandidateScorer(
-                chat=self.chat,
-                candidates=candidates,
-                harmful_rows=rows.bypass,
-                harmless_rows=rows.harmless,
-                inducing_rows=rows.induce,
-                measure=measure,
-                probe=self.probe,
-            )
-        n_confirmed = self._n_confirmed(judgement)
-
-        def enough(passing: Sequence[CandidateScore]) -> bool:
-            if len(self._choose(candidates, passing)) < self.options.rank:
-                return False
-            if n_confirmed < 2 or len(passing) >= n_confirmed:
-                return True
-            best = passing[0].position, passing[0].layer
-            unknown = [
-                key for name, key in run.prompt_scores if name == "bypass" and ("kl", key) not in run.prompt_scores
-            ]
-            return not any(self._alike(run, best, key) for key in unknown)
-
-        run = ScoringRun(
-            scorer=scorer,
-            saved=self.saved,
-            ranks=self.ranks,
-            thresholds=thresholds,
-            n_layers=self.chat.n_layers,
-            exhaustive=self.options.scores_all,
-            among=among,
-            enough=enough,
-            # Streamed layers show their own progress.
-            progress=SILENT if isinstance(self.chat, StreamedChat) else self.progress,
-        )
-        return run
-
-    def _n_confirmed(self, judgement: Judgement) -> int:
-        if judgement.measure is None or isinstance(self.chat, StreamedChat):
-            return 0
-        if self.options.confirm is None:
-            return N_CONFIRMED if judgement.evidence.filter == "replies" else 0
-        return self.options.confirm
-
     @staticmethod
-    def _alike(scoring: ScoringRun, best: Candidate, other: Candidate) -> bool:
-        return alike(scoring.prompt_scores["bypass", best], scoring.prompt_scores["bypass", other])
-
-    def _confirm(
-        self, screener: Screener, scoring: ScoringRun, passing: Sequence[CandidateScore], n_confirmed: int
-    ) -> list[Confirmation]:
-        """Look at the replies under the best candidates, those that are alike within noise."""
-        keys = [(score.position, score.layer) for score in passing]
-        keys = [key for key in keys[:1] + keys[1:] if self._alike(scoring, keys[0], key)][:n_confirmed]
-        return screener.confirm(keys, progress=self.progress) if keys else []
-
-    def _complete_nearest(self, scoring: ScoringRun, scores: list[CandidateScore]) -> list[CandidateScore]:
-        """Compute what is missing of the candidates that come nearest, so that it can be said how far they are."""
-        if isinstance(self.chat, StreamedChat):
-            return scores
-        known = [score for score in scores if score.induce is not None and not math.isnan(score.induce)]
-        known.sort(key=lambda score: -(score.induce or 0.0))
-        return scoring.complete(scores, [(score.position, score.layer) for score in known[:N_NEAREST]])
-
-    def _choose(self, candidates: Tensor, passing: Sequence[CandidateScore]) -> list[CandidateScore]:
-        by_key = {(score.position, score.layer): score for score in passing}
-        return [by_key[key] for key in independent_candidates(candidates, list(by_key), rank=self.options.rank)]
-
-    def _require_rank(self, chosen: Sequence[CandidateScore], n_passing: int) -> None:
-        if len(chosen) < self.options.rank:
-            raise NoDirectionError(
-                f"of {n_passing} candidates that pass, {len(chosen)} are independent of each other; "
-                f"ask for fewer with --rank {len(chosen)}, or accept more with --kl-threshold"
-            )
-
-    @staticmethod
-    def _together(scorer: Scorer, candidates: Tensor, chosen: Sequence[CandidateScore]) -> JointScores | None:
-        if len(chosen) == 1:
+    def _together(choice: Choice, candidates: Tensor) -> JointScores | None:
+        if len(choice.chosen) == 1:
             return None
-        vectors = torch.stack([candidates[score.position, score.layer] for score in chosen])
-        scores = scorer.score_together(orthonormalize(vectors)[0])
+        vectors = torch.stack([candidates[score.position, score.layer] for score in choice.chosen])
+        scores = choice.scoring.scorer.score_together(orthonormalize(vectors)[0])
         return JointScores(bypass=fmean(scores["bypass"]), kl=fmean(scores["kl"]))
 
-    def _robustness(
-        self, training: dict[str, Tensor], scoring: ScoringRun, chosen: CandidateScore
-    ) -> Robustness | None:
+    def _robustness(self, training: dict[str, Tensor], choice: Choice) -> Robustness | None:
         if not self.options.n_bootstrap:
             return None
+        best = choice.chosen[0]
         return measure_robustness(
-            **{kind: values[:, chosen.position, chosen.layer] for kind, values in training.items()},
+            **{kind: values[:, best.position, best.layer] for kind, values in training.items()},
             recipe=self.options.recipe,
-            scores=scoring.scores_by_candidate(),
-            thresholds=self.options.thresholds,
+            scores=choice.scoring.scores_by_candidate(),
+            thresholds=choice.thresholds,
             n_layers=self.chat.n_layers,
             n_resamples=self.options.n_bootstrap,
             seed=self.options.seed,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """Token ids of the validation prompts that are kept.
-
-    Attributes:
-        harmful: the harmful prompts.
-        harmless: the harmless prompts.
-        bypass: what refusing is asked after with a candidate ablated.
-        induce: what it is asked after with a candidate added.
-    """
-
-    harmful: list[list[int]]
-    harmless: list[list[int]]
-    bypass: list[list[int]]
-    induce: list[list[int]]

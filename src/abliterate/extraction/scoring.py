@@ -97,36 +97,52 @@ class CandidateScorer:
         self.base_harmless_logits = self._stream.logits if plain else _measurable(chat.last_logits(harmless_rows))
         asked = measure.ask(harmful_rows)
         self._n_harmful = len(asked)
+        self._n_asked = max(1, len(asked) // max(1, len(harmful_rows)))
+        self._n_inducing = len(harmless_rows if inducing_rows is None else inducing_rows)
         rows = [*asked, *harmless_rows]
         n_cached = chat.shareable_prefix(rows, keep=measure.n_logits)
         self._prefix = list(rows[0][:n_cached])
         self._rows = [list(row[n_cached:]) for row in rows]
 
-    def groups(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    def groups(
+        self, score: ScoreName, candidates: Sequence[Candidate], prompts: range | None = None
+    ) -> list[list[Candidate]]:
         """Divide candidates into the groups that `score` is best asked for one after another."""
         if score == "induce":
             by_layer = sorted(candidates, key=lambda key: -key[1])
             return [list(group) for _, group in groupby(by_layer, key=lambda key: key[1])]
-        n_tokens = sum(len(self._rows[i]) for i in self._indices(score))
+        n_tokens = sum(len(self._rows[i]) for i in self._indices(score, prompts))
         size = max(1, min(self._largest_group, -(-BATCHES_PER_GROUP * self._chat.tokens_per_batch // n_tokens)))
         return [list(candidates[start : start + size]) for start in range(0, len(candidates), size)]
 
-    def score(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[PromptScores]:
+    def n_prompts(self, score: ScoreName) -> int:
+        """Return of how many prompts a score is the mean."""
+        return {"bypass": self._n_harmful // self._n_asked, "induce": self._n_inducing}.get(
+            score, len(self._rows) - self._n_harmful
+        )
+
+    def score(
+        self, score: ScoreName, candidates: Sequence[Candidate], prompts: range | None = None
+    ) -> list[PromptScores]:
         """Return the values of a score for each candidate, prompt by prompt.
 
-        "ablated" stands for bypass and KL together, which share the candidate's prefix.
+        Args:
+            score: which; "ablated" stands for bypass and KL together, which share the candidate's prefix.
+            candidates: of which candidates.
+            prompts: on which prompts; None: on all.
         """
         if score == "induce":
-            return self._induce(candidates)
-        indices = self._indices(score)
+            return self._induce(candidates, prompts)
+        indices = self._indices(score, prompts)
         # Where more than the last logits are asked for, harmless prompts are a pass of their own.
-        parts = [indices] if self._measure.n_logits == 1 else [self._indices("bypass"), self._indices("kl")]
+        parts = [indices]
+        if score == "ablated" and self._measure.n_logits > 1:
+            parts = [self._indices("bypass"), self._indices("kl")]
         values = torch.zeros(len(candidates), len(self._rows), dtype=torch.float64)
         for part in parts:
-            if part.start in indices and len(part):
-                self._ablated(candidates, part, values)
+            self._ablated(candidates, part, values)
         found: list[PromptScores] = []
-        for bypass, kl in zip(*self._split(values), strict=True):
+        for bypass, kl in zip(*self._split(values, prompts), strict=True):
             scores: dict[ScoreName, tuple[float, ...]] = {}
             if score != "kl":
                 scores["bypass"] = tuple(bypass)
@@ -135,9 +151,9 @@ class CandidateScorer:
             found.append(scores)
         return found
 
-    def _split(self, values: Tensor) -> tuple[list[list[float]], list[list[float]]]:
-        n = self._n_harmful
-        return self._measure.combine(values[:, :n]).tolist(), values[:, n:].tolist()
+    def _split(self, values: Tensor, prompts: range | None = None) -> tuple[list[list[float]], list[list[float]]]:
+        n, chosen = self._n_harmful, slice(None) if prompts is None else slice(prompts.start, prompts.stop)
+        return self._measure.combine(values[:, :n])[:, chosen].tolist(), values[:, n:][:, chosen].tolist()
 
     def _ablated(self, candidates: Sequence[Candidate], indices: range, values: Tensor) -> None:
         """Fill in, of each candidate, the values [n_candidates, n_rows] of some rows."""
@@ -190,17 +206,22 @@ class CandidateScorer:
     def _largest_group(self) -> int:
         return max(1, self._chat.tokens_per_batch // max(1, len(self._prefix)))
 
-    def _indices(self, score: ScoreName) -> range:
+    def _indices(self, score: ScoreName, prompts: range | None = None) -> range:
         first = self._n_harmful if score == "kl" else 0
+        if prompts is not None:
+            n = self._n_asked if score == "bypass" else 1
+            return range(first + prompts.start * n, first + prompts.stop * n)
         return range(first, self._n_harmful if score == "bypass" else len(self._rows))
 
     def _vectors(self, candidates: Sequence[Candidate]) -> Tensor:
         return torch.stack([self._candidates[position, layer] for position, layer in candidates])
 
-    def _induce(self, candidates: Sequence[Candidate]) -> list[PromptScores]:
+    def _induce(self, candidates: Sequence[Candidate], prompts: range | None) -> list[PromptScores]:
         found: dict[Candidate, tuple[float, ...]] = {}
         for group in self.groups("induce", candidates):
-            metric = self._stream.metric_with_addition(self._vectors(group), layer=group[0][1], measure=self._measure)
+            metric = self._stream.metric_with_addition(
+                self._vectors(group), layer=group[0][1], measure=self._measure, prompts=prompts
+            )
             found |= {key: tuple(row) for key, row in zip(group, metric.tolist(), strict=True)}
         return [{"induce": found[key]} for key in candidates]
 
@@ -268,18 +289,24 @@ class _RecordedInputs:
 
         chat.for_batches([len(row) for row in self._rows], run)
 
-    def metric_with_addition(self, vectors: Tensor, *, layer: int, measure: RefusalMeasure) -> Tensor:
+    def metric_with_addition(
+        self, vectors: Tensor, *, layer: int, measure: RefusalMeasure, prompts: range | None = None
+    ) -> Tensor:
         """Return the log-odds of refusing with a vector added to the input of block `layer` at all positions.
 
         Args:
             vectors: [n_vectors, d_model].
             layer: the block.
             measure: what the rows ask for.
+            prompts: of which prompts; None: of all.
 
         Returns:
             [n_vectors, n_prompts] float64.
         """
-        chat, cache, n_rows = self._chat, None, len(self._rows)
+        chat, cache, first, n_rows = self._chat, None, 0, len(self._rows)
+        if prompts is not None:
+            n_asked = len(measure.ask([[]]))
+            first, n_rows = prompts.start * n_asked, len(prompts) * n_asked
         if self._cache is not None:
             hidden = self._prefix_hidden[layer].expand(len(vectors), -1, -1)
             with self._from_block(layer, hidden, vectors):
@@ -290,7 +317,7 @@ class _RecordedInputs:
         metric = torch.empty(len(vectors), n_rows, dtype=torch.float64)
 
         def run(pairs: list[int]) -> None:
-            variants, places = torch.tensor(pairs) // n_rows, torch.tensor(pairs) % n_rows
+            variants, places = torch.tensor(pairs) // n_rows, first + torch.tensor(pairs) % n_rows
             batch = [self._rows[i] for i in places]
             hidden = self._inputs[layer][places, -max(len(row) for row in batch) :].to(chat.device)
             with self._from_block(layer, hidden, vectors[variants]):
@@ -303,9 +330,10 @@ class _RecordedInputs:
                 )
             for part in _parts(logits):
                 values = measure.read(_measurable(logits[part]), places[part])
-                metric[variants[part], places[part]] = values.cpu()
+                metric[variants[part], places[part] - first] = values.cpu()
 
-        chat.for_batches([len(row) + chat.cached_share(self._n_cached) for row in self._rows] * len(vectors), run)
+        lengths = [len(row) + chat.cached_share(self._n_cached) for row in self._rows[first : first + n_rows]]
+        chat.for_batches(lengths * len(vectors), run)
         return measure.combine(metric)
 
     @contextmanager
@@ -366,6 +394,10 @@ class StreamedScorer:
         self._harmless_rows = harmless_rows
         self._base = base_harmless_logits
         self._token_ids = token_ids
+
+    def n_prompts(self, score: ScoreName) -> int:
+        """Return of how many prompts a score is the mean."""
+        return len(self._harmful_rows if score == "bypass" else self._harmless_rows)
 
     def groups(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[list[Candidate]]:  # noqa: ARG002
         """Return all candidates as one group: they share one reading of the weights."""

@@ -144,6 +144,10 @@ class ReplyScorer:
     def _chat(self) -> ChatModel:
         return self._screener.replies.chat
 
+    def n_prompts(self, score: ScoreName) -> int:
+        """Return of how many prompts a score is the mean."""
+        return len(self._screener.harmful_rows if score == "bypass" else self._screener.harmless_rows)
+
     def groups(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[list[Candidate]]:  # noqa: ARG002
         """Return candidates one by one."""
         return [[key] for key in candidates]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply
 from abliterate.extraction.options import Thresholds
+from abliterate.extraction.racing import race
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import record_streamed
 from abliterate.extraction.selection import (
@@ -48,11 +49,27 @@ def able_candidates(candidates: Tensor, *, thresholds: Thresholds) -> list[Candi
     ]
 
 
+class RacingScorer(Protocol):
+    """Computes scores of candidates on some of the prompts."""
+
+    def groups(self, score: ScoreName, candidates: Sequence[Candidate], prompts: range) -> list[list[Candidate]]:
+        """Divide candidates into the groups that `score` is best asked for one after another."""
+        ...
+
+    def score(self, score: ScoreName, candidates: Sequence[Candidate], prompts: range) -> list[PromptScores]:
+        """Return the values of a score for each candidate on these prompts."""
+        ...
+
+
 class Scorer(Protocol):
     """Computes scores of candidates, prompt by prompt."""
 
     kl_at_once: int | None
     """For how many candidates to compute KL before looking; None: for all, together with bypass."""
+
+    def n_prompts(self, score: ScoreName) -> int:
+        """Return of how many prompts a score is the mean."""
+        ...
 
     def groups(self, score: ScoreName, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
         """Divide candidates into the groups that `score` is best asked for one after another."""
@@ -133,6 +150,57 @@ class ScoringRun:
         scored = {(score.position, score.layer): score for score in scores}
         return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]
 
+    def race(
+        self, candidates: Tensor, scorer: RacingScorer, *, n_wanted: int
+    ) -> tuple[list[CandidateScore], list[CandidateScore]]:
+        """Score what can be chosen on as many prompts as it takes; see `racing`.
+
+        Args:
+            candidates: [n_pos, n_layers, d_model], un-normalised.
+            scorer: `self.scorer`, which can be asked about some of the prompts.
+            n_wanted: how many of the best to score on all prompts.
+
+        Returns:
+            One entry per position and layer, and those that pass on all prompts, the best first.
+        """
+        able = able_candidates(candidates, thresholds=self.thresholds)
+        names: tuple[ScoreName, ...] = ("induce", "kl", "bypass")
+        with self.progress.task("Racing candidates", total=None) as advance:
+
+            def extend(name: ScoreName, keys: Sequence[Candidate], n: int) -> dict[Candidate, tuple[float, ...]]:
+                missing: dict[int, list[Candidate]] = {}
+                for key in keys:
+                    missing.setdefault(len(self.prompt_scores.get((name, key), ())), []).append(key)
+                for start, group in sorted(missing.items()):
+                    if start < n:
+                        self._extend(name, group, range(start, n), scorer)
+                        advance(len(group))
+                return {key: self.prompt_scores[name, key][:n] for key in keys}
+
+            scores, passing = race(
+                able,
+                thresholds=self.thresholds,
+                n_prompts={name: self.scorer.n_prompts(name) for name in names},
+                extend=extend,
+                n_wanted=n_wanted,
+            )
+        grid = [(p, layer) for p in range(-len(candidates), 0) for layer in range(self.n_layers)]
+        return [scores.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid], passing
+
+    def _extend(self, name: ScoreName, keys: Sequence[Candidate], prompts: range, scorer: RacingScorer) -> None:
+        known = self.ranks.first_says([self.saved.scores(name, key) for key in keys])
+        for key, saved in zip(keys, known, strict=True):
+            if saved is not None and len(saved[name]) >= prompts.stop:
+                self.prompt_scores[name, key] = saved[name]
+        left = [key for key in keys if len(self.prompt_scores.get((name, key), ())) < prompts.stop]
+        groups = _at_least(self.ranks.count, scorer.groups(name, left, prompts)) if left else []
+        computed = self.ranks.share(groups, lambda parts: [scorer.score(name, part, prompts) for part in parts])
+        for group, values in zip(groups, computed, strict=True):
+            for key, found in zip(group, values, strict=True):
+                self.prompt_scores[name, key] = (*self.prompt_scores.get((name, key), ()), *found[name])
+            if self.ranks.is_first:
+                self.saved.save_scores(group, [{name: self.prompt_scores[name, key]} for key in group])
+
     def complete(self, scores: Sequence[CandidateScore], keys: Sequence[Candidate]) -> list[CandidateScore]:
         """Return the scores with bypass and KL of some candidates among them, where they are missing."""
         named = {(score.position, score.layer): score for score in scores}
@@ -162,7 +230,7 @@ class ScoringRun:
             group_of_each = groups[start : start + self.ranks.count]
             wanted = [key for group in group_of_each for key in group]
             # Only the first process reads and writes: the others may run where they cannot see its files.
-            known = self.ranks.first_says([self.saved.scores(name, key) for key in wanted])
+            known = self.ranks.first_says([self._saved(name, key) for key in wanted])
             found |= {key: values for key, values in zip(wanted, known, strict=True) if values is not None}
             missing = [group for group in ([k for k in g if k not in found] for g in group_of_each) if group]
             computed = self.ranks.share(missing, lambda parts: [self.scorer.score(name, part) for part in parts])
@@ -173,6 +241,13 @@ class ScoringRun:
             advance(len(wanted) * (2 if name == "ablated" else 1))
         self.prompt_scores.update({(each, key): v for key in keys for each, v in found[key].items()})
         return [{each: fmean(values) for each, values in found[key].items()} for key in keys]
+
+    def _saved(self, name: ScoreName, key: Candidate) -> PromptScores | None:
+        """Return saved scores, unless they are of some prompts only."""
+        saved = self.saved.scores(name, key)
+        if saved is None or any(len(values) != self.scorer.n_prompts(each) for each, values in saved.items()):
+            return None
+        return saved
 
 
 def _at_least(n: int, groups: list[list[Candidate]]) -> list[list[Candidate]]:

@@ -1,0 +1,126 @@
+"""Scoring candidates on as many prompts as it takes to decide, where the published procedure does not apply.
+
+A model whose prompts are filtered by its replies has no published scores to be equal to, and most of its candidates
+fail by far. So every candidate is scored on a few validation prompts first, and on more only while the standard error
+of its mean leaves open whether it passes (induce, then KL) or is the best (bypass, compared prompt by prompt). The few
+that are left are scored on all prompts, and must pass on all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import inf, isnan, sqrt
+from statistics import fmean, stdev
+
+from abliterate.extraction.options import Thresholds
+from abliterate.extraction.selection import Candidate, CandidateScore, ScoreName
+
+STAGES = (4, 8, 16)
+"""After so many prompts a candidate may be decided; the last stage is all prompts."""
+MIN_ERRORS = 3.0
+"""A mean that is so many standard errors from a threshold, or from the leader, is decided."""
+MIN_DEVIATION = 0.01
+"""Values of a few prompts that happen to be equal are taken to spread by this much, in nats."""
+
+Extend = Callable[[ScoreName, Sequence[Candidate], int], Mapping[Candidate, tuple[float, ...]]]
+"""Scores some candidates on the first prompts, as many as are named; returns the values prompt by prompt."""
+
+
+def race(
+    candidates: Sequence[Candidate],
+    *,
+    thresholds: Thresholds,
+    n_prompts: Mapping[ScoreName, int],
+    extend: Extend,
+    n_wanted: int,
+) -> tuple[dict[Candidate, CandidateScore], list[CandidateScore]]:
+    """Score candidates until it is decided which pass and which of these have the lowest bypass.
+
+    Args:
+        candidates: (position, layer), those that can be chosen.
+        thresholds: see `Thresholds`.
+        n_prompts: how many prompts there are for each score.
+        extend: see `Extend`.
+        n_wanted: how many of the best to score on all prompts.
+
+    Returns:
+        The means of what was scored, and those that pass on all prompts, the best first.
+    """
+    values: dict[ScoreName, dict[Candidate, tuple[float, ...]]] = {"induce": {}, "kl": {}, "bypass": {}}
+
+    def more(name: ScoreName, keys: Sequence[Candidate], n: int) -> None:
+        if keys:
+            values[name] |= extend(name, keys, n)
+
+    def decided(name: ScoreName, keys: Sequence[Candidate], sign: int, threshold: float) -> list[Candidate]:
+        """Return those whose mean, times `sign`, is at least the threshold's."""
+        open_ones, passing = list(keys), []
+        for n in _stages(n_prompts[name]):
+            more(name, open_ones, n)
+            still = []
+            for key in open_ones:
+                mean, error = _mean(values[name][key])
+                margin = sign * (mean - threshold)
+                if n < n_prompts[name] and abs(margin) <= MIN_ERRORS * error:
+                    still.append(key)
+                elif margin >= 0:
+                    passing.append(key)
+            open_ones = still
+        return [key for key in keys if key in passing]
+
+    able = decided("induce", candidates, 1, thresholds.induce)
+    able = decided("kl", able, -1, thresholds.kl)
+    chosen: list[Candidate] = []
+    while able and len(chosen) < n_wanted:
+        best = _lowest(able, n_prompts["bypass"], more, values["bypass"], n_wanted - len(chosen))
+        for name in ("induce", "kl"):
+            more(name, best, n_prompts[name])
+        chosen += [
+            key
+            for key in best
+            if fmean(values["induce"][key]) >= thresholds.induce and fmean(values["kl"][key]) <= thresholds.kl
+        ]
+        able = [key for key in able if key not in best]
+    scores = {
+        key: CandidateScore(position=key[0], layer=key[1]).with_values(
+            {name: fmean(found[key]) for name, found in values.items() if key in found}
+        )
+        for key in candidates
+    }
+    return scores, sorted((scores[key] for key in chosen), key=lambda score: _or_inf(score.bypass))
+
+
+def _lowest(
+    keys: Sequence[Candidate],
+    n_prompts: int,
+    more: Callable[[ScoreName, Sequence[Candidate], int], None],
+    values: Mapping[Candidate, tuple[float, ...]],
+    n_wanted: int,
+) -> list[Candidate]:
+    """Return the candidates of lowest bypass on all prompts, at most `n_wanted`."""
+    left = list(keys)
+    for n in _stages(n_prompts):
+        more("bypass", left, n)
+        left.sort(key=lambda key: _or_inf(fmean(values[key])))
+        # The last that is wanted is the one to beat.
+        last = left[min(n_wanted, len(left)) - 1]
+        left = [key for key in left if not _is_above(values[key][:n], values[last][:n])]
+    return left[:n_wanted]
+
+
+def _is_above(values: Sequence[float], leader: Sequence[float]) -> bool:
+    mean, error = _mean([a - b for a, b in zip(values, leader, strict=True)])
+    return isnan(mean) or mean > MIN_ERRORS * error
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Return a mean and its standard error."""
+    if len(values) < 2:
+        return fmean(values), inf
+    return fmean(values), max(stdev(values), MIN_DEVIATION) / sqrt(len(values))
+
+
+def _or_inf(value: float | None) -> float:
+    return inf if value is None or isnan(value) else value
+
+
+def _stages(n_prompts: int) -> list[int]:
+    return [*(n for n in STAGES if n < n_prompts), n_prompts]
