@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from abliterate.errors import CheckpointError, ModelError
 from abliterate.extraction.options import ExtractionOptions, Thresholds
+from abliterate.extraction.refusal import FirstTokens
 from abliterate.extraction.run import extract_direction
 from abliterate.extraction.scoring import CandidateScorer, StreamedScorer, record_streamed
 from abliterate.models import layer_weights
@@ -67,10 +68,9 @@ def test_everything_equals_the_model_in_memory(tmp_path: Path, model_type: str) 
         "candidates": candidates,
         "harmful_rows": rows[:3],
         "harmless_rows": rows[3:],
-        "token_ids": TOKENS,
     }
-    ours = CandidateScorer(chat=chat, **given)
-    theirs = StreamedScorer(chat=streamed, base_harmless_logits=apart.logits[3:], **given)
+    ours = CandidateScorer(chat=chat, measure=FirstTokens(tuple(TOKENS)), **given)
+    theirs = StreamedScorer(token_ids=TOKENS, chat=streamed, base_harmless_logits=apart.logits[3:], **given)
     keys = [(-1, 0), (-2, 2), (-1, 1), (-3, 1)]
     assert theirs.groups("induce", keys) == [keys]
     for name in ("induce", "ablated"):

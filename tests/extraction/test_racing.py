@@ -1,0 +1,64 @@
+"""Racing chooses what scoring everything chooses, wherever the candidates are apart by more than noise."""
+
+import random
+from statistics import fmean
+
+from abliterate.extraction.options import Thresholds
+from abliterate.extraction.racing import race
+from abliterate.extraction.selection import CandidateScore, passing_candidates
+
+N_PROMPTS = 32
+
+
+def test_the_choice_is_that_of_all_scores_from_a_fraction_of_them() -> None:
+    rng = random.Random(0)
+    n_computed = n_all = n_chosen = 0
+    for _ in range(30):
+        keys = [(p, layer) for p in (-2, -1) for layer in range(12)]
+        means = {key: (rng.uniform(-6, 6), rng.uniform(0, 0.4), rng.uniform(-8, 8)) for key in keys}
+        values = {
+            (name, key): tuple(rng.gauss(mean, spread) for _ in range(N_PROMPTS))
+            for key in keys
+            for name, mean, spread in zip(("induce", "kl", "bypass"), means[key], (0.4, 0.02, 0.4), strict=True)
+        }
+        asked: dict[tuple[str, tuple[int, int]], int] = {}
+
+        def extend(name, chosen, n, values=values, asked=asked):
+            asked.update({(name, key): n for key in chosen})
+            return {key: values[name, key][:n] for key in chosen}
+
+        scores, passing = race(
+            keys,
+            thresholds=Thresholds(kl=0.2, prune_layers=0.0),
+            n_prompts=dict.fromkeys(("induce", "kl", "bypass"), N_PROMPTS),
+            extend=extend,
+            n_wanted=1,
+        )
+        full = [
+            CandidateScore(position=key[0], layer=key[1]).with_values(
+                {name: fmean(values[name, key]) for name in ("induce", "kl", "bypass")}
+            )
+            for key in keys
+        ]
+        expected = passing_candidates(full, thresholds=Thresholds(kl=0.2, prune_layers=0.0), n_layers=12)
+        assert passing == expected[:1]
+        assert set(scores) == set(keys)
+        n_computed += sum(asked.values())
+        n_all += 3 * len(keys) * N_PROMPTS
+        n_chosen += len(passing)
+    assert n_chosen > 20
+    assert n_computed < n_all / 3
+
+
+def test_nothing_that_fails_on_all_prompts_is_chosen() -> None:
+    """Its first prompts look well; the mean over all is over the threshold."""
+    kl = (*[0.0] * 16, *[1.0] * 16)
+    scores, passing = race(
+        [(-1, 1)],
+        thresholds=Thresholds(kl=0.1),
+        n_prompts=dict.fromkeys(("induce", "kl", "bypass"), N_PROMPTS),
+        extend=lambda name, keys, n: dict.fromkeys(keys, (kl if name == "kl" else (1.0,) * N_PROMPTS)[:n]),
+        n_wanted=1,
+    )
+    assert passing == []
+    assert scores[-1, 1].kl == 0.5
