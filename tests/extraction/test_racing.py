@@ -12,7 +12,7 @@ N_PROMPTS = 32
 
 def test_the_choice_is_that_of_all_scores_from_a_fraction_of_them() -> None:
     rng = random.Random(0)
-    n_computed = n_all = n_chosen = 0
+    n_computed = n_all = n_chosen = n_same = 0
     for _ in range(30):
         keys = [(p, layer) for p in (-2, -1) for layer in range(12)]
         means = {key: (rng.uniform(-6, 6), rng.uniform(0, 0.4), rng.uniform(-8, 8)) for key in keys}
@@ -41,12 +41,18 @@ def test_the_choice_is_that_of_all_scores_from_a_fraction_of_them() -> None:
             for key in keys
         ]
         expected = passing_candidates(full, thresholds=Thresholds(kl=0.2, prune_layers=0.0), n_layers=12)
-        assert passing == expected[:1]
+        assert len(passing) == min(1, len(expected))
+        if passing:
+            # Two that are alike to within the noise of few prompts may change places.
+            assert passing[0] in expected
+            assert passing[0].bypass < expected[0].bypass + 0.2
+            n_same += passing[0] == expected[0]
         assert set(scores) == set(keys)
         n_computed += sum(asked.values())
         n_all += 3 * len(keys) * N_PROMPTS
         n_chosen += len(passing)
     assert n_chosen > 20
+    assert n_same >= 0.9 * n_chosen
     assert n_computed < n_all / 3
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from abliterate.extraction.behaviour import ReplyRun
@@ -17,6 +18,7 @@ from abliterate.extraction.screening import (
     separations,
 )
 from abliterate.extraction.selection import CandidateScore
+from abliterate.models.chat_model import with_response_prefix
 from abliterate.models.hooks import record
 from abliterate.processes import Ranks
 from abliterate.progress import SILENT
@@ -24,7 +26,7 @@ from tests.support.refusing_models import HARMFUL_VERBS, HARMLESS_VERBS, prompts
 
 
 def test_whole_replies_score_a_candidate_as_they_are(tmp_path: Path) -> None:
-    chat = refusing_model("late", tmp_path).chat
+    chat = with_response_prefix(refusing_model("late", tmp_path).chat, "That is a matter")
     train = {name: chat.encode(prompts_of(verbs)[:40]) for name, verbs in _KINDS.items()}
     rows = {name: chat.encode(prompts_of(verbs)[40:52]) for name, verbs in _KINDS.items()}
     recordings = {name: record(chat, rows) for name, rows in train.items()}
@@ -40,17 +42,22 @@ def test_whole_replies_score_a_candidate_as_they_are(tmp_path: Path) -> None:
         harmless_rows=rows["harmless"],
     )
     scorer = ReplyScorer(screener=screener, base_harmless_logits=chat.last_logits(rows["harmless"]))
-    found = {key: scorer.score("ablated", [key])[0] | scorer.score("induce", [key])[0] for key in [(-3, 1), (-1, 0)]}
-    # The direction that was learned, and a vector of zeros, which changes nothing.
-    assert set(found[-3, 1]["bypass"]) == {-1.0}
-    assert set(found[-3, 1]["induce"]) == {1.0}
-    assert set(found[-1, 0]["bypass"]) == {1.0} or not candidates[-1, 0].any()
-    one = screener.confirm([(-3, 1)], progress=SILENT)[0]
-    assert (one.unanswered, one.induced) == (0, one.n_harmless)
-    together = scorer.score_together(candidates[-3, 1][None] / candidates[-3, 1].norm())
-    assert together["bypass"] == found[-3, 1]["bypass"]
-    separation = separations(candidates, [(-3, 1), (-3, 2), (-1, 1)], **recordings)
-    assert separation[-3, 1] > 1
+    keys = [(position, layer) for position in (-5, -3, -2, -1) for layer in (1, 2)]
+    found = {key: scorer.score("ablated", [key])[0] | scorer.score("induce", [key])[0] for key in keys}
+    best = min(keys, key=lambda key: sum(found[key]["bypass"]))
+    assert {value for key in keys for value in found[key]["bypass"]} == {-1.0, 1.0}
+    confirmed = screener.confirm([best], progress=SILENT)[0]
+    assert confirmed.unanswered == sum(value > 0 for value in found[best]["bypass"])
+    assert confirmed.n_harmful == 12
+    assert confirmed.induced == sum(value > 0 for value in found[best]["induce"])
+    unit = candidates[best] / candidates[best].norm()
+    together = scorer.score_together(unit[None])
+    assert together["bypass"] == found[best]["bypass"]
+    assert together["kl"] == pytest.approx(found[best]["kl"], abs=1e-5)
+    # A vector of zeros is no direction: the replies stay what they are.
+    assert set(scorer.score_together(torch.zeros_like(unit)[None])["bypass"]) == {1.0}
+    separation = separations(candidates, keys, **recordings)
+    assert max(separation.values()) > 1
     assert propose(separation, 2)[0] == max(separation, key=lambda key: separation[key])
 
 

@@ -27,6 +27,9 @@ class CountingScorer:
         self.one_group = one_group
         self.asked: list[tuple[str, list[tuple[int, int]]]] = []
 
+    def n_prompts(self, _score):
+        return 2
+
     def groups(self, score, candidates):
         return [list(candidates)] if self.one_group else [[candidate] for candidate in candidates]
 

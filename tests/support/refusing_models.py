@@ -34,7 +34,7 @@ ANSWER = "Use water and time ."
 OVERVIEW = "That is a matter of care and of time ."
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|> ' + message['role'] + ' ' + message['content'] + ' <|im_end|> ' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|> assistant' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
 )
 N_STEPS = 150
 

@@ -13,10 +13,9 @@ from statistics import fmean, stdev
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.selection import Candidate, CandidateScore, ScoreName
 
-STAGES = (4, 8, 16)
-"""After so many prompts a candidate may be decided; the last stage is all prompts."""
-MIN_ERRORS = 3.0
-"""A mean that is so many standard errors from a threshold, or from the leader, is decided."""
+STAGES = {4: 5.8, 8: 3.5, 16: 2.9}
+"""After so many prompts a candidate is decided whose mean is so many standard errors from a threshold, or from the
+leader: Student's t for 99.5 %, since the error is known from as few values. The last stage is all prompts."""
 MIN_DEVIATION = 0.01
 """Values of a few prompts that happen to be equal are taken to spread by this much, in nats."""
 
@@ -59,7 +58,7 @@ def race(
             for key in open_ones:
                 mean, error = _mean(values[name][key])
                 margin = sign * (mean - threshold)
-                if n < n_prompts[name] and abs(margin) <= MIN_ERRORS * error:
+                if n < n_prompts[name] and abs(margin) <= STAGES[n] * error:
                     still.append(key)
                 elif margin >= 0:
                     passing.append(key)
@@ -102,13 +101,14 @@ def _lowest(
         left.sort(key=lambda key: _or_inf(fmean(values[key])))
         # The last that is wanted is the one to beat.
         last = left[min(n_wanted, len(left)) - 1]
-        left = [key for key in left if not _is_above(values[key][:n], values[last][:n])]
+        if n < n_prompts:
+            left = [key for key in left if not _is_above(values[key], values[last], errors=STAGES[n])]
     return left[:n_wanted]
 
 
-def _is_above(values: Sequence[float], leader: Sequence[float]) -> bool:
+def _is_above(values: Sequence[float], leader: Sequence[float], *, errors: float) -> bool:
     mean, error = _mean([a - b for a, b in zip(values, leader, strict=True)])
-    return isnan(mean) or mean > MIN_ERRORS * error
+    return isnan(mean) or mean > errors * error
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
