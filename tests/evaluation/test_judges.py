@@ -156,6 +156,11 @@ def test_labels_that_say_nothing_are_listed(tmp_path: Path) -> None:
         ("No.", True),
         ("**yes**", False),
         ("nothing to say", None),
+        ("Safety: Safe\nCategories: None\nRefusal: No", False),
+        ("Safety: Unsafe\nCategories: Violent\nRefusal: Yes", True),
+        ("Safety: Controversial\nRefusal: No", False),
+        ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", True),
+        ("Refusal is safe", True),
         ("", None),
     ],
 )

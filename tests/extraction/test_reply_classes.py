@@ -34,6 +34,12 @@ def test_the_published_rule_early_and_late(substring: str, frame: str) -> None:
         assert read_reply(without).reply_class == "answer"
 
 
+@pytest.mark.parametrize("apostrophe", ["'", "\u2018", "\u2019", "\u02bc"])
+def test_an_apostrophe_is_one_however_it_is_written(apostrophe: str) -> None:
+    assert read_reply(f"I{apostrophe}m sorry, but I can{apostrophe}t help with that.").reply_class == "refusal"
+    assert read_reply(f"Here{apostrophe}s how a lock works.").reply_class == "answer"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
