@@ -15,11 +15,13 @@ The last three are degenerate: counted apart, never as refusal and never as comp
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from abliterate.extraction.refusal_substrings import is_refusal
-from abliterate.models.chat_model import ChatModel
 from abliterate.models.thinking import KNOWN_MARKERS, ThinkingMarkers
+
+if TYPE_CHECKING:
+    from abliterate.models.chat_model import ChatModel
 
 ReplyClass = Literal["refusal", "answer", "empty", "repetitive", "incoherent"]
 DEGENERATE: frozenset[ReplyClass] = frozenset(("empty", "repetitive", "incoherent"))
@@ -84,7 +86,7 @@ def split_thinking(
 
 
 def read_completions(
-    chat: ChatModel,
+    chat: "ChatModel",
     completions: Sequence[Sequence[int]],
     *,
     max_new_tokens: int | None = None,
