@@ -123,9 +123,19 @@ def test_a_template_without_thoughts_has_nothing_to_switch():
     assert plain.markers == KNOWN_MARKERS
 
 
-def test_a_word_that_a_template_repeats_whatever_it_is_switches_nothing():
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHANNELS,
+        CHATML + "{% if reasoning_effort == 'high' %}{{ 'Think long.' }}{% endif %}",
+        CHATML + "{{ raise_exception('low, high') if (reasoning_effort or 'low') not in ['low', 'high'] }}"
+        "{{ 'Effort: ' + (reasoning_effort or 'low') }}",
+    ],
+    ids=["any word is written", "any word is passed over", "it cannot be none"],
+)
+def test_an_effort_that_cannot_be_none_switches_nothing(template):
     for thinks in (False, True):
-        chat_format = found(CHANNELS, thinks=thinks)
+        chat_format = found(template, thinks=thinks)
         assert (chat_format.form, chat_format.thinking_disabled) == (PLAIN, False)
 
 

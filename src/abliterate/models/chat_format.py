@@ -184,19 +184,20 @@ class _Template:
             values = (off, on)
             forms = [replace(base, options=((option, value),)) for value in values]
             prompts = [self.attempt(form, up_to_answer=True) for form in forms]
-            changes = [bool(prompt) and prompt != default for prompt in prompts]
-            if not any(changes) or self._repeats(base, option, off):
-                continue
             # Where a value changes nothing it is what the template does by default.
-            without, with_it = (form if change else base for form, change in zip(forms, changes, strict=True))
-            return without, with_it
+            without, with_it = (
+                base if prompt == default else form for form, prompt in zip(forms, prompts, strict=True)
+            )
+            if all(prompts) and without != with_it and self._knows(base, option, off, prompts[0]):
+                return without, with_it
         return None, None
 
-    def _repeats(self, base: TemplateForm, option: str, off: bool | str) -> bool:
-        """Tell whether a template writes any word it is given there, so that a word of ours is no switch."""
+    def _knows(self, base: TemplateForm, option: str, off: bool | str, prompt: str) -> bool:
+        """Tell whether a template knows the word that switches off; some write, or pass over, any they are given."""
         if isinstance(off, bool):
-            return False
-        return _ANSWER in self.attempt(replace(base, options=((option, _ANSWER),)), up_to_answer=True)
+            return True
+        made_up = self.attempt(replace(base, options=((option, _ANSWER),)), up_to_answer=True)
+        return _ANSWER not in made_up and made_up != prompt
 
     def find_thought(self, form: TemplateForm) -> tuple[str, str]:
         """Return what stands between the instruction and a thought, and between thought and answer; "" if unknown."""
