@@ -184,7 +184,10 @@ class ChatModel:
     @property
     def n_embeddings(self) -> int | None:
         """How many tokens the model has an embedding for; None where that does not show."""
-        embedding = self.model.get_input_embeddings()
+        try:
+            embedding = self.model.get_input_embeddings()
+        except NotImplementedError:
+            return None
         n: int | None = getattr(embedding, "num_embeddings", None)
         return n
 
