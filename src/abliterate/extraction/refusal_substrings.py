@@ -17,7 +17,7 @@ REFUSAL_SUBSTRINGS = (
 """The paper's twelve substrings (figure 12), matched anywhere and case-insensitively."""
 
 _STRAIGHT_APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc", "'"))
-"""Some models write these; in the published completions none makes a difference."""
+"""Some models write these where the substrings have the straight one."""
 
 
 def is_refusal(completion: str) -> bool:
