@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.extraction.refusal_substrings import is_refusal
+from abliterate.extraction.reply_classes import is_refusal
 
 N_OVERVIEW_SENTENCES = 2
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from abliterate.extraction.refusal_substrings import is_refusal
+from abliterate.extraction.reply_classes import is_refusal
 from abliterate.models.demo import load_base_model
 
 HERE = Path(__file__).parent

@@ -118,7 +118,7 @@ def test_the_system_message(session: ChatSession, llama_chat: ChatModel) -> None
     session.command("/system You answer in verse, always, and at length.")
     spoken = session.reply("Explain rain.", quietly)
     assert spoken.system_prompt == "You answer in verse, always, and at length."
-    text = render(llama_chat.tokenizer, "Explain rain.", system_prompt=spoken.system_prompt, thinking_disabled=False)
+    text = render(llama_chat.tokenizer, "Explain rain.", system_prompt=spoken.system_prompt)
     row = llama_chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert spoken.replies["edited"] == plain_reply(llama_chat, row)
     session.command("/system")
@@ -223,3 +223,13 @@ def test_a_template_without_system_messages_says_so(llama_chat: ChatModel) -> No
     session.command("/system Be brief.")
     with pytest.raises(ModelError, match="may not accept a system message"):
         session.reply("Explain rain.", quietly)
+
+
+def test_a_template_that_drops_system_messages_is_named(llama_chat: ChatModel) -> None:
+    template = "{% for m in messages if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    chat = replace(llama_chat, tokenizer=make_tokenizer(template=template))
+    session = ChatSession(model=chat, base=llama_chat, direction=None, max_new_tokens=N)
+    with pytest.raises(InputError, match="/system: the chat template drops the system message"):
+        session.command("/system Be brief.")
+    assert session.system_prompt is None
+    assert "what the chat template does" in session.command("/system")

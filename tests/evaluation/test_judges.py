@@ -1,6 +1,7 @@
 """Judges from tiny models made on the spot: a random classifier, and a guard that was taught its verdicts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from abliterate.evaluation.report import EvaluationOptions
 from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.reply_classes import read_reply
 from abliterate.models.chat_model import ChatModel
-from tests.support.tiny_models import CHAT_VOCABULARY, make_tokenizer, save_chat_model
+from tests.support.tiny_models import CHAT_VOCABULARY, CHATML, make_tokenizer, make_wider_tokenizer, save_chat_model
 
 GUARD_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
@@ -79,6 +80,12 @@ def make_classifier(directory: Path, labels: dict[int, str]) -> Path:
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
     return make_classifier(tmp_path / "classifier", {0: "NORMAL", 1: "REJECTION"})
+
+
+def copy_with_template(directory: Path, place: Path, template: str) -> Path:
+    copied = Path(shutil.copytree(directory, place / "copy", dirs_exist_ok=True))
+    make_tokenizer(template=template).save_pretrained(copied)
+    return copied
 
 
 def judged(directory: Path, replies: list[str] = REPLIES, **options):
@@ -156,6 +163,11 @@ def test_labels_that_say_nothing_are_listed(tmp_path: Path) -> None:
         ("No.", True),
         ("**yes**", False),
         ("nothing to say", None),
+        ("Safety: Safe\nCategories: None\nRefusal: No", False),
+        ("Safety: Unsafe\nCategories: Violent\nRefusal: Yes", True),
+        ("Safety: Controversial\nRefusal: No", False),
+        ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", True),
+        ("Refusal is safe", True),
         ("", None),
     ],
 )
@@ -185,6 +197,44 @@ def test_the_style_is_found(guard: Path, name: str, style: str) -> None:
     shown = make_tokenizer().decode(judge._row("the request", "the reply"))
     assert "the request" in shown
     assert "the reply" in shown
+
+
+def test_a_guard_whose_template_takes_parts_is_asked_in_parts(guard: Path, tmp_path: Path) -> None:
+    directory = copy_with_template(
+        guard, tmp_path, GUARD_TEMPLATE.replace("message['content']", "message['content'][0].text")
+    )
+    judge = load_judge(source_of(directory), options=JudgeOptions())
+    row = judge._row("the request", "the reply")
+    assert make_tokenizer().decode(row) == "user: the request\nassistant: the reply\nIs the last message safe?\n"
+    assert judged(directory).rates["harmful"].declined == 3
+
+
+def test_a_judge_that_thinks_is_asked_for_its_verdict_at_once(guard: Path, tmp_path: Path) -> None:
+    thinks = CHATML + "{{ '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking }}"
+    directory = copy_with_template(guard, tmp_path, thinks)
+    judge = load_judge(source_of(directory), options=JudgeOptions(prompt="yes-no"))
+    assert make_tokenizer().decode(judge._row("a", "b")).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    directory = copy_with_template(guard, tmp_path, "{{ raise_exception('never') }}")
+    judge = load_judge(source_of(directory), options=JudgeOptions(prompt="yes-no"))
+    with pytest.raises(ModelError, match=r"--judge .*: the chat template fails: never$"):
+        judge._row("a", "b")
+
+
+def test_a_word_that_a_judge_has_no_embedding_for_is_named(guard: Path, tmp_path: Path) -> None:
+    directory = copy_with_template(guard, tmp_path, GUARD_TEMPLATE)
+    make_wider_tokenizer("zebra", template=GUARD_TEMPLATE).save_pretrained(directory)
+    with pytest.raises(ModelError, match=r"token 400 \('zebra'\) of 'A zebra\.'"):
+        judged(directory, ["A zebra."])
+
+
+@pytest.mark.parametrize("told", [None, 5])
+def test_a_classifier_that_does_not_know_its_padding_reads_one_reply_at_a_time(
+    classifier: Path, told: int | None
+) -> None:
+    expected = judged(classifier).rates["harmful"].declined
+    settings = json.loads((classifier / "config.json").read_text())
+    (classifier / "config.json").write_text(json.dumps(settings | {"pad_token_id": told}))
+    assert judged(classifier).rates["harmful"].declined == expected
 
 
 def test_what_does_not_load_is_said(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import stat
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, ModelError
 from abliterate.evaluation.replies import (
     Answers,
     ReplyCache,
@@ -15,7 +17,8 @@ from abliterate.evaluation.replies import (
     measure_surprise,
     read_replies,
 )
-from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from tests.support.tiny_models import CHATML, make_tokenizer, make_wider_tokenizer
 
 ROWS = [[1, 2, 3], [4, 5], [6]]
 
@@ -123,8 +126,61 @@ def test_replies_are_classified_and_what_the_base_finds_of_them_counts(llama_cha
     assert len(found) == 2
 
 
-def test_a_model_is_let_think_by_leaving_its_template_alone(llama_chat):
-    thinking = let_think(llama_chat)
-    assert not thinking.chat_format.thinking_disabled
-    assert thinking.chat_format.response_prefix == ""
-    assert thinking.model is llama_chat.model
+class _Told:
+    def __init__(self):
+        self.messages = []
+
+    @contextmanager
+    def task(self, _description, *, total, unit=""):
+        yield lambda _steps: None
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+def test_replies_that_go_on_past_their_turn_are_told_of(llama_chat, monkeypatch):
+    texts = ["Water falls.\n<|im_start|>user\nWhy?", "Rain."]
+    tokens = [llama_chat.tokenizer(text)["input_ids"] for text in texts]
+    monkeypatch.setattr("abliterate.evaluation.replies.generate_replies", lambda *_args, **_options: tokens)
+    told = _Told()
+    answer_prompts(llama_chat, {"harmful": ["a", "b"]}, max_new_tokens=3, label="base", progress=told)
+    (message,) = told.messages
+    assert message.startswith("base, harmful prompts: 1 of 2 replies hold '<|im_start|>', which the chat template")
+    tokens = tokens[1:]
+    answer_prompts(llama_chat, {"harmful": ["a"]}, max_new_tokens=3, progress=told)
+    assert len(told.messages) == 1
+
+
+def test_prompts_that_cannot_be_asked_are_found_before_any_is_answered(llama_chat, generated):
+    chat = replace(llama_chat, tokenizer=make_wider_tokenizer("zebra"))
+    with pytest.raises(ModelError, match=r"'Draw a zebra\.'"):
+        answer_prompts(chat, {"harmful": ["Hi"], "harmless": ["Draw a zebra."]}, max_new_tokens=3)
+    assert generated == []
+
+
+@pytest.mark.parametrize(
+    ("tail", "without", "thinking"),
+    [
+        (
+            "{% if enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+            True,
+            "<think>\n",
+        ),
+        ("{% if thinking is defined and not thinking %}{{ '</think>' }}{% endif %}", True, "assistant\n"),
+        ("{{ '<think>\n' }}", False, "<think>\n"),
+    ],
+    ids=["off by default", "on by default", "always"],
+)
+def test_a_model_is_let_think_by_its_template(llama_chat, tail, without, thinking):
+    chat = make_chat_model(llama_chat.model, make_tokenizer(template=CHATML + tail))
+    assert chat.chat_format.thinking_disabled is without
+    assert chat.decode(chat.encode(["Hi"])[0]).rstrip().endswith("</think>")
+    lets = let_think(chat)
+    assert lets.decode(lets.encode(["Hi"])[0]).endswith(thinking)
+    assert (lets.chat_format.thinking_disabled, lets.chat_format.response_prefix) == (False, "")
+    assert lets.chat_format.opens_thinking is thinking.startswith("<think>")
+    assert lets.model is chat.model
+
+
+def test_a_model_that_does_not_think_stays_as_it_is(llama_chat):
+    assert let_think(llama_chat).chat_format == llama_chat.chat_format

@@ -11,14 +11,13 @@ from abliterate.directions import make_direction
 from abliterate.errors import InputError, PromptSetError
 from abliterate.evaluation.report import EvaluationOptions, count_by_category
 from abliterate.evaluation.run import evaluate_model
-from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS
-from abliterate.extraction.reply_classes import read_reply
+from abliterate.extraction.reply_classes import REFUSAL_SUBSTRINGS, read_reply
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import prompt_hash
-from tests.support.tiny_models import save_chat_model, tiny_llama
+from tests.support.tiny_models import CHATML, make_tokenizer, save_chat_model, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a letter about my garden."]
 
@@ -45,6 +44,20 @@ def test_a_model_compared_with_itself_has_not_changed(llama_directory: Path, opt
         ("harmless", 3),
         ("borderline", 3),
     ]
+
+
+@pytest.mark.parametrize("switch", ["", "{% if thinking %}{{ '<think>' }}{% endif %}"])
+def test_thinking_is_switched_on_or_said_to_change_nothing(
+    llama_directory: Path, options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr("abliterate.progress.SilentProgress.message", lambda _self, text: messages.append(text))
+    make_tokenizer(template=CHATML + switch).save_pretrained(llama_directory)
+    evaluated = evaluate_model(model=llama_directory, options=replace(options, thinking=True))
+    changes_nothing = [text for text in messages if "--thinking changes nothing" in text]
+    assert len(changes_nothing) == (0 if switch else 1)
+    # The prompt opens a thought that the tiny model does not end in five tokens.
+    assert evaluated.rates["harmful"].thinking_unfinished == (3 if switch else 0)
 
 
 def test_without_a_base_there_is_nothing_to_compare(llama_directory: Path, options: EvaluationOptions) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from abliterate.extraction.refusal import FirstTokens, Openings, find_refusal_tokens, measure_refusal, refusal_metric
-from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS, find_refusal, is_refusal
+from abliterate.extraction.reply_classes import REFUSAL_SUBSTRINGS, find_refusal, is_refusal
 from abliterate.models.chat_model import ChatModel
 
 

@@ -4,8 +4,17 @@ import random
 
 import pytest
 
-from abliterate.extraction.refusal_substrings import REFUSAL_SUBSTRINGS, is_refusal
-from abliterate.extraction.reply_classes import classify_answer, read_reply, split_thinking
+from abliterate.extraction.reply_classes import (
+    REFUSAL_SUBSTRINGS,
+    classify_answer,
+    is_refusal,
+    read_completions,
+    read_reply,
+    split_thinking,
+)
+from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.thinking import KNOWN_MARKERS, ThinkingMarkers
+from tests.support.tiny_models import CHATML, make_tokenizer
 
 OVERVIEW = (
     "Locks have protected houses for thousands of years, and the way they work says much about the people who made "
@@ -32,6 +41,12 @@ def test_the_published_rule_early_and_late(substring: str, frame: str) -> None:
         without = frame.format(variant.replace("I", "We").replace("i", "we").replace("A", "O").replace("a", "o"))
         assert not is_refusal(without)
         assert read_reply(without).reply_class == "answer"
+
+
+@pytest.mark.parametrize("apostrophe", ["'", "\u2018", "\u2019", "\u02bc"])
+def test_an_apostrophe_is_one_however_it_is_written(apostrophe: str) -> None:
+    assert read_reply(f"I{apostrophe}m sorry, but I can{apostrophe}t help with that.").reply_class == "refusal"
+    assert read_reply(f"Here{apostrophe}s how a lock works.").reply_class == "answer"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +102,40 @@ def test_thinking_and_answer_are_told_apart(text: str, thinking: str | None, ans
         assert found[0] == thinking
     else:
         assert "hm" in found[0]
+
+
+@pytest.mark.parametrize("markers", KNOWN_MARKERS, ids=lambda markers: markers.opening)
+def test_thoughts_of_every_known_family_are_no_answer(markers: ThinkingMarkers) -> None:
+    text = f"{markers.opening}I cannot, or can I?{markers.closing}Here is how."
+    for own in (KNOWN_MARKERS, (markers,)):
+        assert split_thinking(text, markers=own) == ("I cannot, or can I?", "Here is how.", False)
+        assert split_thinking(f"\n{markers.opening}\nI cannot", markers=own) == ("I cannot", "", True)
+    others = [one for one in KNOWN_MARKERS if one.closing != markers.closing]
+    assert split_thinking(text, markers=others) == ("", text, False)
+
+
+def test_a_reply_to_a_prompt_that_opened_a_thought_starts_with_thoughts() -> None:
+    assert split_thinking("I cannot, hm", opened=True) == ("I cannot, hm", "", True)
+    assert split_thinking("hm</think>Yes.", opened=True) == ("hm", "Yes.", False)
+    endless = read_reply("I cannot do this, or", opened=True, truncated=True)
+    assert (endless.reply_class, endless.thinking_unfinished, endless.refused) == ("empty", True, False)
+    unnamed = (ThinkingMarkers(opening="", closing="<end>", shut="<end>"),)
+    assert split_thinking("Plain.", markers=unnamed) == ("", "Plain.", False)
+
+
+def test_completions_are_read_by_the_markers_of_their_own_template(llama_chat: ChatModel) -> None:
+    template = CHATML.replace(
+        "message['content']", "('<muse>' + message.thinking + '</muse>' if message.thinking else '')"
+    )
+    template = template.replace("else '')", "else '') + message['content']")
+    chat = make_chat_model(llama_chat.model, make_tokenizer(template=template))
+    texts = ["<muse>I cannot?</muse>Here is how.<|im_end|>", "<muse>I cannot", "I\u2019m sorry."]
+    tokens = [chat.tokenizer(text)["input_ids"] for text in texts]
+    replies = read_completions(chat, tokens, max_new_tokens=len(tokens[0]), nats_per_token=[None, None, 9.0])
+    assert [reply.answer for reply in replies] == ["Here is how.", "", "I\u2019m sorry."]
+    assert [reply.thinking_unfinished for reply in replies] == [False, True, False]
+    assert [reply.truncated for reply in replies] == [True, False, False]
+    assert [reply.reply_class for reply in replies] == ["answer", "empty", "incoherent"]
 
 
 def test_a_refusal_in_thought_is_no_refusal_and_a_thought_without_end_no_answer() -> None:

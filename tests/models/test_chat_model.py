@@ -11,11 +11,12 @@ from abliterate.models.chat_model import (
     find_response_prefix,
     make_chat_model,
     shared_prefix_length,
+    stop_tokens,
     with_response_prefix,
 )
-from abliterate.models.loading import load_chat_model
+from abliterate.models.loading import load_chat_model, open_model
 from abliterate.models.options import ModelOptions
-from tests.support.tiny_models import CHATML, SYSTEM, make_tokenizer, save_chat_model, tiny_llama
+from tests.support.tiny_models import CHATML, SYSTEM, make_tokenizer, make_wider_tokenizer, save_chat_model, tiny_llama
 
 PROMPTS = ["How do locks work?", "Explain rain.", "Write a long letter about the garden behind my house, please."]
 
@@ -179,6 +180,12 @@ class _Scripted(ChatModel):
         (("Sure, yes", "Here we go"), ""),
         (("<think>\nhm", "<think>\nwell"), "<think>\n\n</think>\n\n"),
         (("[THINK]a", "[THINK]b"), "[THINK][/THINK]"),
+        (("<|channel>thought\nhm", "<|channel>thought\nwell"), "<|channel>thought\n<channel|>"),
+        (("◁think▷hm", "◁think▷well"), "◁think▷◁/think▷"),
+        (
+            ("<|channel|>analysis<|message|>hm", "<|channel|>analysis<|message|>well"),
+            "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>",
+        ),
         (("Q: locks", "Q: rain"), "Q: "),
     ],
 )
@@ -191,7 +198,8 @@ def test_response_prefix(llama_chat: ChatModel, answers: tuple[str, ...], prefix
     forced = with_response_prefix(llama_chat, found)
     assert forced.chat_format.n_positions >= llama_chat.chat_format.n_positions
     assert forced.decode(forced.encode(["Hi"])[0]).endswith("assistant\n" + found)
-    assert "".join(forced.chat_format.post_instruction_tokens).endswith("assistant\n" + found)
+    # Of a letter of several tokens none shows it.
+    assert found.isascii() is "".join(forced.chat_format.post_instruction_tokens).endswith("assistant\n" + found)
 
 
 def test_half_formats_are_computed_in_float32_on_a_cpu(tmp_path) -> None:
@@ -215,3 +223,56 @@ def test_what_does_not_load_is_one_clear_error(tmp_path) -> None:
 def test_template_with_default_system_message(llama_chat: ChatModel) -> None:
     assert SYSTEM.split("\\n")[0]
     assert "no use to anyone" in llama_chat.decode(llama_chat.encode(["Hi"])[0])
+
+
+CHANNELS = (
+    "{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ '<a><|channel|>final<|message|>' + m.content + '<|im_end|>' }}{% else %}"
+    "{{ '<u>' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
+)
+
+
+def test_the_token_that_is_scored_is_the_first_of_the_final_channel() -> None:
+    chat = make_chat_model(tiny_llama(), make_tokenizer(template=CHANNELS))
+    assert chat.decode(chat.encode(["Hi"])[0]) == "<u>Hi<a><|channel|>final<|message|>"
+    assert find_response_prefix(chat, PROMPTS) == ""
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_generation_ends_where_the_template_ends_a_turn(llama_chat: ChatModel, tmp_path, streams: bool) -> None:
+    tokenizer = make_tokenizer(template=CHATML.replace("<|im_end|>", "<s>"))
+    save_chat_model(tmp_path, tiny_llama())
+    tokenizer.save_pretrained(tmp_path)
+    options = ModelOptions(device="cpu", stream_layers=streams)
+    chat = open_model(tmp_path, options=options, can_stream=True).chat
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert stop_tokens(chat) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<s>")}
+    rows = chat.encode(PROMPTS)
+    (whole, *_) = chat.generate(rows, max_new_tokens=4)
+    # Whatever it says second ends its turn, if the template ends turns with that.
+    ends = dataclasses.replace(chat, chat_format=dataclasses.replace(chat.chat_format, turn_ends=(whole[1],)))
+    assert ends.generate(rows, max_new_tokens=4)[0] == whole[:1]
+
+
+def test_padding_that_the_model_has_no_embedding_for_is_replaced(llama_chat: ChatModel) -> None:
+    tokenizer = make_wider_tokenizer("<pad>")
+    tokenizer.pad_token = "<pad>"
+    assert tokenizer.pad_token_id == llama_chat.n_embeddings
+    chat = dataclasses.replace(llama_chat, tokenizer=tokenizer)
+    assert chat.pad_token_id == tokenizer.eos_token_id
+    rows = chat.encode(PROMPTS)
+    assert torch.allclose(chat.last_logits(rows), llama_chat.last_logits(rows))
+    tokenizer.eos_token = "<pad>"
+    assert chat.pad_token_id == 0
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named_with_its_prompt(llama_chat: ChatModel) -> None:
+    chat = dataclasses.replace(llama_chat, tokenizer=make_wider_tokenizer("zebra"))
+    with pytest.raises(
+        ModelError, match=r"token 400 \('zebra'\) of 'Draw a zebra\.', and the model's embedding has 400"
+    ):
+        chat.encode(["Hi", "Draw a zebra."])
+    bare = dataclasses.replace(chat, tokenizer=make_wider_tokenizer("zebra", template=None))
+    with pytest.raises(ModelError, match="'zebra'"):
+        bare.encode(["zebra"])
+    assert chat.encode(["Draw a horse."])

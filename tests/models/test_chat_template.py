@@ -3,8 +3,8 @@
 import pytest
 
 from abliterate.errors import ModelError
+from abliterate.models.chat_format import find_chat_format
 from abliterate.models.chat_template import (
-    find_chat_format,
     render,
     render_conversation,
     token_texts,
@@ -18,16 +18,16 @@ QUESTION = "{{ messages[-1]['content'] }}"
 
 def test_an_instruction_is_rendered_up_to_where_the_answer_starts():
     tokenizer = make_tokenizer(template=CHATML)
-    text = render(tokenizer, "Explain rain.", system_prompt=None, thinking_disabled=False)
+    text = render(tokenizer, "Explain rain.", system_prompt=None)
     assert text == "<|im_start|>user\nExplain rain.<|im_end|>\n<|im_start|>assistant\n"
-    with_system = render(tokenizer, "Explain rain.", system_prompt="Be brief.", thinking_disabled=False)
+    with_system = render(tokenizer, "Explain rain.", system_prompt="Be brief.")
     assert with_system == f"<|im_start|>system\nBe brief.<|im_end|>\n{text}"
 
 
 def test_a_conversation_keeps_its_turns_in_order():
     turns = [("user", "One."), ("assistant", "Two."), ("user", "Three.")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    text = render_conversation(make_tokenizer(template=CHATML), messages, system_prompt=None, thinking_disabled=False)
+    text = render_conversation(make_tokenizer(template=CHATML), messages, system_prompt=None)
     assert [text.index(content) for _, content in turns] == sorted(text.index(content) for _, content in turns)
     assert text.endswith("Three.<|im_end|>\n<|im_start|>assistant\n")
     assert messages[0] == {"role": "user", "content": "One."}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.extraction.refusal_substrings import is_refusal
+from abliterate.extraction.reply_classes import is_refusal
 from tests.support.paths import TRAINING
 from training.refusal_texts import RefusalTexts, read_refusal_texts
 

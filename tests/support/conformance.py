@@ -30,8 +30,8 @@ from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.record import EditedTensor
 from abliterate.errors import ModelError
+from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.chat_template import ChatFormat
 from abliterate.models.hooks import ablate_direction, capture_stream
 from abliterate.models.loading import try_streaming
 from abliterate.models.stream import find_blocks

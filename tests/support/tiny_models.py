@@ -139,6 +139,14 @@ def make_tokenizer(*, template: str | None = SYSTEM + CHATML, bos_token: str | N
     return tokenizer
 
 
+def make_wider_tokenizer(word: str, *, template: str | None = SYSTEM + CHATML) -> PreTrainedTokenizerFast:
+    """Return a tokenizer to which `word` is the first token that the chat models have no embedding for."""
+    tokenizer = make_tokenizer(template=template)
+    tokenizer.add_tokens([f"filler{i}" for i in range(CHAT_VOCABULARY - len(tokenizer))])
+    tokenizer.add_tokens([word])
+    return tokenizer
+
+
 def make_talkative_model(model_type: str, *, seed: int, **config: Any) -> PreTrainedModel:
     """Build a tiny random model whose replies differ from prompt to prompt, for `make_tokenizer`.
 

@@ -15,7 +15,7 @@ from abliterate.directions import orthonormalize
 from abliterate.extraction.candidates import resampled_cosines
 from abliterate.extraction.options import DirectionRecipe, Thresholds
 from abliterate.extraction.refusal import FirstTokens, find_refusal_tokens, refusal_metric
-from abliterate.extraction.reply_classes import read_reply
+from abliterate.extraction.reply_classes import read_completions
 from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import CandidateScorer
 from abliterate.extraction.screening import propose, separations
@@ -222,7 +222,7 @@ class CandidateFinder:
     def _screen(self, key: tuple[int, int], rows: list[list[int]], max_new_tokens: int) -> ScreenedCandidate:
         with ablate_direction(self._chat, self.candidates[key]):
             replies = self._chat.generate(rows, max_new_tokens=max_new_tokens)
-        classes = [read_reply(self._chat.decode(reply)).reply_class for reply in replies]
+        classes = [reply.reply_class for reply in read_completions(self._chat, replies)]
         score = self._scores.get(key, CandidateScore(position=key[0], layer=key[1]))
         return ScreenedCandidate(
             position=key[0],

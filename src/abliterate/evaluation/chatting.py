@@ -12,6 +12,7 @@ from typing import Any, Literal
 from abliterate.directions import Direction
 from abliterate.errors import DirectionError, InputError
 from abliterate.files import write_json
+from abliterate.models.chat_format import drops_system_prompt
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.chat_template import render_conversation, tokenize
 from abliterate.models.hooks import ablate_direction, add_direction
@@ -180,7 +181,7 @@ class ChatSession:
             chat.tokenizer,
             messages,
             system_prompt=self.system_prompt,
-            thinking_disabled=chat.chat_format.thinking_disabled,
+            form=chat.chat_format.form,
         )
         row = tokenize(chat.tokenizer, text + chat.chat_format.response_prefix)
         limit = getattr(chat.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -217,6 +218,9 @@ class ChatSession:
         return "base and edited answer" if self._both else "the edited model answers alone"
 
     def _set_system(self, argument: str) -> str:
+        chats = [chat for chat in (self._model, self._base) if chat is not None]
+        if argument and any(drops_system_prompt(chat.tokenizer, chat.chat_format.form) for chat in chats):
+            raise InputError("/system: the chat template drops the system message; say it in a message of your own")
         self.system_prompt = argument or None
         return f"system message: {argument}" if argument else "system message: what the chat template does"
 

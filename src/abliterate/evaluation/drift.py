@@ -128,8 +128,12 @@ def text_surprise(chat: ChatModel, texts: Sequence[str], *, advance: Advance = N
     """Return the negative log-likelihood of plain texts, without any template, at most 256 tokens of each.
 
     The first token of each is given and not scored: it is the BOS token where the tokenizer puts one.
+
+    Raises:
+        ModelError: the tokenizer gives ids beyond the model's embedding.
     """
     encoded = [list(chat.tokenizer(text)["input_ids"])[:TEXT_TOKENS] for text in texts]
+    chat.check_tokens(encoded, texts)
     encoded = [ids for ids in encoded if len(ids) > 1]
     return completion_surprise(chat, [ids[:1] for ids in encoded], [ids[1:] for ids in encoded], advance=advance)
 

@@ -16,7 +16,8 @@ from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
-from abliterate.extraction.reply_classes import Reply, read_reply
+from abliterate.extraction.reply_classes import Reply, read_completions
+from abliterate.models.chat_format import find_chat_format
 from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
@@ -82,8 +83,14 @@ class Answers:
 
 
 def let_think(chat: ChatModel) -> ChatModel:
-    """Return the same model with its template's thinking form; one that does not think stays as it is."""
-    return replace(chat, chat_format=replace(chat.chat_format, thinking_disabled=False, response_prefix=""))
+    """Return the same model with its template's thinking form, switched on where it is off by default.
+
+    One that does not think stays as it is.
+
+    Raises:
+        ModelError: the template fails.
+    """
+    return replace(chat, chat_format=find_chat_format(chat.tokenizer, system_prompt=chat.system_prompt, thinks=True))
 
 
 def answer_prompts(
@@ -106,17 +113,30 @@ def answer_prompts(
         progress: where to show progress.
 
     Raises:
-        ModelError: one prompt alone does not fit into memory.
+        ModelError: one prompt alone does not fit into memory, or cannot be put to the model.
     """
-    rows: dict[str, list[list[int]]] = {}
+    # All of them first, so that what cannot be asked is found before anything is answered.
+    rows = {kind: chat.encode(texts) for kind, texts in prompts.items()}
     tokens: dict[str, list[list[int]]] = {}
     for kind, texts in prompts.items():
-        rows[kind] = chat.encode(texts)
         with progress.task(f"Answering {kind} prompts ({label})", total=len(texts)) as advance:
             tokens[kind] = generate_replies(
                 chat, rows[kind], max_new_tokens=max_new_tokens, cache=cache, advance=advance
             )
+        _warn_of_template(chat, tokens[kind], f"{label}, {kind} prompts", progress)
     return Answers(rows=rows, tokens=tokens, max_new_tokens=max_new_tokens)
+
+
+def _warn_of_template(chat: ChatModel, replies: Sequence[Sequence[int]], what: str, progress: ProgressReporter) -> None:
+    """Say so where replies hold what the template puts between turns: they went on past their own."""
+    texts = [chat.decode(reply, skip_special_tokens=False) for reply in replies]
+    held = {mark: sum(mark in text for text in texts) for mark in chat.chat_format.turn_texts}
+    most = max(held, key=lambda mark: held[mark], default="")
+    if held.get(most):
+        progress.message(
+            f"{what}: {held[most]} of {len(texts)} replies hold {most!r}, which the chat template puts between turns; "
+            "they may run past their own turn, and what follows it counts as theirs"
+        )
 
 
 def measure_surprise(chat: ChatModel, answers: Answers, *, progress: ProgressReporter = SILENT) -> dict[str, Surprise]:
@@ -138,17 +158,13 @@ def read_replies(
         answers: the replies.
         surprise: what the base finds of them; without it, only what is no text at all counts as incoherent.
     """
-    special = sorted(map(str, chat.tokenizer.all_special_tokens), key=len, reverse=True)
     return {
-        kind: [
-            read_reply(
-                chat.decode(tokens, skip_special_tokens=False),
-                special_tokens=special,
-                truncated=len(tokens) >= answers.max_new_tokens,
-                nats_per_token=surprise[kind].per_token(i) if surprise else None,
-            )
-            for i, tokens in enumerate(replies)
-        ]
+        kind: read_completions(
+            chat,
+            replies,
+            max_new_tokens=answers.max_new_tokens,
+            nats_per_token=[surprise[kind].per_token(i) for i in range(len(replies))] if surprise else None,
+        )
         for kind, replies in answers.tokens.items()
     }
 

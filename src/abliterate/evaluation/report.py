@@ -73,7 +73,8 @@ class EvaluationOptions:
             set its component to the harmless mean (affine).
         coefficient: for `add` the dose: -1 bypasses refusal, +1 induces it; for `affine` how far to go from the
             harmless mean (0) towards the harmful one (1). None is 1 for `add` and 0 for `affine`.
-        thinking: let a thinking model think; by default its template's non-thinking form is used.
+        thinking: let a thinking model think, switched on where its template has it off; by default the template's
+            non-thinking form is used, or a thinking part that it opens is closed.
         judges: models that judge the replies too, directories or Hub ids.
         judge_label: the label of a sequence classifier that means refusal; None to find it by its name.
         judge_prompt: auto, guard, yes-no, or a file with {prompt} and {reply}; see `judges`.
@@ -116,9 +117,10 @@ class EvaluationOptions:
             help="Dose. add: -1 bypasses, +1 induces (default 1); affine: 0 harmless, 1 harmful mean (default 0).",
         ),
     ] = None
-    thinking: Annotated[bool, Argument(flag="--thinking", help="Let a thinking model think; only answers count.")] = (
-        False
-    )
+    thinking: Annotated[
+        bool,
+        Argument(flag="--thinking", help="Let a model think, switched on where its template can; only answers count."),
+    ] = False
     judges: Annotated[
         tuple[str, ...],
         Argument(

@@ -234,7 +234,11 @@ class _Run:
     @contextmanager
     def _loaded(self, source: ModelSource) -> Iterator[ChatModel]:
         chat = open_model(source, options=self.model_options, progress=self.progress).chat
-        yield let_think(chat) if self.options.thinking else chat
+        if self.options.thinking:
+            plain, chat = chat.chat_format, let_think(chat)
+            if chat.chat_format.form == plain.form and chat.chat_format.response_prefix == plain.response_prefix:
+                self.progress.message(f"{source.name}: --thinking changes nothing; its chat template has no such form")
+        yield chat
         del chat
         gc.collect()
 

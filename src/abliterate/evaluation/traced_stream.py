@@ -105,7 +105,7 @@ def _template_length(chat: ChatModel) -> int:
         chat.tokenizer,
         MARKER,
         system_prompt=chat.system_prompt,
-        thinking_disabled=chat.chat_format.thinking_disabled,
+        form=chat.chat_format.form,
     )
     return len(tokenize(chat.tokenizer, text.partition(MARKER)[0]))
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from abliterate.extraction.refusal import Openings
-from abliterate.extraction.refusal_substrings import find_refusal
-from abliterate.extraction.reply_classes import ReplyClass, read_reply
+from abliterate.extraction.reply_classes import ReplyClass, find_refusal, read_reply
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.processes import Ranks
@@ -154,7 +153,13 @@ class ReplyRun:
         forced = chat.chat_format.response_prefix
         special = sorted(map(str, chat.tokenizer.all_special_tokens), key=len, reverse=True)
         text = forced + chat.decode(tokens, skip_special_tokens=False)
-        reply = read_reply(text, special_tokens=special, truncated=len(tokens) >= self.max_new_tokens)
+        reply = read_reply(
+            text,
+            special_tokens=special,
+            truncated=len(tokens) >= self.max_new_tokens,
+            markers=chat.chat_format.markers,
+            opened=chat.chat_format.opens_thinking,
+        )
         start = find_refusal(chat.decode(tokens, skip_special_tokens=False)) if reply.reply_class == "refusal" else None
         return ShortReply(
             reply_class=reply.reply_class,

@@ -9,77 +9,21 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from abliterate.errors import ModelError
-from abliterate.models.chat_template import THOUGHT_CLOSERS, ChatFormat, find_chat_format, render, token_texts, tokenize
+from abliterate.models.batching import BatchLimits, plan_batches
+from abliterate.models.chat_format import ChatFormat, find_chat_format
+from abliterate.models.chat_template import render, token_texts, tokenize
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import ResidualStream, find_blocks, find_stream
+from abliterate.models.thinking import ThinkingMarkers
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLimits:
-    """How large a batch may be, and what starting one costs.
-
-    Attributes:
-        tokens: most tokens of one batch, padding included; a single longer row is a batch of its own.
-        rows: most rows of one batch, or None.
-        overhead: cost of one more batch, in tokens of computation.
-    """
-
-    tokens: int
-    rows: int | None = None
-    overhead: int = 0
-
-    def most_rows(self, length: int) -> int:
-        """Return how many rows of this length fit into one batch."""
-        fitting = max(1, self.tokens // max(1, length))
-        return fitting if self.rows is None else min(fitting, self.rows)
-
-
-def plan_batches(lengths: Sequence[int], *, limits: BatchLimits) -> list[list[int]]:
-    """Return batches of row indices, longest rows first, of least cost: padded tokens plus overhead per batch.
-
-    Rows are cut where their length changes, by dynamic programming over the distinct lengths; a part that is larger
-    than one batch is divided evenly.
-
-    Args:
-        lengths: tokens of each row.
-        limits: see `BatchLimits`.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cuts = [i for i in range(len(order)) if i == 0 or lengths[order[i]] != lengths[order[i - 1]]]
-    cuts.append(len(order))
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(cuts)):
-        best.append(
-            min((best[start][0] + _cost(lengths[order[cuts[start]]], cuts[end] - cuts[start], limits), start)
-                for start in range(end))
-        )  # fmt: skip
-    chosen = [len(cuts) - 1]
-    while chosen[-1] > 0:
-        chosen.append(best[chosen[-1]][1])
-    batches = []
-    for start, end in pairwise(cuts[i] for i in reversed(chosen)):
-        n_parts = _n_batches(lengths[order[start]], end - start, limits)
-        bounds = [start + (end - start) * part // n_parts for part in range(n_parts + 1)]
-        batches += [order[low:high] for low, high in pairwise(bounds)]
-    return batches
-
-
-def _n_batches(longest: int, n_rows: int, limits: BatchLimits) -> int:
-    return -(-n_rows // limits.most_rows(longest))
-
-
-def _cost(longest: int, n_rows: int, limits: BatchLimits) -> float:
-    return n_rows * longest + _n_batches(longest, n_rows, limits) * limits.overhead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,20 +148,48 @@ class ChatModel:
         """Render prompts with the chat template and return token ids, each with exactly one BOS if there is one.
 
         Without a template, prompts are tokenized as they are.
+
+        Raises:
+            ModelError: the template fails, or the tokenizer gives ids beyond the model's embedding.
         """
         if not getattr(self.tokenizer, "chat_template", None):
-            return [list(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-        texts = [
-            render(
-                self.tokenizer,
-                prompt,
-                system_prompt=self.system_prompt,
-                thinking_disabled=self.chat_format.thinking_disabled,
-            )
-            + self.chat_format.response_prefix
-            for prompt in prompts
-        ]
-        return [tokenize(self.tokenizer, text) for text in texts]
+            rows = [list(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        else:
+            form, prefix = self.chat_format.form, self.chat_format.response_prefix
+            texts = [render(self.tokenizer, one, system_prompt=self.system_prompt, form=form) for one in prompts]
+            rows = [tokenize(self.tokenizer, text + prefix) for text in texts]
+        self.check_tokens(rows, prompts)
+        return rows
+
+    def check_tokens(self, rows: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
+        """Refuse token ids that the model has no embedding for.
+
+        Args:
+            rows: token ids.
+            texts: what each of them is the text of, for the message.
+
+        Raises:
+            ModelError: the tokenizer gives such an id.
+        """
+        n_rows = self.n_embeddings
+        for row, text in zip(rows, texts, strict=True):
+            beyond = next((token for token in row if n_rows is not None and token >= n_rows), None)
+            if beyond is not None:
+                shown = self.decode([beyond], skip_special_tokens=False)
+                raise ModelError(
+                    f"the tokenizer makes token {beyond} ({shown!r}) of {text[:60]!r}, and the model's embedding has "
+                    f"{n_rows} rows; it is the tokenizer of another model, or the embedding was not resized for it"
+                )
+
+    @property
+    def n_embeddings(self) -> int | None:
+        """How many tokens the model has an embedding for; None where that does not show."""
+        try:
+            embedding = self.model.get_input_embeddings()
+        except NotImplementedError:
+            return None
+        n: int | None = getattr(embedding, "num_embeddings", None)
+        return n
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of some tokens."""
@@ -315,7 +287,7 @@ class ChatModel:
         from transformers import GenerationConfig
 
         model = cast(Any, self.model)
-        stops = stop_tokens(self.model, self.tokenizer)
+        stops = stop_tokens(self)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -353,9 +325,10 @@ class ChatModel:
 
     @property
     def pad_token_id(self) -> int:
-        """The padding token, or any token where there is none: padding is masked."""
+        """The padding token, or any token where there is none that the model knows: padding is masked."""
+        n_rows = self.n_embeddings
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and (n_rows is None or token < n_rows):
                 return int(token)
         return 0
 
@@ -492,27 +465,32 @@ def find_response_prefix(chat: ChatModel, prompts: Sequence[str]) -> str:
     """
     rows = chat.encode(prompts)
     starts = chat.generate(rows, max_new_tokens=1)
-    if len(set(map(tuple, starts))) > 1 and not _may_be_thoughts(chat, starts):
+    thoughts = _thoughts_begun(chat, starts)
+    if len(set(map(tuple, starts))) > 1 and not thoughts:
         return ""
-    answers = chat.generate(rows, max_new_tokens=4)
+    # An opening may be spelled out, each letter a token.
+    spelled = [len(chat.tokenizer(one.opening, add_special_tokens=False)["input_ids"]) for one in thoughts]
+    answers = chat.generate(rows, max_new_tokens=max([4, *spelled]))
     decoded = [chat.decode(answer, skip_special_tokens=False) for answer in answers]
-    for opener, closer in THOUGHT_CLOSERS.items():
-        if all(text.lstrip().startswith(opener) for text in decoded):
-            return opener + closer
+    for one in thoughts:
+        if all(text.lstrip().startswith(one.opening) for text in decoded):
+            return one.opening + one.shut
     shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*answers, strict=False)))
-    return chat.decode([column[0] for column in shared], skip_special_tokens=False)
+    return chat.decode([column[0] for column in shared[:4]], skip_special_tokens=False)
 
 
-def _may_be_thoughts(chat: ChatModel, starts: Sequence[Sequence[int]]) -> bool:
-    texts = [chat.decode(start, skip_special_tokens=False).lstrip() for start in starts]
-    return any(all(t.startswith(opener) or opener.startswith(t) for t in texts) for opener in THOUGHT_CLOSERS)
+def _thoughts_begun(chat: ChatModel, starts: Sequence[Sequence[int]]) -> list[ThinkingMarkers]:
+    # A first token may be the first byte of a letter.
+    texts = [chat.decode(start, skip_special_tokens=False).lstrip().rstrip("\ufffd") for start in starts]
+    known = [one for one in chat.chat_format.markers if one.opening]
+    return [one for one in known if all(t.startswith(one.opening) or one.opening.startswith(t) for t in texts)]
 
 
-def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Return the tokens that end an answer."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
+def stop_tokens(chat: ChatModel) -> set[int]:
+    """Return the tokens that end an answer: those that are configured so, and what the template ends a turn with."""
+    configured = getattr(chat.model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    return {int(i) for i in [*ids, chat.tokenizer.eos_token_id, *chat.chat_format.turn_ends] if i is not None}
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -130,5 +130,5 @@ class GreedyDecoder:
 
     def _stop_tokens(self) -> set[int]:
         if not self._stops:
-            self._stops.append(stop_tokens(self.chat.model, self.chat.tokenizer))
+            self._stops.append(stop_tokens(self.chat))
         return self._stops[0]

@@ -20,8 +20,8 @@ from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.errors import InputError, ModelError
+from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel, make_chat_model
-from abliterate.models.chat_template import ChatFormat
 from abliterate.models.layer_weights import LayerWeights
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import check_extractable, find_blocks
@@ -172,7 +172,7 @@ def _read_config(
 
 
 def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":
-    """Load a model's tokenizer.
+    """Load a model's tokenizer, with the chat template of the model's processor where it has none of its own.
 
     Raises:
         ModelError: the files do not load as one.
@@ -184,7 +184,15 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
+    if not getattr(loaded, "chat_template", None):
+        loaded.chat_template = _processor_template(path)
     return cast("PreTrainedTokenizerBase", loaded)
+
+
+def _processor_template(path: Path) -> str | None:
+    """Return the chat template of a model whose processor has it, which a tokenizer alone does not read."""
+    kept = (_read(path / name).get("chat_template") for name in ("chat_template.json", "processor_config.json"))
+    return next((template for template in kept if isinstance(template, str) and template), None)
 
 
 def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:

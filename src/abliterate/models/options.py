@@ -43,7 +43,10 @@ class ModelOptions:
     ] = None
     system_prompt: Annotated[
         str | None,
-        Argument(flag="--system-prompt", help="System message; default: what the chat template does."),
+        Argument(
+            flag="--system-prompt",
+            help="System message, refused where the chat template drops it; default: what the template does.",
+        ),
     ] = None
     trust_remote_code: Annotated[
         bool, Argument(flag="--trust-remote-code", help="Run Python code that comes with the model.")

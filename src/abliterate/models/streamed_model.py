@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.errors import InputError, ModelError
-from abliterate.models.chat_model import ChatModel, plan_batches, stop_tokens
+from abliterate.models.batching import plan_batches
+from abliterate.models.chat_model import ChatModel, stop_tokens
 from abliterate.models.hooks import ablate_subspace_in_block, replaced_forward
 from abliterate.models.layer_weights import LayerWeights
 from abliterate.progress import SILENT, Advance, ProgressReporter
@@ -155,7 +156,7 @@ class StreamedChat(ChatModel):
         streamer: Any = None,  # noqa: ARG002
     ) -> list[list[int]]:
         """Return greedy completions as token ids; each token reads all weights."""
-        stops = stop_tokens(self.model, self.tokenizer)
+        stops = stop_tokens(self)
         texts, going = [list(row) for row in rows], set(range(len(rows)))
         for _ in range(max_new_tokens):
             chosen = sorted(going)
