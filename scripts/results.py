@@ -3,6 +3,7 @@
     python scripts/results.py                                    from docs/results, as it lies in the repository
     python scripts/results.py --demo build/demo --audits build/extended_refusal      from new measurements
     python scripts/results.py --variants FILE                                        from those of the variants
+    python scripts/results.py --real build/demo-real                                 from `make demo-real`
 
 New measurements are first copied to docs/results: numbers only, no reply of a model is in them. What stands between
 `<!-- results: NAME -->` and `<!-- end of results -->` is replaced; the prose around it is written by hand.
@@ -17,6 +18,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
+REAL = "demo-real.json"
 KINDS = ("harmful", "harmless", "borderline")
 MODELS = ("plain", "hardened")
 # What is kept of the reports of a variant: no grid of scores, no path.
@@ -64,6 +66,24 @@ def demo_block(report: dict[str, Any]) -> str:
         f"nats a token ({100 * entropy['relative_change']:+.1f} %). {report['max_new_tokens']} new tokens.",
     ]
     return "\n".join(lines)
+
+
+NOT_MEASURED = "Not measured yet with this version: `make demo-real`, then `make results-real`."
+
+
+def real_block(report: dict[str, Any] | None) -> str:
+    """Return what `make demo-real` found, for README; None where it has not been run."""
+    if report is None:
+        return NOT_MEASURED
+    table, *rest = demo_block(report).split("\n\n")
+    added, source = report["added"], report["source"]
+    table += (
+        f"\n| harmless prompts, direction added ({added['before']['n']}) | {rate(added['before'])} | "
+        f"{rate(added['after'])} |"
+    )
+    checks = ", ".join(f"{dtype} {'passed' if ok else 'FAILED'}" for dtype, ok in report["verified"].items())
+    exact = f"revision {source['revision']}" if "revision" in source else f"SHA-256 {source['sha256'][:12]}..."
+    return "\n\n".join([table, *rest, f"`verify`: {checks}. {source['model']}, from {source['from']} ({exact})."])
 
 
 def audits_block(audits: dict[str, dict[str, Any]]) -> str:
@@ -189,8 +209,10 @@ def documents(results: Path, repository: Path) -> dict[Path, str]:
     demo = json.loads((results / "demo.json").read_text())
     audits = {name: json.loads((results / f"{name}.audit.json").read_text()) for name in MODELS}
     variants = json.loads((results / "variants.json").read_text())
+    real = json.loads((results / REAL).read_text()) if (results / REAL).is_file() else None
     readme, docs = repository / "README.md", repository / "docs"
     text = with_block(readme.read_text(encoding="utf-8"), "demo", demo_block(demo))
+    text = with_block(text, "demo-real", real_block(real))
     return {
         readme: with_block(text, "audits", summary_block(audits)),
         **{
@@ -203,12 +225,17 @@ def documents(results: Path, repository: Path) -> dict[Path, str]:
     }
 
 
-def take(demo: Path | None, audits: Path | None, variants: Path | None, results: Path) -> None:
+def take(
+    demo: Path | None, audits: Path | None, variants: Path | None, results: Path, real: Path | None = None
+) -> None:
     """Copy new measurements to the results of the repository."""
     results.mkdir(parents=True, exist_ok=True)
     if demo is not None:
         report = json.loads((demo / "report.json").read_text())
         (results / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    if real is not None:
+        report = json.loads((real / "report.json").read_text())
+        (results / REAL).write_text(json.dumps(report, indent=2) + "\n")
     if audits is not None:
         for name in MODELS:
             report = json.loads((audits / f"{name}.audit.json").read_text())
@@ -223,9 +250,10 @@ def take(demo: Path | None, audits: Path | None, variants: Path | None, results:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="directory of `make demo`")
+    parser.add_argument("--real", type=Path, help="directory of `make demo-real`")
     parser.add_argument("--audits", type=Path, help="directory of benchmarks/extended_refusal/run.py")
     parser.add_argument("--variants", type=Path, help="what benchmarks/variants.py wrote")
     arguments = parser.parse_args()
-    take(arguments.demo, arguments.audits, arguments.variants, RESULTS)
+    take(arguments.demo, arguments.audits, arguments.variants, RESULTS, arguments.real)
     for path, text in documents(RESULTS, REPOSITORY).items():
         path.write_text(text, encoding="utf-8")

@@ -62,7 +62,34 @@ def test_new_measurements_are_taken_from_where_the_commands_leave_them(tmp_path:
     (demo / "report.json").write_text((results.RESULTS / "demo.json").read_text())
     for name in results.MODELS:
         (audits / f"{name}.audit.json").write_text((results.RESULTS / f"{name}.audit.json").read_text())
-    results.take(demo, audits, results.RESULTS / "variants.json", taken)
+    real = None
+    if (results.RESULTS / results.REAL).is_file():
+        real = tmp_path / "real"
+        real.mkdir()
+        (real / "report.json").write_text((results.RESULTS / results.REAL).read_text())
+    results.take(demo, audits, results.RESULTS / "variants.json", taken, real)
     assert {path.name: path.read_text() for path in taken.iterdir()} == {
         path.name: path.read_text() for path in results.RESULTS.iterdir()
     }
+
+
+def test_a_model_aligned_by_its_makers_has_its_block_before_and_after_it_is_measured(tmp_path: Path) -> None:
+    assert results.real_block(None) == results.NOT_MEASURED
+    demo = json.loads((results.RESULTS / "demo.json").read_text())
+    harmless = {"rate": 0.5, "low": 0.25, "high": 0.75, "n": 8, "degenerate": 0}
+    report = demo | {
+        "added": {"before": harmless | {"rate": 0.0}, "after": harmless},
+        "verified": {"bfloat16": True, "float32": False},
+        "source": {"model": "org/model", "from": "parts in the package index", "sha256": "0123456789abcdef"},
+    }
+    block = results.real_block(report)
+    assert "| harmless prompts, direction added (8) | 0.0 % [25.0, 75.0] | 50.0 % [25.0, 75.0] |\n\nPosition" in block
+    assert block.startswith(results.demo_block(demo).split("\n\n")[0])
+    assert block.endswith(
+        "`verify`: bfloat16 passed, float32 FAILED. org/model, from parts in the package index "
+        "(SHA-256 0123456789ab...)."
+    )
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "report.json").write_text(json.dumps(report))
+    results.take(None, None, None, tmp_path / "results", tmp_path / "real")
+    assert json.loads((tmp_path / "results" / results.REAL).read_text()) == report

@@ -81,9 +81,32 @@ class TestLocalModels:
         assert not hub.requests
 
     def test_a_file_is_refused(self, tmp_path):
-        (tmp_path / "model.gguf").write_text("x")
-        with pytest.raises(InputError, match="this is a file"):
-            resolve_model(str(tmp_path / "model.gguf"))
+        (tmp_path / "model.bin").write_text("x")
+        with pytest.raises(InputError, match="this is a file, and no GGUF file"):
+            resolve_model(str(tmp_path / "model.bin"))
+
+    def test_a_gguf_file_is_a_model_by_its_name_or_its_content(self, tmp_path):
+        for name, content in (("model.gguf", b"x"), ("blob", b"GGUF...")):
+            (tmp_path / name).write_bytes(content)
+            source = resolve_model(str(tmp_path / name))
+            assert (source.path, source.name, source.revision) == (tmp_path / name, str(tmp_path / name), None)
+        with pytest.raises(InputError, match="only Hub models have revisions"):
+            resolve_model(str(tmp_path / "model.gguf"), revision="main")
+
+    def test_a_directory_whose_only_weights_are_one_gguf_file(self, tmp_path):
+        (tmp_path / "a.gguf").write_bytes(b"GGUF")
+        (tmp_path / "config.json").write_text("{}")
+        assert resolve_model(str(tmp_path)).path == tmp_path / "a.gguf"
+        (tmp_path / "b.gguf").write_bytes(b"GGUF")
+        with pytest.raises(InputError, match=r"holds 2 GGUF files \(a\.gguf, b\.gguf\); name one of them"):
+            resolve_model(str(tmp_path))
+        (tmp_path / "model.safetensors").write_bytes(b"x")
+        assert resolve_model(str(tmp_path)).path == tmp_path
+
+    def test_a_gguf_file_that_is_not_there(self, hub):
+        with pytest.raises(InputError, match=r"model\.gguf: no such file; .*download the GGUF file first"):
+            resolve_model("org/model.gguf")
+        assert not hub.requests
 
 
 class TestDownloads:

@@ -19,7 +19,8 @@ import torch
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.models.chat_model import make_chat_model
-from abliterate.models.demo import load_base_model, load_gguf
+from abliterate.models.conversion import load_for_checkpoint
+from abliterate.models.demo import load_base_model
 from abliterate.models.hooks import difference_in_means, record
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import load_prompt_set
@@ -134,7 +135,7 @@ class TestGemma3:
     def gemma(self, tmp_path_factory) -> tuple[dict[str, Path], dict[str, Direction]]:
         directory = tmp_path_factory.mktemp("gemma")
         file = gemma_file(Path(GEMMA), directory)
-        model, tokenizer = load_gguf(file.parent, file.name, name="google/gemma-3-270m")
+        model, tokenizer = load_for_checkpoint(file, name="google/gemma-3-270m")
         chat = make_chat_model(model, tokenizer, needs_template=False)
         means = difference_at_layer(chat, 9)
         directions = {"random": random_direction(chat.d_model), "means": make_direction(mean_difference=means)}

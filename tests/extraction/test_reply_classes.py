@@ -13,7 +13,7 @@ from abliterate.extraction.reply_classes import (
     split_thinking,
 )
 from abliterate.models.chat_model import ChatModel, make_chat_model
-from abliterate.models.thinking import KNOWN_MARKERS, ThinkingMarkers
+from abliterate.models.chat_template import KNOWN_MARKERS, ThinkingMarkers
 from tests.support.tiny_models import CHATML, make_tokenizer
 
 OVERVIEW = (

@@ -4,8 +4,7 @@ import pytest
 
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_format import drops_system_prompt, find_chat_format, find_conversation_form
-from abliterate.models.chat_template import PLAIN, TemplateForm, render
-from abliterate.models.thinking import KNOWN_MARKERS
+from abliterate.models.chat_template import KNOWN_MARKERS, PLAIN, TemplateForm, render
 from tests.support.tiny_models import CHATML, make_tokenizer
 
 LOOP = "{% for m in messages %}"

@@ -3,6 +3,7 @@
 The layout is read from the shards' headers alone (see `safetensors_file`) and checked against the index.
 """
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from abliterate.files import MAX_BYTES, has_file, open_regular, regular_files, s
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+GGUF_SUFFIX = ".gguf"
 
 # The longest name that common file systems take.
 _MAX_FILE_NAME = 255
@@ -53,6 +55,32 @@ class Checkpoint:
         raise KeyError(name)
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a file that calls itself GGUF, by its name or by its first bytes."""
+    if not path.is_file():
+        return False
+    if path.suffix == GGUF_SUFFIX:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def refuse_gguf(path: Path) -> None:
+    """Do nothing, unless a path is a GGUF file.
+
+    Raises:
+        CheckpointError: It is; the message says how to convert it.
+    """
+    if is_gguf(path):
+        raise CheckpointError(
+            f"{path}: is a GGUF file, and what is edited and verified are safetensors checkpoints; convert it first: "
+            f"{shlex.join(['abliterate', 'convert', str(path), path.stem or 'converted'])}"
+        )
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and check a checkpoint's layout: config, index and shard headers, no weights.
 
@@ -60,6 +88,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: Something is missing, inconsistent or unreadable; the message names the file.
     """
     path = Path(path)
+    refuse_gguf(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such directory; give the one that holds config.json")
     if not has_file(path, CONFIG_NAME):

@@ -43,6 +43,7 @@ from huggingface_hub.utils._paths import filter_repo_objects
 from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from abliterate.checkpoints.checkpoint import GGUF_SUFFIX, is_gguf
 from abliterate.errors import AbliterateError, HubError, InputError
 
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
@@ -252,10 +253,10 @@ class RemoteModel:
 
 
 def resolve_model(model: str, *, revision: str | None = None) -> ModelSource:
-    """Find a model's files: a local directory as it is, a Hub id downloaded into the Hub cache.
+    """Find a model's files: a local directory or GGUF file as it is, a Hub id downloaded into the Hub cache.
 
     Args:
-        model: A directory that holds `config.json`, or a Hub id. An existing directory wins.
+        model: A directory that holds `config.json`, a GGUF file or a directory with one, or a Hub id. What exists wins.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
@@ -272,7 +273,7 @@ def as_source(model: "str | Path | ModelSource") -> ModelSource:
 
 
 def find_local_model(model: str, *, revision: str | None = None) -> ModelSource | None:
-    """Return the source of a model that is a directory; None where `model` can only be a Hub id.
+    """Return the source of a model that is a directory or a GGUF file; None where `model` can only be a Hub id.
 
     Raises:
         InputError: `model` looks like a path and is not there, or is no model directory.
@@ -286,16 +287,42 @@ def find_local_model(model: str, *, revision: str | None = None) -> ModelSource 
                 f"{model}: is an adapter and no model; merge it into its base (peft's `merge_and_unload`, then "
                 "`save_pretrained`), or orthogonalize the base without --format adapter"
             )
+        if gguf := _only_gguf(local):
+            return ModelSource(path=gguf, name=model, revision=None)
         if not (local / constants.CONFIG_NAME).is_file():
             raise InputError(
-                f"{model}: no config.json in this directory; give a transformers model directory, or a Hub id"
+                f"{model}: no config.json in this directory; give a transformers model directory, a GGUF file, or a "
+                "Hub id"
             )
         return ModelSource(path=local, name=model, revision=None)
+    if is_gguf(local):
+        if revision is not None:
+            raise InputError(f"--revision {revision}: {model} is a local file; only Hub models have revisions")
+        return ModelSource(path=local, name=model, revision=None)
     if local.is_file():
-        raise InputError(f"{model}: this is a file; give the directory that holds config.json, or a Hub id")
+        raise InputError(
+            f"{model}: this is a file, and no GGUF file; give the directory that holds config.json, or a Hub id"
+        )
+    if model.endswith(GGUF_SUFFIX):
+        raise InputError(f"{model}: no such file; check the path (of a Hub model, download the GGUF file first)")
     if _looks_like_a_path(model):
         raise InputError(f"{model}: no such directory; check the path (a Hub id has the form OWNER/NAME)")
     return None
+
+
+def _only_gguf(directory: Path) -> Path | None:
+    """Return the GGUF file that is all the weights of a directory; None where there are others, or none at all.
+
+    Raises:
+        InputError: There are several, and no other weights.
+    """
+    found = sorted(directory.glob(f"*{GGUF_SUFFIX}"))
+    if not found or any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+        return None
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise InputError(f"{directory}: holds {len(found)} GGUF files ({names}); name one of them")
+    return found[0]
 
 
 def _looks_like_a_path(model: str) -> bool:

@@ -24,37 +24,38 @@ def values_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def model_sha256(directory: Path, *, progress: ProgressReporter = SILENT) -> str:
+def model_sha256(path: Path, *, progress: ProgressReporter = SILENT) -> str:
     """Return a SHA-256 over the names and contents of a model's files: weights, configuration, tokenizer, code.
 
-    For results that are kept for long: every file is read whole. What this tool writes about a model is left out.
+    For results that are kept for long: every file is read whole. What this tool writes about a model is left out. A
+    GGUF file is a whole model by itself.
     """
-    files = sorted({path for pattern in _MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
-    files = [path for path in files if path.name not in _WRITTEN_ABOUT_IT]
+    found = [path] if path.is_file() else [file for pattern in _MODEL_FILES for file in path.glob(pattern)]
+    files = sorted({file for file in found if file.is_file() and file.name not in _WRITTEN_ABOUT_IT})
     digest = hashlib.sha256()
-    total = sum(path.stat().st_size for path in files)
-    with progress.task(f"Hashing {directory.name}", total=total, unit="bytes") as advance:
-        for path in files:
-            digest.update(f"{path.name}\0{hash_file(path, advance=advance)}\n".encode())
+    total = sum(file.stat().st_size for file in files)
+    with progress.task(f"Hashing {path.name}", total=total, unit="bytes") as advance:
+        for file in files:
+            digest.update(f"{file.name}\0{hash_file(file, advance=advance)}\n".encode())
     return digest.hexdigest()
 
 
-def quick_model_sha256(directory: Path) -> str:
+def quick_model_sha256(path: Path) -> str:
     """Return a hash of all files of a model: small ones whole; of large ones size, time, and both ends.
 
     For work that is resumed soon. A checkpoint of hundreds of gigabytes is not read a second time for this; an
     edit that keeps a file's size, its time of change and its first and last megabyte goes unseen.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.iterdir() if p.is_file()):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE_BYTES))
+    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(_EDGE_BYTES))
             if status.st_size > _EDGE_BYTES:
                 digest.update(f"{status.st_mtime_ns}".encode())
-                file.seek(max(_EDGE_BYTES, status.st_size - _EDGE_BYTES))
-                digest.update(file.read())
+                opened.seek(max(_EDGE_BYTES, status.st_size - _EDGE_BYTES))
+                digest.update(opened.read())
     return digest.hexdigest()
 
 

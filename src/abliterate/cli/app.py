@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 from abliterate._version import __version__
 from abliterate.cli.audit import audit
 from abliterate.cli.chat import chat
+from abliterate.cli.convert import convert
 from abliterate.cli.demo import demo
 from abliterate.cli.evaluate import evaluate
 from abliterate.cli.extract import extract
@@ -51,7 +52,10 @@ def _help_of(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for _command in (extract, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, prompts, demo):
+_COMMANDS = (
+    extract, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, convert, prompts, demo
+)  # fmt: skip
+for _command in _COMMANDS:
     app.command(help=_help_of(_command), epilog=EXIT_CODES)(_command)
 
 

@@ -34,7 +34,8 @@ def default_of(options: "type[DataclassInstance]", name: str) -> Any:
     return next(field.default for field in dataclasses.fields(options) if field.name == name)
 
 
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory or a Hub id.")]
+CheckpointArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory or a Hub id.")]
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory, a .gguf file or a Hub id.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of MODEL on the Hub.")]
 DirectionOption = Annotated[
     Path, typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it.")

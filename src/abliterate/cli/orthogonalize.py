@@ -11,11 +11,11 @@ from rich.table import Column, Table
 
 from abliterate.cli.options import (
     ALL_COMPONENTS,
+    CheckpointArg,
     ComponentsOption,
     DirectionsOption,
     JsonOption,
     LayersOption,
-    ModelArg,
     RevisionOption,
     UnverifiedOption,
     default_of,
@@ -39,7 +39,7 @@ DEFAULTS = EditOptions()
 
 def orthogonalize(
     context: typer.Context,
-    model: ModelArg,
+    model: CheckpointArg,
     directions: DirectionsOption,
     output_directory: Annotated[
         Path | None,

@@ -7,10 +7,10 @@ from rich.table import Table
 
 from abliterate.cli.options import (
     ALL_COMPONENTS,
+    CheckpointArg,
     ComponentsOption,
     JsonOption,
     LayersOption,
-    ModelArg,
     RevisionOption,
     UnverifiedOption,
     parse_components,
@@ -28,7 +28,7 @@ DEFAULTS = EditOptions()
 
 def plan(
     context: typer.Context,
-    model: ModelArg,
+    model: CheckpointArg,
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
     unverified: UnverifiedOption = DEFAULTS.unverified,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from abliterate.models.thinking import KNOWN_MARKERS, ThinkingMarkers
+from abliterate.models.chat_template import KNOWN_MARKERS, ThinkingMarkers
 
 if TYPE_CHECKING:
     from abliterate.models.chat_model import ChatModel

@@ -240,7 +240,8 @@ def directions_of(
 
 
 def _config_hash(source: ModelSource | None) -> str | None:
-    if source is None:
+    # A GGUF file has none.
+    if source is None or source.path.is_file():
         return None
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     return values_sha256(config)

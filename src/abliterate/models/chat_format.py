@@ -18,8 +18,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from abliterate.errors import InputError, ModelError
-from abliterate.models.chat_template import MARKER, PLAIN, TemplateForm, render_conversation, token_texts
-from abliterate.models.thinking import KNOWN_MARKERS, ThinkingMarkers, ends_with_opening
+from abliterate.models.chat_template import (
+    KNOWN_MARKERS,
+    MARKER,
+    PLAIN,
+    TemplateForm,
+    ThinkingMarkers,
+    ends_with_opening,
+    render_conversation,
+    token_texts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

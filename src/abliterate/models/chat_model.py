@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from abliterate.errors import ModelError
 from abliterate.models.batching import BatchLimits, plan_batches
 from abliterate.models.chat_format import ChatFormat, find_chat_format
-from abliterate.models.chat_template import render, token_texts, tokenize
+from abliterate.models.chat_template import ThinkingMarkers, render, token_texts, tokenize
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import ResidualStream, find_blocks, find_stream
-from abliterate.models.thinking import ThinkingMarkers
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -1,6 +1,7 @@
 """The chat template: rendering with it, and tokens of what it gives.
 
-Prompts are rendered with the model's own chat template. `chat_format` finds out what a template does.
+Prompts are rendered with the model's own chat template. `chat_format` finds out what a template does; what marks
+thoughts in the families that are known is listed here, for templates that do not show it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,3 +98,45 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 def token_texts(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[str, ...]:
     """Return the text of each token of `text`."""
     return tuple(str(tokenizer.decode([token])) for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingMarkers:
+    """How one family marks its thoughts.
+
+    Attributes:
+        opening: what a thinking part starts with; "" where the prompt has always opened it.
+        closing: what ends it; the answer follows.
+        shut: what ends at once, and without any thought, a part that was just opened.
+    """
+
+    opening: str
+    closing: str
+    shut: str
+
+
+def _tags(name: str) -> ThinkingMarkers:
+    return ThinkingMarkers(opening=f"<{name}>", closing=f"</{name}>", shut=f"\n\n</{name}>\n\n")
+
+
+_FINAL_CHANNEL = "<|channel|>final<|message|>"
+_SHUT_CHANNEL = f"<|message|><|end|><|start|>assistant{_FINAL_CHANNEL}"
+
+KNOWN_MARKERS: tuple[ThinkingMarkers, ...] = (
+    _tags("think"),  # Qwen, DeepSeek, GLM, Kimi K2, MiniMax, Nemotron, SmolLM3, Hunyuan, EXAONE 4 and many more
+    _tags("thought"),  # EXAONE Deep
+    ThinkingMarkers(opening="[THINK]", closing="[/THINK]", shut="[/THINK]"),  # Magistral, Ministral
+    ThinkingMarkers(opening="<|channel|>analysis", closing=_FINAL_CHANNEL, shut=_SHUT_CHANNEL),  # gpt-oss
+    ThinkingMarkers(opening="<|channel|>commentary", closing=_FINAL_CHANNEL, shut=_SHUT_CHANNEL),
+    ThinkingMarkers(opening="<|channel>thought", closing="<channel|>", shut="\n<channel|>"),  # Gemma 4
+    ThinkingMarkers(opening="<seed:think>", closing="</seed:think>", shut="</seed:think>\n"),  # Seed-OSS
+    ThinkingMarkers(opening="<|START_THINKING|>", closing="<|END_THINKING|>", shut="<|END_THINKING|>"),  # Command A
+    ThinkingMarkers(opening="◁think▷", closing="◁/think▷", shut="◁/think▷"),  # Kimi-VL, Kimi-Dev
+    ThinkingMarkers(opening="<|inner_prefix|>", closing="<|inner_suffix|>", shut="<|inner_suffix|>"),  # Apertus
+)
+
+
+def ends_with_opening(text: str, markers: tuple[ThinkingMarkers, ...]) -> ThinkingMarkers | None:
+    """Return the markers whose thinking part is open at the end of a text, or None."""
+    end = text.rstrip()
+    return next((one for one in markers if one.opening and end.endswith(one.opening)), None)

@@ -51,34 +51,9 @@ def load_base_model() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     if not (directory / BASE_FILE).is_file():
         raise MissingDependencyError(f"{directory / BASE_FILE} is not there; reinstall it: {INSTALL_HINT}")
 
-    return load_gguf(directory, BASE_FILE, name=BASE_MODEL_ID)
+    from abliterate.models.conversion import load_for_checkpoint
 
-
-def load_gguf(directory: Path, file_name: str, *, name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a GGUF file as a float32 model that can be saved, and its tokenizer.
-
-    Args:
-        directory: Where the file lies.
-        file_name: The GGUF file.
-        name: The Hub id of the model it was made from, which the config then names.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file_name)
-    quantized = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file_name, dtype=torch.float32)
-    # transformers marks a model that came from a GGUF as quantised and refuses to save it, although its
-    # weights are plain float32 by now; a model of the same configuration without that mark takes them over.
-    config = quantized.config
-    del config.quantization_config
-    config._name_or_path = name
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
+    return load_for_checkpoint(directory / BASE_FILE, name=BASE_MODEL_ID)
 
 
 def build_demo_model(

@@ -22,6 +22,7 @@ from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.gguf_file import load_gguf, load_gguf_tokenizer, read_gguf, read_gguf_config
 from abliterate.models.layer_weights import LayerWeights
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import check_extractable, find_blocks
@@ -69,7 +70,7 @@ def open_model(
     """Find and load a chat model: the way in for all stages.
 
     Args:
-        model: a directory, a Hub id, a resolved source, or a loaded model, which is given back.
+        model: a directory, a GGUF file, a Hub id, a resolved source, or a loaded model, which is given back.
         options: see `ModelOptions`.
         needs_template: see `load_chat_model`.
         extracts: refuse, before weights are read, a model from which no direction can be extracted.
@@ -99,10 +100,10 @@ def open_model(
 
 
 def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_template: bool = True) -> ChatModel:
-    """Load a causal language model and its tokenizer from a local directory.
+    """Load a causal language model and its tokenizer from a local directory or GGUF file.
 
     Args:
-        path: the directory.
+        path: the directory or file.
         name: what to call the model in messages.
         options: see `ModelOptions`.
         needs_template: refuse a model without a chat template; else it is given prompts as they are.
@@ -127,7 +128,7 @@ def load_weights(
     """Load a model onto its device; half formats are run in float32 on a CPU unless the options name a dtype.
 
     Args:
-        path: the directory.
+        path: the directory, or a GGUF file, whose blocks are decoded.
         name: what to call the model in messages.
         options: see `ModelOptions`.
         choose_class: gives the class of transformers for a config; None: see `class_of`.
@@ -143,6 +144,8 @@ def load_weights(
     device, trust = choose_device(options.device), options.trust_remote_code
     if options.device_map is None:
         check_memory(path, name=name, dtype=options.dtype, device=device)
+    if path.is_file():
+        return _load_gguf(path, name=name, options=options, device=device, choose_class=choose_class or class_of)
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     config = _read_config(path, name=name, options=options, kind=kind)
     try:
@@ -159,11 +162,31 @@ def load_weights(
     return cast("PreTrainedModel", model)
 
 
+def _load_gguf(
+    path: Path,
+    *,
+    name: str,
+    options: ModelOptions,
+    device: torch.device,
+    choose_class: "Callable[[PretrainedConfig], Any]",
+) -> "PreTrainedModel":
+    header = read_gguf(path)
+    on_cpu = device.type == "cpu" and options.device_map is None
+    auto = "float32" if on_cpu else header.stored_dtype()
+    dtype = auto if options.dtype == "auto" else options.dtype
+    model = load_gguf(
+        path, name=name, choose_class=choose_class, dtype=dtype, device_map=options.device_map, header=header
+    )
+    return model if options.device_map else cast("PreTrainedModel", cast(Any, model).to(device))
+
+
 def _read_config(
     path: Path, *, name: str, options: ModelOptions, kind: str = "a causal language model"
 ) -> "PretrainedConfig":
     from transformers import AutoConfig
 
+    if path.is_file():
+        return read_gguf_config(path, name=name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
@@ -177,6 +200,8 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
     Raises:
         ModelError: the files do not load as one.
     """
+    if path.is_file():
+        return load_gguf_tokenizer(path, name=name)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
@@ -387,7 +412,7 @@ def check_memory(path: Path, *, name: str, dtype: str, device: torch.device) -> 
 
 
 def estimate_bytes(path: Path, *, dtype: str, device: torch.device) -> int:
-    """Return how many bytes the weights in a directory take once loaded; 0 where no weight files are known.
+    """Return how many bytes the weights of a directory or GGUF file take once loaded; 0 where no weights are known.
 
     Half formats are run in float32 on a CPU unless `dtype` says otherwise.
 
@@ -396,13 +421,17 @@ def estimate_bytes(path: Path, *, dtype: str, device: torch.device) -> int:
         dtype: auto, float32, bfloat16 or float16.
         device: where the model is to go.
     """
+    if path.is_file():
+        header = read_gguf(path)
+        as_run = "float32" if device.type == "cpu" else header.stored_dtype()
+        return header.n_values * _WIDTHS[as_run if dtype == "auto" else dtype]
     stored = sum(file.stat().st_size for file in _weight_files(path))
     config = _read(path / "config.json")
     if config.get("quantization_config"):
         return stored
     stored_width = _WIDTHS.get(_stored_dtype(config), 4)
-    as_run = 4 if stored_width == 2 and device.type == "cpu" else stored_width
-    return stored * _WIDTHS.get(dtype, as_run) // stored_width
+    width = 4 if stored_width == 2 and device.type == "cpu" else stored_width
+    return stored * _WIDTHS.get(dtype, width) // stored_width
 
 
 def free_bytes(device: torch.device) -> int | None:

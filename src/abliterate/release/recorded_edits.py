@@ -12,7 +12,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from abliterate.architectures.writers import ROLES, PostNorm, ResidualWriter, map_stream
-from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, refuse_gguf
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.checkpoints.quantized import plain_view
@@ -178,6 +178,7 @@ def find_base(record: AbliterationRecord, given: ModelSource | Path | str | None
             f"{record.directory / RECORD_NAME}: names the base model {named}, which is not there; "
             "name a directory or a Hub id that holds it with --base"
         )
+    refuse_gguf(source.path)
     if not is_base(source.path, record):
         raise InputError(
             f"{source.name}: is not the model that was edited: its config.json is not the one in "

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import open_checkpoint, refuse_gguf
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
@@ -70,6 +70,7 @@ def verify_checkpoint(
         PromptSetError: The prompts cannot be read.
     """
     options = options or VerificationOptions()
+    refuse_gguf(checkpoint)
     record = read_record(checkpoint)
     if record.is_adapter:
         raise InputError(
