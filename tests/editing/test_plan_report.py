@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
@@ -267,3 +268,15 @@ def test_a_layer_beyond_the_configs_count_is_left_alone_and_named(tmp_path):
     reasons = {kept.tensor_name: kept.reason for kept in plan.left_alone}
     assert "model.layers.2.mlp.down_proj.weight" in reasons
     assert all(reasons.values())
+
+    @pytest.mark.parametrize("differs", [True, False])
+    def test_head_and_embedding_are_compared_by_parts(self, hub, tmp_path, differs):
+        path = save_tiny_model(tmp_path / "model", tied=True, vocab_size=8000)
+        tensors = load_file(path / "model.safetensors")
+        head = tensors["model.embed_tokens.weight"].clone()
+        head[4000:4010] += float(differs)
+        save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors", metadata={"format": "pt"})
+        hub.add_repo("org/model", files_of(path))
+        assert plan_edit(model="org/model").tied_embeddings == (not differs)
+        sent = next(size for name, size in hub.sent.items() if name.endswith("model.safetensors"))
+        assert sent < head.nbytes

@@ -13,6 +13,7 @@ from abliterate.architectures.table import (
     WRAPPERS,
     Architecture,
     Condition,
+    Wrapper,
     refusal,
 )
 from abliterate.architectures.vocabulary import DEPTH_KEYS, DEPTH_LISTS, EXPERT_KEYS, SIZE_KEYS
@@ -32,7 +33,8 @@ class TextModel:
         d_model: Width of the residual stream; None if the config leaves it to its class.
         n_layers: Number of decoder blocks; None likewise.
         n_experts: Number of routed experts of a layer; None if the config names none.
-        tied_embeddings: Whether the output head shares the token embedding's rows.
+        tied_embeddings: Whether the output head shares the token embedding's rows by what the config says; a head of
+            its own that is stored beside another embedding is not tied all the same.
         has_towers: Parts for images or sound may lie beside the text model.
         verified: The model type is in the table, and so is that of its text model.
     """
@@ -66,10 +68,6 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
     if not section and not size_keys:
         size_keys = [SIZE_KEYS[0]]
     model_type = str(config.get("model_type"))
-    tied = config.get("tie_word_embeddings")
-    if tied is not None and not isinstance(tied, bool):
-        raise _wrong_value("tie_word_embeddings", tied, "true or false", path)
-    default = WRAPPERS[model_type].tied if model_type in WRAPPERS else row.tied
     model = TextModel(
         model_type=model_type,
         row=row,
@@ -77,7 +75,7 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
         d_model=_size(text, size_keys[0], path) if size_keys else None,
         n_layers=_depth(text, row, path, required=not section),
         n_experts=_expert_count(text),
-        tied_embeddings=default if tied is None else tied,
+        tied_embeddings=_tie(config, text, row, WRAPPERS.get(model_type), path),
         has_towers=row.towers or bool(section) or model_type in WRAPPERS,
         verified=row.model_type in ARCHITECTURES and (model_type in ARCHITECTURES or model_type in WRAPPERS),
     )
@@ -165,6 +163,26 @@ def _refuse_own_code(config: Mapping[str, Any], section: tuple[str, ...], path: 
             f"{path / CONFIG_NAME}: its auto_map names Python code that comes with the checkpoint, which is never run, "
             "so an unknown model type cannot be tried; use a release that transformers itself can load"
         )
+
+
+def _tie(
+    config: Mapping[str, Any], text: Mapping[str, Any], row: Architecture, wrapper: Wrapper | None, path: Path
+) -> bool:
+    def says(section: Mapping[str, Any], default: bool) -> bool:
+        value = section.get("tie_word_embeddings")
+        if value is not None and not isinstance(value, bool):
+            raise _wrong_value("tie_word_embeddings", value, "true or false", path)
+        return default if value is None else value
+
+    if wrapper is None:
+        return not row.never_tied and says(config, row.tied)
+    places = {
+        "top": (says(config, wrapper.tied),),
+        "text": (says(text, row.tied),),
+        "either": (says(config, wrapper.tied), says(text, row.tied)),
+        "never": (),
+    }
+    return any(places[wrapper.tie])
 
 
 def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any]:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, parse_object, read_shard
+from abliterate.checkpoints.safetensors_file import (
+    Shard,
+    TensorInfo,
+    damaged_file,
+    parse_object,
+    read_shard,
+    same_bytes,
+)
 from abliterate.errors import CheckpointError
 from abliterate.files import MAX_BYTES, has_file, open_regular, regular_files, shown
 
@@ -51,6 +58,10 @@ class Checkpoint:
             if tensor.name == name:
                 return tensor
         raise KeyError(name)
+
+    def same_bytes(self, first: TensorInfo, second: TensorInfo) -> bool:
+        """Return whether two of its tensors have the same dtype, shape and bytes."""
+        return same_bytes(self.path, first, second)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -211,6 +211,42 @@ def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:
     return torch.stack(parts)
 
 
+def same_bytes(directory: Path, first: TensorInfo, second: TensorInfo) -> bool:
+    """Return whether two stored tensors have the same dtype, shape and bytes; of quantised ones, codes and companions.
+
+    Reading ends at the first difference.
+
+    Raises:
+        CheckpointError: A file cannot be read or has become shorter.
+    """
+    pairs = [(first, second)]
+    if first.encoding is not None and second.encoding is not None:
+        pairs = list(zip(first.encoding.stored, second.encoding.stored, strict=False))
+    if (first.encoding is None) != (second.encoding is None) or any(
+        (one.dtype, one.shape) != (other.dtype, other.shape) for one, other in pairs
+    ):
+        return False
+    return all(_same_range(directory, one, other) for one, other in pairs)
+
+
+def _same_range(directory: Path, first: TensorInfo, second: TensorInfo) -> bool:
+    path = directory / first.shard
+    try:
+        with path.open("rb") as one, (directory / second.shard).open("rb") as other:
+            one.seek(first.start)
+            other.seek(second.start)
+            for position in range(first.start, first.end, _CHUNK_BYTES):
+                size = min(_CHUNK_BYTES, first.end - position)
+                part = one.read(size)
+                if len(part) != size:
+                    raise damaged_file(path, "it became shorter while it was being read")
+                if part != other.read(size):
+                    return False
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return True
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes as a file stores them."""
     data: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data

@@ -83,7 +83,7 @@ class EditPlan:
             extracted_from = direction.metadata.get("model_type")
             if extracted_from is not None and extracted_from != model_type:
                 notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
-        notes += self.edit_notes
+        notes += [*self.stream.notes(), *self.edit_notes]
         others = [
             name
             for name in self.checkpoint.side_files
@@ -130,6 +130,7 @@ def make_edit_plan(
         config=view.config,
         tensors=tuple(view.tensors()),
         path=view.path,
+        same_bytes=view.same_bytes,
         unverified=options.unverified,
     )
     options = dataclasses.replace(options, unverified=not stream.verified)

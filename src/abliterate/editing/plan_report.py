@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -165,6 +165,8 @@ class Layout:
         gated: "auto" or "manual" where the Hub asks for agreement first.
         download_bytes: What would be downloaded; 0 for a directory.
         disk_bytes: What a copy of it takes.
+        same_bytes: Whether two of its tensors have the same dtype, shape and bytes; of a Hub model, as far as a few
+            parts of them tell.
     """
 
     name: str
@@ -176,6 +178,7 @@ class Layout:
     gated: str | None
     download_bytes: int
     disk_bytes: int
+    same_bytes: Callable[[TensorInfo, TensorInfo], bool]
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Return all tensors, shard by shard in file order."""
@@ -214,7 +217,11 @@ def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanRe
     options = options or EditOptions()
     infos = {tensor.name: tensor for tensor in layout.tensors()}
     stream = map_stream(
-        config=layout.config, tensors=tuple(infos.values()), path=layout.path, unverified=options.unverified
+        config=layout.config,
+        tensors=tuple(infos.values()),
+        path=layout.path,
+        same_bytes=layout.same_bytes,
+        unverified=options.unverified,
     )
     selected = select_writers(stream, options=options, model=layout.name)
     return _report(layout, stream, selected, infos)
@@ -234,6 +241,7 @@ def _read_local(path: Path, name: str) -> Layout:
         gated=None,
         download_bytes=0,
         disk_bytes=sum(sizes),
+        same_bytes=checkpoint.same_bytes,
     )
 
 
@@ -255,7 +263,23 @@ def _read_remote(remote: RemoteModel) -> Layout:
         gated=remote.gated,
         download_bytes=total,
         disk_bytes=total,
+        same_bytes=lambda first, second: _same_parts(remote, first, second),
     )
+
+
+def _same_parts(remote: RemoteModel, first: TensorInfo, second: TensorInfo) -> bool:
+    size = first.end - first.start
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    length = min(size, _FIRST_RANGE)
+    # Two matrices that were trained apart differ everywhere.
+    for offset in sorted({0, (size - length) // 2, size - length}) if length else ():
+        one, other = (
+            remote.read_range(each.shard, each.start + offset, each.start + offset + length) for each in (first, second)
+        )
+        if one != other:
+            return False
+    return True
 
 
 def _read_small(remote: RemoteModel, name: str) -> bytes:
@@ -306,7 +330,7 @@ def _report(
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
         memory_bytes=2 * largest.bytes + _WORKSPACE_BYTES,
-        notes=() if stream.verified else (unverified_note(stream.model_type),),
+        notes=(*(() if stream.verified else (unverified_note(stream.model_type),)), *stream.notes()),
     )
 
 
