@@ -17,7 +17,7 @@ from abliterate.architectures.config import TextModel, read_text_model
 from abliterate.architectures.names import NormChains, Part, PostNorm, Role, TensorName, parse_name
 from abliterate.architectures.table import Architecture
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
-from abliterate.checkpoints.quantized import CONFIG_KEYS, base_in_words, is_handled
+from abliterate.checkpoints.quantized import CONFIG_KEYS, base_in_words, is_handled, quantization_of
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
 from abliterate.files import shown
@@ -34,8 +34,8 @@ def refuse_quantization_config(config: Mapping[str, Any], tensors: Sequence[Tens
     for key in CONFIG_KEYS:
         found = config.get(key)
         if found:
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-            method = method if isinstance(method, str) and method.isprintable() else shown(method)
+            method = (quantization_of(config) or ("unknown",))[0]
+            method = method if method.isprintable() else shown(method)
             plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
             example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
             way_out = ", or give --quantized requantize or --quantized dequantize" if is_handled(config) else ""

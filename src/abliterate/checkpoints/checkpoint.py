@@ -3,7 +3,7 @@
 The layout is read from the shards' headers alone (see `safetensors_file`) and checked against the index.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,39 @@ def open_checkpoint(path: Path) -> Checkpoint:
         side_files=tuple(name for name, is_inside in others if is_inside),
         outside_links=tuple(name for name, is_inside in others if not is_inside),
     )
+
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def refuse_adapter(path: Path, names: Collection[str]) -> None:
+    """Raise if a LoRA adapter lies beside a model's weights: transformers loads both, and an edit would miss it.
+
+    Args:
+        path: The model's directory or its Hub id, for messages.
+        names: The files in it.
+
+    Raises:
+        CheckpointError: One does.
+    """
+    weights = next((name for name in _ADAPTER_WEIGHTS if name in names), None)
+    if weights is not None and _ADAPTER_CONFIG in names:
+        raise CheckpointError(
+            f"{path}: an adapter ({weights}) lies beside the model's weights and writes to the residual stream too, "
+            "and transformers loads both; merge it first (load the base alone, peft's `PeftModel.from_pretrained`, "
+            f"`merge_and_unload`, `save_pretrained`), or, if it is not meant, remove it and {_ADAPTER_CONFIG}"
+        )
+
+
+def is_of_mlx(path: Path) -> bool:
+    """Return whether the weights in a directory say that MLX wrote them; names and axes may then be its own."""
+    for file in sorted(path.glob("*.safetensors"))[:1]:
+        try:
+            return (read_shard(file).metadata or {}).get("format") == "mlx"
+        except CheckpointError:
+            return False
+    return False
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -218,7 +251,7 @@ def choose_shards(
 
 
 def _no_weights_message(path: Path) -> str:
-    if (path / "adapter_config.json").is_file():
+    if (path / _ADAPTER_CONFIG).is_file():
         return (
             f"{path}: holds an adapter and no model weights; merge it first (peft's `merge_and_unload`, then "
             "`save_pretrained`)"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap, map_stream
-from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.quantized import (
     dequantized_config_changes,
@@ -125,6 +125,7 @@ def make_edit_plan(
     """
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
+    refuse_adapter(checkpoint.path, checkpoint.side_files)
     view = checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
     stream = map_stream(
         config=view.config,

@@ -21,6 +21,7 @@ from abliterate.checkpoints.checkpoint import (
     open_checkpoint,
     parse_config,
     read_json_object,
+    refuse_adapter,
 )
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
@@ -229,6 +230,7 @@ def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanRe
 
 def _read_local(path: Path, name: str) -> Layout:
     checkpoint = open_checkpoint(path)
+    refuse_adapter(path, checkpoint.side_files)
     sizes = [shard.size for shard in checkpoint.shards]
     sizes += [(path / file).stat().st_size for file in checkpoint.side_files]
     return Layout(
@@ -247,6 +249,7 @@ def _read_local(path: Path, name: str) -> Layout:
 
 def _read_remote(remote: RemoteModel) -> Layout:
     path = Path(remote.name)
+    refuse_adapter(path, remote.sizes)
     config = parse_config(_read_small(remote, CONFIG_NAME), path=path / CONFIG_NAME)
     names, index = choose_shards(path, has=remote.sizes.__contains__, read=lambda name: _read_small(remote, name))
     with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:

@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError
 
 from abliterate.architectures.tiny_config import shrink_config
-from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.chat_template import ChatFormat
 from abliterate.models.layer_weights import LayerWeights
+from abliterate.models.loading_report import OF_MLX, check_complete
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import check_extractable, find_blocks
 from abliterate.models.stream_probe import probe_stream
@@ -81,11 +82,13 @@ def open_model(
         InputError: there is no such directory, or no such device.
         HubError: the Hub does not give the model.
         ModelError: the files do not load as a chat model, or it does not fit into memory.
+        CheckpointError: an adapter lies beside the weights of a model that a direction is to be extracted from.
     """
     if isinstance(model, ChatModel):
         return OpenedModel(chat=model, source=None)
     source = as_source(model)
     if extracts:
+        refuse_adapter(Path(source.name), [file.name for file in source.path.iterdir()])
         check_extractable(_read_config(source.path, name=source.name, options=options), name=source.name)
     if can_stream and options.stream_layers:
         chat: ChatModel = load_streamed_model(
@@ -134,7 +137,7 @@ def load_weights(
         kind: what that class makes of it, for messages.
 
     Raises:
-        ModelError: the files do not load as such a model, or it does not fit into memory.
+        ModelError: the files do not load as such a model or do not hold all of it, or it does not fit into memory.
         InputError: the device is not there.
     """
     from transformers.utils import logging
@@ -147,11 +150,15 @@ def load_weights(
     config = _read_config(path, name=name, options=options, kind=kind)
     try:
         auto_class = (choose_class or class_of)(config)
-        model = auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map)
+        model, report = auto_class.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map, output_loading_info=True
+        )
     except SafetensorError as error:
         raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
+        cause = f"; {OF_MLX}" if is_of_mlx(path) else ""
+        raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}{cause}") from error
+    check_complete(model, report, path=path, name=name)
     if options.device_map is None:
         if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
             model = model.float()
