@@ -43,7 +43,8 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 ALL_TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
-WRAPPER_TYPES = sorted(WRAPPERS)
+# A part of a larger model is loaded as the type that the part has of its own, which is checked as such.
+WRAPPER_TYPES = sorted(name for name, wrapper in WRAPPERS.items() if wrapper.within is None)
 TEXT_TYPES = sorted(set(ARCHITECTURES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 REFUSED_TYPES = sorted({*ALL_TYPES} - {*WRAPPER_TYPES, *TEXT_TYPES})
 CLEAN, DIRTY = 1e-6, 1e-3

@@ -66,8 +66,10 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
     text = _at(config, section)
     size_keys = [key for key in SIZE_KEYS if key in text]
     if not section and not size_keys:
-        size_keys = [SIZE_KEYS[0]]
+        size_keys = ["hidden_size"]
     model_type = str(config.get("model_type"))
+    wrapper = WRAPPERS.get(model_type)
+    outer = _outer(config, wrapper)[0]
     model = TextModel(
         model_type=model_type,
         row=row,
@@ -75,7 +77,7 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
         d_model=_size(text, size_keys[0], path) if size_keys else None,
         n_layers=_depth(text, row, path, required=not section),
         n_experts=_expert_count(text),
-        tied_embeddings=_tie(config, text, row, WRAPPERS.get(model_type), path),
+        tied_embeddings=_tie(outer, text, row, wrapper, path),
         has_towers=row.towers or bool(section) or model_type in WRAPPERS,
         verified=row.model_type in ARCHITECTURES and (model_type in ARCHITECTURES or model_type in WRAPPERS),
     )
@@ -98,6 +100,7 @@ def read_loaded_row(*, config: Mapping[str, Any], d_model: int, name: str) -> tu
     """
     top = str(config.get("model_type"))
     wrapper = WRAPPERS.get(top)
+    config = _outer(config, wrapper)[0]
     sections = (
         [key for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)] if top not in ARCHITECTURES else []
     )
@@ -126,13 +129,14 @@ def _row_and_section(
     config: Mapping[str, Any], path: Path, *, unverified: bool
 ) -> tuple[Architecture, tuple[str, ...]]:
     top = config.get("model_type")
+    wrapper = WRAPPERS.get(top) if isinstance(top, str) else None
+    config, within = _outer(config, wrapper)
     is_unknown = unverified and isinstance(top, str) and top not in ARCHITECTURES
     is_wrapper = is_unknown or (isinstance(top, str) and top in WRAPPERS)
     for key in TEXT_SECTIONS if is_wrapper else ():
         if not isinstance(config.get(key), (Mapping, type(None))):
             raise _wrong_value(key, config[key], "an object", path)
     sections = [key for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)]
-    wrapper = WRAPPERS.get(top) if isinstance(top, str) else None
     if wrapper is not None:
         section = tuple(sections[:1])
         text_type = _at(config, section).get("model_type", wrapper.text_type) if section else wrapper.text_type
@@ -145,12 +149,14 @@ def _row_and_section(
     if not refused and (is_accepted or (is_unknown and wrapper is None)):
         _refuse_own_code(config, section, path)
     if row is not None and not refused:
-        return row, section
+        return row, within + section
     if is_accepted and not refused:
         # Every rule is open to it: what they find is proved, or not, on a tiny twin.
-        return _by_common_rules(str(text_type)), section
+        return _by_common_rules(str(text_type)), within + section
     name = refused[0] if refused else (top if wrapper is None else text_type)
     hint = "" if refused else ", and --unverified tries the edit on a tiny model of this one first"
+    if hint and _own_code(config, section):
+        hint = "; its code comes with the checkpoint (auto_map) and is never run, so --unverified cannot try it either"
     raise UnsupportedArchitectureError(
         f"{path / CONFIG_NAME}: model type {shown(name)} cannot be orthogonalized: {refusal(name)}; "
         f"docs/architectures.md lists the types that can{hint}"
@@ -158,7 +164,7 @@ def _row_and_section(
 
 
 def _refuse_own_code(config: Mapping[str, Any], section: tuple[str, ...], path: Path) -> None:
-    if config.get("auto_map") or _at(config, section).get("auto_map"):
+    if _own_code(config, section):
         raise UnsupportedArchitectureError(
             f"{path / CONFIG_NAME}: its auto_map names Python code that comes with the checkpoint, which is never run, "
             "so an unknown model type cannot be tried; use a release that transformers itself can load"
@@ -183,6 +189,17 @@ def _tie(
         "never": (),
     }
     return any(places[wrapper.tie])
+
+
+def _own_code(config: Mapping[str, Any], section: tuple[str, ...]) -> bool:
+    return bool(config.get("auto_map") or _at(config, section).get("auto_map"))
+
+
+def _outer(config: Mapping[str, Any], wrapper: Wrapper | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return the part of a config that is the wrapper's, and the keys that lead to it."""
+    within = None if wrapper is None else wrapper.within
+    part = config.get(within) if within else None
+    return (part, (within,)) if within and isinstance(part, Mapping) else (config, ())
 
 
 def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any]:

@@ -147,6 +147,7 @@ iquestcoder
 jais2
 jamba
 jetmoe                tied
+kimi_k2
 kimi_linear           never_tied
 kolibri1              post_norm
 laguna
@@ -279,12 +280,14 @@ class Wrapper:
         tied: `tie_word_embeddings` where the top of the config does not say.
         tie: Where a tie is declared: at the top alone, in the text section alone, in either of them (the top's
             false then does not undo the section's true), or nowhere, because the model never ties.
+        within: The section that holds all of it, where it is a part of a larger model.
     """
 
     model_type: str
     text_type: str
     tied: bool = False
     tie: Tie = "top"
+    within: str | None = None
 
 
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
@@ -332,11 +335,13 @@ paddleocr_vl            paddleocr_vl_text     tied tie=either
 paligemma               gemma                 tied
 pp_chart2table          qwen2                 tied
 qianfan_ocr             qwen3
+qwen2_5_omni            qwen2_5_omni_text     within=thinker_config
 qwen2_5_omni_thinker    qwen2_5_omni_text
 qwen2_5_vl              qwen2_5_vl_text       tie=either
 qwen2_vl                qwen2_vl_text         tie=either
 qwen3_5                 qwen3_5_text
 qwen3_5_moe             qwen3_5_moe_text
+qwen3_omni_moe          qwen3_omni_moe_text   within=thinker_config
 qwen3_omni_moe_thinker  qwen3_omni_moe_text
 qwen3_vl                qwen3_vl_text
 qwen3_vl_moe            qwen3_vl_moe_text
@@ -350,8 +355,8 @@ vipllava                llama
 
 def _wrapper(line: str) -> Wrapper:
     model_type, text_type, *words = line.split()
-    tie = next((word.partition("=")[2] for word in words if word.startswith("tie=")), "top")
-    return Wrapper(model_type=model_type, text_type=text_type, tied="tied" in words, tie=cast(Tie, tie))
+    values = dict(word.split("=") for word in words if "=" in word)
+    return Wrapper(model_type=model_type, text_type=text_type, tied="tied" in words, **cast(Any, values))
 
 
 WRAPPERS: Mapping[str, Wrapper] = {row.model_type: row for row in map(_wrapper, _WRAPPER_ROWS.strip().splitlines())}

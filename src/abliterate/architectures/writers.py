@@ -372,7 +372,8 @@ class _Mapper:
 
 _WRITING = {Part.WRITER, Part.BIAS, Part.TOKEN_EMBEDDING, Part.POSITION_EMBEDDING, Part.STREAM_START}
 _REASONS = {
-    Part.TOWER: "it is part of an image, video or audio tower or its projector, which the text path does not use",
+    Part.TOWER: "it is part of an image, video or audio tower, its projector or a speech decoder, which the text path "
+    "does not use",
     Part.PREDICTION: "it predicts tokens further ahead, and does not write to the residual stream",
     Part.HEAD: "the output head reads the residual stream",
     Part.READER_COMPANION: "it belongs to a quantised weight that reads the residual stream",
@@ -380,6 +381,5 @@ _REASONS = {
 
 
 def _head_beside(embedding: str) -> str:
-    if embedding.startswith("language_model."):
-        return "language_model.lm_head.weight"
-    return "lm_head.weight"
+    outer = embedding.partition(".")[0]
+    return f"{outer}.lm_head.weight" if outer in {"language_model", "thinker"} else "lm_head.weight"

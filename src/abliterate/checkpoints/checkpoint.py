@@ -286,9 +286,25 @@ def check_tensor_names(path: Path, shards: tuple[Shard, ...], index: dict[str, A
     if index is None:
         return
     weight_map = index["weight_map"]
-    for name in sorted(weight_map.keys() | found.keys()):
-        if weight_map.get(name) != found.get(name):
+    for name in sorted(weight_map.keys() & found.keys()):
+        if weight_map[name] != found[name]:
             raise CheckpointError(
-                f"{path / INDEX_NAME}: says that tensor {name} is in {weight_map.get(name, 'no shard')}, "
-                f"but it is in {found.get(name, 'no shard')}; download the checkpoint again"
+                f"{path / INDEX_NAME}: says that tensor {name} is in {weight_map[name]}, but it is in {found[name]}; "
+                "index and shards are of different releases; download the checkpoint again"
+            )
+    _check_same_names(path / INDEX_NAME, set(weight_map), set(found))
+
+
+def _check_same_names(index: Path, listed: Collection[str], found: Collection[str]) -> None:
+    # No download is cut off like that: each shard has the length that its header says.
+    for names, what in (
+        (sorted(set(listed) - set(found)), "names {}, which no shard has"),
+        (sorted(set(found) - set(listed)), "does not name {}, which a shard has"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} tensors more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{index}: {what.format(f'tensor {names[0]}{more}')}; the release is so, and programs differ in what "
+                "they make of it; load it with transformers and save it anew with `save_pretrained`, which writes an "
+                "index that fits"
             )

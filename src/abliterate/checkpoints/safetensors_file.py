@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from abliterate.checkpoints.encoding import Encoding
 
 _LENGTH_BYTES = 8
+# How the file begins that git leaves in the place of a large one, and more than it can be long.
+_LFS, _MAX_POINTER_BYTES = b"version https://git-lfs", 1024
 # As torch holds sizes; more axes than it takes.
 _MAX_SIZE, _MAX_AXES = 1 << 63, 64
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -103,6 +105,8 @@ def header_end(path: Path, beginning: bytes, *, size: int) -> int:
     Raises:
         CheckpointError: The header would be longer than the file, or than the format allows.
     """
+    if beginning.startswith(_LFS[:_LENGTH_BYTES]) and size < _MAX_POINTER_BYTES:
+        raise lfs_pointer(path)
     length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
     if len(beginning) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
         raise damaged_file(path, f"its header claims {length} bytes, the file has {size}")
@@ -340,6 +344,8 @@ def parse_object(data: bytes, *, path: Path, what: str = "it", infinities: bool 
     Raises:
         CheckpointError: It is not JSON, or means different things to different programs.
     """
+    if data.startswith(_LFS):
+        raise lfs_pointer(path)
     try:
         value = parse_json(data, infinities=infinities)
     except ValueError as error:
@@ -347,6 +353,23 @@ def parse_object(data: bytes, *, path: Path, what: str = "it", infinities: bool 
     if not isinstance(value, dict):
         raise damaged_file(path, f"{what} is not a JSON object")
     return value
+
+
+def lfs_pointer(path: Path) -> CheckpointError:
+    """Return the error about a file that is a pointer to one in Git's large file storage."""
+    return CheckpointError(
+        f"{path}: is a pointer of Git LFS and not the file itself, which was never downloaded; run `git lfs pull` in "
+        f"{path.parent}"
+    )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is a pointer to one in Git's large file storage."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 def damaged_file(path: Path, reason: str) -> CheckpointError:

@@ -11,6 +11,7 @@ from abliterate.cli.options import (
     JsonOption,
     LayersOption,
     ModelArg,
+    QuantizedOption,
     RevisionOption,
     UnverifiedOption,
     parse_components,
@@ -31,6 +32,7 @@ def plan(
     model: ModelArg,
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
+    quantized: QuantizedOption = DEFAULTS.quantized,
     unverified: UnverifiedOption = DEFAULTS.unverified,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
@@ -49,7 +51,7 @@ def plan(
         from abliterate.editing.tiny_twin import prove_on_tiny_twin
 
         prove_on_tiny_twin(layout=layout, progress=output.progress)
-    options = EditOptions(components=roles, layers=layer_range, unverified=unverified)
+    options = EditOptions(components=roles, layers=layer_range, quantized=quantized, unverified=unverified)
     report = plan_layout(layout, options=options)
     output.report(report, tables=lambda: _tables(report))
 

@@ -6,7 +6,7 @@
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from abliterate.architectures.writers import ROLES, LeftAlone, PostNorm, Residua
 from abliterate.checkpoints.atomic_directory import check_output_directory
 from abliterate.checkpoints.checkpoint import (
     CONFIG_NAME,
+    Checkpoint,
     check_tensor_names,
     choose_shards,
     open_checkpoint,
@@ -26,6 +27,7 @@ from abliterate.checkpoints.checkpoint import (
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
+from abliterate.checkpoints.quantized import dequantized_layout, plain_view
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import EditPlan, select_writers, unverified_note
@@ -216,15 +218,22 @@ def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanRe
         CheckpointError: The model is quantised or of an unsupported type.
     """
     options = options or EditOptions()
-    infos = {tensor.name: tensor for tensor in layout.tensors()}
+    view = Checkpoint(path=layout.path, config=layout.config, shards=layout.shards, index=None, side_files=())
+    view = view if options.quantized == "refuse" else plain_view(view)
+    infos = {tensor.name: tensor for tensor in view.tensors()}
     stream = map_stream(
-        config=layout.config,
+        config=view.config,
         tensors=tuple(infos.values()),
         path=layout.path,
         same_bytes=layout.same_bytes,
         unverified=options.unverified,
     )
     selected = select_writers(stream, options=options, model=layout.name)
+    if options.quantized == "dequantize":
+        plain = dequantized_layout(view).shards
+        grown = sum(shard.size for shard in plain) - sum(shard.size for shard in layout.shards)
+        layout = replace(layout, shards=plain, disk_bytes=layout.disk_bytes + grown)
+        infos = {tensor.name: tensor for tensor in layout.tensors()}
     return _report(layout, stream, selected, infos)
 
 
@@ -305,7 +314,7 @@ def _report(
 ) -> PlanReport:
     tensors = tuple(_planned(writer, infos[writer.tensor_name]) for writer in selected)
     chosen = {tensor.name for tensor in tensors}
-    largest = max(tensors, key=lambda tensor: tensor.bytes)
+    largest = max((infos[tensor.name] for tensor in tensors), key=lambda info: info.plain_bytes)
     roles = [tensor.role for tensor in tensors]
     return PlanReport(
         model=layout.name,
@@ -328,11 +337,11 @@ def _report(
         left_alone=stream.left_alone,
         n_shards=len(layout.shards),
         bytes_edited=sum(tensor.bytes for tensor in tensors),
-        bytes_weights=sum(info.end - info.start for info in infos.values()),
+        bytes_weights=sum(info.end - info.start for info in layout.tensors()),
         download_bytes=layout.download_bytes,
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
-        memory_bytes=2 * largest.bytes + _WORKSPACE_BYTES,
+        memory_bytes=2 * largest.plain_bytes + _WORKSPACE_BYTES,
         notes=(*(() if stream.verified else (unverified_note(stream.model_type),)), *stream.notes()),
     )
 
@@ -344,7 +353,7 @@ def _planned(writer: ResidualWriter, info: TensorInfo) -> PlannedTensor:
         layer=writer.layer,
         residual_axis=writer.residual_axis,
         shape=info.shape,
-        dtype=info.dtype,
+        dtype=info.encoding.codes.dtype if info.encoding else info.dtype,
         shard=info.shard,
         bytes=info.end - info.start,
         norm_chain=writer.norm_chain,

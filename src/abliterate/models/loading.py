@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource, as_source
+from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.chat_template import ChatFormat
@@ -151,9 +152,17 @@ def load_weights(
     try:
         auto_class = (choose_class or class_of)(config)
         model, report = auto_class.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust,
+            device_map=options.device_map,
+            output_loading_info=True,
         )
     except SafetensorError as error:
+        pointer = next((file for file in sorted(path.glob("*.safetensors")) if is_lfs_pointer(file)), None)
+        if pointer is not None:
+            raise lfs_pointer(pointer) from error
         raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         cause = f"; {OF_MLX}" if is_of_mlx(path) else ""
@@ -175,7 +184,12 @@ def _read_config(
         config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
-    return cast("PretrainedConfig", config)
+    return text_part(config)
+
+
+def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
+    """Return the part of a config that a text model is loaded by: of a model that also speaks, what thinks."""
+    return cast("PretrainedConfig", getattr(config, "thinker_config", None) or config)
 
 
 def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":
@@ -198,7 +212,7 @@ def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the class of transformers that loads the model in a directory, images and sound included if need be."""
     from transformers import AutoConfig
 
-    return class_of(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    return class_of(text_part(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)))
 
 
 def class_of(config: "PretrainedConfig") -> Any:
@@ -221,7 +235,7 @@ def empty_model(path: Path, *, name: str) -> "PreTrainedModel":
 
     try:
         with torch.device("meta"):
-            model = auto_class(path).from_config(AutoConfig.from_pretrained(path))
+            model = auto_class(path).from_config(text_part(AutoConfig.from_pretrained(path)))
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name} is not built by transformers: {reason}") from error
@@ -280,7 +294,7 @@ def load_streamed_model(
     if checkpoint.config.get("quantization_config"):
         raise ModelError(f"{name} is quantised; --stream-layers reads float32, float16 and bfloat16 weights only")
     tokenizer = load_tokenizer(path, name=name, options=options)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    config = text_part(AutoConfig.from_pretrained(path, trust_remote_code=trust))
     returned = try_streaming(config, name=name)
     with init_empty_weights(include_buffers=False):
         model = auto_class(path, trust_remote_code=trust).from_config(config, dtype=_dtype(config, options, device))
