@@ -3,6 +3,7 @@
 The layout is read from the shards' headers alone (see `safetensors_file`) and checked against the index.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+_SECOND_COPY = re.compile(r"consolidated[^/]*\.(safetensors|safetensors\.index\.json|pth)")
+
 # The longest name that common file systems take.
 _MAX_FILE_NAME = 255
 
@@ -38,6 +41,8 @@ class Checkpoint:
         index: The content of the shard index; None for a single file.
         side_files: Every other regular file below the directory, as relative POSIX paths, sorted.
         outside_links: Links to files outside the directory, which are not followed; likewise.
+        second_copies: The same weights again under other names (Mistral's `consolidated.safetensors`); likewise. An
+            edit does not reach them, and some engines prefer them.
     """
 
     path: Path
@@ -46,6 +51,7 @@ class Checkpoint:
     index: dict[str, Any] | None
     side_files: tuple[str, ...]
     outside_links: tuple[str, ...] = ()
+    second_copies: tuple[str, ...] = ()
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Iterate over all tensors, shard by shard in file order."""
@@ -93,8 +99,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config=config,
         shards=shards,
         index=index,
-        side_files=tuple(name for name, is_inside in others if is_inside),
+        side_files=tuple(name for name, is_inside in others if is_inside and not _SECOND_COPY.fullmatch(name)),
         outside_links=tuple(name for name, is_inside in others if not is_inside),
+        second_copies=tuple(name for name, is_inside in others if is_inside and _SECOND_COPY.fullmatch(name)),
     )
 
 

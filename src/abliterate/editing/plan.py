@@ -30,7 +30,7 @@ from abliterate.editing.edits import (
 )
 from abliterate.editing.options import EditOptions
 from abliterate.errors import CheckpointError, DirectionError, InputError
-from abliterate.files import shown
+from abliterate.files import printable, shown
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
@@ -92,9 +92,19 @@ class EditPlan:
         if self.checkpoint.outside_links:
             links = ", ".join(shown(name) for name in self.checkpoint.outside_links)
             notes.append(f"not copied, as they are links that lead out of the directory: {links}")
+        if self.checkpoint.second_copies:
+            notes.append(second_copies_note(self.checkpoint.second_copies))
         if others:
             notes.append(f"copied unedited, though they seem to hold weights: {', '.join(others)}")
         return tuple(notes)
+
+
+def second_copies_note(names: Sequence[str]) -> str:
+    """Return what the user should know about second copies of the weights."""
+    return (
+        f"left out: {', '.join(printable(name) for name in names)}, the same weights again, which would stay unedited "
+        "and which some engines load instead"
+    )
 
 
 def unverified_note(model_type: str) -> str:

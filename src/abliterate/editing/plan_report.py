@@ -30,7 +30,7 @@ from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.quantized import dequantized_layout, plain_view
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.options import EditOptions
-from abliterate.editing.plan import EditPlan, select_writers, unverified_note
+from abliterate.editing.plan import EditPlan, second_copies_note, select_writers, unverified_note
 from abliterate.editing.record import (
     FORMAT_VERSION,
     RECORD_NAME,
@@ -170,6 +170,7 @@ class Layout:
         disk_bytes: What a copy of it takes.
         same_bytes: Whether two of its tensors have the same dtype, shape and bytes; of a Hub model, as far as a few
             parts of them tell.
+        second_copies: Files that hold the same weights again and are left out.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Layout:
     download_bytes: int
     disk_bytes: int
     same_bytes: Callable[[TensorInfo, TensorInfo], bool]
+    second_copies: tuple[str, ...] = ()
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Return all tensors, shard by shard in file order."""
@@ -253,6 +255,7 @@ def _read_local(path: Path, name: str) -> Layout:
         download_bytes=0,
         disk_bytes=sum(sizes),
         same_bytes=checkpoint.same_bytes,
+        second_copies=checkpoint.second_copies,
     )
 
 
@@ -342,8 +345,15 @@ def _report(
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
         memory_bytes=2 * largest.plain_bytes + _WORKSPACE_BYTES,
-        notes=(*(() if stream.verified else (unverified_note(stream.model_type),)), *stream.notes()),
+        notes=_notes(layout, stream),
     )
+
+
+def _notes(layout: Layout, stream: StreamMap) -> tuple[str, ...]:
+    notes = [] if stream.verified else [unverified_note(stream.model_type)]
+    notes += stream.notes()
+    notes += [second_copies_note(layout.second_copies)] if layout.second_copies else []
+    return tuple(notes)
 
 
 def _planned(writer: ResidualWriter, info: TensorInfo) -> PlannedTensor:
