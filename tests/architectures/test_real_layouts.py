@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from abliterate.architectures.config import read_text_model
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.directions import make_direction
+from abliterate.editing.adapter import write_adapter
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan_report import PlanReport, plan_layout, read_layout
 from abliterate.errors import CheckpointError, ModelError, UnsupportedArchitectureError
-from abliterate.models.loading import load_weights
+from abliterate.models.loading import load_tokenizer, load_weights
 from abliterate.models.options import ModelOptions
 from tests.support.conformance import DIRTY, build_model, stream_component, text_inputs
-from tests.support.tiny_models import random_direction, save_tiny_llama, save_tiny_model
+from tests.support.tiny_models import random_direction, save_chat_model, save_tiny_llama, save_tiny_model, tiny_llama
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
 
@@ -149,6 +150,13 @@ def test_loading_a_pointer_of_git_lfs_says_so(tmp_path):
         load_weights(tmp_path, name="model", options=ModelOptions(device="cpu"))
 
 
+def test_a_tokenizer_that_is_a_pointer_of_git_lfs_says_so(tmp_path):
+    save_chat_model(tmp_path, tiny_llama())
+    (tmp_path / "tokenizer.json").write_bytes(POINTER)
+    with pytest.raises((CheckpointError, ModelError), match=r"tokenizer.json: is a pointer .* `git lfs pull`"):
+        load_tokenizer(tmp_path, name="model", options=ModelOptions(device="cpu"))
+
+
 @pytest.mark.parametrize("own_code", [True, False])
 def test_unverified_is_advised_only_where_it_can_help(tmp_path, own_code):
     save_tiny_model(tmp_path)
@@ -166,3 +174,18 @@ def test_the_quantisation_of_mlx_is_named(tmp_path, keys):
     change_config(tmp_path, lambda config: config | {key: {"group_size": 64, "bits": 4} for key in keys})
     with pytest.raises(CheckpointError, match=r"method mlx.*MLX alone reads this layout; use the release it was"):
         plan(tmp_path)
+
+
+def test_an_omni_model_has_no_adapter_of_its_thinker_alone(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_omni(base, "qwen2_5_omni_thinker", tied=False)
+    direction = make_direction(mean_difference=random_direction(64))
+    with pytest.raises(ModelError, match="would fit its thinker_config alone"):
+        write_adapter(source=base, direction=direction, output=out)
+
+
+def test_files_that_mlx_wrote_are_edited_and_said_to_be_its_own(tmp_path):
+    save_tiny_llama(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "mlx"})
+    assert any(note.startswith("MLX wrote these files") for note in plan(tmp_path).notes)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from abliterate.architectures.config import read_text_model
 from abliterate.architectures.table import WRAPPERS
@@ -17,6 +16,7 @@ from abliterate.directions import make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan_report import PlanReport, plan_layout, read_layout
+from abliterate.models.loading import class_of
 from tests.support.conformance import (
     CLEAN,
     DIRTY,
@@ -36,9 +36,8 @@ SECTION_TYPES = sorted(name for name, wrapper in WRAPPERS.items() if wrapper.tie
 
 
 def ties(config: Any) -> bool:
-    auto_class: Any = AutoModelForImageTextToText if config.model_type in WRAPPERS else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto_class.from_config(config)
+        model = class_of(config).from_config(config)
     model.tie_weights()
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 

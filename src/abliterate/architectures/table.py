@@ -117,6 +117,7 @@ glm4_moe
 glm4_moe_lite
 glm4v_moe_text
 glm4v_text            post_norm
+glm5_next_text
 glm_moe_dsa
 glm_ocr_text          post_norm
 gpt-sw3               tied positions conv1d embedding=wte
@@ -167,11 +168,13 @@ minimax_m3_vl_text
 ministral
 ministral3
 mistral
+mistral4
 mistral_large4_text
 mixtral
 mllama_text_model
 modernbert-decoder    tied
 mpt                   tied embedding=wte
+muse_glimmer_text     post_norm plus_one
 nanochat
 nemotron
 nemotron_h            never_tied single latent_experts out_proj_bypassed
@@ -226,6 +229,7 @@ _IN_SENTENCES: Mapping[str, Mapping[str, Any]] = {
         ),
     },
     "deepseek_v4": {"not_extracted": _FOUR_STREAMS},
+    "glm5_next_text": {"not_extracted": _FOUR_STREAMS},
     "hrm_text": {
         "not_extracted": "its blocks run several times for each token, so none of them has one input",
     },
@@ -305,6 +309,7 @@ gemma4_unified          gemma4_unified_text   tied
 glm46v                  glm4v_text
 glm4v                   glm4v_text            tie=either
 glm4v_moe               glm4v_moe_text        tie=either
+glm5_next               glm5_next_text
 glm_ocr                 glm_ocr_text          tie=either
 glmga                   glm4v_text
 got_ocr2                qwen2                 tied
@@ -330,6 +335,7 @@ minimax_m3_vl           minimax_m3_vl_text    tie=either
 mistral3                mistral               tied
 mistral_large4          mistral_large4_text
 mllama                  mllama_text_model     tie=never
+muse_glimmer            muse_glimmer_text
 ovis2                   qwen2                 tied
 paddleocr_vl            paddleocr_vl_text     tied tie=either
 paligemma               gemma                 tied

@@ -75,7 +75,7 @@ igate_preact fgate_preact ogate_preact ape W_up W_down per_layer_input_gate tid2
 attention_sink_bias softmax_offset learnable_sink_param e_score_correction_bias expert_bias gate_bias lambda_k1
 lambda_k2 lambda_q1 lambda_q2 alpha_n alpha_p beta eps layer_scalar rotary_emb.inv_freq inv_freq masked_bias attn
 attention hc_attn_base hc_attn_fn hc_attn_scale hc_ffn_base hc_ffn_fn hc_ffn_scale hc_base hc_fn hc_scale
-cross_attn_attn_gate cross_attn_mlp_gate
+cross_attn_attn_gate cross_attn_mlp_gate index_kpool_compress_ape index_kpool_compress_gate
 """
 READERS = _names(_READERS)
 # By their whole name: Gemma 4's router; the shared block of Zamba, whose output only `linear` reads.

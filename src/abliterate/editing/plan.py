@@ -18,7 +18,7 @@ from abliterate.checkpoints.quantized import (
     plain_info,
     plain_view,
 )
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, Shard
 from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.edits import (
     Addition,
@@ -83,7 +83,7 @@ class EditPlan:
             extracted_from = direction.metadata.get("model_type")
             if extracted_from is not None and extracted_from != model_type:
                 notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
-        notes += [*self.stream.notes(), *self.edit_notes]
+        notes += [*self.stream.notes(), *mlx_notes(self.checkpoint.shards), *self.edit_notes]
         others = [
             name
             for name in self.checkpoint.side_files
@@ -97,6 +97,16 @@ class EditPlan:
         if others:
             notes.append(f"copied unedited, though they seem to hold weights: {', '.join(others)}")
         return tuple(notes)
+
+
+def mlx_notes(shards: Sequence[Shard]) -> tuple[str, ...]:
+    """Return what the user should know of files that MLX wrote; nothing of others."""
+    if not any((shard.metadata or {}).get("format") == "mlx" for shard in shards):
+        return ()
+    return (
+        "MLX wrote these files, under names that transformers may not load; `verify` and all that runs the model need "
+        "the release they were converted from",
+    )
 
 
 def second_copies_note(names: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.quantized import dequantized_layout, plain_view
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.options import EditOptions
-from abliterate.editing.plan import EditPlan, second_copies_note, select_writers, unverified_note
+from abliterate.editing.plan import EditPlan, mlx_notes, second_copies_note, select_writers, unverified_note
 from abliterate.editing.record import (
     FORMAT_VERSION,
     RECORD_NAME,
@@ -351,7 +351,7 @@ def _report(
 
 def _notes(layout: Layout, stream: StreamMap) -> tuple[str, ...]:
     notes = [] if stream.verified else [unverified_note(stream.model_type)]
-    notes += stream.notes()
+    notes += [*stream.notes(), *mlx_notes(layout.shards)]
     notes += [second_copies_note(layout.second_copies)] if layout.second_copies else []
     return tuple(notes)
 

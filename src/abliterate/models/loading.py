@@ -160,9 +160,7 @@ def load_weights(
             output_loading_info=True,
         )
     except SafetensorError as error:
-        pointer = next((file for file in sorted(path.glob("*.safetensors")) if is_lfs_pointer(file)), None)
-        if pointer is not None:
-            raise lfs_pointer(pointer) from error
+        _refuse_pointers(path, error)
         raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         cause = f"; {OF_MLX}" if is_of_mlx(path) else ""
@@ -204,8 +202,15 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
     try:
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        _refuse_pointers(path, error)
         raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
     return cast("PreTrainedTokenizerBase", loaded)
+
+
+def _refuse_pointers(path: Path, error: Exception) -> None:
+    pointer = next((file for file in sorted(path.glob("*")) if is_lfs_pointer(file)), None)
+    if pointer is not None:
+        raise lfs_pointer(pointer) from error
 
 
 def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:
