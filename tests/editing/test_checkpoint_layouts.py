@@ -115,7 +115,12 @@ def test_experts_that_are_square_in_both_layouts(tmp_path, model_type, changes, 
     assert min(result.without.values()) > CLEAN
     checkpoint = open_checkpoint(tmp_path / "base")
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors()}
-    stream = map_stream(config=checkpoint.config, tensors=tuple(tensors.values()), path=checkpoint.path)
+    stream = map_stream(
+        config=checkpoint.config,
+        tensors=tuple(tensors.values()),
+        path=checkpoint.path,
+        same_bytes=checkpoint.same_bytes,
+    )
     square = [w for w in stream.writers if tensors[w.tensor_name].shape[1:] == (64, 64)]
     assert square
     assert {writer.residual_axis for writer in square} == {axis}
@@ -126,7 +131,12 @@ def test_a_norm_in_another_shard_than_its_writer(tmp_path):
     assert result.after < CLEAN
     checkpoint = open_checkpoint(tmp_path / "base")
     shards = {tensor.name: tensor.shard for tensor in checkpoint.tensors()}
-    stream = map_stream(config=checkpoint.config, tensors=tuple(checkpoint.tensors()), path=checkpoint.path)
+    stream = map_stream(
+        config=checkpoint.config,
+        tensors=tuple(checkpoint.tensors()),
+        path=checkpoint.path,
+        same_bytes=checkpoint.same_bytes,
+    )
     assert all(shards[w.tensor_name] != shards[norm.weight] for w in stream.writers for norm in w.norm_chain)
 
 

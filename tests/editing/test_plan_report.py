@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.directions import make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan_report import PlanReport, format_ranges, pattern_of, plan_layout, read_layout
@@ -17,7 +20,13 @@ from abliterate.errors import (
     UnsupportedArchitectureError,
 )
 from tests.support.fake_hub import FakeHub
-from tests.support.tiny_models import N_LAYERS, random_direction, save_tiny_model
+from tests.support.tiny_models import (
+    N_LAYERS,
+    random_direction,
+    save_fp8_llama,
+    save_mxfp4_gpt_oss,
+    save_tiny_model,
+)
 
 CARD = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n# Card\n"
 # Wide enough that the weights are many times the 100 kB that the client asks for in each file.
@@ -56,8 +65,6 @@ def refused(kind: type[AbliterateError], match: str, model: object, **options) -
 def test_it_names_what_orthogonalize_edits(wide, tmp_path):
     plan = plan_edit(model=str(wide))
     direction = random_direction()
-    from abliterate.directions import make_direction
-
     done = orthogonalize_checkpoint(
         source=wide, direction=make_direction(mean_difference=direction), output=tmp_path / "out"
     )
@@ -127,6 +134,24 @@ def test_options_that_do_not_fit_are_refused(wide):
     refused(InputError, "select no tensor", wide, options=EditOptions(layers=(1, 2), components=("embed",)))
     refused(InputError, "no such directory", wide / "nowhere")
     refused(InputError, "only Hub models have revisions", wide, revision="main")
+
+
+@pytest.mark.parametrize("policy", ["requantize", "dequantize"])
+@pytest.mark.parametrize("make", [lambda path: save_fp8_llama(path, "block"), save_mxfp4_gpt_oss])
+def test_a_quantised_model_is_planned_as_it_would_be_edited(tmp_path, make, policy):
+    base, out = tmp_path / "base", tmp_path / "out"
+    make(base)
+    refused(QuantizedCheckpointError, "--quantized requantize", base)
+    plan = plan_edit(model=str(base), options=EditOptions(quantized=policy))
+    direction = make_direction(mean_difference=random_direction(plan.d_model))
+    report = orthogonalize_checkpoint(
+        source=base, direction=direction, output=out, options=EditOptions(quantized=policy)
+    )
+    assert [(t.name, t.dtype, t.shape) for t in plan.tensors] == [(t.name, t.dtype, t.shape) for t in report.tensors]
+    assert plan.bytes_edited == report.bytes_edited
+    sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.suffix == ".safetensors"}
+    headers = sum(len(shard.header_bytes) for shard in open_checkpoint(out).shards)
+    assert plan.bytes_weights == sum(sizes.values()) - headers
 
 
 class TestOnTheHub:
@@ -264,3 +289,15 @@ def test_a_layer_beyond_the_configs_count_is_left_alone_and_named(tmp_path):
     reasons = {kept.tensor_name: kept.reason for kept in plan.left_alone}
     assert "model.layers.2.mlp.down_proj.weight" in reasons
     assert all(reasons.values())
+
+    @pytest.mark.parametrize("differs", [True, False])
+    def test_head_and_embedding_are_compared_by_parts(self, hub, tmp_path, differs):
+        path = save_tiny_model(tmp_path / "model", tied=True, vocab_size=8000)
+        tensors = load_file(path / "model.safetensors")
+        head = tensors["model.embed_tokens.weight"].clone()
+        head[4000:4010] += float(differs)
+        save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors", metadata={"format": "pt"})
+        hub.add_repo("org/model", files_of(path))
+        assert plan_edit(model="org/model").tied_embeddings == (not differs)
+        sent = next(size for name, size in hub.sent.items() if name.endswith("model.safetensors"))
+        assert sent < head.nbytes

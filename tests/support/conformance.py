@@ -43,8 +43,9 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 ALL_TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
-WRAPPER_TYPES = sorted(WRAPPERS)
-TEXT_TYPES = sorted(set(ARCHITECTURES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+# A part of a larger model is loaded as the type that the part has of its own, which is checked as such.
+WRAPPER_TYPES = sorted(name for name, wrapper in WRAPPERS.items() if wrapper.within is None)
+TEXT_TYPES = sorted(set(ARCHITECTURES) & set(ALL_TYPES))
 REFUSED_TYPES = sorted({*ALL_TYPES} - {*WRAPPER_TYPES, *TEXT_TYPES})
 CLEAN, DIRTY = 1e-6, 1e-3
 _LISTS = ("layers", "h", "blocks")
@@ -89,7 +90,9 @@ def _with_biases(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _auto_class(model_type: str) -> Any:
-    return AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
+    # One text type is registered beside the models of images only.
+    is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in WRAPPERS
+    return AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
 
 
 def build_model(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:

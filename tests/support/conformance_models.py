@@ -71,6 +71,7 @@ WRAPPER_EXTRAS: dict[str, dict[str, Any]] = {
     "glm46v": _SECTIONS,
     "glm4v": _SECTIONS,
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [2, 1, 1]}}},
+    "glm5_next": {"text_config": {"index_topk": 8, "index_kpool": 4}},
     "glm_ocr": _SECTIONS,
     "glmga": _SECTIONS,
     "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}},

@@ -21,7 +21,9 @@ Made by `python -m scripts.architecture_matrix`; do not edit.
 
 `*` stands for a number, *through* for norms that stand between the writer and the residual stream, and `[axis n]` for a
 residual axis other than 0. For models with images or sound this holds for text: what their towers put in the place of
-token embeddings is left as it is. Why a type is not extracted or not streamed stands below the table.
+token embeddings is left as it is; qwen2_5_omni and qwen3_omni_moe are edited in their thinker. kimi_k2 is edited as
+deepseek_v3, which it is under a name that transformers does not know. Why a type is not extracted or not streamed
+stands below the table.
 
 | model type | edit | extract | stream layers | residual writers, or why it is refused |
 |---|---|---|---|---|

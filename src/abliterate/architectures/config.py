@@ -13,6 +13,7 @@ from abliterate.architectures.table import (
     WRAPPERS,
     Architecture,
     Condition,
+    Wrapper,
     refusal,
 )
 from abliterate.architectures.vocabulary import DEPTH_KEYS, DEPTH_LISTS, EXPERT_KEYS, SIZE_KEYS
@@ -32,7 +33,8 @@ class TextModel:
         d_model: Width of the residual stream; None if the config leaves it to its class.
         n_layers: Number of decoder blocks; None likewise.
         n_experts: Number of routed experts of a layer; None if the config names none.
-        tied_embeddings: Whether the output head shares the token embedding's rows.
+        tied_embeddings: Whether the output head shares the token embedding's rows by what the config says; a head of
+            its own that is stored beside another embedding is not tied all the same.
         has_towers: Parts for images or sound may lie beside the text model.
         verified: The model type is in the table, and so is that of its text model.
     """
@@ -64,12 +66,10 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
     text = _at(config, section)
     size_keys = [key for key in SIZE_KEYS if key in text]
     if not section and not size_keys:
-        size_keys = [SIZE_KEYS[0]]
+        size_keys = ["hidden_size"]
     model_type = str(config.get("model_type"))
-    tied = config.get("tie_word_embeddings")
-    if tied is not None and not isinstance(tied, bool):
-        raise _wrong_value("tie_word_embeddings", tied, "true or false", path)
-    default = WRAPPERS[model_type].tied if model_type in WRAPPERS else row.tied
+    wrapper = WRAPPERS.get(model_type)
+    outer = _outer(config, wrapper)[0]
     model = TextModel(
         model_type=model_type,
         row=row,
@@ -77,7 +77,7 @@ def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool =
         d_model=_size(text, size_keys[0], path) if size_keys else None,
         n_layers=_depth(text, row, path, required=not section),
         n_experts=_expert_count(text),
-        tied_embeddings=default if tied is None else tied,
+        tied_embeddings=_tie(outer, text, row, wrapper, path),
         has_towers=row.towers or bool(section) or model_type in WRAPPERS,
         verified=row.model_type in ARCHITECTURES and (model_type in ARCHITECTURES or model_type in WRAPPERS),
     )
@@ -100,6 +100,7 @@ def read_loaded_row(*, config: Mapping[str, Any], d_model: int, name: str) -> tu
     """
     top = str(config.get("model_type"))
     wrapper = WRAPPERS.get(top)
+    config = _outer(config, wrapper)[0]
     sections = (
         [key for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)] if top not in ARCHITECTURES else []
     )
@@ -128,13 +129,14 @@ def _row_and_section(
     config: Mapping[str, Any], path: Path, *, unverified: bool
 ) -> tuple[Architecture, tuple[str, ...]]:
     top = config.get("model_type")
+    wrapper = WRAPPERS.get(top) if isinstance(top, str) else None
+    config, within = _outer(config, wrapper)
     is_unknown = unverified and isinstance(top, str) and top not in ARCHITECTURES
     is_wrapper = is_unknown or (isinstance(top, str) and top in WRAPPERS)
     for key in TEXT_SECTIONS if is_wrapper else ():
         if not isinstance(config.get(key), (Mapping, type(None))):
             raise _wrong_value(key, config[key], "an object", path)
     sections = [key for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)]
-    wrapper = WRAPPERS.get(top) if isinstance(top, str) else None
     if wrapper is not None:
         section = tuple(sections[:1])
         text_type = _at(config, section).get("model_type", wrapper.text_type) if section else wrapper.text_type
@@ -147,12 +149,14 @@ def _row_and_section(
     if not refused and (is_accepted or (is_unknown and wrapper is None)):
         _refuse_own_code(config, section, path)
     if row is not None and not refused:
-        return row, section
+        return row, within + section
     if is_accepted and not refused:
         # Every rule is open to it: what they find is proved, or not, on a tiny twin.
-        return _by_common_rules(str(text_type)), section
+        return _by_common_rules(str(text_type)), within + section
     name = refused[0] if refused else (top if wrapper is None else text_type)
     hint = "" if refused else ", and --unverified tries the edit on a tiny model of this one first"
+    if hint and _own_code(config, section):
+        hint = "; its code comes with the checkpoint (auto_map) and is never run, so --unverified cannot try it either"
     raise UnsupportedArchitectureError(
         f"{path / CONFIG_NAME}: model type {shown(name)} cannot be orthogonalized: {refusal(name)}; "
         f"docs/architectures.md lists the types that can{hint}"
@@ -160,11 +164,42 @@ def _row_and_section(
 
 
 def _refuse_own_code(config: Mapping[str, Any], section: tuple[str, ...], path: Path) -> None:
-    if config.get("auto_map") or _at(config, section).get("auto_map"):
+    if _own_code(config, section):
         raise UnsupportedArchitectureError(
             f"{path / CONFIG_NAME}: its auto_map names Python code that comes with the checkpoint, which is never run, "
             "so an unknown model type cannot be tried; use a release that transformers itself can load"
         )
+
+
+def _tie(
+    config: Mapping[str, Any], text: Mapping[str, Any], row: Architecture, wrapper: Wrapper | None, path: Path
+) -> bool:
+    def says(section: Mapping[str, Any], default: bool) -> bool:
+        value = section.get("tie_word_embeddings")
+        if value is not None and not isinstance(value, bool):
+            raise _wrong_value("tie_word_embeddings", value, "true or false", path)
+        return default if value is None else value
+
+    if wrapper is None:
+        return not row.never_tied and says(config, row.tied)
+    places = {
+        "top": (says(config, wrapper.tied),),
+        "text": (says(text, row.tied),),
+        "either": (says(config, wrapper.tied), says(text, row.tied)),
+        "never": (),
+    }
+    return any(places[wrapper.tie])
+
+
+def _own_code(config: Mapping[str, Any], section: tuple[str, ...]) -> bool:
+    return bool(config.get("auto_map") or _at(config, section).get("auto_map"))
+
+
+def _outer(config: Mapping[str, Any], wrapper: Wrapper | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return the part of a config that is the wrapper's, and the keys that lead to it."""
+    within = None if wrapper is None else wrapper.within
+    part = config.get(within) if within else None
+    return (part, (within,)) if within and isinstance(part, Mapping) else (config, ())
 
 
 def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any]:

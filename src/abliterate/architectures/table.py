@@ -7,7 +7,7 @@ its writers are found, that each of them is needed, and that hooks ablate what t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, cast
 
 SIZE = object()
 """Stands for d_model among the values of a condition."""
@@ -35,6 +35,7 @@ class Architecture:
     Attributes:
         model_type: As in config.json, or in its text section.
         tied: `tie_word_embeddings` where the config does not say; the config class's own default.
+        never_tied: Its model ties nothing, whatever the config says.
         post_norm: Norms may stand between a sub-layer and the stream.
         plus_one: Those norms multiply by 1 + weight.
         positions: It has position embeddings of its own, added to those of the tokens.
@@ -53,6 +54,7 @@ class Architecture:
 
     model_type: str
     tied: bool = False
+    never_tied: bool = False
     post_norm: bool = False
     plus_one: bool = False
     positions: bool = False
@@ -76,7 +78,7 @@ arcee
 aria_text             fused_axis=2
 axk1                  post_norm
 axk2
-bailing_hybrid
+bailing_hybrid        never_tied
 bamba
 beam                  post_norm
 biogpt                tied positions
@@ -115,6 +117,7 @@ glm4_moe
 glm4_moe_lite
 glm4v_moe_text
 glm4v_text            post_norm
+glm5_next_text
 glm_moe_dsa
 glm_ocr_text          post_norm
 gpt-sw3               tied positions conv1d embedding=wte
@@ -136,7 +139,7 @@ helium
 hrm_text              depth_key=num_layers_per_stack stacks=2
 hunyuan_v1_dense
 hunyuan_v1_moe
-hunyuan_vl_text
+hunyuan_vl_text       tied
 hy_v3
 hy_v4
 hyperclovax           post_norm
@@ -145,7 +148,8 @@ iquestcoder
 jais2
 jamba
 jetmoe                tied
-kimi_linear
+kimi_k2
+kimi_linear           never_tied
 kolibri1              post_norm
 laguna
 lfm2                  tied
@@ -164,20 +168,22 @@ minimax_m3_vl_text
 ministral
 ministral3
 mistral
+mistral4
 mistral_large4_text
 mixtral
 mllama_text_model
 modernbert-decoder    tied
 mpt                   tied embedding=wte
+muse_glimmer_text     post_norm plus_one
 nanochat
 nemotron
-nemotron_h            single latent_experts out_proj_bypassed
+nemotron_h            never_tied single latent_experts out_proj_bypassed
 olmo
 olmo2                 post_norm
 olmo3                 post_norm
 olmoe
 opt                   tied positions
-paddleocr_vl_text
+paddleocr_vl_text     tied
 persimmon
 phi
 phi3
@@ -204,7 +210,7 @@ stablelm
 starcoder2            tied
 step3p5
 vaultgemma            tied
-xlstm
+xlstm                 never_tied
 youtu                 tied
 zamba                 tied single
 zamba2                tied single
@@ -223,6 +229,7 @@ _IN_SENTENCES: Mapping[str, Mapping[str, Any]] = {
         ),
     },
     "deepseek_v4": {"not_extracted": _FOUR_STREAMS},
+    "glm5_next_text": {"not_extracted": _FOUR_STREAMS},
     "hrm_text": {
         "not_extracted": "its blocks run several times for each token, so none of them has one input",
     },
@@ -264,6 +271,9 @@ def _row(line: str) -> Architecture:
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in map(_row, _ROWS.strip().splitlines())}
 
 
+Tie = Literal["top", "text", "either", "never"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wrapper:
     """A model type whose config keeps the text model in a section of its own, beside towers for images or sound.
@@ -271,12 +281,17 @@ class Wrapper:
     Attributes:
         model_type: As in config.json.
         text_type: The text model's type where its section does not say.
-        tied: `tie_word_embeddings` where the config does not say; it is read at the top.
+        tied: `tie_word_embeddings` where the top of the config does not say.
+        tie: Where a tie is declared: at the top alone, in the text section alone, in either of them (the top's
+            false then does not undo the section's true), or nowhere, because the model never ties.
+        within: The section that holds all of it, where it is a part of a larger model.
     """
 
     model_type: str
     text_type: str
     tied: bool = False
+    tie: Tie = "top"
+    within: str | None = None
 
 
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
@@ -292,13 +307,14 @@ gemma3                  gemma3_text           tied
 gemma4                  gemma4_text           tied
 gemma4_unified          gemma4_unified_text   tied
 glm46v                  glm4v_text
-glm4v                   glm4v_text
-glm4v_moe               glm4v_moe_text
-glm_ocr                 glm_ocr_text
+glm4v                   glm4v_text            tie=either
+glm4v_moe               glm4v_moe_text        tie=either
+glm5_next               glm5_next_text
+glm_ocr                 glm_ocr_text          tie=either
 glmga                   glm4v_text
 got_ocr2                qwen2                 tied
 granite_docling         granite_docling_text  tied
-hunyuan_vl              hunyuan_vl_text       tied
+hunyuan_vl              hunyuan_vl_text       tied tie=either
 hyperclovax_vision_v2   hyperclovax           tied
 idefics2                mistral
 idefics3                llama
@@ -307,41 +323,49 @@ kimi_k25                deepseek_v3           tied
 lfm2_vl                 lfm2                  tied
 lfm3_vl                 lfm3                  tied
 lighton_ocr             qwen3                 tied
-llama4                  llama4_text
-llava                   llama
+llama4                  llama4_text           tie=text
+llava                   llama                 tie=either
 llava_next              llama
-llava_next_video        llama
-llava_onevision         qwen2
+llava_next_video        llama                 tie=either
+llava_onevision         qwen2                 tie=either
 minicpm_ocr             qwen3_5_text          tied
 minicpmv4_6             qwen3_5_text
 minicpmv4_7             qwen3_5_text
-minimax_m3_vl           minimax_m3_vl_text
+minimax_m3_vl           minimax_m3_vl_text    tie=either
 mistral3                mistral               tied
 mistral_large4          mistral_large4_text
-mllama                  mllama_text_model
+mllama                  mllama_text_model     tie=never
+muse_glimmer            muse_glimmer_text
 ovis2                   qwen2                 tied
-paddleocr_vl            paddleocr_vl_text     tied
+paddleocr_vl            paddleocr_vl_text     tied tie=either
 paligemma               gemma                 tied
 pp_chart2table          qwen2                 tied
 qianfan_ocr             qwen3
+qwen2_5_omni            qwen2_5_omni_text     within=thinker_config
 qwen2_5_omni_thinker    qwen2_5_omni_text
-qwen2_5_vl              qwen2_5_vl_text
-qwen2_vl                qwen2_vl_text
+qwen2_5_vl              qwen2_5_vl_text       tie=either
+qwen2_vl                qwen2_vl_text         tie=either
 qwen3_5                 qwen3_5_text
 qwen3_5_moe             qwen3_5_moe_text
+qwen3_omni_moe          qwen3_omni_moe_text   within=thinker_config
 qwen3_omni_moe_thinker  qwen3_omni_moe_text
 qwen3_vl                qwen3_vl_text
 qwen3_vl_moe            qwen3_vl_moe_text
 smolvlm                 llama
 step3p7                 step3p5
-video_llama_3           qwen2
+video_llama_3           qwen2                 tie=either
 video_llava             llama
 vipllava                llama
 """
-WRAPPERS: Mapping[str, Wrapper] = {
-    words[0]: Wrapper(model_type=words[0], text_type=words[1], tied="tied" in words[2:])
-    for words in map(str.split, _WRAPPER_ROWS.strip().splitlines())
-}
+
+
+def _wrapper(line: str) -> Wrapper:
+    model_type, text_type, *words = line.split()
+    values = dict(word.split("=") for word in words if "=" in word)
+    return Wrapper(model_type=model_type, text_type=text_type, tied="tied" in words, **cast(Any, values))
+
+
+WRAPPERS: Mapping[str, Wrapper] = {row.model_type: row for row in map(_wrapper, _WRAPPER_ROWS.strip().splitlines())}
 
 UNKNOWN = "its residual writers are not known to be complete"
 

@@ -69,8 +69,13 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if part in config and config[part] == config.get(whole):
             shrunk[part] = shrunk[whole]
     if "qk_rope_head_dim" in shrunk:
-        # Multi-head latent attention: the rotated part is the head that position embeddings know of.
-        shrunk["head_dim"] = shrunk["qk_rope_head_dim"]
+        # Multi-head latent attention: the rotated part is the head that position embeddings know of, but where they
+        # are told what part of it to rotate.
+        parts = ("qk_rope_head_dim", "qk_nope_head_dim")
+        is_whole = isinstance(config.get("head_dim"), int) and config["head_dim"] == sum(
+            config.get(p) or 0 for p in parts
+        )
+        shrunk["head_dim"] = sum(shrunk[part] for part in parts) if is_whole else shrunk["qk_rope_head_dim"]
     _fit_rotary_sections(shrunk)
     _fit_state_space_heads(shrunk)
     return shrunk

@@ -75,7 +75,7 @@ igate_preact fgate_preact ogate_preact ape W_up W_down per_layer_input_gate tid2
 attention_sink_bias softmax_offset learnable_sink_param e_score_correction_bias expert_bias gate_bias lambda_k1
 lambda_k2 lambda_q1 lambda_q2 alpha_n alpha_p beta eps layer_scalar rotary_emb.inv_freq inv_freq masked_bias attn
 attention hc_attn_base hc_attn_fn hc_attn_scale hc_ffn_base hc_ffn_fn hc_ffn_scale hc_base hc_fn hc_scale
-cross_attn_attn_gate cross_attn_mlp_gate
+cross_attn_attn_gate cross_attn_mlp_gate index_kpool_compress_ape index_kpool_compress_gate
 """
 READERS = _names(_READERS)
 # By their whole name: Gemma 4's router; the shared block of Zamba, whose output only `linear` reads.
@@ -133,15 +133,17 @@ OUTSIDE_READERS = _names(
     """
 )
 
-# In a checkpoint with images or sound: parts that work on those, and put their result in the place of token embeddings.
+# In a checkpoint with images or sound: parts that work on those, and put their result in the place of token embeddings,
+# and parts that speak, which read what the text model puts out.
 TOWER = re.compile(
     r"(vision|visual|vit|image|video|audio|sam)(_.*|$)|.*_(tower|projector|adapter)|aligner|connector|projector|merger|patch_merger|"
-    r"mm_.*|.*_mm_.*|embed_(vision|audio)|multi_modal_projector.*|patch_merge_mlp|mlp1|mlp_AR|speech_.*|.*_embed_tokens|deepstack.*|embed_tokens_extend"
+    r"mm_.*|.*_mm_.*|embed_(vision|audio)|multi_modal_projector.*|patch_merge_mlp|mlp1|mlp_AR|speech_.*|.*_embed_tokens|deepstack.*|embed_tokens_extend|talker|token2wav|code2wav"
 )
 # Layers that predict tokens further ahead; they read the stream and do not write to it.
 PREDICTION = re.compile(r"mtp.*|.*mtp_.*|eagle.*|nextn.*")
 
-SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
+# BLOOM's first releases have the first, which counts even beside another; xLSTM's the last.
+SIZE_KEYS = ("n_embed", "hidden_size", "n_embd", "d_model", "embedding_dim")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 # A list with an entry for each layer, where the number itself is not written down.
 DEPTH_LISTS = ("layers_block_type", "layer_types")

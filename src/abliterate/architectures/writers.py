@@ -7,7 +7,7 @@ anything is written.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from abliterate.architectures.config import TextModel, read_text_model
 from abliterate.architectures.names import NormChains, Part, PostNorm, Role, TensorName, parse_name
 from abliterate.architectures.table import Architecture
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
-from abliterate.checkpoints.quantized import CONFIG_KEYS, base_in_words, is_handled
+from abliterate.checkpoints.quantized import CONFIG_KEYS, base_in_words, is_handled, quantization_of
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
 from abliterate.files import shown
@@ -34,8 +34,8 @@ def refuse_quantization_config(config: Mapping[str, Any], tensors: Sequence[Tens
     for key in CONFIG_KEYS:
         found = config.get(key)
         if found:
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-            method = method if isinstance(method, str) and method.isprintable() else shown(method)
+            method = (quantization_of(config) or ("unknown",))[0]
+            method = method if method.isprintable() else shown(method)
             plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
             example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
             way_out = ", or give --quantized requantize or --quantized dequantize" if is_handled(config) else ""
@@ -135,6 +135,8 @@ class StreamMap:
         head: Name of the output head's tensor, stored or (tied) not; None where the class has no head.
         writers: Every tensor that writes to the residual stream, in file order; of a tied pair, all that is stored.
         left_alone: What could be taken for a writer and is not one.
+        head_differs: The config ties the embeddings, but head and embedding are both stored and are not the same, so
+            they are not tied.
         verified: The architecture is in the table; otherwise it was mapped by the rules common to all.
     """
 
@@ -147,22 +149,43 @@ class StreamMap:
     head: str | None
     writers: tuple[ResidualWriter, ...]
     left_alone: tuple[LeftAlone, ...]
+    head_differs: bool = False
     verified: bool = True
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what the user should know about what was found."""
+        if not self.head_differs:
+            return ()
+        return (
+            f"config.json ties the embeddings, but {self.head} is stored beside {self.embedding} and differs from it, "
+            "so they are not tied, and the output head is left as it is",
+        )
+
+
+SameBytes = Callable[[TensorInfo, TensorInfo], bool]
+"""Whether two stored tensors have the same dtype, shape and bytes."""
 
 
 def map_stream(
-    *, config: dict[str, Any], tensors: Sequence[TensorInfo], path: Path, unverified: bool = False
+    *,
+    config: dict[str, Any],
+    tensors: Sequence[TensorInfo],
+    path: Path,
+    same_bytes: SameBytes,
+    unverified: bool = False,
 ) -> StreamMap:
     """Return what each tensor of a checkpoint does to the residual stream, from config and headers alone.
 
     An out-projection's bias is a writer too. Where the config ties the embeddings and the head's tensor is
-    stored all the same, the head is listed beside the embedding, because both are one matrix; an untied head
-    never is. Layers at or beyond the config's number of layers (multi-token prediction) are left alone.
+    stored all the same, with the same bytes, the head is listed beside the embedding, because both are one matrix; an
+    untied head never is, nor one that differs, which transformers does not tie. Layers at or beyond the config's
+    number of layers (multi-token prediction) are left alone.
 
     Args:
         config: The content of config.json.
         tensors: What the shards' headers list, in file order.
         path: Where the checkpoint lies (or its Hub id), for messages.
+        same_bytes: Compares two of the tensors; asked only where head and embedding are both stored and tied.
         unverified: Map a model type that is not in the table, by the rules common to all. Nothing proves then that
             the map is complete; `tiny_twin` tries it on a small model.
 
@@ -173,13 +196,13 @@ def map_stream(
     """
     refuse_quantization_config(config, tensors, path)
     model = read_text_model(config=config, path=path, unverified=unverified)
-    return _Mapper(model, tensors, path).map()
+    return _Mapper(model, tensors, path, same_bytes).map()
 
 
 class _Mapper:
     """One checkpoint's tensors beside its text model; `map` brings them together."""
 
-    def __init__(self, model: TextModel, tensors: Sequence[TensorInfo], path: Path) -> None:
+    def __init__(self, model: TextModel, tensors: Sequence[TensorInfo], path: Path, same_bytes: SameBytes) -> None:
         self.model, self.row, self.path = model, model.row, path
         self.tensors = tensors
         self.writing_parts = _WRITING if self.row.positions else _WRITING - {Part.POSITION_EMBEDDING}
@@ -187,6 +210,8 @@ class _Mapper:
         self.shapes = {tensor.name: tensor.shape for tensor in tensors}
         self.stacks = sorted({name.stack for name in self.names.values() if name.stack})
         self.embedding, self.head = self._embedding_and_head()
+        self.head_differs = model.tied_embeddings and self._head_differs(same_bytes)
+        self.tied = model.tied_embeddings and not self.head_differs
         self.d_model = model.d_model or self.shapes[self._stored_embedding()][1]
         self.n_layers = model.n_layers or 1 + max((n.layer or 0 for n in self.names.values()), default=0)
         self.chains = NormChains(self.names, post_norm=self.row.post_norm, plus_one=self.row.plus_one)
@@ -209,11 +234,12 @@ class _Mapper:
             text_section=self.model.section,
             d_model=self.d_model,
             n_layers=self.n_layers,
-            tied_embeddings=self.model.tied_embeddings,
+            tied_embeddings=self.tied,
             embedding=self.embedding,
             head=self.head,
             writers=tuple(writers),
             left_alone=tuple(left_alone),
+            head_differs=self.head_differs,
             verified=self.model.verified,
         )
 
@@ -249,20 +275,13 @@ class _Mapper:
             )
         prefix = stacks[0].rpartition(".")[0]
         embedding = embeddings[0] if embeddings else f"{prefix}.{self.row.embedding}.weight".removeprefix(".")
-        if heads:
-            self._check_tied_head(heads[0], embedding)
-            return embedding, heads[0]
-        return embedding, _head_beside(embedding)
+        return embedding, heads[0] if heads else _head_beside(embedding)
 
-    def _check_tied_head(self, head: str, embedding: str) -> None:
+    def _head_differs(self, same_bytes: SameBytes) -> bool:
         # A tied pair is one matrix. If only the head's name is stored, transformers loads the embedding from it;
-        # if both are, editing one alone would make them differ, and transformers would no longer tie them.
-        if self.model.tied_embeddings and self.shapes.get(embedding, self.shapes[head]) != self.shapes[head]:
-            raise CheckpointError(
-                f"{self.path}: config.json ties the embeddings, but {head} {list(self.shapes[head])} and "
-                f"{embedding} {list(self.shapes[embedding])} differ in shape; if they are separate matrices, "
-                "set tie_word_embeddings to false"
-            )
+        # if both are, it compares them, and does not tie what differs.
+        infos = {tensor.name: tensor for tensor in self.tensors if tensor.name in {self.embedding, self.head}}
+        return len(infos) > 1 and not same_bytes(*infos.values())
 
     def _stored_embedding(self) -> str:
         return self.embedding if self.embedding in self.shapes else str(self.head)
@@ -284,7 +303,7 @@ class _Mapper:
                 "use the original model"
             )
         role = name.role
-        if name.part is Part.HEAD and self.model.tied_embeddings and not name.is_bias:
+        if name.part is Part.HEAD and self.tied and not name.is_bias:
             role = "embed"
         elif name.part in {Part.POST_NORM, Part.EMBEDDING_NORM} and name.is_bias:
             role = "embed" if name.layer is None else "mlp"
@@ -353,7 +372,8 @@ class _Mapper:
 
 _WRITING = {Part.WRITER, Part.BIAS, Part.TOKEN_EMBEDDING, Part.POSITION_EMBEDDING, Part.STREAM_START}
 _REASONS = {
-    Part.TOWER: "it is part of an image, video or audio tower or its projector, which the text path does not use",
+    Part.TOWER: "it is part of an image, video or audio tower, its projector or a speech decoder, which the text path "
+    "does not use",
     Part.PREDICTION: "it predicts tokens further ahead, and does not write to the residual stream",
     Part.HEAD: "the output head reads the residual stream",
     Part.READER_COMPANION: "it belongs to a quantised weight that reads the residual stream",
@@ -361,6 +381,5 @@ _REASONS = {
 
 
 def _head_beside(embedding: str) -> str:
-    if embedding.startswith("language_model."):
-        return "language_model.lm_head.weight"
-    return "lm_head.weight"
+    outer = embedding.partition(".")[0]
+    return f"{outer}.lm_head.weight" if outer in {"language_model", "thinker"} else "lm_head.weight"

@@ -3,13 +3,21 @@
 The layout is read from the shards' headers alone (see `safetensors_file`) and checked against the index.
 """
 
+import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, parse_object, read_shard
+from abliterate.checkpoints.safetensors_file import (
+    Shard,
+    TensorInfo,
+    damaged_file,
+    parse_object,
+    read_shard,
+    same_bytes,
+)
 from abliterate.errors import CheckpointError
 from abliterate.files import MAX_BYTES, has_file, open_regular, regular_files, shown
 
@@ -17,6 +25,8 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 GGUF_SUFFIX = ".gguf"
+
+_SECOND_COPY = re.compile(r"consolidated[^/]*\.(safetensors|safetensors\.index\.json|pth)")
 
 # The longest name that common file systems take.
 _MAX_FILE_NAME = 255
@@ -32,7 +42,9 @@ class Checkpoint:
         shards: The safetensors files, by name.
         index: The content of the shard index; None for a single file.
         side_files: Every other regular file below the directory, as relative POSIX paths, sorted.
-        outside_links: Links to files outside the directory, which are not followed; relative paths, sorted.
+        outside_links: Links to files outside the directory, which are not followed; likewise.
+        second_copies: The same weights again under other names (Mistral's `consolidated.safetensors`); likewise. An
+            edit does not reach them, and some engines prefer them.
     """
 
     path: Path
@@ -41,6 +53,7 @@ class Checkpoint:
     index: dict[str, Any] | None
     side_files: tuple[str, ...]
     outside_links: tuple[str, ...] = ()
+    second_copies: tuple[str, ...] = ()
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Iterate over all tensors, shard by shard in file order."""
@@ -53,6 +66,10 @@ class Checkpoint:
             if tensor.name == name:
                 return tensor
         raise KeyError(name)
+
+    def same_bytes(self, first: TensorInfo, second: TensorInfo) -> bool:
+        """Return whether two of its tensors have the same dtype, shape and bytes."""
+        return same_bytes(self.path, first, second)
 
 
 def is_gguf(path: Path) -> bool:
@@ -111,9 +128,43 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config=config,
         shards=shards,
         index=index,
-        side_files=tuple(name for name, is_inside in others if is_inside),
+        side_files=tuple(name for name, is_inside in others if is_inside and not _SECOND_COPY.fullmatch(name)),
         outside_links=tuple(name for name, is_inside in others if not is_inside),
+        second_copies=tuple(name for name, is_inside in others if is_inside and _SECOND_COPY.fullmatch(name)),
     )
+
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def refuse_adapter(path: Path, names: Collection[str]) -> None:
+    """Raise if a LoRA adapter lies beside a model's weights: transformers loads both, and an edit would miss it.
+
+    Args:
+        path: The model's directory or its Hub id, for messages.
+        names: The files in it.
+
+    Raises:
+        CheckpointError: One does.
+    """
+    weights = next((name for name in _ADAPTER_WEIGHTS if name in names), None)
+    if weights is not None and _ADAPTER_CONFIG in names:
+        raise CheckpointError(
+            f"{path}: an adapter ({weights}) lies beside the model's weights and writes to the residual stream too, "
+            "and transformers loads both; merge it first (load the base alone, peft's `PeftModel.from_pretrained`, "
+            f"`merge_and_unload`, `save_pretrained`), or, if it is not meant, remove it and {_ADAPTER_CONFIG}"
+        )
+
+
+def is_of_mlx(path: Path) -> bool:
+    """Return whether the weights in a directory say that MLX wrote them; names and axes may then be its own."""
+    for file in sorted(path.glob("*.safetensors"))[:1]:
+        try:
+            return (read_shard(file).metadata or {}).get("format") == "mlx"
+        except CheckpointError:
+            return False
+    return False
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -236,7 +287,7 @@ def choose_shards(
 
 
 def _no_weights_message(path: Path) -> str:
-    if (path / "adapter_config.json").is_file():
+    if (path / _ADAPTER_CONFIG).is_file():
         return (
             f"{path}: holds an adapter and no model weights; merge it first (peft's `merge_and_unload`, then "
             "`save_pretrained`)"
@@ -271,9 +322,25 @@ def check_tensor_names(path: Path, shards: tuple[Shard, ...], index: dict[str, A
     if index is None:
         return
     weight_map = index["weight_map"]
-    for name in sorted(weight_map.keys() | found.keys()):
-        if weight_map.get(name) != found.get(name):
+    for name in sorted(weight_map.keys() & found.keys()):
+        if weight_map[name] != found[name]:
             raise CheckpointError(
-                f"{path / INDEX_NAME}: says that tensor {name} is in {weight_map.get(name, 'no shard')}, "
-                f"but it is in {found.get(name, 'no shard')}; download the checkpoint again"
+                f"{path / INDEX_NAME}: says that tensor {name} is in {weight_map[name]}, but it is in {found[name]}; "
+                "index and shards are of different releases; download the checkpoint again"
+            )
+    _check_same_names(path / INDEX_NAME, set(weight_map), set(found))
+
+
+def _check_same_names(index: Path, listed: Collection[str], found: Collection[str]) -> None:
+    # No download is cut off like that: each shard has the length that its header says.
+    for names, what in (
+        (sorted(set(listed) - set(found)), "names {}, which no shard has"),
+        (sorted(set(found) - set(listed)), "does not name {}, which a shard has"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} tensors more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{index}: {what.format(f'tensor {names[0]}{more}')}; the release is so, and programs differ in what "
+                "they make of it; load it with transformers and save it anew with `save_pretrained`, which writes an "
+                "index that fits"
             )

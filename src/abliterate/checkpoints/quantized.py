@@ -19,7 +19,8 @@ from abliterate.checkpoints.encoding import Encoding, EncodingError, QuantizedFo
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, new_header
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
 
-CONFIG_KEYS = ("quantization_config", "compression_config")
+# MLX writes the third, beside the first or alone.
+CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
 def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
@@ -28,7 +29,8 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] 
         found = config.get(key)
         if found:
             content = found if isinstance(found, dict) else {}
-            return str(content.get("quant_method", "unknown")), content
+            method = "mlx" if {"group_size", "bits"} <= content.keys() and "quantization" in config else "unknown"
+            return str(content.get("quant_method", method)), content
     return None
 
 
@@ -52,6 +54,9 @@ def is_handled(config: Mapping[str, Any]) -> bool:
 
 def base_in_words(config: Mapping[str, Any]) -> str:
     """Return which model to use instead of a quantised one, as far as its config says."""
+    found = quantization_of(config)
+    if found is not None and found[0] == "mlx":
+        return "MLX alone reads this layout; use the release it was converted from"
     for key in ("base_model", "base_model_name_or_path", "_name_or_path"):
         name = config.get(key)
         if isinstance(name, str) and name:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from abliterate.checkpoints.encoding import Encoding
 
 _LENGTH_BYTES = 8
+# How the file begins that git leaves in the place of a large one, and more than it can be long.
+_LFS, _MAX_POINTER_BYTES = b"version https://git-lfs", 1024
 # As torch holds sizes; more axes than it takes.
 _MAX_SIZE, _MAX_AXES = 1 << 63, 64
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -103,6 +105,8 @@ def header_end(path: Path, beginning: bytes, *, size: int) -> int:
     Raises:
         CheckpointError: The header would be longer than the file, or than the format allows.
     """
+    if beginning.startswith(_LFS[:_LENGTH_BYTES]) and size < _MAX_POINTER_BYTES:
+        raise lfs_pointer(path)
     length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
     if len(beginning) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
         raise damaged_file(path, f"its header claims {length} bytes, the file has {size}")
@@ -211,6 +215,42 @@ def read_rows(directory: Path, info: TensorInfo, rows: Sequence[int]) -> Tensor:
     return torch.stack(parts)
 
 
+def same_bytes(directory: Path, first: TensorInfo, second: TensorInfo) -> bool:
+    """Return whether two stored tensors have the same dtype, shape and bytes; of quantised ones, codes and companions.
+
+    Reading ends at the first difference.
+
+    Raises:
+        CheckpointError: A file cannot be read or has become shorter.
+    """
+    pairs = [(first, second)]
+    if first.encoding is not None and second.encoding is not None:
+        pairs = list(zip(first.encoding.stored, second.encoding.stored, strict=False))
+    if (first.encoding is None) != (second.encoding is None) or any(
+        (one.dtype, one.shape) != (other.dtype, other.shape) for one, other in pairs
+    ):
+        return False
+    return all(_same_range(directory, one, other) for one, other in pairs)
+
+
+def _same_range(directory: Path, first: TensorInfo, second: TensorInfo) -> bool:
+    path = directory / first.shard
+    try:
+        with path.open("rb") as one, (directory / second.shard).open("rb") as other:
+            one.seek(first.start)
+            other.seek(second.start)
+            for position in range(first.start, first.end, _CHUNK_BYTES):
+                size = min(_CHUNK_BYTES, first.end - position)
+                part = one.read(size)
+                if len(part) != size:
+                    raise damaged_file(path, "it became shorter while it was being read")
+                if part != other.read(size):
+                    return False
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return True
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes as a file stores them."""
     data: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
@@ -304,6 +344,8 @@ def parse_object(data: bytes, *, path: Path, what: str = "it", infinities: bool 
     Raises:
         CheckpointError: It is not JSON, or means different things to different programs.
     """
+    if data.startswith(_LFS):
+        raise lfs_pointer(path)
     try:
         value = parse_json(data, infinities=infinities)
     except ValueError as error:
@@ -311,6 +353,23 @@ def parse_object(data: bytes, *, path: Path, what: str = "it", infinities: bool 
     if not isinstance(value, dict):
         raise damaged_file(path, f"{what} is not a JSON object")
     return value
+
+
+def lfs_pointer(path: Path) -> CheckpointError:
+    """Return the error about a file that is a pointer to one in Git's large file storage."""
+    return CheckpointError(
+        f"{path}: is a pointer of Git LFS and not the file itself, which was never downloaded; run `git lfs pull` in "
+        f"{path.parent}"
+    )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is a pointer to one in Git's large file storage."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 def damaged_file(path: Path, reason: str) -> CheckpointError:

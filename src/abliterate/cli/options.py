@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from abliterate.arguments import arguments_of
-from abliterate.editing.options import ROLES, EditOptions
+from abliterate.editing.options import ROLES, EditOptions, QuantizedPolicy
 from abliterate.extraction.options import PromptSources
 from abliterate.models.options import Dtype, ModelOptions
 
@@ -46,6 +46,7 @@ DirectionsOption = Annotated[
 ]
 ComponentsOption = Annotated[str, option(EditOptions, "components")]
 LayersOption = Annotated[str | None, option(EditOptions, "layers")]
+QuantizedOption = Annotated[QuantizedPolicy, option(EditOptions, "quantized")]
 UnverifiedOption = Annotated[bool, option(EditOptions, "unverified")]
 HarmfulOption = Annotated[str, option(PromptSources, "harmful")]
 HarmlessOption = Annotated[str, option(PromptSources, "harmless")]

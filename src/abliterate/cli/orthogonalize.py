@@ -16,6 +16,7 @@ from abliterate.cli.options import (
     DirectionsOption,
     JsonOption,
     LayersOption,
+    QuantizedOption,
     RevisionOption,
     UnverifiedOption,
     default_of,
@@ -24,7 +25,7 @@ from abliterate.cli.options import (
     parse_layers,
 )
 from abliterate.cli.output import Output
-from abliterate.editing.options import ROLES, EditOptions, QuantizedPolicy, TiedPolicy, WriteOptions
+from abliterate.editing.options import ROLES, EditOptions, TiedPolicy, WriteOptions
 from abliterate.editing.record import Format
 from abliterate.processes import in_first_process
 
@@ -51,7 +52,7 @@ def orthogonalize(
     tied: Annotated[TiedPolicy, option(EditOptions, "tied")] = DEFAULTS.tied,
     preserve_norms: Annotated[bool, option(EditOptions, "preserve_norms")] = DEFAULTS.preserve_norms,
     add: Annotated[float | None, option(EditOptions, "add")] = DEFAULTS.add,
-    quantized: Annotated[QuantizedPolicy, option(EditOptions, "quantized")] = DEFAULTS.quantized,
+    quantized: QuantizedOption = DEFAULTS.quantized,
     output_format: Annotated[
         Format,
         typer.Option(

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from rich.text import Text
 from abliterate.files import printable
 from abliterate.processes import in_first_process
 from abliterate.progress import SILENT, Advance, ProgressReporter
+
+_UNLIMITED = 10_000
 
 
 def command_line() -> str:
@@ -85,6 +88,9 @@ class Output:
             sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=False) + "\n")
             return
         console = SafeConsole(highlight=False)
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            # A pipe or a file has no width: nothing is broken or cut.
+            console = SafeConsole(highlight=False, width=_UNLIMITED)
         for part in tables():
             # Text is for scripts too: nothing in it is markup, and no line of it is broken.
             is_text = isinstance(part, str | Text)

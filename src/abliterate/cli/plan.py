@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from abliterate.cli.options import (
     ALL_COMPONENTS,
@@ -11,6 +11,7 @@ from abliterate.cli.options import (
     ComponentsOption,
     JsonOption,
     LayersOption,
+    QuantizedOption,
     RevisionOption,
     UnverifiedOption,
     parse_components,
@@ -31,6 +32,7 @@ def plan(
     model: CheckpointArg,
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
+    quantized: QuantizedOption = DEFAULTS.quantized,
     unverified: UnverifiedOption = DEFAULTS.unverified,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
@@ -49,25 +51,27 @@ def plan(
         from abliterate.editing.tiny_twin import prove_on_tiny_twin
 
         prove_on_tiny_twin(layout=layout, progress=output.progress)
-    options = EditOptions(components=roles, layers=layer_range, unverified=unverified)
+    options = EditOptions(components=roles, layers=layer_range, quantized=quantized, unverified=unverified)
     report = plan_layout(layout, options=options)
     output.report(report, tables=lambda: _tables(report))
 
 
 def _tables(report: "PlanReport") -> list[Table | str]:
-    edited = Table("role", "layers", "tensor", "count", "shape", "dtype", "axis", "norms to the stream", "MB")
-    for column in ("count", "axis", "MB"):
-        next(c for c in edited.columns if c.header == column).justify = "right"
+    edited = Table(
+        Column("role", no_wrap=True),
+        "layers",
+        Column("tensor, and norms between it and the stream", overflow="fold"),
+        Column("count", justify="right", no_wrap=True),
+        "stored as",
+        Column("MB", justify="right", no_wrap=True),
+    )
     for group in report.groups:
         edited.add_row(
             group.role,
             group.layers or "-",
-            group.pattern,
+            "\n> ".join((group.pattern, *group.norms)),
             str(group.count),
-            " x ".join(map(str, group.shape)),
-            group.dtype,
-            str(group.residual_axis),
-            " > ".join(group.norms) or "-",
+            f"{' x '.join(map(str, group.shape))} {group.dtype}, axis {group.residual_axis}",
             f"{group.bytes / 1e6:.2f}",
         )
     return [edited, *_left_alone(report), *_facts(report), *report.notes]
@@ -85,7 +89,7 @@ def _left_alone(report: "PlanReport") -> list[Table | str]:
         counts[key] = counts.get(key, 0) + 1
     if not counts:
         return []
-    table = Table("left alone", "count", "why")
+    table = Table(Column("left alone", overflow="fold"), "count", "why")
     for (pattern, reason), count in counts.items():
         table.add_row(pattern, str(count), reason)
     return [table]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from abliterate.architectures.names import parse_name
-from abliterate.architectures.table import ARCHITECTURES
+from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
 from abliterate.errors import ModelError
@@ -144,6 +144,12 @@ class _LoadedNames:
     """From a tensor's name on disk to the parameter it becomes, by transformers' own mapping."""
 
     def __init__(self, plan: EditPlan) -> None:
+        wrapper = WRAPPERS.get(plan.stream.model_type)
+        if wrapper is not None and wrapper.within is not None:
+            raise ModelError(
+                f"{plan.source.name}: an adapter of {plan.stream.model_type} would fit its {wrapper.within} alone, and "
+                f"not the whole that it is a part of; {_CHECKPOINT}"
+            )
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 

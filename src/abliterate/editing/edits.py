@@ -390,7 +390,7 @@ def _untied(
                 project=not is_head,
             )
         )
-    sections = {(), stream.text_section}
+    sections = {stream.text_section[:depth] for depth in range(len(stream.text_section) + 1)}
     changes = {".".join((*section, "tie_word_embeddings")): False for section in sorted(sections)}
     note = "the embeddings were tied and are no longer: the output head keeps the base model's rows"
     order = {name: position for position, name in enumerate(tensors)}

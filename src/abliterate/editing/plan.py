@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap, map_stream
-from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.quantized import (
     dequantized_config_changes,
@@ -18,7 +18,7 @@ from abliterate.checkpoints.quantized import (
     plain_info,
     plain_view,
 )
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
+from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, Shard
 from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.edits import (
     Addition,
@@ -30,7 +30,7 @@ from abliterate.editing.edits import (
 )
 from abliterate.editing.options import EditOptions
 from abliterate.errors import CheckpointError, DirectionError, InputError
-from abliterate.files import shown
+from abliterate.files import printable, shown
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
@@ -83,7 +83,7 @@ class EditPlan:
             extracted_from = direction.metadata.get("model_type")
             if extracted_from is not None and extracted_from != model_type:
                 notes.append(f"the direction was extracted from a {extracted_from} model, and this is a {model_type}")
-        notes += self.edit_notes
+        notes += [*self.stream.notes(), *mlx_notes(self.checkpoint.shards), *self.edit_notes]
         others = [
             name
             for name in self.checkpoint.side_files
@@ -92,9 +92,29 @@ class EditPlan:
         if self.checkpoint.outside_links:
             links = ", ".join(shown(name) for name in self.checkpoint.outside_links)
             notes.append(f"not copied, as they are links that lead out of the directory: {links}")
+        if self.checkpoint.second_copies:
+            notes.append(second_copies_note(self.checkpoint.second_copies))
         if others:
             notes.append(f"copied unedited, though they seem to hold weights: {', '.join(others)}")
         return tuple(notes)
+
+
+def mlx_notes(shards: Sequence[Shard]) -> tuple[str, ...]:
+    """Return what the user should know of files that MLX wrote; nothing of others."""
+    if not any((shard.metadata or {}).get("format") == "mlx" for shard in shards):
+        return ()
+    return (
+        "MLX wrote these files, under names that transformers may not load; `verify` and all that runs the model need "
+        "the release they were converted from",
+    )
+
+
+def second_copies_note(names: Sequence[str]) -> str:
+    """Return what the user should know about second copies of the weights."""
+    return (
+        f"left out: {', '.join(printable(name) for name in names)}, the same weights again, which would stay unedited "
+        "and which some engines load instead"
+    )
 
 
 def unverified_note(model_type: str) -> str:
@@ -125,11 +145,13 @@ def make_edit_plan(
     """
     model = _as_source(source)
     checkpoint = open_checkpoint(model.path)
+    refuse_adapter(checkpoint.path, checkpoint.side_files)
     view = checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
     stream = map_stream(
         config=view.config,
         tensors=tuple(view.tensors()),
         path=view.path,
+        same_bytes=view.same_bytes,
         unverified=options.unverified,
     )
     options = dataclasses.replace(options, unverified=not stream.verified)

@@ -4,9 +4,9 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,22 @@ from abliterate.architectures.writers import ROLES, LeftAlone, ResidualWriter, R
 from abliterate.checkpoints.atomic_directory import check_output_directory
 from abliterate.checkpoints.checkpoint import (
     CONFIG_NAME,
+    Checkpoint,
     check_tensor_names,
     choose_shards,
     open_checkpoint,
     parse_config,
     read_json_object,
+    refuse_adapter,
 )
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
+from abliterate.checkpoints.quantized import dequantized_layout, plain_view
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.edits import TensorEdit, projection_of
 from abliterate.editing.options import EditOptions
-from abliterate.editing.plan import EditPlan, select_writers, unverified_note
+from abliterate.editing.plan import EditPlan, mlx_notes, second_copies_note, select_writers, unverified_note
 from abliterate.editing.record import (
     FORMAT_VERSION,
     RECORD_NAME,
@@ -151,6 +154,9 @@ class Layout:
         gated: "auto" or "manual" where the Hub asks for agreement first.
         download_bytes: What would be downloaded; 0 for a directory.
         disk_bytes: What a copy of it takes.
+        same_bytes: Whether two of its tensors have the same dtype, shape and bytes; of a Hub model, as far as a few
+            parts of them tell.
+        second_copies: Files that hold the same weights again and are left out.
     """
 
     name: str
@@ -162,6 +168,8 @@ class Layout:
     gated: str | None
     download_bytes: int
     disk_bytes: int
+    same_bytes: Callable[[TensorInfo, TensorInfo], bool]
+    second_copies: tuple[str, ...] = ()
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Return all tensors, shard by shard in file order."""
@@ -198,16 +206,28 @@ def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanRe
         CheckpointError: The model is quantised or of an unsupported type.
     """
     options = options or EditOptions()
-    infos = {tensor.name: tensor for tensor in layout.tensors()}
+    view = Checkpoint(path=layout.path, config=layout.config, shards=layout.shards, index=None, side_files=())
+    view = view if options.quantized == "refuse" else plain_view(view)
+    infos = {tensor.name: tensor for tensor in view.tensors()}
     stream = map_stream(
-        config=layout.config, tensors=tuple(infos.values()), path=layout.path, unverified=options.unverified
+        config=view.config,
+        tensors=tuple(infos.values()),
+        path=layout.path,
+        same_bytes=layout.same_bytes,
+        unverified=options.unverified,
     )
     selected = select_writers(stream, options=options, model=layout.name)
+    if options.quantized == "dequantize":
+        plain = dequantized_layout(view).shards
+        grown = sum(shard.size for shard in plain) - sum(shard.size for shard in layout.shards)
+        layout = replace(layout, shards=plain, disk_bytes=layout.disk_bytes + grown)
+        infos = {tensor.name: tensor for tensor in layout.tensors()}
     return _report(layout, stream, selected, infos)
 
 
 def _read_local(path: Path, name: str) -> Layout:
     checkpoint = open_checkpoint(path)
+    refuse_adapter(path, checkpoint.side_files)
     sizes = [shard.size for shard in checkpoint.shards]
     sizes += [(path / file).stat().st_size for file in checkpoint.side_files]
     return Layout(
@@ -220,11 +240,14 @@ def _read_local(path: Path, name: str) -> Layout:
         gated=None,
         download_bytes=0,
         disk_bytes=sum(sizes),
+        same_bytes=checkpoint.same_bytes,
+        second_copies=checkpoint.second_copies,
     )
 
 
 def _read_remote(remote: RemoteModel) -> Layout:
     path = Path(remote.name)
+    refuse_adapter(path, remote.sizes)
     config = parse_config(_read_small(remote, CONFIG_NAME), path=path / CONFIG_NAME)
     names, index = choose_shards(path, has=remote.sizes.__contains__, read=lambda name: _read_small(remote, name))
     with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:
@@ -241,7 +264,23 @@ def _read_remote(remote: RemoteModel) -> Layout:
         gated=remote.gated,
         download_bytes=total,
         disk_bytes=total,
+        same_bytes=lambda first, second: _same_parts(remote, first, second),
     )
+
+
+def _same_parts(remote: RemoteModel, first: TensorInfo, second: TensorInfo) -> bool:
+    size = first.end - first.start
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    length = min(size, _FIRST_RANGE)
+    # Two matrices that were trained apart differ everywhere.
+    for offset in sorted({0, (size - length) // 2, size - length}) if length else ():
+        one, other = (
+            remote.read_range(each.shard, each.start + offset, each.start + offset + length) for each in (first, second)
+        )
+        if one != other:
+            return False
+    return True
 
 
 def _read_small(remote: RemoteModel, name: str) -> bytes:
@@ -264,7 +303,7 @@ def _report(
 ) -> PlanReport:
     tensors = tuple(projection_of(writer, infos[writer.tensor_name]) for writer in selected)
     chosen = {tensor.name for tensor in tensors}
-    largest = max(tensors, key=lambda tensor: tensor.nbytes)
+    largest = max((infos[tensor.name] for tensor in tensors), key=lambda info: info.plain_bytes)
     return PlanReport(
         model=layout.name,
         revision=layout.revision,
@@ -286,18 +325,25 @@ def _report(
         left_alone=stream.left_alone,
         n_shards=len(layout.shards),
         bytes_edited=sum(tensor.nbytes for tensor in tensors),
-        bytes_weights=sum(info.end - info.start for info in infos.values()),
+        bytes_weights=sum(info.end - info.start for info in layout.tensors()),
         download_bytes=layout.download_bytes,
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
-        memory_bytes=2 * largest.nbytes + _WORKSPACE_BYTES,
-        notes=() if stream.verified else (unverified_note(stream.model_type),),
+        memory_bytes=2 * largest.plain_bytes + _WORKSPACE_BYTES,
+        notes=_notes(layout, stream),
     )
 
 
 def _counts(edits: Iterable[TensorEdit]) -> dict[str, int]:
     roles = [edit.writer.role for edit in edits]
     return {role: roles.count(role) for role in ROLES if role in roles}
+
+
+def _notes(layout: Layout, stream: StreamMap) -> tuple[str, ...]:
+    notes = [] if stream.verified else [unverified_note(stream.model_type)]
+    notes += [*stream.notes(), *mlx_notes(layout.shards)]
+    notes += [second_copies_note(layout.second_copies)] if layout.second_copies else []
+    return tuple(notes)
 
 
 def group_tensors(tensors: Iterable[TensorEdit]) -> tuple[TensorGroup, ...]:

@@ -64,7 +64,13 @@ def prove_on_tiny_twin(*, layout: Layout, progress: ProgressReporter = SILENT) -
             not come out clean or is not edited where the checkpoint would be.
         CheckpointError: The checkpoint cannot be planned for.
     """
-    stream = map_stream(config=layout.config, tensors=layout.tensors(), path=layout.path, unverified=True)
+    stream = map_stream(
+        config=layout.config,
+        tensors=layout.tensors(),
+        path=layout.path,
+        same_bytes=layout.same_bytes,
+        unverified=True,
+    )
     if stream.verified:
         return None
     progress.message(f"model type {stream.model_type!r} is not known; trying the edit on a tiny model of its config")
@@ -86,7 +92,13 @@ def _try(layout: Layout, stream: StreamMap, work: Path) -> TwinProof:
     with _refusing(refusal, "a tiny model of it cannot be edited as this checkpoint would be"):
         checkpoint = open_checkpoint(base)
         tensors = tuple(checkpoint.tensors())
-        twin = map_stream(config=checkpoint.config, tensors=tensors, path=checkpoint.path, unverified=True)
+        twin = map_stream(
+            config=checkpoint.config,
+            tensors=tensors,
+            path=checkpoint.path,
+            same_bytes=checkpoint.same_bytes,
+            unverified=True,
+        )
         _check_same_writers(stream, twin)
         generator = torch.Generator().manual_seed(0)
         direction = make_direction(mean_difference=torch.randn(twin.d_model, generator=generator, dtype=torch.float64))
@@ -163,7 +175,7 @@ def randomize(model: "PreTrainedModel") -> "PreTrainedModel":
 def _check_tie(model: "PreTrainedModel", stream: StreamMap) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and cast(Any, head).weight is cast(Any, embedding).weight
-    if head is not None and tied != stream.tied_embeddings:
+    if head is not None and tied != (stream.tied_embeddings or stream.head_differs):
         does = "ties" if tied else "does not tie"
         raise ValueError(
             f"transformers {does} its embeddings, which config.json does not say; "

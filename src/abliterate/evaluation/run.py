@@ -49,12 +49,12 @@ from abliterate.evaluation.report import (
     count_replies,
     refusal_change,
 )
+from abliterate.evaluation.steering import default_coefficient, steer
 from abliterate.extraction.reply_classes import Reply
 from abliterate.files import write_file
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
-from abliterate.models.steering import default_coefficient, steer
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
 

@@ -17,13 +17,15 @@ import torch
 from safetensors import SafetensorError
 
 from abliterate.architectures.tiny_config import shrink_config
-from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource, as_source
+from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.gguf_file import load_gguf, load_gguf_tokenizer, read_gguf, read_gguf_config
 from abliterate.models.layer_weights import LayerWeights
+from abliterate.models.loading_report import OF_MLX, check_complete
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import check_extractable, find_blocks
 from abliterate.models.stream_probe import probe_stream
@@ -82,11 +84,13 @@ def open_model(
         InputError: there is no such directory, or no such device.
         HubError: the Hub does not give the model.
         ModelError: the files do not load as a chat model, or it does not fit into memory.
+        CheckpointError: an adapter lies beside the weights of a model that a direction is to be extracted from.
     """
     if isinstance(model, ChatModel):
         return OpenedModel(chat=model, source=None)
     source = as_source(model)
     if extracts:
+        refuse_adapter(Path(source.name), [file.name for file in source.path.iterdir()])
         check_extractable(_read_config(source.path, name=source.name, options=options), name=source.name)
     if can_stream and options.stream_layers:
         chat: ChatModel = load_streamed_model(
@@ -135,7 +139,7 @@ def load_weights(
         kind: what that class makes of it, for messages.
 
     Raises:
-        ModelError: the files do not load as such a model, or it does not fit into memory.
+        ModelError: the files do not load as such a model or do not hold all of it, or it does not fit into memory.
         InputError: the device is not there.
     """
     from transformers.utils import logging
@@ -150,11 +154,21 @@ def load_weights(
     config = _read_config(path, name=name, options=options, kind=kind)
     try:
         auto_class = (choose_class or class_of)(config)
-        model = auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust, device_map=options.device_map)
+        model, report = auto_class.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust,
+            device_map=options.device_map,
+            output_loading_info=True,
+        )
     except SafetensorError as error:
+        _refuse_pointers(path, error)
         raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
+        cause = f"; {OF_MLX}" if is_of_mlx(path) else ""
+        raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}{cause}") from error
+    check_complete(model, report, path=path, name=name)
     if options.device_map is None:
         if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
             model = model.float()
@@ -191,7 +205,12 @@ def _read_config(
         config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
-    return cast("PretrainedConfig", config)
+    return text_part(config)
+
+
+def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
+    """Return the part of a config that a text model is loaded by: of a model that also speaks, what thinks."""
+    return cast("PretrainedConfig", getattr(config, "thinker_config", None) or config)
 
 
 def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":
@@ -208,6 +227,7 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
     try:
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        _refuse_pointers(path, error)
         raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
     if not getattr(loaded, "chat_template", None):
         loaded.chat_template = _processor_template(path)
@@ -220,11 +240,17 @@ def _processor_template(path: Path) -> str | None:
     return next((template for template in kept if isinstance(template, str) and template), None)
 
 
+def _refuse_pointers(path: Path, error: Exception) -> None:
+    pointer = next((file for file in sorted(path.glob("*")) if is_lfs_pointer(file)), None)
+    if pointer is not None:
+        raise lfs_pointer(pointer) from error
+
+
 def auto_class(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the class of transformers that loads the model in a directory, images and sound included if need be."""
     from transformers import AutoConfig
 
-    return class_of(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    return class_of(text_part(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)))
 
 
 def class_of(config: "PretrainedConfig") -> Any:
@@ -247,7 +273,7 @@ def empty_model(path: Path, *, name: str) -> "PreTrainedModel":
 
     try:
         with torch.device("meta"):
-            model = auto_class(path).from_config(AutoConfig.from_pretrained(path))
+            model = auto_class(path).from_config(text_part(AutoConfig.from_pretrained(path)))
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name} is not built by transformers: {reason}") from error
@@ -306,7 +332,7 @@ def load_streamed_model(
     if checkpoint.config.get("quantization_config"):
         raise ModelError(f"{name} is quantised; --stream-layers reads float32, float16 and bfloat16 weights only")
     tokenizer = load_tokenizer(path, name=name, options=options)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    config = text_part(AutoConfig.from_pretrained(path, trust_remote_code=trust))
     returned = try_streaming(config, name=name)
     with init_empty_weights(include_buffers=False):
         model = auto_class(path, trust_remote_code=trust).from_config(config, dtype=_dtype(config, options, device))

@@ -202,6 +202,11 @@ def _against_base(files: _Files, base: Checkpoint) -> tuple[list[str], int]:
     total = sum(tensor.end - tensor.start for tensor in base.tensors() if tensor.name not in changed)
     problems = differences_from_plan(files.record, base)
     problems += compare_layouts(layout, files.edited, added=added, config_changes=config_changes)
+    problems += [
+        f"{files.record.directory}: {name} holds weights again that are not those of this checkpoint; remove it"
+        for name in files.edited.second_copies
+        if name not in files.record.content["side_files"]
+    ]
     if copies.keys() - added or set(copies.values()) - names:
         problems.append(f"{files.record.directory / RECORD_NAME}: names no tied tensor of the base; {_AGAIN}")
     if not problems:

@@ -110,7 +110,13 @@ def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[
     if options.quantized != "refuse":
         base = plain_view(base)
     tensors = tuple(base.tensors())
-    stream = map_stream(config=base.config, tensors=tensors, path=base.path, unverified=options.unverified)
+    stream = map_stream(
+        config=base.config,
+        tensors=tensors,
+        path=base.path,
+        same_bytes=base.same_bytes,
+        unverified=options.unverified,
+    )
     planned = edits_of_writers(
         select_writers(stream, options=options, model=str(base.path)),
         stream=stream,

@@ -85,7 +85,7 @@ def revert_checkpoint(
         for taken in (source.path, checkpoint):
             check_output(output, taken, overwrite=overwrite)
     compared = 0 if record.is_adapter else _compare(record, original, progress)
-    names = sorted({*(shard.file_name for shard in original.shards), *original.side_files})
+    names = sorted({*(shard.file_name for shard in original.shards), *original.side_files, *original.second_copies})
     total = sum((source.path / name).stat().st_size for name in names)
     files: dict[str, WrittenFile] = {}
     if output is not None and not dry_run:

@@ -7,9 +7,9 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import InputError
+from abliterate.evaluation.steering import default_coefficient, reference_components, steer
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, capture_inputs, set_component
-from abliterate.models.steering import default_coefficient, reference_components, steer
 from abliterate.prompt_sets import load_prompt_set
 
 ROWS = [[5, 9, 17, 40, 7], [8, 11, 60, 61, 62]]
