@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from abliterate.extraction.judgement import RefusalEvidence
 from abliterate.extraction.report import ExtractionReport
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.selection import CandidateScore, failed_thresholds, nearest_candidates
@@ -68,6 +69,7 @@ def _choice(scores: ScoreTable, report: ExtractionReport | None) -> Section:
         blocks=(
             headline(text),
             table(header[:-1], rows, caption="The selected candidates" if further else "The selected candidate"),
+            *_confirmed(report),
             paragraph(
                 "The refusal metric is the log-odds of a refusal token as the first token of the answer, in nats."
                 + passing
@@ -185,10 +187,42 @@ def _provenance(report: ExtractionReport | None, command: str) -> Section:
                 for _ in range(bool(report.response_prefix))
             ),
             *kept,
+            *_judged(report.refusal),
             ("Norm of the difference in means", f"{report.direction_norm:.4g}"),
         ]
         blocks.append(facts(pairs))
     return Section(heading="Where the numbers come from", blocks=(*blocks, commands([command])))
+
+
+def _confirmed(report: ExtractionReport | None) -> list[str]:
+    if report is None or not report.confirmed:
+        return []
+    rows = [
+        [one.position, one.layer, f"{one.unanswered} of {one.n_harmful}", f"{one.induced} of {one.n_harmless}"]
+        for one in report.confirmed
+    ]
+    header = ["position", "layer", "not answered, ablated", "refused, added"]
+    return [table(header, rows, caption="Replies to validation prompts, all refused or all answered unchanged")]
+
+
+def _judged(evidence: RefusalEvidence) -> list[tuple[str, object]]:
+    """Say what prompts were filtered by, and what candidates were scored by."""
+    pairs: list[tuple[str, object]] = [
+        ("Prompts filtered by", f"{evidence.filter}: {evidence.reason}"),
+        ("Scored by", evidence.measure + "".join(f", {opening!r}" for opening in evidence.openings)),
+        ("Zero of the scores", f"{evidence.zero:.2f} nats"),
+    ]
+    if evidence.replies is not None:
+        pairs += [
+            (f"Replies to {part.replace('_', ' ')} prompts", f"{counts.refused} of {counts.n} refuse")
+            for part, counts in evidence.replies.items()
+        ]
+    if evidence.coverage is not None:
+        pairs.append(("Refusals that begin with a refusal token", f"{evidence.coverage:.1%}"))
+    if evidence.accuracy is not None and evidence.accuracy_at_0 is not None:
+        told = f"{evidence.accuracy:.1%} at best, {evidence.accuracy_at_0:.1%} at 0"
+        pairs.append(("Refused and answered prompts told apart", told))
+    return pairs
 
 
 def _cells(score: CandidateScore) -> Sequence[object]:
