@@ -46,7 +46,8 @@ def test_what_differs_from_the_defaults_is_written():
     assert cli_arguments(options) == [
         *expected,
         " Sorry",
-        "--no-filter",
+        "--filter",
+        "none",
         *("--variant", "projected", "--winsorize", "0.01"),
     ]
     assert cli_arguments(EditOptions(components=("attn", "mlp"), layers=(4, 10))) == [

@@ -243,3 +243,42 @@ def test_damaged_weights_are_said_to_be(run, llama_directory: Path) -> None:
     assert code == 1
     assert "the weights are damaged or incomplete" in error
     assert "\n" not in error.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--filter", "words"], 2, "'words' is not one of"),
+        (["--confirm", "-1"], 2, "--confirm"),
+        (["--filter", "replies", "--stream-layers"], 1, "--filter replies cannot go with --stream-layers"),
+        (["--filter", "auto"], 1, "does not refuse"),
+        (["--filter", "replies"], 1, "by their replies, 0 of 8 harmful training prompts are refused"),
+    ],
+)
+def test_ways_of_filtering_that_cannot_be_are_refused_in_one_line(run, options, code, says) -> None:
+    result = run("-o", "r.safetensors", "--n-train", "8", "--n-val", "3", *options)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert says in " ".join(result.stderr.split())
+    assert not Path("r.safetensors").exists()
+
+
+def test_what_was_no_filter_is_filter_none(run, tmp_path: Path) -> None:
+    for name, option in (("a", ["--no-filter"]), ("b", ["--filter", "none"])):
+        assert run("-o", name, "--n-train", "8", "--n-val", "3", "--refusal-token", "I", *ANY, *option).exit_code == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_on_exit_3_the_command_that_accepts_the_nearest_is_shown(run, tmp_path: Path) -> None:
+    result = run("-o", "r.safetensors", *TINY, "--kl-threshold", "1e-9", "--induce-threshold", "-1e9", "--json")
+    assert result.exit_code == 3
+    document = json.loads(result.stdout)
+    first = document["nearest"][0]
+    assert set(first) == {"candidate", "failed", "beyond", "distance"}
+    assert first["beyond"]["kl"] > 0
+    assert set(document["best"]) == {"bypass", "induce", "kl"}
+    again = run("-o", "r.safetensors", *TINY, "--induce-threshold", "-1e9", *document["accepting"])
+    assert again.exit_code == 0
+    plain = run("-o", "s.safetensors", *TINY, "--kl-threshold", "1e-9", "--induce-threshold", "-1e9")
+    assert "the nearest is accepted by: abliterate extract" in " ".join(plain.stdout.split())
+    assert (tmp_path / "r.safetensors").exists()

@@ -13,7 +13,7 @@ from abliterate.editing.model_card import build_model_card
 from abliterate.editing.options import ROLES, EditOptions, QuantizedPolicy, TiedPolicy
 from abliterate.errors import InputError
 from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
-from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, PromptSources, Thresholds, Variant
+from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Filter, PromptSources, Thresholds, Variant
 from abliterate.models.options import Dtype, ModelOptions
 from tests.support.fake_hub import evaluation_report, write_checkpoint
 
@@ -28,7 +28,8 @@ EXTRACTIONS = st.builds(
     seed=st.integers(0, 2**31),
     thresholds=st.builds(Thresholds, kl=FLOATS, induce=FLOATS, prune_layers=SHARES),
     refusal_tokens=st.lists(TEXT, max_size=3).map(tuple),
-    filter_prompts=st.booleans(),
+    filter=st.sampled_from(get_args(Filter)),
+    confirm=st.none() | st.integers(0, 5),
     exhaustive=st.booleans(),
     recipe=st.builds(DirectionRecipe, variant=st.sampled_from(get_args(Variant)), winsorize=st.none() | SHARES),
     rank=st.integers(1, 4),
