@@ -32,6 +32,9 @@ from tests.support.loaded_models import load, stored
 from tests.support.tiny_models import random_direction, save_tiny_llama
 
 KEY = "tie_word_embeddings"
+TIED_BY_CLASS = {"qwen3_5", "qwen3_5_moe"}
+"""Where top and text section contradict each other, transformers' class for text ties by the one, that for images by the
+other; the table goes by the top, as the class does that releases name."""
 SECTION_TYPES = sorted(name for name, wrapper in WRAPPERS.items() if wrapper.tie in {"either", "text"})
 
 
@@ -56,6 +59,8 @@ def test_a_wrapper_is_tied_where_transformers_ties_it(model_type):
     wrong = []
     for top in (None, True, False):
         for text in (None, True, False):
+            if model_type in TIED_BY_CLASS and (top or False) != (text or False):
+                continue
             given = copy.deepcopy(plain)
             given |= {} if top is None else {KEY: top}
             given[section] |= {} if text is None else {KEY: text}

@@ -147,7 +147,7 @@ def test_a_quantised_model_is_planned_as_it_would_be_edited(tmp_path, make, poli
     report = orthogonalize_checkpoint(
         source=base, direction=direction, output=out, options=EditOptions(quantized=policy)
     )
-    assert [(t.name, t.dtype, t.shape) for t in plan.tensors] == [(t.name, t.dtype, t.shape) for t in report.tensors]
+    assert [tensor.described() for tensor in plan.tensors] == [done.edit.described() for done in report.tensors]
     assert plan.bytes_edited == report.bytes_edited
     sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.suffix == ".safetensors"}
     headers = sum(len(shard.header_bytes) for shard in open_checkpoint(out).shards)

@@ -90,7 +90,8 @@ def open_model(
         return OpenedModel(chat=model, source=None)
     source = as_source(model)
     if extracts:
-        refuse_adapter(Path(source.name), [file.name for file in source.path.iterdir()])
+        if source.path.is_dir():
+            refuse_adapter(Path(source.name), [file.name for file in source.path.iterdir()])
         check_extractable(_read_config(source.path, name=source.name, options=options), name=source.name)
     if can_stream and options.stream_layers:
         chat: ChatModel = load_streamed_model(
