@@ -33,7 +33,7 @@ from tests.support.tiny_models import random_direction, save_tiny_llama
 
 KEY = "tie_word_embeddings"
 TIED_BY_CLASS = {"qwen3_5", "qwen3_5_moe"}
-"""Where top and text section contradict each other, transformers' class for text ties by the one, that for images by the
+"""Where top and text section contradict each other, the class for text ties by the one, that for images by the
 other; the table goes by the top, as the class does that releases name."""
 SECTION_TYPES = sorted(name for name, wrapper in WRAPPERS.items() if wrapper.tie in {"either", "text"})
 
