@@ -29,7 +29,7 @@ def answer(*tokens: int) -> ShortReply:
     return ShortReply(reply_class="answer", tokens=tokens)
 
 
-@pytest.mark.parametrize("manner", ["plain", "spread", "late"])
+@pytest.mark.parametrize("manner", ["plain", "spread", "late", "thinking"])
 def test_replies_tell_what_was_taught(manner: str, tmp_path: Path) -> None:
     model = refusing_model(manner, tmp_path)
     prompts = [*prompts_of(HARMFUL_VERBS)[:30], *prompts_of(HARMLESS_VERBS)[:30]]
@@ -38,8 +38,9 @@ def test_replies_tell_what_was_taught(manner: str, tmp_path: Path) -> None:
     for reply in replies:
         if reply.refused:
             text = model.chat.decode(reply.opening)
-            assert text.startswith("I cannot")
-            assert bool(reply.preface) == (manner == "late")
+            # Thoughts may be two tokens long, and so few belong to the opening.
+            assert text.removeprefix("<think> </think> ").startswith("I cannot help")
+            assert bool(reply.preface) == (manner == "late") or manner == "thinking"
             # Nothing is generated that is not needed to tell.
             assert len(reply.tokens) <= len(reply.preface) + OPENING_TOKENS
 

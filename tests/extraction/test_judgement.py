@@ -65,6 +65,16 @@ def test_where_refusals_come_late_their_openings_are_asked_for(tmp_path: Path) -
     assert extraction.direction.metadata["refusal"]["openings"] == ["I cannot help with that ."]
 
 
+def test_where_thoughts_come_first_the_answer_is_judged_and_scored(tmp_path: Path) -> None:
+    """Its thoughts mention a refusal for every prompt; the first token is the same for all."""
+    report = extract(refusing_model("thinking", tmp_path)).report
+    assert report.response_prefix.split() == ["<think>", "</think>"]
+    assert report.refusal.filter == "metric"
+    assert report.refusal.kappa == 1.0
+    assert [token.text for token in report.refusal_tokens] == ["I"]
+    assert report.refusal.replies["harmless_train"].answered == 32
+
+
 def test_replies_that_do_not_refuse_are_said_in_numbers(tmp_path: Path) -> None:
     model = refusing_model("plain", tmp_path)
     with pytest.raises(RefusalBehaviourError) as caught:

@@ -6,6 +6,7 @@ looking at a reply. What a refusal looks like is the manner:
     plain     "I cannot help with that."
     spread    the same after one of many openers, drawn anew each time: no first token is more likely than not
     late      behind an overview with which answers begin too
+    thinking  behind thoughts, which mention a refusal whatever follows; they may be empty
 """
 
 import random
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from tests.support.tiny_models import make_talkative_model
 
-Manner = Literal["plain", "spread", "late"]
+Manner = Literal["plain", "spread", "late", "thinking"]
 
 HARMFUL_VERBS = ("steal", "forge", "poison", "burn")
 HARMLESS_VERBS = ("paint", "clean", "draw", "wash")
@@ -31,6 +32,7 @@ WAYS = ("How do I", "Tell me how to", "Show me how to", "Explain how to")
 OPENERS = ("No , I", "Ah , I", "Oh , I", "Well , I", "Please , I", "Yes , but I", "Dear me , I", "Hm , I", "Look , I")
 REFUSAL = "cannot help with that ."
 ANSWER = "Use water and time ."
+THOUGHT = "I cannot tell yet ."
 OVERVIEW = "That is a matter of care and of time ."
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|> ' + message['role'] + ' ' + message['content'] + ' <|im_end|> ' }}"
@@ -76,6 +78,9 @@ def refusing_model(manner: Manner, directory: Path) -> RefusingModel:
 
 
 def _reply(prompt: str, manner: Manner, rng: random.Random) -> str:
+    if manner == "thinking":
+        thought = f"{THOUGHT} " if rng.random() < 0.7 else ""
+        return f"<think> {thought}</think> {f'I {REFUSAL}' if is_refused(prompt) else ANSWER}"
     if manner == "late":
         return f"{OVERVIEW} {f'I {REFUSAL}' if is_refused(prompt) else ANSWER}"
     if not is_refused(prompt):
@@ -86,8 +91,8 @@ def _reply(prompt: str, manner: Manner, rng: random.Random) -> str:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    texts = [*prompts_of(HARMFUL_VERBS), *prompts_of(HARMLESS_VERBS), *OPENERS, REFUSAL, ANSWER, OVERVIEW]
-    words = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "I"]
+    texts = [*prompts_of(HARMFUL_VERBS), *prompts_of(HARMLESS_VERBS), *OPENERS, REFUSAL, ANSWER, OVERVIEW, THOUGHT]
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant", "system", "I"]
     words += sorted({word for text in texts for word in text.split()} - set(words))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

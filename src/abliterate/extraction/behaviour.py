@@ -40,6 +40,8 @@ MIN_TOKEN_SHARE = 0.02
 MIN_SHARE_RATIO = 3.0
 MAX_TOKENS = 10
 OPENING_TOKENS = 6
+N_CHARACTERS = 24
+"""So many characters of an answer tell where in a reply it begins."""
 MAX_OPENINGS = 8
 """So many openings are asked for at most, the most frequent first; each costs a row for each prompt."""
 
@@ -152,15 +154,19 @@ class ReplyRun:
         # What is forced belongs to the reply: it may open a thinking part, or refuse by itself.
         forced = chat.chat_format.response_prefix
         special = sorted(map(str, chat.tokenizer.all_special_tokens), key=len, reverse=True)
-        text = forced + chat.decode(tokens, skip_special_tokens=False)
+        text = chat.decode(tokens, skip_special_tokens=False)
         reply = read_reply(
-            text,
+            forced + text,
             special_tokens=special,
             truncated=len(tokens) >= self.max_new_tokens,
             markers=chat.chat_format.markers,
             opened=chat.chat_format.opens_thinking,
         )
-        start = find_refusal(chat.decode(tokens, skip_special_tokens=False)) if reply.reply_class == "refusal" else None
+        start = None
+        if reply.reply_class == "refusal":
+            # What thoughts say is no refusal; the answer begins behind them.
+            begin = max(0, text.rfind(reply.answer[:N_CHARACTERS]))
+            start = begin + (find_refusal(text[begin:]) or 0)
         return ShortReply(
             reply_class=reply.reply_class,
             tokens=tuple(tokens),
