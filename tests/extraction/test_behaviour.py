@@ -74,13 +74,18 @@ def test_harmless_replies_are_asked_as_far_in_as_refusals_come(tmp_path: Path) -
 
 
 def test_the_zero_parts_best_and_stays_0_within_noise() -> None:
-    apart = find_zero(refused=torch.tensor([-1.0, -0.5, 2.0]), answered=torch.tensor([-4.0, -3.0]))
-    assert (apart.value, apart.accuracy) == (-2.0, 1.0)
-    assert apart.accuracy_at_0 == pytest.approx(2 / 3)
-    refused, answered = torch.linspace(0.5, 4, 30), torch.linspace(-4, -0.5, 30)
-    published = find_zero(refused=torch.cat([refused, torch.tensor([-0.4])]), answered=answered)
-    assert published.value == 0.0
-    assert published.best != 0.0
+    refused = torch.linspace(-1.5, 6.0, 32, dtype=torch.float64)
+    answered = torch.linspace(-8.0, -3.0, 31, dtype=torch.float64)
+    apart = find_zero(refused=refused, answered=answered)
+    assert (apart.value, apart.accuracy) == (-2.25, 1.0)
+    assert apart.accuracy_at_0 == pytest.approx((25 / 32 + 1) / 2)
+
+    # Of 63 prompts two are on the other side of 0: a fair coin does that one time in four.
+    published = find_zero(refused=torch.cat([refused[refused > 0], refused[:2]]), answered=answered)
+    assert (published.value, published.best, published.accuracy) == (0.0, -2.25, 1.0)
+    # Five of five: one time in 32.
+    assert find_zero(refused=torch.cat([refused[refused > 0], refused[:5]]), answered=answered).value == -2.25
+
     assert find_zero(refused=torch.tensor([]), answered=answered).accuracy == 0.0
 
 

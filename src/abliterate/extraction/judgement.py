@@ -240,13 +240,12 @@ class Judge:
             accuracy_at_0=zero.accuracy_at_0,
         )
         if self.options.filter == "auto":
-            agrees = agreement.kappa >= MIN_KAPPA and zero.value == 0
+            agrees = agreement.kappa >= MIN_KAPPA
             how = "agrees" if agrees else "does not agree"
-            evidence = replace(
-                evidence,
-                filter="metric" if agrees else "replies",
-                reason=f"the published rule {how} with the replies (kappa {agreement.kappa:.2f})",
-            )
+            reason = f"the published rule {how} with the replies (kappa {agreement.kappa:.2f})"
+            if agrees and zero.value:
+                reason += f", but refusals are told from answers best at {zero.value:.2f} nats, not at 0"
+            evidence = replace(evidence, filter="metric" if agrees and not zero.value else "replies", reason=reason)
         return evidence, _by_rule(metric)
 
     def _by_openings(
