@@ -346,7 +346,8 @@ def _won_and_lost(*, refused: Tensor, answered: Tensor, best: float) -> tuple[in
 def _sign_test(successes: int, failures: int) -> float:
     """Return how likely a fair coin is to give at least so many successes."""
     n = successes + failures
-    return sum(comb(n, k) for k in range(successes, n + 1)) / 2**n
+    ways: int = sum(comb(n, k) for k in range(successes, n + 1))
+    return ways / 2.0**n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
