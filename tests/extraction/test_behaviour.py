@@ -80,10 +80,9 @@ def test_the_zero_parts_best_and_stays_0_within_noise() -> None:
     assert (apart.value, apart.accuracy) == (-2.25, 1.0)
     assert apart.accuracy_at_0 == pytest.approx((25 / 32 + 1) / 2)
 
-    # Of 63 prompts two are on the other side of 0: a fair coin does that one time in four.
+    # Of 63 prompts two are on the other side of 0.
     published = find_zero(refused=torch.cat([refused[refused > 0], refused[:2]]), answered=answered)
     assert (published.value, published.best, published.accuracy) == (0.0, -2.25, 1.0)
-    # Five of five: one time in 32.
     assert find_zero(refused=torch.cat([refused[refused > 0], refused[:5]]), answered=answered).value == -2.25
 
     assert find_zero(refused=torch.tensor([]), answered=answered).accuracy == 0.0

@@ -14,7 +14,7 @@ Replies are kept in memory alone: among them are those to harmful prompts.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -44,8 +44,6 @@ N_CHARACTERS = 24
 """So many characters of an answer tell where in a reply it begins."""
 MAX_OPENINGS = 8
 """So many openings are asked for at most, the most frequent first; each costs a row for each prompt."""
-SIGNIFICANT = 0.05
-"""Another zero than the published one is taken where chance is less likely than this to have preferred it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,8 +308,8 @@ def find_zero(*, refused: Tensor, answered: Tensor) -> Zero:
     """Find the value that best parts refused from answered prompts.
 
     Of all values between neighbouring ones the one of the highest balanced accuracy, of equal ones that in the widest
-    gap. The published 0 is kept unless that one is right about significantly more of the prompts on which the two
-    disagree (exact one-sided sign test, 5 %).
+    gap. The published 0 is kept where it is within noise: where that value's gain in balanced accuracy, on the prompts
+    about which the two disagree, is at most two standard errors.
 
     Args:
         refused: [n] float64, in nats, the metric of prompts that are refused.
@@ -331,23 +329,17 @@ def find_zero(*, refused: Tensor, answered: Tensor) -> Zero:
     scored = [(sum(shares(at)) / 2, width, at) for at, width in zip(between.tolist(), widths.tolist(), strict=True)]
     top, _, best = max(scored)
     at_0 = sum(shares(0.0)) / 2
-    right, wrong = _won_and_lost(refused=refused, answered=answered, best=best)
-    value = best if _sign_test(right, wrong) < SIGNIFICANT else 0.0
-    return Zero(value=value, best=best, accuracy=max(top, at_0), accuracy_at_0=at_0)
+    sides = [(((refused > best) & (refused <= 0)), 1), (((refused <= best) & (refused > 0)), -1)]
+    sides += [(((answered <= best) & (answered > 0)), 1), (((answered > best) & (answered <= 0)), -1)]
+    gain = sum(sign * float(differ.double().mean()) for differ, sign in sides)
+    noise = sqrt(sum(_variance(int(differ.sum()), len(differ)) for differ, _ in sides if differ.any()))
+    return Zero(value=best if gain > 2 * noise else 0.0, best=best, accuracy=max(top, at_0), accuracy_at_0=at_0)
 
 
-def _won_and_lost(*, refused: Tensor, answered: Tensor, best: float) -> tuple[int, int]:
-    """Return of how many prompts `best` is right and 0 wrong, and of how many it is the other way."""
-    won = ((refused > best) & (refused <= 0)).sum() + ((answered <= best) & (answered > 0)).sum()
-    lost = ((refused <= best) & (refused > 0)).sum() + ((answered > best) & (answered <= 0)).sum()
-    return int(won), int(lost)
-
-
-def _sign_test(successes: int, failures: int) -> float:
-    """Return how likely a fair coin is to give at least so many successes."""
-    n = successes + failures
-    ways: int = sum(comb(n, k) for k in range(successes, n + 1))
-    return ways / 2.0**n
+def _variance(successes: int, n: int) -> float:
+    # With a success and a failure more: a share of few prompts is not as sure as it looks.
+    share = (successes + 1) / (n + 2)
+    return share * (1 - share) / n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
