@@ -208,7 +208,7 @@ def test_norms_of_another_kind_leave_the_stream_unclean(tmp_path, refused, monke
 
 def test_a_measure_that_shows_nothing_is_no_proof(unknown, refused, monkeypatch):
     for found, message in ((0.0, "is only 0"), (float("nan"), "is only nan")):
-        monkeypatch.setattr(tiny_twin, "stream_component", lambda *_, found=found: found)
+        monkeypatch.setattr(tiny_twin, "stream_components", lambda *_, found=found: (found, found))
         refused(unknown, message)
 
 

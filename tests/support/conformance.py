@@ -179,7 +179,8 @@ def read_stream(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Te
 
 
 def _component(stream: Tensor, direction: Tensor) -> float:
-    h = stream.double()
+    # Some models hold several streams side by side.
+    h = stream.double().reshape(-1, len(direction))
     along, norm = (h @ direction).abs(), h.norm(dim=-1)
     assert bool(torch.isfinite(norm).all())
     return float((along / norm.clamp_min(1e-300)).max())
