@@ -99,7 +99,6 @@ def test_an_unknown_type_is_mapped_by_the_rules_common_to_all() -> None:
 @pytest.mark.parametrize(
     ("model_type", "config", "reason"),
     [
-        ("gemma3n_text", {}, "LAuReL"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "normalised input"),
         ("opt", {"word_embed_proj_dim": 4}, "a projection stands between"),
     ],

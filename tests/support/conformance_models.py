@@ -31,6 +31,7 @@ _QWEN4 = {
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "indexed_attention", "linear_attention", "indexed_attention"],
     "ple_layer_ids": [1, 3],
+    "number_of_conv_states": 3,
     "ple_embed_dim": 64,
     "ngram_vocab_size_base": 50,
     "heads_per_ngram": 2,

@@ -88,7 +88,8 @@ def _tables(report: "VerificationReport") -> list[Table | str]:
         parts += _logits(report.logits)
     if report.passed:
         compared = f"{report.files.bytes_compared / 1e6:.1f} MB of unedited tensors are those of {report.base}"
-        parts.append(f"Verified: {compared}; {len(report.files.tensors)} edited tensors are as recorded")
+        verdict = "Verified" if report.partial is None else "Verified as a partial edit"
+        parts.append(f"{verdict}: {compared}; {len(report.files.tensors)} edited tensors are as recorded")
         if report.partial is not None:
             parts.append(_partial(report.partial))
     return parts
@@ -98,8 +99,8 @@ def _partial(check: "PartialCheck") -> str:
     measured = "the models were not run, so what is left was not measured"
     if check.base_mean is not None and check.edited_mean is not None:
         measured = (
-            f"|R·h|/|h| fell from {check.base_mean:.2e} to {check.edited_mean:.2e} on average, and the largest from "
-            f"{check.base_max or 0:.2e} to {check.edited_max or 0:.2e}"
+            f"|R·h|/|h| is {check.edited_mean:.2e} on average ({check.base_mean:.2e} in the base), and "
+            f"{check.edited_max or 0:.2e} at most ({check.base_max or 0:.2e})"
         )
     return f"Partial: {check.reason}; {measured}; what still writes: {', '.join(check.modules) or 'nothing'}"
 

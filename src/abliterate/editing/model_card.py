@@ -117,14 +117,14 @@ def _what_is_left(record: dict[str, Any]) -> str:
     if twin:
         measured = (
             f"on a tiny random model of this config |r·h|/|h| fell from {number(twin.get('mean_before'))} to "
-            f"{number(twin.get('mean_after'))} on average (the largest from {number(twin.get('before'))} to "
+            f"{number(twin.get('mean_after'))} on average (the largest: {number(twin.get('before'))} to "
             f"{number(twin.get('after'))})"
         )
     names = ", ".join(code(name) for name in modules) if isinstance(modules, list) else ""
     return (
         f" **The edit is partial**: {inline(partial.get('reason', 'its reason is not recorded'))}; {measured}, and "
         f"`abliterate verify` measures it in this model. What still writes along r: {names or 'not recorded'}. Hooks "
-        "(`abliterate evaluate` with the base and `--direction`) ablate in the stream itself and leave nothing."
+        "(`abliterate evaluate --intervention ablate` on the base) ablate in the stream itself and leave nothing."
     )
 
 

@@ -68,7 +68,8 @@ class PartialEdit:
     reason: str
     modules: tuple[str, ...]
     hooks: str = (
-        "hooks ablate in the stream itself and leave nothing (`abliterate evaluate MODEL --direction F` on the base)"
+        "hooks ablate in the stream itself and leave nothing (`abliterate evaluate MODEL --intervention ablate "
+        "--direction F`)"
     )
     twin: TwinProof | None = None
 
@@ -78,8 +79,8 @@ class PartialEdit:
         if self.twin is not None:
             measured = (
                 f"on a tiny random model of this config |r.h|/|h| fell from {self.twin.mean_before:.2g} to "
-                f"{self.twin.mean_after:.2g} on average, and the largest from {self.twin.before:.2g} to "
-                f"{self.twin.after:.2g}"
+                f"{self.twin.mean_after:.2g} on average (the largest: {self.twin.before:.2g} to "
+                f"{self.twin.after:.2g})"
             )
         return (
             f"partial: {self.reason}; {measured}; `abliterate verify` measures it in this model; what still writes: "
