@@ -139,7 +139,7 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
         "format_version", "format", "tool", "created", "base", "directions", "subspace", "options", "config_changes",
-        "tensors", "shards", "side_files",
+        "tensors", "shards", "side_files", "partial",
     ]  # fmt: skip
     assert record["format_version"] == 2
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}
@@ -159,6 +159,7 @@ def test_the_record_is_complete(llama, tmp_path, direction):
         "preserve_norms": False, "add": None, "quantized": "refuse", "unverified": False, "partial": False,
     }  # fmt: skip
     assert record["config_changes"] == {}
+    assert record["partial"] is None
     assert len(record["tensors"]) == 1 + 3 * N_LAYERS
     before, after = stored(llama), stored(out)
     for tensor in record["tensors"]:
