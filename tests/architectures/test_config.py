@@ -8,9 +8,9 @@ from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3}
 
 
-def read(tmp_path, unverified=False, **changes):
+def read(tmp_path, unverified=False, partial=False, **changes):
     config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
-    return read_text_model(config=config, path=tmp_path, unverified=unverified)
+    return read_text_model(config=config, path=tmp_path, unverified=unverified, partial=partial)
 
 
 def test_sizes_are_read_under_the_names_of_each_family(tmp_path):
@@ -71,3 +71,16 @@ def test_only_an_unknown_type_can_be_accepted_and_never_with_code_of_its_own(tmp
     with pytest.raises(UnsupportedArchitectureError) as refused:
         read(tmp_path, model_type="xglm", unverified=True)
     assert "--unverified" not in str(refused.value)
+
+
+@pytest.mark.parametrize("top", ["gemma3n", "gemma3n_text"])
+def test_a_type_that_is_cleaned_in_part_is_accepted_if_asked(tmp_path, top):
+    section = {"text_config": LLAMA | {"model_type": "gemma3n_text"}} if top == "gemma3n" else {}
+    with pytest.raises(UnsupportedArchitectureError, match=rf"'{top}' cannot be .* LAuReL .* --partial edits all"):
+        read(tmp_path, model_type=top, **section)
+    with pytest.raises(UnsupportedArchitectureError, match="--partial edits all"):
+        read(tmp_path, unverified=True, model_type=top, **section)
+    model = read(tmp_path, partial=True, model_type=top, **section)
+    assert (model.row.model_type, model.verified, model.d_model) == ("gemma3n_text", True, 32)
+    with pytest.raises(UnsupportedArchitectureError, match="learned number"):
+        read(tmp_path, partial=True, model_type="doge")

@@ -13,15 +13,18 @@ from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import UnsupportedArchitectureError
 from tests.support.conformance import (
     ALL_TYPES,
+    PARTIAL_TYPES,
     REFUSED_TYPES,
     TEXT_TYPES,
     WRAPPER_TYPES,
     build_model,
     check,
+    check_partial,
+    partial_shortcomings,
     shortcomings,
 )
 from tests.support.conformance_models import VARIANTS
-from tests.support.matrix import exact_row, reason_rows, refused_row, written_rows
+from tests.support.matrix import exact_row, partial_row, reason_rows, refused_row, written_rows
 from tests.support.tiny_models import random_direction
 
 CHECKED = [*TEXT_TYPES, *WRAPPER_TYPES, *VARIANTS]
@@ -36,7 +39,21 @@ def test_the_stream_is_clean_and_each_group_of_edits_is_needed(tmp_path, name):
     assert set(rows) <= set(written_rows()), "run `python -m scripts.architecture_matrix`"
 
 
-@pytest.mark.parametrize("model_type", REFUSED_TYPES)
+@pytest.mark.parametrize("model_type", PARTIAL_TYPES)
+def test_without_what_remains_a_partial_edit_is_exact_and_with_it_less_is_left(tmp_path, model_type):
+    result = check_partial(model_type, tmp_path)
+    assert partial_shortcomings(model_type, result) == [], result
+    rows = [partial_row(model_type, result, refusal(model_type)), *reason_rows(model_type, result.whole)]
+    assert set(rows) <= set(written_rows()), "run `python -m scripts.architecture_matrix`"
+
+
+def test_which_types_are_edited_partially():
+    families = {model_type.removesuffix("_text").removesuffix("_mm_model") for model_type in PARTIAL_TYPES}
+    assert families == {"gemma3n", "inkling", "inkling2", "qwen4_exp"}
+    assert len(PARTIAL_TYPES) == 2 * len(families)
+
+
+@pytest.mark.parametrize("model_type", [*REFUSED_TYPES, *PARTIAL_TYPES])
 def test_every_other_type_is_refused_by_name_and_nothing_is_written(tmp_path, model_type):
     base = tmp_path / "base"
     base.mkdir()
@@ -48,13 +65,16 @@ def test_every_other_type_is_refused_by_name_and_nothing_is_written(tmp_path, mo
     assert f"model type {model_type!r} cannot be orthogonalized: {refusal(model_type)}; " in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    assert ("--partial edits all that an edit can clean" in str(error.value)) == (model_type in PARTIAL_TYPES)
+    if model_type in PARTIAL_TYPES:
+        return
     assert refused_row(model_type, refusal(model_type)) in written_rows(), "run `python -m scripts.architecture_matrix`"
 
 
 def test_the_matrix_has_a_row_for_each_type_and_no_other():
     rows = [row.split(" | ") for row in written_rows()]
-    names = [row[0].removeprefix("| ") for row in rows if row[1] in {"exact", "refused"}]
-    assert sorted(names) == sorted([*CHECKED, *REFUSED_TYPES])
+    names = [row[0].removeprefix("| ") for row in rows if row[1] in {"exact", "partial", "refused"}]
+    assert sorted(names) == sorted([*CHECKED, *PARTIAL_TYPES, *REFUSED_TYPES])
     not_extracted = {row[0] for row in rows if row[1] == "exact" and row[2] == "no"}
     assert len(not_extracted) <= 5
     explained = {(row[0], row[1]) for row in rows}

@@ -99,7 +99,6 @@ def test_an_unknown_type_is_mapped_by_the_rules_common_to_all() -> None:
 @pytest.mark.parametrize(
     ("model_type", "config", "reason"),
     [
-        ("gemma3n_text", {}, "LAuReL"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "normalised input"),
         ("opt", {"word_embed_proj_dim": 4}, "a projection stands between"),
     ],
@@ -107,3 +106,18 @@ def test_an_unknown_type_is_mapped_by_the_rules_common_to_all() -> None:
 def test_what_is_refused_for_an_edit_is_refused_for_hooks(model_type, config, reason) -> None:
     with pytest.raises(UnsupportedArchitectureError, match=rf"^it: .*{model_type}.* cannot be ablated: .*{reason}"):
         ways(model_type, {"mlp.down_proj.weight": (D, 20)}, **config)
+
+
+def test_what_passes_a_convolution_or_is_a_part_of_a_branch_writes_by_that() -> None:
+    shapes = {"self_attn.o_proj.weight": (D, D), "mlp.down_proj.weight": (D, 20), "attn_sconv.conv1d.weight": (D, 1, 4)}
+    found = ways("inkling_text", shapes)
+    assert [way for _, way, _ in found] == ["attn_sconv", "mlp.down_proj"]
+    branch = {"laurel.linear_right.weight": (D, 4), "laurel.post_laurel_norm.weight": (D,)}
+    assert ways("gemma3n_text", branch) == [("laurel.linear_right.weight", "laurel", 0)]
+
+
+def test_what_writes_outside_the_blocks_is_among_what_starts_the_stream() -> None:
+    names = ("embed_tokens", "altup_projections.0", "altup_projections.1", "altup_unembed_projections.0", "norm")
+    shapes = {f"model.{name}.weight": (D, D) for name in names}
+    modules = map_modules(config={"model_type": "gemma3n_text"}, shapes=shapes, d_model=D, name="it")
+    assert modules.embeddings == tuple(f"model.{name}" for name in names[:-1])

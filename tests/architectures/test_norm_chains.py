@@ -39,6 +39,7 @@ def stream_of(model_type: str, *, with_norms: bool = True) -> StreamMap:
     return StreamMap(
         model_type=model_type,
         text_section=(),
+        text_type="llama",
         d_model=D_MODEL,
         n_layers=N_LAYERS,
         tied_embeddings=False,

@@ -15,10 +15,11 @@ from abliterate.editing.adapter import write_adapter
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan_report import PlanReport, plan_layout, read_layout
+from abliterate.editing.tiny_twin import prove_on_tiny_twin
 from abliterate.errors import CheckpointError, ModelError, UnsupportedArchitectureError
 from abliterate.models.loading import load_tokenizer, load_weights
 from abliterate.models.options import ModelOptions
-from tests.support.conformance import DIRTY, build_model, stream_component, text_inputs
+from tests.support.conformance import DIRTY, build_model, save_model, stream_component, text_inputs
 from tests.support.tiny_models import random_direction, save_chat_model, save_tiny_llama, save_tiny_model, tiny_llama
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
@@ -189,3 +190,40 @@ def test_files_that_mlx_wrote_are_edited_and_said_to_be_its_own(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(load_file(file), file, metadata={"format": "mlx"})
     assert any(note.startswith("MLX wrote these files") for note in plan(tmp_path).notes)
+
+
+def released_inkling(path: Path) -> Path:
+    """Save a tiny Inkling as it is released: images, sound and prediction layers beside the text model."""
+    save_model(build_model("inkling_mm_model").bfloat16(), path, "inkling_mm_model", shard="5GB")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.mtp.layers.0.transformer_block.attn.wo_ud.weight"] = torch.ones(64, 64)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_release_of_inkling_is_edited_in_its_own_names(tmp_path):
+    path = released_inkling(tmp_path)
+    options = EditOptions(partial=True)
+    layout = read_layout(model=str(path))
+    report = plan_layout(layout, options=options, proof=prove_on_tiny_twin(layout=layout, options=options))
+    edited = {group.pattern.partition("layers.*.")[2] or group.pattern for group in report.groups}
+    assert edited == {
+        *("attn.wo_ud.weight", "mlp.w2_md.weight", "mlp.experts.w2_weight", "mlp.shared_experts.shared_w2_weight"),
+        "model.llm.embed.weight",
+    }
+    assert report.partial is not None
+    assert report.partial.modules == ("model.llm.layers.*.attn_sconv", "model.llm.layers.*.mlp_sconv")
+    assert report.partial.twin is not None
+
+
+def test_experts_that_are_stored_quantised_without_a_word_in_the_config_are_noticed(tmp_path):
+    save_model(build_model("inkling2"), tmp_path, "inkling2", shard="5GB")
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("experts.w2_weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.ones(4, 64, 2, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"w2_weight.* not stored as a plain weight|w2_weight is stored as F8_E4M3"
+    ):
+        plan_layout(read_layout(model=str(tmp_path)), options=EditOptions(partial=True))

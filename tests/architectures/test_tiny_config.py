@@ -44,6 +44,16 @@ def test_the_first_layer_of_each_kind_is_kept_and_lists_of_numbers_follow():
     assert shrunk["moe_layers"] == [2, 3]
 
 
+def test_lists_of_sizes_shrink_and_layers_that_are_counted_from_one_follow():
+    kinds = ["linear", "linear", "linear", "indexed", "linear", "linear"]
+    config = {"num_hidden_layers": 6, "layer_types": kinds, "ple_layer_ids": [2, 6], "intermediate_size": [8192] * 6}
+    shrunk = shrink_config(config)
+    # Layer 1 has n-grams, the first has none, and the fourth is of another kind.
+    assert shrunk["layer_types"] == ["linear", "linear", "indexed"]
+    assert shrunk["ple_layer_ids"] == [2]
+    assert shrunk["intermediate_size"] == [96, 96, 96]
+
+
 def test_nested_configs_shrink_by_their_own_depth():
     text = {"hidden_size": 2048, "num_hidden_layers": 24}
     shrunk = shrink_config({"text_config": text, "vision_config": {"hidden_size": 1024, "depth": 27}})

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from abliterate.architectures.writers import PostNorm, ResidualWriter, StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
+from tests.support.conformance import build_model
 from tests.support.tiny_models import D_MODEL, N_LAYERS, save_tiny_gpt2, save_tiny_llama, save_tiny_model
 
 
@@ -364,3 +365,29 @@ def test_missing_position_embeddings_are_noticed(tmp_path):
     change_tensors(tmp_path, remove=("transformer.wpe.weight",))
     with pytest.raises(CheckpointError, match="no position embedding"):
         writers_of(tmp_path)
+
+
+def partial_stream(path):
+    checkpoint = open_checkpoint(path)
+    return map_stream(
+        config=checkpoint.config,
+        tensors=tuple(checkpoint.tensors()),
+        path=path,
+        same_bytes=checkpoint.same_bytes,
+        partial=True,
+    )
+
+
+def test_what_an_edit_leaves_is_named_as_it_is_in_the_checkpoint(tmp_path):
+    build_model("inkling2_text").save_pretrained(tmp_path)
+    remainder = partial_stream(tmp_path).remainder
+    assert remainder is not None
+    assert remainder.reason.startswith("a convolution of each channel follows the projection")
+    assert remainder.modules == ("model.llm.layers.*.attn_sconv", "model.llm.layers.*.mlp_sconv")
+
+
+def test_an_edit_that_is_asked_for_in_part_is_whole_where_it_can_be(tmp_path):
+    expected = writers_of(save_tiny_llama(tmp_path))
+    stream = partial_stream(tmp_path)
+    assert stream.remainder is None
+    assert {writer.tensor_name: writer for writer in stream.writers} == expected

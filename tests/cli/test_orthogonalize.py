@@ -77,6 +77,7 @@ def test_options_reach_the_edit(run, files):
         "add": None,
         "quantized": "refuse",
         "unverified": False,
+        "partial": False,
     }
     assert {tensor["layer"] for tensor in report["tensors"]} == {1, 2}
 

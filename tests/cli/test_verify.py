@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abliterate.directions import make_direction
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from tests.support.command_line import CommandLine, Outcome
-from tests.support.tiny_models import save_chat_model, tiny_llama
+from tests.support.conformance import build_model
+from tests.support.tiny_models import CHAT_VOCABULARY, save_chat_model, tiny_llama
 
 
 @pytest.fixture
@@ -104,3 +106,19 @@ def test_a_base_that_is_gone(run, files, tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["x", "--n-prompts", "0"], ["x", "--dtype", "int3"], ["x", "--no-such"]])
 def test_wrong_usage(run, arguments):
     assert run(*arguments).exit_code == 2
+
+
+def test_a_partial_edit_is_called_one(run, tmp_path):
+    base = save_chat_model(tmp_path / "base", build_model("inkling_text", vocab_size=CHAT_VOCABULARY).float())
+    direction = make_direction(mean_difference=torch.randn(64, generator=torch.Generator().manual_seed(8)))
+    options = EditOptions(partial=True)
+    orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", options=options)
+    result = run(tmp_path / "out", "--n-prompts", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "Not judged: the edit is partial: a convolution of each channel follows the projection" in result.stdout
+    assert "Verified as a partial edit: " in result.stdout
+    assert "on average (" in result.stdout
+    assert "what still writes: model.layers.*.attn_sconv, model.layers.*.mlp_sconv" in result.stdout
+    quick = json.loads(run(tmp_path / "out", "--quick", "--json").stdout)
+    assert (quick["verdict"], quick["passed"], quick["partial"]["edited_mean"]) == ("partial", True, None)
+    assert "was not measured" in run(tmp_path / "out", "--quick").stdout

@@ -161,6 +161,7 @@ def stream_of(*writers: ResidualWriter) -> StreamMap:
     return StreamMap(
         model_type="llama",
         text_section=(),
+        text_type="llama",
         d_model=D_MODEL,
         n_layers=N_LAYERS,
         tied_embeddings=False,

@@ -139,7 +139,7 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
         "format_version", "format", "tool", "created", "base", "directions", "subspace", "options", "config_changes",
-        "tensors", "shards", "side_files",
+        "tensors", "shards", "side_files", "partial",
     ]  # fmt: skip
     assert record["format_version"] == 2
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}
@@ -156,9 +156,10 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     torch.testing.assert_close(decode_subspace(record["subspace"])[0], direction.vector.double(), rtol=0, atol=1e-7)
     assert record["options"] == {
         "components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0, "tied": "edit",
-        "preserve_norms": False, "add": None, "quantized": "refuse", "unverified": False,
+        "preserve_norms": False, "add": None, "quantized": "refuse", "unverified": False, "partial": False,
     }  # fmt: skip
     assert record["config_changes"] == {}
+    assert record["partial"] is None
     assert len(record["tensors"]) == 1 + 3 * N_LAYERS
     before, after = stored(llama), stored(out)
     for tensor in record["tensors"]:

@@ -1,4 +1,7 @@
-"""`--unverified`: an unknown type is edited only if a tiny model of its config, edited the same way, proves clean."""
+"""`--unverified`: an unknown type is edited only if a tiny model of its config, edited the same way, proves clean.
+
+`--partial`: of a type that no edit cleans whole, a tiny model shows how much is left, and every place says so.
+"""
 
 import json
 import tempfile
@@ -13,14 +16,15 @@ from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.directions import make_direction
 from abliterate.editing import tiny_twin
-from abliterate.editing.model_card import how_to_reproduce, what_was_done
+from abliterate.editing.model_card import how_to_reproduce, summary, what_was_done
+from abliterate.editing.options import EditOptions
 from abliterate.editing.plan_report import plan_layout, read_layout
 from abliterate.editing.record import read_record
-from abliterate.editing.tiny_twin import CLEAN, DIRTY, prove_on_tiny_twin
+from abliterate.editing.tiny_twin import CLEAN, CLEARLY_LESS, DIRTY, prove_on_tiny_twin
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.release.options import VerificationOptions
 from abliterate.release.verification import verify_checkpoint
-from tests.support.conformance import build_model
+from tests.support.conformance import PARTIAL_TYPES, build_model, save_model
 from tests.support.tiny_models import random_direction, save_tiny_model
 
 
@@ -208,7 +212,7 @@ def test_norms_of_another_kind_leave_the_stream_unclean(tmp_path, refused, monke
 
 def test_a_measure_that_shows_nothing_is_no_proof(unknown, refused, monkeypatch):
     for found, message in ((0.0, "is only 0"), (float("nan"), "is only nan")):
-        monkeypatch.setattr(tiny_twin, "stream_component", lambda *_, found=found: found)
+        monkeypatch.setattr(tiny_twin, "stream_components", lambda *_, found=found: (found, found))
         refused(unknown, message)
 
 
@@ -223,3 +227,138 @@ def test_the_library_refuses_an_unknown_wrapper_around_a_known_model_without_pro
     change_config(tmp_path, model_type="mistral3", text_config={"model_type": "mistral"})
     with pytest.raises(UnsupportedArchitectureError, match="'mistral3'"):
         plan_layout(read_layout(model=str(tmp_path)))
+
+
+def save_partial(path: Path, model_type: str) -> Path:
+    save_model(build_model(model_type).float(), path, model_type)
+    return path
+
+
+@pytest.fixture
+def partial(call_main, tmp_path):
+    """Run `orthogonalize --partial` on a checkpoint."""
+    direction = tmp_path / "refusal.safetensors"
+    make_direction(mean_difference=random_direction(64)).save(direction)
+    return lambda base, *words: call_main(
+        "orthogonalize", base, "--direction", direction, "-o", tmp_path / "out", "--partial", *words
+    )
+
+
+@pytest.mark.parametrize("model_type", PARTIAL_TYPES)
+def test_what_a_partial_edit_leaves_is_measured_on_the_text_model(tmp_path, model_type):
+    layout = read_layout(model=str(save_partial(tmp_path, model_type)))
+    proof = prove_on_tiny_twin(layout=layout, options=EditOptions(partial=True))
+    assert proof is not None
+    assert CLEAN < proof.mean_after < CLEARLY_LESS * proof.mean_before
+    assert proof.mean_after < proof.after
+    # The seeds are the config's own.
+    assert proof == prove_on_tiny_twin(layout=layout, options=EditOptions(partial=True))
+
+
+def test_every_place_says_what_a_partial_edit_leaves(partial, call_main, tmp_path):
+    base = save_partial(tmp_path / "base", "qwen4_exp_text")
+    result = partial(base, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    left = report["partial"]
+    assert left["modules"] == ["model.layers.*.ple.conv1d"]
+    assert left["reason"].startswith("its n-gram embedding writes through a convolution and a gate")
+    assert 0 < left["twin"]["mean_after"] < left["twin"]["mean_before"]
+    record = read_record(tmp_path / "out").content
+    assert record["partial"] == left
+    assert record["options"]["partial"] is True
+    numbers = f"fell from {left['twin']['mean_before']:.2g} to {left['twin']['mean_after']:.2g} on average"
+    planned = call_main("plan", base, "--partial")
+    for text in (report["notes"][0], " ".join(result.stderr.split()), planned.stdout):
+        assert f"partial: {left['reason']}; on a tiny random model of this config |r.h|/|h| {numbers}" in text
+        assert "`abliterate verify` measures it in this model" in text
+        assert "model.layers.*.ple.conv1d" in text
+        assert "`abliterate evaluate MODEL --intervention ablate --direction F`" in text
+    assert json.loads(call_main("plan", base, "--partial", "--json").stdout)["partial"] == left
+    assert "The edit is partial" in what_was_done(record)
+    assert "`model.layers.*.ple.conv1d`" in what_was_done(record)
+    assert "as far as an edit of weights can" in summary(record)
+    assert "--partial" in how_to_reproduce(record, None)
+
+
+def test_without_the_flag_one_line_names_it(call_main, tmp_path):
+    base = save_partial(tmp_path / "base", "inkling_text")
+    for command in (["plan", base], ["orthogonalize", base, "--direction", "x", "-o", tmp_path / "out"]):
+        for words in ([], ["--unverified"]):
+            result = call_main(*command, *words)
+            assert result.exit_code == 1
+            assert len(result.stderr.splitlines()) == 1
+            assert "model type 'inkling_text' cannot be orthogonalized: a convolution of each channel" in result.stderr
+            assert "--partial edits all that an edit can clean and measures what is left" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_type_that_is_cleaned_whole_is_edited_as_without_the_flag(call_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny_twin, "_try_partial", lambda *_: pytest.fail("a twin was built"))
+    base = save_tiny_model(tmp_path / "base")
+    make_direction(mean_difference=random_direction()).save(tmp_path / "r.safetensors")
+    for out, words in (("without", []), ("with", ["--partial"])):
+        result = call_main(
+            "orthogonalize", base, "--direction", tmp_path / "r.safetensors", "-o", tmp_path / out, *words
+        )
+        assert result.exit_code == 0
+    records = [read_record(tmp_path / out).content for out in ("without", "with")]
+    assert records[1]["options"]["partial"] is False
+    assert records[1]["partial"] is None
+    assert records[0]["shards"] == records[1]["shards"]
+
+
+@pytest.fixture
+def partly_refused(partial, tmp_path):
+    """Check that a partial edit is refused in one line, and that nothing is written."""
+
+    def check(base: Path, message: str, *words: str) -> None:
+        result = partial(base, *words)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert message in result.stderr.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+
+    return check
+
+
+def test_a_partial_edit_that_takes_nothing_away_is_refused(partly_refused, tmp_path, monkeypatch):
+    base = save_partial(tmp_path / "base", "inkling_text")
+    for found, message in ((0.0, "is only 0"), (float("nan"), "is only nan"), (0.1, "and still 0.1 after it")):
+        monkeypatch.setattr(tiny_twin, "stream_components", lambda *_, found=found: (found, found))
+        partly_refused(base, message)
+
+
+def test_a_checkpoint_with_other_norms_than_its_type_is_refused(partly_refused, tmp_path):
+    base = tmp_path / "base"
+    save_model(build_model("gemma3n_text").float(), base, "gemma3n_text", shard="5GB")
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "post_laurel_norm" not in name}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    partly_refused(base, "its residual writers are of other kinds, or behind other norms")
+
+
+def test_a_config_that_transformers_does_not_take_is_no_tiny_model(partly_refused, tmp_path):
+    base = save_partial(tmp_path / "base", "inkling_text")
+    change_config(base, rms_norm_eps="small")
+    partly_refused(
+        base, "--partial refuses model type 'inkling_text' with this config: no tiny model of it can be built"
+    )
+
+
+def test_a_partial_edit_is_no_adapter_and_no_addition(partly_refused, tmp_path):
+    base = save_partial(tmp_path / "base", "inkling_text")
+    partly_refused(base, "leave out --format adapter", "--format", "adapter")
+    make_direction(mean_difference=random_direction(64), metadata={"layer": 1}).save(tmp_path / "refusal.safetensors")
+    partly_refused(base, "cannot be put into its weights", "--add", "1")
+
+
+def test_two_directions_and_some_layers_are_recorded_as_partial_too(partial, tmp_path):
+    base = save_partial(tmp_path / "base", "gemma3n")
+    second = tmp_path / "second.safetensors"
+    make_direction(mean_difference=random_direction(64, seed=9)).save(second)
+    result = partial(base, "--direction", second, "--layers", "0:2")
+    assert result.exit_code == 0, result.stderr
+    record = read_record(tmp_path / "out").content
+    assert record["partial"]["modules"] == ["model.language_model.layers.*.laurel"]
+    assert record["subspace"]["k"] == 2

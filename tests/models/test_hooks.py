@@ -15,6 +15,7 @@ from abliterate.models.hooks import (
     start_at_block,
 )
 from abliterate.models.stream_probe import probe_stream
+from tests.support.conformance import as_chat, build_model
 
 ROWS = [[5, 9, 17, 40, 7], [8, 11, 60, 61, 62]]
 
@@ -145,3 +146,25 @@ def test_hooks_are_removed_whatever_happens(chat: ChatModel) -> None:
 def test_a_direction_of_another_width_is_refused(chat: ChatModel) -> None:
     with pytest.raises(ModelError, match="width is 32"), ablate_direction(chat, torch.ones(31)):
         pass
+
+
+def test_of_several_streams_side_by_side_each_is_edited() -> None:
+    model = build_model("qwen4_exp_text").float()
+    chat = as_chat(model)
+    direction = random_direction(chat)
+    unit = direction / direction.norm()
+
+    def apart(hidden: Tensor) -> Tensor:
+        return hidden.unflatten(-1, (-1, chat.d_model))
+
+    plain = stream(chat)
+    with add_direction(chat, direction, layer=1, coefficient=2.0):
+        added = stream(chat)
+    assert plain[1].shape[-1] == 4 * chat.d_model
+    torch.testing.assert_close(apart(added[1]), apart(plain[1]) + 2 * direction)
+    with ablate_direction(chat, direction):
+        ablated = stream(chat)
+    for before, after in zip(plain, ablated, strict=True):
+        shares = [(apart(hidden) @ unit).abs() / apart(hidden).norm(dim=-1) for hidden in (before, after)]
+        assert float(shares[0].amax(dim=(0, 1)).min()) > 1e-2
+        assert float(shares[1].max()) < 1e-6

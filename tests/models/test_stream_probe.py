@@ -108,9 +108,9 @@ def test_scores_are_the_same_whether_a_pass_starts_at_a_block_or_not(llama_chat:
 
 
 def test_a_refused_type_is_refused_before_a_prompt_is_run(llama_chat: ChatModel, monkeypatch) -> None:
-    monkeypatch.setattr(type(llama_chat.model.config), "model_type", "gemma3n")
+    monkeypatch.setattr(type(llama_chat.model.config), "model_type", "doge")
     monkeypatch.setattr(type(llama_chat.model), "forward", None)
-    with pytest.raises(UnsupportedArchitectureError, match=r"'gemma3n' a direction cannot be ablated: .*LAuReL"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'doge' a direction cannot be ablated: .*learned number"):
         extract_direction(model=llama_chat)
 
 

@@ -14,6 +14,7 @@ from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import InputError, VerificationError
 from abliterate.release.reverting import revert_checkpoint
+from tests.support.conformance import build_model
 from tests.support.loaded_models import stored, tree
 from tests.support.tiny_models import random_direction, save_tiny_model
 
@@ -142,3 +143,15 @@ def test_a_dry_run_compares_and_writes_nothing_and_targets_are_kept(tmp_path, ba
     (tmp_path / "kept" / "config.json").unlink()
     (tmp_path / "kept").rmdir()
     assert tree(tmp_path) == before
+
+
+def test_a_partial_edit_comes_back_with_every_hash(tmp_path):
+    build_model("gemma3n_text").save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    orthogonalize_checkpoint(
+        source=tmp_path / "base",
+        direction=make_direction(mean_difference=random_direction(64)),
+        output=tmp_path / "out",
+        options=EditOptions(partial=True),
+    )
+    revert_checkpoint(checkpoint=tmp_path / "out", output=tmp_path / "restored")
+    assert sha256s(tmp_path / "restored") == sha256s(tmp_path / "base")

@@ -25,9 +25,10 @@ from abliterate.release.options import VerificationOptions
 from abliterate.release.recorded_edits import recorded_subspace
 from abliterate.release.report import LogitCheck, StreamCheck, logit_failures, stream_failures
 from abliterate.release.verification import VerificationReport, _Run, verify_checkpoint
+from tests.support.conformance import build_model
 from tests.support.fake_hub import FakeHub
 from tests.support.loaded_models import stored
-from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_gpt2, tiny_llama
+from tests.support.tiny_models import CHAT_VOCABULARY, make_tokenizer, save_chat_model, tiny_gpt2, tiny_llama
 
 CPU = ModelOptions(device="cpu")
 QUICK = VerificationOptions(quick=True)
@@ -421,3 +422,60 @@ def run_only(out: Path, base: Path) -> tuple[StreamCheck, LogitCheck | None]:
 def test_the_number_of_prompts_is_checked():
     with pytest.raises(InputError, match="at least 1"):
         VerificationOptions(n_prompts=0)
+
+
+class TestPartialEdits:
+    """Of a partial edit the files must be as ever, and what is left in the stream is measured and said."""
+
+    @pytest.fixture(scope="class", params=["inkling_text", "gemma3n_text", "qwen4_exp_text"])
+    def partly(self, request, tmp_path_factory) -> Path:
+        directory = tmp_path_factory.mktemp("partial")
+        model = build_model(request.param, vocab_size=CHAT_VOCABULARY).float()
+        base = save_chat_model(directory / "base", model)
+        direction = make_direction(mean_difference=torch.randn(64, generator=torch.Generator().manual_seed(8)))
+        options = EditOptions(partial=True)
+        orthogonalize_checkpoint(source=base, direction=direction, output=directory / "out", options=options)
+        return directory / "out"
+
+    def test_what_is_left_is_measured_and_does_not_fail(self, partly):
+        report = verify(partly)
+        assert report.passed, report.failures
+        assert report.verdict == "partial"
+        left = report.partial
+        assert left is not None
+        assert left.reason == record_of(partly)["partial"]["reason"]
+        assert list(left.modules) == record_of(partly)["partial"]["modules"]
+        assert 1e-4 < left.edited_mean < 0.9 * left.base_mean
+        assert left.edited_mean < left.edited_max
+        assert report.stream is not None
+        assert not report.stream.judged
+        assert report.stream.reasons == (f"the edit is partial: {left.reason}",)
+        # Hooks leave nothing, in each of several streams.
+        assert all(layer.ablated_max < 1e-6 < layer.base_max for layer in report.stream.layers)
+
+    def test_its_files_are_held_as_strictly_as_ever(self, partly, tmp_path):
+        assert verify(partly, options=QUICK).verdict == "partial"
+        out = Path(shutil.copytree(partly, tmp_path / "out"))
+        tensors = load_file(out / "model.safetensors")
+        name = next(tensor["name"] for tensor in record_of(out)["tensors"] if tensor["role"] == "mlp")
+        tensors[name] += 0.01
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        report = verify(out, options=QUICK)
+        assert (report.verdict, report.passed) == ("failed", False)
+        assert any(name in failure for failure in report.failures)
+
+    def test_a_record_that_hides_it_does_not_pass(self, partly, tmp_path):
+        out = Path(shutil.copytree(partly, tmp_path / "out"))
+        record = record_of(out)
+        record["options"]["partial"] = False
+        (out / "abliteration.json").write_text(json.dumps(record))
+        with pytest.raises(CheckpointError, match="--partial edits all that an edit can clean"):
+            verify(out, options=QUICK)
+
+    def test_a_record_that_claims_it_of_a_whole_edit_does_not_pass(self, out):
+        record = record_of(out)
+        record["options"]["partial"] = True
+        (out / "abliteration.json").write_text(json.dumps(record))
+        assert "the edit is partial according to abliteration.json, and of a model of type llama it is whole" in (
+            first_failure(out)
+        )

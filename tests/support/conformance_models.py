@@ -26,6 +26,23 @@ _MOE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 _HEAD = {"head_dim": 16}
 _HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
 
+_INKLING = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_QWEN4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "indexed_attention", "linear_attention", "indexed_attention"],
+    "ple_layer_ids": [1, 3],
+    "number_of_conv_states": 3,
+    "ple_embed_dim": 64,
+    "ngram_vocab_size_base": 50,
+    "heads_per_ngram": 2,
+    "eos_token_id": 3,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+
 # Applied to the shrunken config; `a.b` reaches into a nested config.
 EXTRAS: dict[str, dict[str, Any]] = {
     "bamba": {**_HYBRID, "attn_layer_indices": [1]},
@@ -41,6 +58,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": {**_HEAD, "num_experts": 4, "moe_topk": 2},
+    "inkling_text": _INKLING,
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "llama4_text": {"num_hidden_layers": 4, "layer_types": None, "no_rope_layers": [1, 1, 0, 1], "moe_layers": [1, 3]},
@@ -48,6 +66,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 0},
     "ministral": _HEAD,
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": _QWEN4,
     "xlstm": {"chunk_size": 16, "qk_dim_factor": 1.0},
     "zamba": {
         "attention_hidden_size": 128,
@@ -75,11 +94,13 @@ WRAPPER_EXTRAS: dict[str, dict[str, Any]] = {
     "glm_ocr": _SECTIONS,
     "glmga": _SECTIONS,
     "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}},
+    "inkling_mm_model": {"text_config": _INKLING},
     "mllama": {"vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192}},
     "paddleocr_vl": _SECTIONS,
     "qwen2_5_omni_thinker": _SECTIONS,
     "qwen2_5_vl": _SECTIONS,
     "qwen2_vl": _SECTIONS,
+    "qwen4_exp": {"text_config": _QWEN4},
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
 
@@ -124,7 +145,27 @@ def _mllama_inputs(model: Any) -> dict[str, Tensor]:
 
 
 # Computed in float32 in part, whatever the model is loaded in.
-FLOAT32 = {"falcon_mamba", "hy_v3", "hy_v4", "mamba", "mamba2"}
+FLOAT32 = {
+    *("falcon_mamba", "hy_v3", "hy_v4", "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text", "mamba"),
+    "mamba2",
+}
+# These do not run in float64.
+FLOAT32_ALONE = {"inkling2", "inkling2_text"}
+# Of types whose stream no edit cleans whole: what makes the part that remains do nothing, or nothing but scale the
+# stream, by parameters' names, so that an edit must be exact then.
+NEUTRAL: dict[str, float] = {
+    "attn_sconv.conv1d.weight": 0.0,
+    "mlp_sconv.conv1d.weight": 0.0,
+    "post_attention_convolution.conv1d.weight": 0.0,
+    "post_mlp_convolution.conv1d.weight": 0.0,
+    "ple.conv1d.weight": 0.0,
+    # What LAuReL adds is the stream, scaled, where this norm scales all channels alike.
+    "input_layernorm.weight": 1.0,
+}
+# Their towers need a package that is not there, so the text model is saved in the layout of the whole.
+IN_LAYOUT_OF = {"gemma3n": "gemma3n_text"}
+# They hold their streams in the first axis, where a direction for each row finds none; no candidate is scored there.
+STREAMS_FIRST = {"gemma3n", "gemma3n_text"}
 
 # What a type needs beside tokens to use all of its writers.
 INPUTS: dict[str, Callable[[Any], dict[str, Tensor]]] = {"mllama": _mllama_inputs}

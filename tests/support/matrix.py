@@ -1,6 +1,6 @@
 """The document docs/architectures.md: for each model type what can be done, its writers, or why it is refused."""
 
-from tests.support.conformance import Result
+from tests.support.conformance import PartialResult, Result
 from tests.support.paths import DOCS
 
 MATRIX = DOCS / "architectures.md"
@@ -14,6 +14,11 @@ Made by `python -m scripts.architecture_matrix`; do not edit.
   {version}) is edited by `abliterate orthogonalize` and loaded again, and then max |r.h|/|h| is below 1e-6 at each
   block's own output and before the final norm, where it was above 1e-3; and each group of edited tensors is needed,
   that is, restoring it alone brings the direction back.
+- **edit**, *partial*: a part of the stream cannot be cleaned by any edit of weights, so the type is refused unless
+  `--partial` is given. With that part made neutral (a convolution of zeros; a norm that scales all channels alike) the
+  tiny model is exact as above, and each group of edited tensors is needed; with it as random as all else the mean
+  |r.h|/|h| is clearly smaller after the edit, and hooks leave nothing. Inkling's vision tower is built with a mended
+  function of transformers; gemma3n's towers are not built, its text model is saved in the layout of the whole.
 - **extract**: hooks that ablate the direction in the base leave |r.h|/|h| below 1e-9 at the same places (1e-6 where the
   model computes in float32), and where no norm stands behind a writer the stream is then the edited model's; what is
   recorded equals transformers' `output_hidden_states`; and the look that `extract` takes at a model passes.
@@ -42,6 +47,13 @@ def exact_row(name: str, result: Result) -> str:
     hooks = result.hooks
     extract, stream = ("no" if reason else "yes" for reason in (hooks.not_extracted, hooks.not_streamed))
     return f"| {name} | exact | {extract} | {stream} | {result.writers} |"
+
+
+def partial_row(name: str, result: PartialResult, reason: str) -> str:
+    """Return the row of a type that is edited partially."""
+    hooks = result.whole.hooks
+    extract, stream = ("no" if why else "yes" for why in (hooks.not_extracted, hooks.not_streamed))
+    return f"| {name} | partial | {extract} | {stream} | {result.whole.writers}; but {reason} |"
 
 
 def reason_rows(name: str, result: Result) -> list[str]:

@@ -50,19 +50,28 @@ class TextModel:
     verified: bool = True
 
 
-def read_text_model(*, config: Mapping[str, Any], path: Path, unverified: bool = False) -> TextModel:
+def read_text_model(
+    *, config: Mapping[str, Any], path: Path, unverified: bool = False, partial: bool = False
+) -> TextModel:
     """Read what config.json says about the text model.
 
     Args:
         config: The content of config.json.
         path: Where the checkpoint lies, for messages.
         unverified: Accept a model type that is neither in the table nor refused by name, by the rules common to all.
+        partial: Accept a model type of whose stream no edit of weights can clean all.
 
     Raises:
         UnsupportedArchitectureError: The model type is refused, or one of its settings is.
         CheckpointError: A size is missing or no positive integer.
     """
     row, section = _row_and_section(config, path, unverified=unverified)
+    if row.remains is not None and not partial:
+        raise UnsupportedArchitectureError(
+            f"{path / CONFIG_NAME}: model type {shown(config.get('model_type'))} cannot be orthogonalized: "
+            f"{row.remains}; docs/architectures.md lists the types that can, and --partial edits all that an edit can "
+            "clean and measures what is left"
+        )
     text = _at(config, section)
     size_keys = [key for key in SIZE_KEYS if key in text]
     if not section and not size_keys:

@@ -2,7 +2,8 @@
 
 The rules are those of the files (`table`, `names`), read on the names of a loaded model's parameters, so that what a
 hook ablates is what `orthogonalize` edits. What is hooked is a writer's way into the stream, the module whose output is
-added: the owner of the tensor, what holds the experts where that is one of them, or the last norm behind it.
+added: the owner of the tensor, what holds the experts where that is one of them, the last norm or the convolution
+behind it, or the branch that it is a part of.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,8 @@ class StreamModules:
     Attributes:
         model_type: Of the text model.
         stacks: Paths of the lists of decoder blocks.
-        embeddings: Paths of the modules whose outputs start the stream: the token embedding, or the norm behind it.
+        embeddings: Paths of the modules whose outputs start the stream: the token embedding, or the norm behind it, and
+            what else writes outside the blocks.
         writers: Of each list, by block.
         not_extracted: Why no direction can be extracted; None where one can.
     """
@@ -82,6 +84,7 @@ def map_modules(
     row, has_towers = read_loaded_row(config=config, d_model=d_model, name=name)
     names = {parameter: parse_name(parameter, has_towers=has_towers) for parameter in shapes}
     chains = NormChains(names, post_norm=row.post_norm, plus_one=row.plus_one)
+    parts = {(parsed.stack, parsed.layer, parsed.path.partition(".")[0]) for parsed in names.values()}
     writers: dict[str, dict[int, tuple[ModuleWriter, ...]]] = {}
     for parameter, parsed in names.items():
         if parsed.layer is None or parsed.part not in _WRITING:
@@ -89,7 +92,11 @@ def map_modules(
         # Experts may end in a latent space, from which another matrix leads to the stream.
         if row.latent_experts and "experts" in parsed.path.split(".") and d_model not in shapes[parameter]:
             continue
-        writer = _writer(parameter, parsed, chains, is_stack=len(shapes[parameter]) == 3)
+        behind = next(
+            (part for part in _convolutions(parsed.role) if (parsed.stack, parsed.layer, part) in parts), None
+        )
+        behind = vocabulary.BRANCHES.get(parsed.path, behind)
+        writer = _writer(parameter, parsed, chains, is_stack=len(shapes[parameter]) == 3, behind=behind)
         blocks = writers.setdefault(parsed.stack, {})
         blocks[parsed.layer] = (*blocks.get(parsed.layer, ()), writer)
     return StreamModules(
@@ -98,7 +105,7 @@ def map_modules(
             dict.fromkeys(
                 (chains.of(parsed)[-1].weight if chains.of(parsed) else parameter).rpartition(".")[0]
                 for parameter, parsed in names.items()
-                if parsed.part is Part.TOKEN_EMBEDDING
+                if parsed.part in {Part.TOKEN_EMBEDDING, Part.OUTSIDE_WRITER}
             )
         ),
         stacks=tuple(sorted({parsed.stack for parsed in names.values() if parsed.stack})),
@@ -107,14 +114,22 @@ def map_modules(
     )
 
 
-def _writer(parameter: str, name: TensorName, chains: NormChains, *, is_stack: bool) -> ModuleWriter:
+def _convolutions(role: Role | None) -> tuple[str, ...]:
+    return vocabulary.CONVOLUTIONS.get(str(role), ())
+
+
+def _writer(
+    parameter: str, name: TensorName, chains: NormChains, *, is_stack: bool, behind: str | None
+) -> ModuleWriter:
     assert name.layer is not None
     assert name.role is not None
     chain = chains.of(name)
     block = f"{name.stack}.{name.layer}"
     owner = _owner(parameter.removeprefix(f"{block}."), name.path)
     module, output = f"{block}.{owner}", 0
-    if chain:
+    if behind is not None:
+        module = f"{block}.{behind}"
+    elif chain:
         module = chain[-1].weight.rpartition(".")[0]
     elif name.path in vocabulary.HANDED_ON:
         inner, output = vocabulary.HANDED_ON[name.path]
@@ -129,7 +144,7 @@ def _writer(parameter: str, name: TensorName, chains: NormChains, *, is_stack: b
         layer=name.layer,
         module=module,
         output=output,
-        has_norm=bool(chain),
+        has_norm=bool(chain) and behind is None,
     )
 
 

@@ -31,6 +31,7 @@ class Part(Enum):
     POSITION_EMBEDDING = auto()
     STREAM_START = auto()
     EMBEDDING_NORM = auto()
+    OUTSIDE_WRITER = auto()
     HEAD = auto()
     OUTSIDE_READER = auto()
     TOWER = auto()
@@ -100,7 +101,7 @@ def parse_name(name: str, *, has_towers: bool = False) -> TensorName:
 
 def _in_layer(stack: str, layer: int, rest: str) -> TensorName:
     expert = _EXPERT.search(rest)
-    path, is_bias = _module(re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", rest))
+    path, is_bias = _module(_numberless(rest))
     part, role = _part_in_layer(path, is_bias=is_bias)
     return TensorName(
         part=part,
@@ -111,6 +112,11 @@ def _in_layer(stack: str, layer: int, rest: str) -> TensorName:
         is_bias=is_bias,
         role=role,
     )
+
+
+def _numberless(path: str) -> str:
+    """Return a path with `*` for its numbers; the parts of a table that is stored in parts are numbered too."""
+    return re.sub(r"(?<![^.])(shard_)?[0-9]+(?![^.])", lambda match: f"{match[1] or ''}*", path)
 
 
 def _module(path: str) -> tuple[str, bool]:
@@ -148,16 +154,17 @@ def writer_behind(path: str) -> str | None:
 
 
 def _outside(name: str) -> TensorName:
-    module, is_bias = _module(name)
+    module, is_bias = _module(_numberless(name))
     parts = module.split(".")
     while len(parts) > 1 and parts[0] in vocabulary.PREFIX_PARTS:
         parts = parts[1:]
     path = ".".join(parts)
     for names, part, role in (
-        (vocabulary.EMBEDDING_NORMS, Part.EMBEDDING_NORM, "embed"),
+        (vocabulary.EMBEDDING_NORMS | vocabulary.EMBEDDING_RMS_NORMS, Part.EMBEDDING_NORM, "embed"),
         (vocabulary.TOKEN_EMBEDDINGS, Part.TOKEN_EMBEDDING, "embed"),
         (vocabulary.POSITION_EMBEDDINGS, Part.POSITION_EMBEDDING, "embed"),
         (vocabulary.STREAM_STARTS, Part.STREAM_START, "embed"),
+        (vocabulary.OUTSIDE_WRITERS, Part.OUTSIDE_WRITER, "embed"),
         (vocabulary.HEADS, Part.HEAD, None),
         (vocabulary.OUTSIDE_READERS, Part.OUTSIDE_READER, None),
     ):
@@ -201,7 +208,8 @@ class NormChains:
             if name.is_bias or name.part not in {Part.NORM, Part.POST_NORM, Part.EMBEDDING_NORM}:
                 continue
             if name.layer is None:
-                self._of_embedding += (PostNorm(weight=tensor_name, centered=True),)
+                centered = name.path not in vocabulary.EMBEDDING_RMS_NORMS
+                self._of_embedding += (PostNorm(weight=tensor_name, centered=centered),)
             else:
                 centered = tensor_name.removesuffix(".weight") + ".bias" in names
                 norm = PostNorm(weight=tensor_name, plus_one=plus_one, centered=centered)

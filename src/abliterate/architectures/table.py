@@ -50,6 +50,9 @@ class Architecture:
         out_proj_bypassed: A fast path reads `out_proj`'s weight past its module, so that PEFT does not adapt it.
         not_extracted: Why its blocks have no one input each, so that no direction can be extracted; None where one can.
         conditions: What the config must say.
+        remains: Why no edit of weights can clean all of the stream, so that the type is accepted with --partial only;
+            None where an edit of all writers is exact.
+        remains_in: The modules within a block that keep writing then.
     """
 
     model_type: str
@@ -69,6 +72,8 @@ class Architecture:
     out_proj_bypassed: bool = False
     not_extracted: str | None = None
     conditions: tuple[Condition, ...] = ()
+    remains: str | None = None
+    remains_in: tuple[str, ...] = ()
 
 
 _ROWS = """
@@ -109,6 +114,7 @@ flint
 gemma                 tied
 gemma2                tied post_norm plus_one
 gemma3_text           tied post_norm plus_one
+gemma3n_text          tied post_norm
 gemma4_text           tied post_norm
 gemma4_unified_text   tied post_norm
 glm
@@ -143,6 +149,8 @@ hunyuan_vl_text       tied
 hy_v3
 hy_v4
 hyperclovax           post_norm
+inkling2_text         never_tied
+inkling_text          never_tied
 internlm3
 iquestcoder
 jais2
@@ -202,6 +210,7 @@ qwen3_next
 qwen3_omni_moe_text
 qwen3_vl_moe_text     fused_axis=2
 qwen3_vl_text
+qwen4_exp_text
 recurrent_gemma       tied
 seed_oss
 smollm3               tied
@@ -218,6 +227,10 @@ zamba2                tied single
 
 # What does not fit into a word of a row.
 _FOUR_STREAMS = "it has four residual streams, which each block mixes anew, so no block has one input"
+_CONVOLUTION: Mapping[str, Any] = {
+    "remains": "a convolution of each channel follows the projection, so no edit of the projection is enough",
+    "remains_in": ("attn_sconv", "mlp_sconv", "post_attention_convolution", "post_mlp_convolution"),
+}
 _IN_SENTENCES: Mapping[str, Mapping[str, Any]] = {
     "bloom": {
         "conditions": (
@@ -229,11 +242,21 @@ _IN_SENTENCES: Mapping[str, Mapping[str, Any]] = {
         ),
     },
     "deepseek_v4": {"not_extracted": _FOUR_STREAMS},
+    "gemma3n_text": {
+        "not_extracted": _FOUR_STREAMS,
+        "remains": "its LAuReL branch adds the normalised stream to itself, which no edit of a weight can undo",
+        "remains_in": ("laurel",),
+    },
     "glm5_next_text": {"not_extracted": _FOUR_STREAMS},
     "hrm_text": {
         "not_extracted": "its blocks run several times for each token, so none of them has one input",
     },
     "hy_v4": {"not_extracted": _FOUR_STREAMS},
+    "inkling2_text": {
+        "not_extracted": "each of its blocks reads a mixture of all sums of blocks before it, so none has one input",
+        **_CONVOLUTION,
+    },
+    "inkling_text": _CONVOLUTION,
     "longcat_flash": {
         "conditions": (
             Condition(
@@ -254,6 +277,11 @@ _IN_SENTENCES: Mapping[str, Mapping[str, Any]] = {
                 reason="a projection stands between its embeddings and the residual stream",
             ),
         ),
+    },
+    "qwen4_exp_text": {
+        "not_extracted": _FOUR_STREAMS,
+        "remains": "its n-gram embedding writes through a convolution and a gate, which no edit of a weight can undo",
+        "remains_in": ("ple.conv1d",),
     },
 }
 _FIELDS = {field.name: field.default for field in fields(Architecture)}
@@ -304,6 +332,7 @@ deepseek_vl             llama                 tied
 exaone4_5               exaone4
 fuyu                    persimmon
 gemma3                  gemma3_text           tied
+gemma3n                 gemma3n_text          tied
 gemma4                  gemma4_text           tied
 gemma4_unified          gemma4_unified_text   tied
 glm46v                  glm4v_text
@@ -318,6 +347,8 @@ hunyuan_vl              hunyuan_vl_text       tied tie=either
 hyperclovax_vision_v2   hyperclovax           tied
 idefics2                mistral
 idefics3                llama
+inkling2                inkling2_text         tie=never
+inkling_mm_model        inkling_text          tie=never
 internvl                qwen2                 tied
 kimi_k25                deepseek_v3           tied
 lfm2_vl                 lfm2                  tied
@@ -350,6 +381,7 @@ qwen3_5_moe             qwen3_5_moe_text
 qwen3_omni_moe          qwen3_omni_moe_text   within=thinker_config
 qwen3_omni_moe_thinker  qwen3_omni_moe_text
 qwen3_vl                qwen3_vl_text
+qwen4_exp               qwen4_exp_text
 qwen3_vl_moe            qwen3_vl_moe_text
 smolvlm                 llama
 step3p7                 step3p5
@@ -378,15 +410,6 @@ _TYPES_BY_REASON = {
     "it adds each sub-layer's output to its normalised input, and the norm mixes the direction back in": "minimax",
     "it multiplies each channel of the residual stream by a learned number, which turns it": "doge zaya",
     "a gate multiplies each channel after the projection, so no edit of the projection is enough": "rwkv",
-    "a convolution of each channel follows the projection, so no edit of the projection is enough": """
-        inkling inkling2 inkling_text inkling2_text inkling_mm_model
-    """,
-    "its LAuReL branch adds the normalised stream to itself, which no edit of a weight can undo": """
-        gemma3n gemma3n_text
-    """,
-    "its n-gram embedding writes through a convolution and a gate, which no edit of a weight can undo": """
-        qwen4_exp qwen4_exp_text
-    """,
     "its position embeddings are computed, not stored, so they keep writing along the direction": "ctrl xglm",
     "its layers differ in where their norms stand, and the names do not tell": "olmo_hybrid",
     _READ_TWICE: """
@@ -401,5 +424,7 @@ REFUSED: Mapping[str, str] = {
 
 
 def refusal(model_type: object) -> str:
-    """Return why a model type without a row is refused."""
-    return REFUSED.get(str(model_type), UNKNOWN)
+    """Return why a model type without a row is refused, or one with a row is not edited exactly."""
+    name = str(model_type)
+    row = ARCHITECTURES.get(WRAPPERS[name].text_type if name in WRAPPERS else name)
+    return (row.remains if row else None) or REFUSED.get(name, UNKNOWN)

@@ -16,6 +16,7 @@ _MAX_LAYERS = 10_000
 _SIZES_AND_NAMES = """
 64: hidden_size n_embd d_model emb_dim embedding_dim dim embed_dim lru_width word_embed_proj_dim mamba_d_ssm
     attention_hidden_size projection_dim out_hidden_size text_hidden_size vision_output_dim proj_hidden_size
+    ple_embed_dim ngram_vocab_size_base
 96: intermediate_size n_inner ffn_dim ffn_hidden_size intermediate_size_mlp dense_intermediate_size d_ff dff dim_ff
     d_inner decoder_ffn_dim encoder_ffn_dim prefix_dense_intermediate_size feed_forward_size
 48: moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size
@@ -25,17 +26,18 @@ _SIZES_AND_NAMES = """
 16: head_dim v_head_dim kv_lora_rank q_lora_rank kv_channels linear_key_head_dim linear_value_head_dim
     index_head_dim linear_head_dim swa_head_dim global_head_dim mamba_d_state state_size ssm_state_size mamba_d_head
     adapter_rank o_lora_rank mamba_dt_rank time_step_rank gated_norm_rank d_rel laurel_rank
-    hidden_size_per_layer_input router_hidden_size swa_v_head_dim dim_head d_head qk_head_dim
+    hidden_size_per_layer_input router_hidden_size swa_v_head_dim dim_head d_head qk_head_dim hc_lowrank
+    indexer_head_dim
 8: qk_rope_head_dim qk_nope_head_dim rotary_dim mamba_chunk_size chunk_size index_topk index_block_size block_size
     block_multiple_of sliding_window ffn_round_up_to_multiple_of attention_chunk_size local_attention window_size
-    attention_window_size patch_size mamba_num_heads mamba_n_heads
+    attention_window_size patch_size mamba_num_heads mamba_n_heads indexer_budget
 4: num_attention_heads n_head n_heads num_heads linear_num_heads index_n_heads swa_num_attention_heads
     linear_num_key_heads linear_num_value_heads num_query_groups attention_heads num_experts n_routed_experts
     num_local_experts moe_num_experts n_experts encoder_attention_heads decoder_attention_heads
-    num_encoder_attention_heads num_decoder_attention_heads
+    num_encoder_attention_heads num_decoder_attention_heads indexer_compress_ratio
 2: num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts
     num_global_key_value_heads swa_num_key_value_heads kv_n_heads zero_expert_num vision_layers depth encoder_layers
-    num_encoder_layers num_global_layers
+    num_encoder_layers num_global_layers n_layers_per_attn_res_block indexer_n_heads split_ngram_parts
 1: n_shared_experts num_shared_experts moe_num_shared_experts topk_group n_group num_expert_group mamba_n_groups
     n_groups mamba_ngroups o_groups first_k_dense_replace num_dense_layers moe_layer_start_index attn_layer_offset
     expert_layer_offset temporal_patch_size num_kv_shared_layers
@@ -49,6 +51,8 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks
 _LAYER_INDEX_LISTS = frozenset(
     {"moe_layers", "full_attn_idxs", "mlp_only_layers", "hybrid_layer_ids", "attn_layer_indices"}
 )
+# The same, counted from 1.
+_LAYER_NUMBER_LISTS = frozenset({"ple_layer_ids"})
 _PERIODS = frozenset({"attn_layer_period", "expert_layer_period"})
 _STATE_SPACE_HEADS = (
     ("mamba_d_ssm", "mamba_expand", "mamba_n_heads", "mamba_d_head"),
@@ -110,6 +114,10 @@ def _shrink(name: str, value: Any, layers: Sequence[int] | None, depth: int | No
     if isinstance(value, (list, tuple)):
         if layers and name in _LAYER_INDEX_LISTS:
             return [layers.index(item) for item in value if item in layers]
+        if layers and name in _LAYER_NUMBER_LISTS:
+            return [layers.index(item - 1) + 1 for item in value if item - 1 in layers]
+        if name in _SIZES:
+            value = [min(_SIZES[name], size) if type(size) is int else size for size in value]
         return [value[layer] for layer in layers] if layers and len(value) == depth else value
     if type(value) is not int or value <= 0:
         return value
@@ -133,7 +141,9 @@ def _kept_layers(config: Mapping[str, Any]) -> list[int] | None:
     if depth is None:
         return None
     lists = [v for v in config.values() if isinstance(v, (list, tuple)) and len(v) == depth]
-    indices = [config[name] for name in _LAYER_INDEX_LISTS if isinstance(config.get(name), list)]
+    indices = [config[name] for name in sorted(_LAYER_INDEX_LISTS) if isinstance(config.get(name), list)]
+    numbers = [config[name] for name in sorted(_LAYER_NUMBER_LISTS) if isinstance(config.get(name), list)]
+    indices += [[number - 1 for number in each if type(number) is int] for each in numbers]
     first_of_kind: dict[str, int] = {}
     for layer in range(depth):
         kind = repr([[items[layer] for items in lists], [layer in items for items in indices]])

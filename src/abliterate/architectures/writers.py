@@ -77,7 +77,7 @@ def check_experts(
     for tensor_name, name in matrices.items():
         if name.expert is not None:
             numbered[f"{name.stack}.{name.layer}.{name.path}"].add(name.expert)
-        elif len(shapes[tensor_name]) == 3:
+        elif len(shapes[tensor_name]) == 3 and "shared_experts" not in name.path.split("."):
             counts[tensor_name] = shapes[tensor_name][0]
     counts |= {where: len(experts) for where, experts in numbered.items()}
     for where, count in counts.items():
@@ -89,7 +89,7 @@ def check_experts(
             )
 
 
-__all__ = ["ROLES", "LeftAlone", "PostNorm", "ResidualWriter", "Role", "StreamMap", "map_stream"]
+__all__ = ["ROLES", "LeftAlone", "PostNorm", "Remainder", "ResidualWriter", "Role", "StreamMap", "map_stream"]
 
 ROLES: tuple[Role, ...] = ("embed", "attn", "mlp")
 
@@ -100,7 +100,8 @@ class ResidualWriter:
 
     Attributes:
         tensor_name: Its name on disk.
-        role: embed (token and position embeddings), attn or mlp (out-projections and their biases).
+        role: embed (token and position embeddings, and what makes other streams of them), attn or mlp (out-projections
+            and their biases).
         layer: Index of its decoder block; None for embeddings.
         residual_axis: The axis of the stored tensor that indexes the residual stream.
         norm_chain: Norms between the writer and the stream, innermost first.
@@ -122,12 +123,26 @@ class LeftAlone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Remainder:
+    """What keeps writing along a direction though every writer is edited.
+
+    Attributes:
+        reason: Why no edit of weights can clean it, after "it" or "its".
+        modules: What it is that writes, names within the checkpoint, numbers as `*`.
+    """
+
+    reason: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamMap:
     """What a checkpoint's tensors do to the residual stream.
 
     Attributes:
         model_type: As in config.json.
         text_section: Keys that lead from config.json's top to the part that describes the text model.
+        text_type: The text model's own type, as in the table.
         d_model: Width of the residual stream.
         n_layers: Number of decoder blocks.
         tied_embeddings: Whether the output head shares the token embedding's rows.
@@ -138,10 +153,12 @@ class StreamMap:
         head_differs: The config ties the embeddings, but head and embedding are both stored and are not the same, so
             they are not tied.
         verified: The architecture is in the table; otherwise it was mapped by the rules common to all.
+        remainder: What an edit of all the writers leaves; None where it leaves nothing.
     """
 
     model_type: str
     text_section: tuple[str, ...]
+    text_type: str
     d_model: int
     n_layers: int
     tied_embeddings: bool
@@ -151,6 +168,7 @@ class StreamMap:
     left_alone: tuple[LeftAlone, ...]
     head_differs: bool = False
     verified: bool = True
+    remainder: Remainder | None = None
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about what was found."""
@@ -173,6 +191,7 @@ def map_stream(
     path: Path,
     same_bytes: SameBytes,
     unverified: bool = False,
+    partial: bool = False,
 ) -> StreamMap:
     """Return what each tensor of a checkpoint does to the residual stream, from config and headers alone.
 
@@ -188,14 +207,15 @@ def map_stream(
         same_bytes: Compares two of the tensors; asked only where head and embedding are both stored and tied.
         unverified: Map a model type that is not in the table, by the rules common to all. Nothing proves then that
             the map is complete; `tiny_twin` tries it on a small model.
+        partial: Map a model type of whose stream no edit of weights can clean all.
 
     Raises:
-        UnsupportedArchitectureError: The model type is not known, or a tensor is not.
+        UnsupportedArchitectureError: The model type is not known or needs `partial`, or a tensor is not known.
         QuantizedCheckpointError: A writer is not stored as plain floating-point numbers.
         CheckpointError: A writer is missing or has the wrong shape.
     """
     refuse_quantization_config(config, tensors, path)
-    model = read_text_model(config=config, path=path, unverified=unverified)
+    model = read_text_model(config=config, path=path, unverified=unverified, partial=partial)
     return _Mapper(model, tensors, path, same_bytes).map()
 
 
@@ -232,6 +252,7 @@ class _Mapper:
         return StreamMap(
             model_type=self.model.model_type,
             text_section=self.model.section,
+            text_type=self.row.model_type,
             d_model=self.d_model,
             n_layers=self.n_layers,
             tied_embeddings=self.tied,
@@ -241,7 +262,19 @@ class _Mapper:
             left_alone=tuple(left_alone),
             head_differs=self.head_differs,
             verified=self.model.verified,
+            remainder=self._remainder(),
         )
+
+    def _remainder(self) -> Remainder | None:
+        if self.row.remains is None:
+            return None
+        found = {
+            f"{name.stack}.*.{module}": None
+            for name in self.names.values()
+            for module in self.row.remains_in
+            if name.layer is not None and name.layer < self.n_layers and f"{name.path}.".startswith(f"{module}.")
+        }
+        return Remainder(reason=self.row.remains, modules=tuple(found))
 
     def _embedding_and_head(self) -> tuple[str, str | None]:
         stacks = self.stacks
@@ -317,6 +350,8 @@ class _Mapper:
         )
 
     def _axis(self, tensor: TensorInfo, name: TensorName) -> int:
+        if name.part is Part.OUTSIDE_WRITER:
+            return 0
         if name.part not in {Part.WRITER, Part.TOKEN_EMBEDDING, Part.POSITION_EMBEDDING, Part.HEAD}:
             return len(tensor.shape) - 1
         if name.layer is None:
@@ -370,7 +405,9 @@ class _Mapper:
             )
 
 
-_WRITING = {Part.WRITER, Part.BIAS, Part.TOKEN_EMBEDDING, Part.POSITION_EMBEDDING, Part.STREAM_START}
+_WRITING = {
+    *(Part.WRITER, Part.BIAS, Part.TOKEN_EMBEDDING, Part.POSITION_EMBEDDING, Part.STREAM_START, Part.OUTSIDE_WRITER),
+}
 _REASONS = {
     Part.TOWER: "it is part of an image, video or audio tower, its projector or a speech decoder, which the text path "
     "does not use",

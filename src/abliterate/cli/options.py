@@ -48,6 +48,7 @@ ComponentsOption = Annotated[str, option(EditOptions, "components")]
 LayersOption = Annotated[str | None, option(EditOptions, "layers")]
 QuantizedOption = Annotated[QuantizedPolicy, option(EditOptions, "quantized")]
 UnverifiedOption = Annotated[bool, option(EditOptions, "unverified")]
+PartialOption = Annotated[bool, option(EditOptions, "partial")]
 HarmfulOption = Annotated[str, option(PromptSources, "harmful")]
 HarmlessOption = Annotated[str, option(PromptSources, "harmless")]
 JsonOption = Annotated[

@@ -1,8 +1,8 @@
 """`abliterate orthogonalize`: project a direction out of a checkpoint's weights."""
 
+import functools
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ from abliterate.cli.options import (
     DirectionsOption,
     JsonOption,
     LayersOption,
+    PartialOption,
     QuantizedOption,
     RevisionOption,
     UnverifiedOption,
@@ -31,7 +32,9 @@ from abliterate.processes import in_first_process
 
 if TYPE_CHECKING:
     from abliterate.architectures.names import Role
+    from abliterate.checkpoints.hub import ModelSource
     from abliterate.editing.edits import Kind
+    from abliterate.editing.plan import TwinProof
     from abliterate.editing.record import EditedTensor, OrthogonalizationReport
 
 
@@ -69,6 +72,7 @@ def orthogonalize(
     workers: Annotated[int | None, option(WriteOptions, "workers")] = default_of(WriteOptions, "workers"),
     device: Annotated[str, option(WriteOptions, "device")] = default_of(WriteOptions, "device"),
     unverified: UnverifiedOption = DEFAULTS.unverified,
+    partial: PartialOption = DEFAULTS.partial,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -112,45 +116,46 @@ def orthogonalize(
             "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
 
+    options = EditOptions(
+        components=roles,
+        layers=layer_range,
+        strength=strength,
+        tied=tied,
+        preserve_norms=preserve_norms,
+        add=add,
+        quantized=quantized,
+        unverified=unverified,
+        partial=partial,
+    )
+    writing = WriteOptions(workers=workers, device=device, resume=resume)
+
     from abliterate.checkpoints.hub import resolve_model
-
-    write: Callable[..., OrthogonalizationReport]
-    if output_format == "adapter":
-        from abliterate.editing.adapter import write_adapter
-
-        write = write_adapter
-    else:
-        from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-
-        writing = WriteOptions(workers=workers, device=device, resume=resume)
-        write = partial(orthogonalize_checkpoint, writing=writing)
+    from abliterate.editing.adapter import write_adapter
+    from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)
-    if unverified:
-        from abliterate.editing.plan_report import read_layout
-        from abliterate.editing.tiny_twin import prove_on_tiny_twin
-
-        prove_on_tiny_twin(layout=read_layout(model=str(source.path)), progress=output.progress)
+    proof = _prove(source, options, output) if unverified or partial else None
+    write: Callable[..., OrthogonalizationReport] = write_adapter
+    if output_format == "checkpoint":
+        write = functools.partial(orthogonalize_checkpoint, writing=writing, proof=proof)
     report = write(
         source=source,
         direction=directions,
         output=output_directory,
-        options=EditOptions(
-            components=roles,
-            layers=layer_range,
-            strength=strength,
-            tied=tied,
-            preserve_norms=preserve_norms,
-            add=add,
-            quantized=quantized,
-            unverified=unverified,
-        ),
+        options=options,
         dry_run=dry_run,
         overwrite=overwrite,
         progress=output.progress,
     )
     output.report(report, tables=lambda: _tables(report))
+
+
+def _prove(source: "ModelSource", options: EditOptions, output: Output) -> "TwinProof | None":
+    from abliterate.editing.plan_report import read_layout
+    from abliterate.editing.tiny_twin import prove_on_tiny_twin
+
+    return prove_on_tiny_twin(layout=read_layout(model=str(source.path)), options=options, progress=output.progress)
 
 
 def _tables(report: "OrthogonalizationReport") -> list[Table | str]:

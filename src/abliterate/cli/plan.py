@@ -11,6 +11,7 @@ from abliterate.cli.options import (
     ComponentsOption,
     JsonOption,
     LayersOption,
+    PartialOption,
     QuantizedOption,
     RevisionOption,
     UnverifiedOption,
@@ -34,6 +35,7 @@ def plan(
     layers: LayersOption = None,
     quantized: QuantizedOption = DEFAULTS.quantized,
     unverified: UnverifiedOption = DEFAULTS.unverified,
+    partial: PartialOption = DEFAULTS.partial,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -47,12 +49,15 @@ def plan(
 
     output = Output.of(context, json_output=json_output)
     layout = read_layout(model=model, revision=revision)
-    if unverified:
+    options = EditOptions(
+        components=roles, layers=layer_range, quantized=quantized, unverified=unverified, partial=partial
+    )
+    proof = None
+    if unverified or partial:
         from abliterate.editing.tiny_twin import prove_on_tiny_twin
 
-        prove_on_tiny_twin(layout=layout, progress=output.progress)
-    options = EditOptions(components=roles, layers=layer_range, quantized=quantized, unverified=unverified)
-    report = plan_layout(layout, options=options)
+        proof = prove_on_tiny_twin(layout=layout, options=options, progress=output.progress)
+    report = plan_layout(layout, options=options, proof=proof)
     output.report(report, tables=lambda: _tables(report))
 
 

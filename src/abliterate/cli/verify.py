@@ -23,7 +23,7 @@ from abliterate.release.options import VerificationOptions
 
 if TYPE_CHECKING:
     from abliterate.release.file_checks import TensorCheck
-    from abliterate.release.report import LogitCheck, StreamCheck, VerificationReport
+    from abliterate.release.report import LogitCheck, PartialCheck, StreamCheck, VerificationReport
 
 
 DEFAULTS = VerificationOptions()
@@ -55,7 +55,8 @@ def verify(
 
     (a) Only the planned tensors differ from the base. (b) What rounding left of the direction in each. (c) The
     direction in the residual stream on real prompts, base beside edited. (d) The logits beside those of the base with
-    the direction ablated by hooks. Exit code 1 names the first tensor or layer that fails.
+    the direction ablated by hooks. Exit code 1 names the first tensor or layer that fails. Of a partial edit (c)
+    measures what is left.
     """
     from abliterate.errors import VerificationError
     from abliterate.release.verification import verify_checkpoint
@@ -87,8 +88,21 @@ def _tables(report: "VerificationReport") -> list[Table | str]:
         parts += _logits(report.logits)
     if report.passed:
         compared = f"{report.files.bytes_compared / 1e6:.1f} MB of unedited tensors are those of {report.base}"
-        parts.append(f"Verified: {compared}; {len(report.files.tensors)} edited tensors are as recorded")
+        verdict = "Verified" if report.partial is None else "Verified as a partial edit"
+        parts.append(f"{verdict}: {compared}; {len(report.files.tensors)} edited tensors are as recorded")
+        if report.partial is not None:
+            parts.append(_partial(report.partial))
     return parts
+
+
+def _partial(check: "PartialCheck") -> str:
+    measured = "the models were not run, so what is left was not measured"
+    if check.base_mean is not None and check.edited_mean is not None:
+        measured = (
+            f"|R·h|/|h| is {check.edited_mean:.2e} on average ({check.base_mean:.2e} in the base), and "
+            f"{check.edited_max or 0:.2e} at most ({check.base_max or 0:.2e})"
+        )
+    return f"Partial: {check.reason}; {measured}; what still writes: {', '.join(check.modules) or 'nothing'}"
 
 
 def _tensors(checks: "tuple[TensorCheck, ...]") -> list[Table | str]:

@@ -300,6 +300,11 @@ def write_adapter(
     options = options or EditOptions()
     _check_options(options)
     plan = make_edit_plan(source=source, direction=direction, options=options)
+    if plan.partial is not None:
+        raise InputError(
+            f"{plan.source.name}: of a model of type {plan.stream.model_type} an edit is partial, and what it leaves "
+            "is measured by `abliterate verify` in a whole checkpoint; leave out --format adapter"
+        )
     if output is None and not dry_run:
         raise InputError("no output directory was given; name one with -o, or give --dry-run")
     target = None if output is None else Path(output)

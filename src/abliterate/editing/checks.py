@@ -324,6 +324,9 @@ def reasons_against_clean_stream(record: Mapping[str, Any]) -> tuple[str, ...]:
     """
     options = record.get("options") or {}
     reasons = []
+    if options.get("partial"):
+        reason = (record.get("partial") or {}).get("reason", "no edit of weights cleans this stream whole")
+        reasons.append(f"the edit is partial: {reason}")
     strength = float(options.get("strength", 1.0))
     if strength != 1.0:
         reasons.append(f"strength is {strength:g}, so {abs(1 - strength):.3g} of the component is kept")

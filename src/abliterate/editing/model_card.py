@@ -71,7 +71,9 @@ def summary(record: dict[str, Any]) -> str:
     if coefficient is not None:
         return f"with {number(coefficient)} times its refusal direction added to the activations by a bias"
     several = len(record["directions"]) > 1
-    return f"with {'several directions' if several else 'its refusal direction'} projected out of the weights"
+    how_far = ", as far as an edit of weights can," if record.get("partial") else ""
+    what = "several directions" if several else "its refusal direction"
+    return f"with {what} projected out of the weights{how_far}"
 
 
 def what_was_done(record: dict[str, Any]) -> str:
@@ -87,6 +89,7 @@ def what_was_done(record: dict[str, Any]) -> str:
         rows += [("Coefficient", number(options["add"])), ("Biases edited or new", str(len(tensors)))]
         return "## What was added\n\n" + _ADDED + _RECORD + _config_changes(record) + "\n\n" + table(("", ""), rows)
     text = _REMOVED if len(directions) == 1 else _REMOVED_SEVERAL
+    text += _what_is_left(record)
     if any(tensor.get("norm_chain") for tensor in tensors):
         text += _THROUGH_NORMS
     if options.get("preserve_norms"):
@@ -102,6 +105,26 @@ def what_was_done(record: dict[str, Any]) -> str:
         + _config_changes(record)
         + "\n\n"
         + table(("", ""), rows + _edit_rows(record, tensors))
+    )
+
+
+def _what_is_left(record: dict[str, Any]) -> str:
+    partial = mapping(record.get("partial"))
+    if not partial:
+        return ""
+    twin, modules = mapping(partial.get("twin")), partial.get("modules") or []
+    measured = "how much that is was not tried on a tiny model"
+    if twin:
+        measured = (
+            f"on a tiny random model of this config |r·h|/|h| fell from {number(twin.get('mean_before'))} to "
+            f"{number(twin.get('mean_after'))} on average (the largest: {number(twin.get('before'))} to "
+            f"{number(twin.get('after'))})"
+        )
+    names = ", ".join(code(name) for name in modules) if isinstance(modules, list) else ""
+    return (
+        f" **The edit is partial**: {inline(partial.get('reason', 'its reason is not recorded'))}; {measured}, and "
+        f"`abliterate verify` measures it in this model. What still writes along r: {names or 'not recorded'}. Hooks "
+        "(`abliterate evaluate --intervention ablate` on the base) ablate in the stream itself and leave nothing."
     )
 
 

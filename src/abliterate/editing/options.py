@@ -35,6 +35,8 @@ class EditOptions:
             store that in the layout they had (see `encoding`); or dequantize: store all of it in bfloat16.
         unverified: Accept a model type that is not known, by the rules common to all. Nothing proves then that the
             edit is complete: `tiny_twin.prove_on_tiny_twin` does. A plan says whether it came to that.
+        partial: Accept a model type of whose stream no edit of weights can clean all, and edit what can be. A plan says
+            what is left, or that nothing is.
 
     Raises:
         InputError: A value is not allowed, or two do not go together.
@@ -98,6 +100,14 @@ class EditOptions:
             "clean.",
         ),
     ] = False
+    partial: Annotated[
+        bool,
+        Argument(
+            flag="--partial",
+            help="Accept a model type of whose residual stream no edit of weights can clean all: edit all that can be, "
+            "and say what is left, as measured on a tiny model of its config.",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         unknown = set(self.components) - set(ROLES)
@@ -117,7 +127,8 @@ class EditOptions:
             return
         if not math.isfinite(self.add) or self.add == 0:
             raise InputError(f"add is {self.add}; give a number that is not zero, -1 takes the difference away")
-        if dataclasses.replace(self, add=None) != EditOptions(unverified=self.unverified, quantized=self.quantized):
+        allowed = EditOptions(unverified=self.unverified, partial=self.partial, quantized=self.quantized)
+        if dataclasses.replace(self, add=None) != allowed:
             raise InputError(
                 "an addition projects nothing, so components, layers, strength, tied and preserve_norms do not "
                 "go with it; make two runs, one on the output of the other"

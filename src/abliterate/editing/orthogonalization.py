@@ -24,7 +24,7 @@ from abliterate.directions import Direction
 from abliterate.editing.checks import compare_layouts, measure_survivors, rounding_bound
 from abliterate.editing.edited_files import EditedFiles
 from abliterate.editing.options import EditOptions, WriteOptions
-from abliterate.editing.plan import EditPlan, make_edit_plan
+from abliterate.editing.plan import EditPlan, TwinProof, make_edit_plan
 from abliterate.editing.plan_report import check_output, planned_report
 from abliterate.editing.record import EditedTensor, OrthogonalizationReport, Work, encode_subspace, write_record
 from abliterate.errors import InputError, VerificationError
@@ -69,6 +69,7 @@ def orthogonalize_checkpoint(
     dry_run: bool = False,
     overwrite: bool = False,
     writing: WriteOptions | None = None,
+    proof: TwinProof | None = None,
     progress: ProgressReporter = SILENT,
 ) -> OrthogonalizationReport:
     """Write a copy of a checkpoint in which nothing that writes to the residual stream has `direction` in it.
@@ -85,6 +86,7 @@ def orthogonalize_checkpoint(
         dry_run: Make and return the plan, and write nothing.
         overwrite: Replace `output` if it is a checkpoint or an empty directory.
         writing: How to write: threads, device, whether to resume an interrupted run.
+        proof: What `tiny_twin.prove_on_tiny_twin` measured; of a partial edit the record holds it.
         progress: Shown the bytes written and checked.
 
     Returns:
@@ -97,7 +99,7 @@ def orthogonalize_checkpoint(
         VerificationError: What was written, reread, still has the direction in it.
         InterruptedRunError: SIGINT or SIGTERM came; the message says what is kept.
     """
-    plan = make_edit_plan(source=source, direction=direction, options=options or EditOptions())
+    plan = make_edit_plan(source=source, direction=direction, options=options or EditOptions(), proof=proof)
     if output is None and not dry_run:
         raise InputError("no output directory was given; name one with -o, or give --dry-run")
     target = None if output is None else Path(output)

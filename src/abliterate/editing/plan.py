@@ -37,6 +37,64 @@ _LEAST_SINE = 1e-3
 _WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwinProof:
+    """|r . h| / |h| in the stream of a tiny random model, over block inputs, the last block's output, and tokens.
+
+    Attributes:
+        before: The largest before the edit.
+        after: The largest after it.
+        mean_before: The mean before the edit.
+        mean_after: The mean after it.
+    """
+
+    before: float
+    after: float
+    mean_before: float
+    mean_after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialEdit:
+    """What an edit of all the writers leaves in the stream.
+
+    Attributes:
+        reason: Why no edit of weights can clean it.
+        modules: What keeps writing, names within the checkpoint, numbers as `*`.
+        hooks: What hooks would do.
+        twin: What was measured on a tiny random model of the config, edited whole; None where nothing was.
+    """
+
+    reason: str
+    modules: tuple[str, ...]
+    hooks: str = (
+        "hooks ablate in the stream itself and leave nothing (`abliterate evaluate MODEL --intervention ablate "
+        "--direction F`)"
+    )
+    twin: TwinProof | None = None
+
+    def note(self) -> str:
+        """Return what the user should know."""
+        measured = "it was not tried on a tiny model"
+        if self.twin is not None:
+            measured = (
+                f"on a tiny random model of this config |r.h|/|h| fell from {self.twin.mean_before:.2g} to "
+                f"{self.twin.mean_after:.2g} on average (the largest: {self.twin.before:.2g} to "
+                f"{self.twin.after:.2g})"
+            )
+        return (
+            f"partial: {self.reason}; {measured}; `abliterate verify` measures it in this model; what still writes: "
+            f"{', '.join(self.modules) or 'nothing that this checkpoint holds'}; {self.hooks}"
+        )
+
+
+def partial_edit(stream: StreamMap, proof: TwinProof | None) -> PartialEdit | None:
+    """Return what an edit of a stream leaves; None where it leaves nothing."""
+    if stream.remainder is None:
+        return None
+    return PartialEdit(reason=stream.remainder.reason, modules=stream.remainder.modules, twin=proof)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EditPlan:
     """An edit that has been checked and can be made.
@@ -52,6 +110,7 @@ class EditPlan:
         edits: Every tensor that will differ or be new, in file order, new ones last.
         config_changes: Dotted path in config.json -> new value.
         edit_notes: What the user should know about the edits.
+        partial: What the edit leaves though every writer is edited; None where it leaves nothing.
     """
 
     source: ModelSource
@@ -64,6 +123,7 @@ class EditPlan:
     edits: tuple[TensorEdit, ...]
     config_changes: dict[str, Any]
     edit_notes: tuple[str, ...]
+    partial: PartialEdit | None = None
 
     @property
     def layout(self) -> Checkpoint:
@@ -79,6 +139,7 @@ class EditPlan:
         """Return what the user should know about this edit."""
         model_type = self.stream.model_type
         notes = [] if self.stream.verified else [unverified_note(model_type)]
+        notes += [] if self.partial is None else [self.partial.note()]
         for direction in self.directions:
             extracted_from = direction.metadata.get("model_type")
             if extracted_from is not None and extracted_from != model_type:
@@ -130,6 +191,7 @@ def make_edit_plan(
     source: ModelSource | Path | str,
     direction: Direction | Path | str | Sequence[Direction | Path | str],
     options: EditOptions,
+    proof: TwinProof | None = None,
 ) -> EditPlan:
     """Read the layouts, and check that checkpoint, directions and options fit one another.
 
@@ -137,6 +199,7 @@ def make_edit_plan(
         source: The model: a local directory, or what `hub.resolve_model` returned.
         direction: A direction or the file that holds it, or several of them.
         options: What to edit.
+        proof: What a tiny model of the checkpoint showed, if it was tried.
 
     Raises:
         InputError: There is no such directory, or the options select nothing or layers that are not there.
@@ -153,8 +216,9 @@ def make_edit_plan(
         path=view.path,
         same_bytes=view.same_bytes,
         unverified=options.unverified,
+        partial=options.partial,
     )
-    options = dataclasses.replace(options, unverified=not stream.verified)
+    options = dataclasses.replace(options, unverified=not stream.verified, partial=stream.remainder is not None)
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
     planned = _plan_edits(view, stream, directions, options, model=model.name)
@@ -174,6 +238,7 @@ def make_edit_plan(
         edits=edits,
         config_changes=config_changes,
         edit_notes=planned.notes,
+        partial=partial_edit(stream, proof),
     )
 
 

@@ -31,7 +31,16 @@ from abliterate.checkpoints.quantized import dequantized_layout, plain_view
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.edits import TensorEdit, projection_of
 from abliterate.editing.options import EditOptions
-from abliterate.editing.plan import EditPlan, mlx_notes, second_copies_note, select_writers, unverified_note
+from abliterate.editing.plan import (
+    EditPlan,
+    PartialEdit,
+    TwinProof,
+    mlx_notes,
+    partial_edit,
+    second_copies_note,
+    select_writers,
+    unverified_note,
+)
 from abliterate.editing.record import (
     FORMAT_VERSION,
     RECORD_NAME,
@@ -110,6 +119,7 @@ class PlanReport:
         memory_bytes: That tensor as it is read and as it is written, and room for the arithmetic. Python and torch
             come on top.
         notes: What the user should know besides.
+        partial: What an edit leaves though every writer is edited; None where it leaves nothing.
     """
 
     model: str
@@ -138,6 +148,7 @@ class PlanReport:
     largest_tensor: str
     memory_bytes: int
     notes: tuple[str, ...]
+    partial: PartialEdit | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +186,11 @@ class Layout:
         """Return all tensors, shard by shard in file order."""
         return tuple(tensor for shard in self.shards for tensor in shard.tensors)
 
+    def view(self, options: EditOptions) -> Checkpoint:
+        """Return it as a checkpoint, with the tensors that are stored quantised as plain ones where they are edited."""
+        whole = Checkpoint(path=self.path, config=self.config, shards=self.shards, index=None, side_files=())
+        return whole if options.quantized == "refuse" else plain_view(whole)
+
 
 def read_layout(*, model: str, revision: str | None = None) -> Layout:
     """Read a model's config and headers; no weight is read or downloaded.
@@ -194,20 +210,20 @@ def read_layout(*, model: str, revision: str | None = None) -> Layout:
     return _read_local(local.path, local.name)
 
 
-def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanReport:
+def plan_layout(layout: Layout, *, options: EditOptions | None = None, proof: TwinProof | None = None) -> PlanReport:
     """Return what orthogonalizing a model would edit, leave alone and need.
 
     Args:
         layout: Of the model.
         options: What to edit; all residual writers by default.
+        proof: What a tiny model of it showed, if it was tried.
 
     Raises:
         InputError: The options select nothing or layers that are not there.
         CheckpointError: The model is quantised or of an unsupported type.
     """
     options = options or EditOptions()
-    view = Checkpoint(path=layout.path, config=layout.config, shards=layout.shards, index=None, side_files=())
-    view = view if options.quantized == "refuse" else plain_view(view)
+    view = layout.view(options)
     infos = {tensor.name: tensor for tensor in view.tensors()}
     stream = map_stream(
         config=view.config,
@@ -215,6 +231,7 @@ def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanRe
         path=layout.path,
         same_bytes=layout.same_bytes,
         unverified=options.unverified,
+        partial=options.partial,
     )
     selected = select_writers(stream, options=options, model=layout.name)
     if options.quantized == "dequantize":
@@ -222,7 +239,7 @@ def plan_layout(layout: Layout, *, options: EditOptions | None = None) -> PlanRe
         grown = sum(shard.size for shard in plain) - sum(shard.size for shard in layout.shards)
         layout = replace(layout, shards=plain, disk_bytes=layout.disk_bytes + grown)
         infos = {tensor.name: tensor for tensor in layout.tensors()}
-    return _report(layout, stream, selected, infos)
+    return _report(layout, stream, selected, infos, partial_edit(stream, proof))
 
 
 def _read_local(path: Path, name: str) -> Layout:
@@ -299,7 +316,11 @@ def _read_header(remote: RemoteModel, name: str) -> Shard:
 
 
 def _report(
-    layout: Layout, stream: StreamMap, selected: tuple[ResidualWriter, ...], infos: dict[str, TensorInfo]
+    layout: Layout,
+    stream: StreamMap,
+    selected: tuple[ResidualWriter, ...],
+    infos: dict[str, TensorInfo],
+    partial: PartialEdit | None,
 ) -> PlanReport:
     tensors = tuple(projection_of(writer, infos[writer.tensor_name]) for writer in selected)
     chosen = {tensor.name for tensor in tensors}
@@ -330,7 +351,8 @@ def _report(
         disk_bytes=layout.disk_bytes,
         largest_tensor=largest.name,
         memory_bytes=2 * largest.plain_bytes + _WORKSPACE_BYTES,
-        notes=_notes(layout, stream),
+        notes=_notes(layout, stream, partial),
+        partial=partial,
     )
 
 
@@ -339,8 +361,9 @@ def _counts(edits: Iterable[TensorEdit]) -> dict[str, int]:
     return {role: roles.count(role) for role in ROLES if role in roles}
 
 
-def _notes(layout: Layout, stream: StreamMap) -> tuple[str, ...]:
+def _notes(layout: Layout, stream: StreamMap, partial: PartialEdit | None) -> tuple[str, ...]:
     notes = [] if stream.verified else [unverified_note(stream.model_type)]
+    notes += [] if partial is None else [partial.note()]
     notes += [*stream.notes(), *mlx_notes(layout.shards)]
     notes += [second_copies_note(layout.second_copies)] if layout.second_copies else []
     return tuple(notes)
@@ -438,6 +461,7 @@ def planned_report(
         bytes_edited=sum(edit.nbytes for edit in edits),
         bytes_total=sum(shard.size for shard in plan.layout.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),
+        partial=plan.partial,
     )
 
 

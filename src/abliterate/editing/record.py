@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from abliterate.editing.edits import TensorEdit
     from abliterate.editing.options import EditOptions
+    from abliterate.editing.plan import PartialEdit
     from abliterate.editing.projection import Component
 
 RECORD_NAME = "abliteration.json"
@@ -111,7 +112,7 @@ class Work:
 class OrthogonalizationReport:
     """What was edited, or with `dry_run` what would be.
 
-    The fields from `format_version` to `side_files` make up the record `abliteration.json`.
+    The fields from `format_version` to `side_files`, and `partial`, make up the record `abliteration.json`.
 
     Attributes:
         output: The new directory; None if a dry run named none.
@@ -136,6 +137,7 @@ class OrthogonalizationReport:
         bytes_total: Bytes of all shards.
         notes: What the user should know about this checkpoint.
         work: What the writing took; None in a dry run.
+        partial: What the edit leaves though every writer is edited; None where it leaves nothing.
     """
 
     output: str | None
@@ -157,6 +159,7 @@ class OrthogonalizationReport:
     bytes_total: int
     notes: tuple[str, ...]
     work: Work | None = None
+    partial: "PartialEdit | None" = None
 
     def record(self) -> dict[str, Any]:
         """Return the content of `abliteration.json`."""

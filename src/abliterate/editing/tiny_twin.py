@@ -1,15 +1,18 @@
-"""A tiny twin: a small random model of a checkpoint's own config, on which an edit of an unknown type is tried first.
+"""A tiny twin: a small random model of a checkpoint's own config, on which an edit not known to be exact is tried.
 
 The twin is built by transformers in float64, saved, edited on disk by the same code with the same rules, loaded and
 run. Only if its stream then has nothing of the direction, and the names that were edited are those that would be edited
 in the checkpoint, does an edit of an unknown model type go on. No code that comes with a checkpoint is run.
+
+Of a type that is known not to be cleaned whole (`table`, `remains`) the twin is the text model alone, in float32. It
+shows how much an edit leaves, of several directions, so that chance has less of a say; it must be clearly less than
+before. The names that such a type has on disk are proved by the conformance suite, not by the twin.
 """
 
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,10 +22,11 @@ from torch import Tensor, nn
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.architectures.vocabulary import LAYER_LISTS, TOWER
 from abliterate.architectures.writers import StreamMap, map_stream
-from abliterate.checkpoints.checkpoint import CONFIG_NAME, open_checkpoint
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.plan import TwinProof
 from abliterate.editing.plan_report import Layout, pattern_of
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.models.loading import class_of
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 
 # |r . h| / |h|: what rounding in float64 may leave, and what a stream that nothing was taken out of has at least.
 CLEAN, DIRTY = 1e-6, 1e-3
+# What a partial edit may leave at most of the mean |r . h| / |h|, and directions that it is measured of.
+CLEARLY_LESS = 0.85
+_PARTIAL_DIRECTIONS = 8
 # A twin is meant to be small; one that is not has sizes under names that are not known.
 _MAX_PARAMETERS = 20_000_000
 _SHARD_SIZE = "60KB"
@@ -41,74 +48,108 @@ _SEQUENCES, _TOKENS = 3, 20
 _NOT_ARCHITECTURE = re.compile(r"_.*|.*_implementation|architectures|transformers_version|(torch_)?dtype|auto_map")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TwinProof:
-    """The largest |r . h| / |h| in the twin's stream, over block inputs, the last block's output, and tokens."""
-
-    before: float
-    after: float
-
-
-def prove_on_tiny_twin(*, layout: Layout, progress: ProgressReporter = SILENT) -> TwinProof | None:
-    """Try the edit on a tiny twin of a checkpoint whose model type is not known.
+def prove_on_tiny_twin(
+    *, layout: Layout, options: EditOptions | None = None, progress: ProgressReporter = SILENT
+) -> TwinProof | None:
+    """Try the edit on a tiny twin of a checkpoint whose model type is not known, or cannot be cleaned whole.
 
     Args:
         layout: The checkpoint's config and headers.
+        options: Whether they are accepted, `unverified` or `partial`; by default types that are not known.
         progress: Told what was found.
 
     Returns:
-        What was measured; None for a type that is known, which needs no proof.
+        What was measured; None for a type that is known and cleaned whole, which needs no proof.
 
     Raises:
         UnsupportedArchitectureError: The type is refused by name, transformers has no such model, or the twin does
-            not come out clean or is not edited where the checkpoint would be.
+            not come out as it must or is not edited where the checkpoint would be.
         CheckpointError: The checkpoint cannot be planned for.
     """
+    options = options or EditOptions(unverified=True)
+    view = layout.view(options)
     stream = map_stream(
-        config=layout.config,
-        tensors=layout.tensors(),
+        config=view.config,
+        tensors=tuple(view.tensors()),
         path=layout.path,
         same_bytes=layout.same_bytes,
-        unverified=True,
+        unverified=options.unverified,
+        partial=options.partial,
     )
-    if stream.verified:
+    if stream.verified and stream.remainder is None:
         return None
-    progress.message(f"model type {stream.model_type!r} is not known; trying the edit on a tiny model of its config")
+    why = "is not known" if not stream.verified else "is not cleaned whole by an edit of weights"
+    progress.message(f"model type {stream.model_type!r} {why}; trying the edit on a tiny model of its config")
     with tempfile.TemporaryDirectory(prefix="abliterate-twin-") as directory, _quiet(), torch.random.fork_rng([]):
-        proof = _try(layout, stream, Path(directory))
-    progress.message(
-        f"its stream is clean after the edit: |r.h|/|h| was {proof.before:.3g} at most, and is {proof.after:.3g}"
-    )
+        proof = (_try if not stream.verified else _try_partial)(view, stream, Path(directory))
+    if not stream.verified:
+        found = f"clean after the edit: |r.h|/|h| was {proof.before:.3g} at most, and is {proof.after:.3g}"
+    else:
+        found = (
+            f"cleaner after the edit: |r.h|/|h| was {proof.mean_before:.3g} on average, and is {proof.mean_after:.3g}"
+        )
+    progress.message(f"its stream is {found}")
     return proof
 
 
-def _try(layout: Layout, stream: StreamMap, work: Path) -> TwinProof:
+def _try(view: Checkpoint, stream: StreamMap, work: Path) -> TwinProof:
     base, edited = work / "base", work / "edited"
-    refusal = f"{layout.path / CONFIG_NAME}: model type {stream.model_type!r} is not known and --unverified refuses it"
+    refusal = f"{view.path / CONFIG_NAME}: model type {stream.model_type!r} is not known and --unverified refuses it"
     with _refusing(refusal, "no tiny model of it can be built"):
-        model = _build(_tiny_config(layout.config))
+        model = _build(_tiny_config(view.config), torch.float64)
         _check_tie(model, stream)
         model.save_pretrained(base, max_shard_size=_SHARD_SIZE)
     with _refusing(refusal, "a tiny model of it cannot be edited as this checkpoint would be"):
-        checkpoint = open_checkpoint(base)
-        tensors = tuple(checkpoint.tensors())
-        twin = map_stream(
-            config=checkpoint.config,
-            tensors=tensors,
-            path=checkpoint.path,
-            same_bytes=checkpoint.same_bytes,
-            unverified=True,
-        )
-        _check_same_writers(stream, twin)
-        generator = torch.Generator().manual_seed(0)
-        direction = make_direction(mean_difference=torch.randn(twin.d_model, generator=generator, dtype=torch.float64))
-        options = EditOptions(unverified=True)
-        orthogonalize_checkpoint(source=base, direction=direction, output=edited, options=options)
+        _check_same_writers(stream, _map(base, unverified=True))
+        directions = _edit(base, edited, n=1, options=EditOptions(unverified=True))
     with _refusing(refusal, "a tiny model of it does not show that the edit is complete"):
-        before = stream_component(_load(model, base), direction.vector)
-        after = stream_component(_load(model, edited), direction.vector)
-        _check_clean(before, after)
-    return TwinProof(before=before, after=after)
+        proof = _measure(model, base, edited, directions)
+        _check_clean(proof.before, proof.after)
+    return proof
+
+
+def _try_partial(view: Checkpoint, stream: StreamMap, work: Path) -> TwinProof:
+    base, edited = work / "base", work / "edited"
+    refusal = f"{view.path / CONFIG_NAME}: --partial refuses model type {stream.model_type!r} with this config"
+    with _refusing(refusal, "no tiny model of it can be built"):
+        model = _build(_tiny_config(_text_config(view.config, stream)), torch.float32)
+        model.save_pretrained(base, max_shard_size=_SHARD_SIZE)
+    with _refusing(refusal, "a tiny model of it cannot be edited"):
+        _check_same_kinds(stream, _map(base, partial=True))
+        directions = _edit(base, edited, n=_PARTIAL_DIRECTIONS, options=EditOptions(partial=True))
+    with _refusing(refusal, "a tiny model of it does not show that the edit takes anything away"):
+        proof = _measure(model, base, edited, directions)
+        _check_less(proof)
+    return proof
+
+
+def _map(path: Path, *, unverified: bool = False, partial: bool = False) -> StreamMap:
+    checkpoint = open_checkpoint(path)
+    return map_stream(
+        config=checkpoint.config,
+        tensors=tuple(checkpoint.tensors()),
+        path=checkpoint.path,
+        same_bytes=checkpoint.same_bytes,
+        unverified=unverified,
+        partial=partial,
+    )
+
+
+def _edit(base: Path, edited: Path, *, n: int, options: EditOptions) -> Tensor:
+    """Take n random directions out of a checkpoint and return them, [n, d_model], orthonormal."""
+    d_model = _map(base, unverified=options.unverified, partial=options.partial).d_model
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(n, d_model, generator=generator, dtype=torch.float64).T).Q.T
+    directions = [make_direction(mean_difference=vector) for vector in vectors]
+    orthogonalize_checkpoint(source=base, direction=directions, output=edited, options=options)
+    return torch.stack([direction.vector for direction in directions])
+
+
+def _measure(model: "PreTrainedModel", base: Path, edited: Path, directions: Tensor) -> TwinProof:
+    (before, mean_before), (after, mean_after) = (
+        stream_components(_load(model, path), directions) for path in (base, edited)
+    )
+    return TwinProof(before=before, after=after, mean_before=mean_before, mean_after=mean_after)
 
 
 def _check_clean(before: float, after: float) -> None:
@@ -117,6 +158,25 @@ def _check_clean(before: float, after: float) -> None:
         raise ValueError(f"before the edit |r.h|/|h| is only {before:.3g} in its stream")
     if not after < CLEAN:
         raise ValueError(f"|r.h|/|h| is {before:.3g} in its stream before the edit, and still {after:.3g} after it")
+
+
+def _check_less(proof: TwinProof) -> None:
+    if not proof.mean_before > DIRTY:
+        raise ValueError(f"before the edit |r.h|/|h| is only {proof.mean_before:.3g} in its stream on average")
+    if not proof.mean_after < CLEARLY_LESS * proof.mean_before:
+        raise ValueError(
+            f"|r.h|/|h| is {proof.mean_before:.3g} in its stream on average before the edit, and still "
+            f"{proof.mean_after:.3g} after it"
+        )
+
+
+def _text_config(config: Mapping[str, Any], stream: StreamMap) -> dict[str, Any]:
+    text: Mapping[str, Any] = config
+    for key in stream.text_section:
+        text = text[key]
+    outside = {"quantization_config", "compression_config"}
+    kept = {key: value for key, value in text.items() if key not in outside}
+    return kept | {"model_type": stream.text_type, "tie_word_embeddings": stream.tied_embeddings}
 
 
 def _tiny_config(config: Mapping[str, Any]) -> "PreTrainedConfig":
@@ -142,13 +202,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _build(config: "PreTrainedConfig") -> "PreTrainedModel":
+def _build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     auto_class = class_of(config)
     if type(config) not in auto_class._model_mapping:
         raise ValueError("transformers has no causal language model of it")
 
     def build() -> "PreTrainedModel":
-        settings: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float64}
+        settings: dict[str, Any] = {"attn_implementation": "eager", "dtype": dtype}
         model: PreTrainedModel = auto_class.from_config(config, **settings)
         return model
 
@@ -202,14 +262,28 @@ def _generic_writers(stream: StreamMap) -> dict[str, set[Any]]:
     return writers
 
 
+def _check_same_kinds(stream: StreamMap, twin: StreamMap) -> None:
+    """Check that both have writers of the same roles behind the same norms; on disk they may have other names."""
+    wanted, found = (
+        {(w.role, tuple((norm.plus_one, norm.centered) for norm in w.norm_chain)) for w in each.writers}
+        for each in (stream, twin)
+    )
+    if wanted != found:
+        raise ValueError("its residual writers are of other kinds, or behind other norms, than this checkpoint's")
+
+
 def _load(model: "PreTrainedModel", path: Path) -> "PreTrainedModel":
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    loaded = cast(Any, type(model)).from_pretrained(path, dtype=torch.float64, local_files_only=True, **eager)
+    loaded = cast(Any, type(model)).from_pretrained(path, dtype=model.dtype, local_files_only=True, **eager)
     return cast("PreTrainedModel", loaded.eval())
 
 
-def stream_component(model: "PreTrainedModel", direction: Tensor) -> float:
-    """Return the largest |r . h| / |h| over all block inputs, the last block's output, and random tokens.
+def stream_components(model: "PreTrainedModel", directions: Tensor) -> tuple[float, float]:
+    """Return the largest and the mean |r . h| / |h| over all block inputs, the last block's output, and random tokens.
+
+    Args:
+        model: The twin.
+        directions: Unit vectors r, [n, d_model].
 
     Raises:
         ValueError: The blocks of the model are not found, or are not all run.
@@ -227,10 +301,11 @@ def stream_component(model: "PreTrainedModel", direction: Tensor) -> float:
             handle.remove()
     if not blocks or len(streams) < len(blocks) + len(ends):
         raise ValueError(f"{len(streams)} of {len(blocks) + len(ends)} places of its stream were seen")
-    unit = direction.double() / direction.double().norm()
-    components = [((h.double() @ unit).abs() / h.double().norm(dim=-1)).max() for h in streams]
-    # `max` would lose a NaN.
-    return float(torch.stack(components).max())
+    units = directions.double() / directions.double().norm(dim=-1, keepdim=True)
+    # Some models hold several streams side by side.
+    tokens = torch.cat([h.double().reshape(-1, units.shape[-1]) for h in streams])
+    components = (tokens @ units.T).abs() / tokens.norm(dim=-1, keepdim=True)
+    return float(components.max()), float(components.mean())
 
 
 def _stacks(model: nn.Module) -> list[nn.ModuleList]:

@@ -66,7 +66,7 @@ def _ablating(chat: ChatModel, direction: Float[Tensor, "*batch d_model"]) -> Ca
         share = torch.bmm(rows, unit.unsqueeze(-1))
         return torch.baddbmm(rows, share, unit.unsqueeze(1), alpha=-1).reshape(hidden.shape)
 
-    return ablate
+    return _in_each_stream(ablate, chat.d_model)
 
 
 @contextmanager
@@ -102,7 +102,18 @@ def _ablating_subspace(chat: ChatModel, basis: Float[Tensor, "k d_model"]) -> Ca
         ablated: Tensor = hidden - (hidden @ rows.T) @ rows
         return ablated
 
-    return ablate
+    return _in_each_stream(ablate, chat.d_model)
+
+
+def _in_each_stream(edit: Callable[[Tensor], Tensor], d_model: int) -> Callable[[Tensor], Tensor]:
+    """Edit each of several streams that a model holds side by side in one axis."""
+
+    def edit_each(hidden: Tensor) -> Tensor:
+        if hidden.shape[-1] == d_model:
+            return edit(hidden)
+        return edit(hidden.reshape(*hidden.shape[:-1], -1, d_model)).reshape(hidden.shape)
+
+    return edit_each
 
 
 @contextmanager
@@ -114,7 +125,8 @@ def add_direction(
     `vector` is one, or one for each row of the batch.
     """
     dose = (coefficient * vector).to(chat.device, chat.model.dtype)
-    handle = _edit_input(chat.blocks[layer], _adding(dose.unsqueeze(1) if dose.dim() == 2 else dose))
+    add = _adding(dose.unsqueeze(1) if dose.dim() == 2 else dose)
+    handle = _edit_input(chat.blocks[layer], _in_each_stream(add, chat.d_model))
     try:
         yield 1
     finally:
@@ -141,7 +153,7 @@ def set_component(chat: ChatModel, direction: Float[Tensor, " d_model"], compone
     with ablate_direction(chat, direction) as n_hooks, ExitStack() as stack:
         for block, component in zip(chat.blocks, components, strict=True):
             # Hooks run in the order they were attached: the component is first removed, then set.
-            stack.callback(_edit_input(block, _adding(component * unit)).remove)
+            stack.callback(_edit_input(block, _in_each_stream(_adding(component * unit), chat.d_model)).remove)
         yield n_hooks + chat.n_layers
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from abliterate.architectures.writers import ROLES, PostNorm, ResidualWriter, map_stream
+from abliterate.architectures.writers import ROLES, PostNorm, Remainder, ResidualWriter, StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, refuse_gguf
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import ModelSource, resolve_model
@@ -107,25 +107,24 @@ def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[
     named = {tensor.name: tensor.kind for tensor in recorded_tensors(record)}
     if options.add is not None:
         return [f"{record.directory}: tensor {name} is no addition" for name, kind in named.items() if kind != "added"]
-    if options.quantized != "refuse":
-        base = plain_view(base)
+    base, stream = _stream_of(base, options)
     tensors = tuple(base.tensors())
-    stream = map_stream(
-        config=base.config,
-        tensors=tensors,
-        path=base.path,
-        same_bytes=base.same_bytes,
-        unverified=options.unverified,
-    )
     planned = edits_of_writers(
         select_writers(stream, options=options, model=str(base.path)),
         stream=stream,
         tensors={tensor.name: tensor for tensor in tensors},
         policy=options.tied,
     )
+    is_partial = stream.remainder is not None
+    problems = []
+    if options.partial != is_partial:
+        problems.append(
+            f"{record.directory}: the edit is {'partial' if options.partial else 'whole'} according to {RECORD_NAME}, "
+            f"and of a model of type {stream.model_type} it is {'partial' if is_partial else 'whole'}; {_AGAIN}"
+        )
     wanted = {edit.name: edit.kind for edit in planned.edits}
     stored = {edit.name: () if options.quantized == "dequantize" else edit.stored_as for edit in planned.edits}
-    problems = [
+    problems += [
         f"{record.directory}: tensor {tensor.name} is stored as {tensor.stored_as or 'itself'} according to "
         f"{RECORD_NAME}, and must be as {stored[tensor.name] or 'itself'}; {_AGAIN}"
         for tensor in recorded_tensors(record)
@@ -138,6 +137,31 @@ def differences_from_plan(record: AbliterationRecord, base: Checkpoint) -> list[
                 f"and must be {wanted.get(name, 'left alone')}; {_AGAIN}"
             )
     return problems
+
+
+def recorded_remainder(record: AbliterationRecord, base: Checkpoint) -> Remainder | None:
+    """Return what an edit of the base leaves though every writer is edited; None where it leaves nothing.
+
+    Raises:
+        InputError: The record is malformed.
+        CheckpointError: The base is not one that can be planned for.
+    """
+    options = recorded_options(record)
+    return _stream_of(base, options)[1].remainder if options.partial else None
+
+
+def _stream_of(base: Checkpoint, options: EditOptions) -> tuple[Checkpoint, StreamMap]:
+    if options.quantized != "refuse":
+        base = plain_view(base)
+    stream = map_stream(
+        config=base.config,
+        tensors=tuple(base.tensors()),
+        path=base.path,
+        same_bytes=base.same_bytes,
+        unverified=options.unverified,
+        partial=options.partial,
+    )
+    return base, stream
 
 
 def _read_tensor(entry: Mapping[str, Any]) -> RecordedTensor:

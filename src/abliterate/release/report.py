@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from abliterate.architectures.writers import Remainder
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
 from abliterate.editing.checks import reasons_against_clean_stream, reasons_against_equal_logits
 from abliterate.release.file_checks import QuickCheck, TensorCheck
@@ -92,6 +93,30 @@ class LogitCheck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartialCheck:
+    """What a partial edit left of the directions in the residual stream, |R h|/|h| over all places and tokens.
+
+    Attributes:
+        reason: Why no edit of weights cleans it.
+        modules: What still writes, names within the checkpoint, numbers as `*`.
+        base_max: The largest in the base; None if nothing was run, as the following.
+        base_mean: The mean in the base.
+        edited_max: The largest in the edited checkpoint.
+        edited_mean: The mean in the edited checkpoint.
+    """
+
+    reason: str
+    modules: tuple[str, ...]
+    base_max: float | None
+    base_mean: float | None
+    edited_max: float | None
+    edited_mean: float | None
+
+
+Verdict = Literal["verified", "partial", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationReport:
     """What verifying a checkpoint found.
 
@@ -107,6 +132,8 @@ class VerificationReport:
         notes: What was not done, and why.
         failures: What failed, a line each, the most telling first.
         passed: Whether nothing did.
+        verdict: verified; partial where nothing failed and the edit leaves a part of the stream as it must; failed.
+        partial: What it leaves; None where it leaves nothing.
     """
 
     checkpoint: str
@@ -120,6 +147,8 @@ class VerificationReport:
     notes: tuple[str, ...]
     failures: tuple[str, ...]
     passed: bool
+    verdict: Verdict
+    partial: PartialCheck | None = None
 
 
 def stream_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: int) -> float:
@@ -197,6 +226,31 @@ def check_stream(
         tolerance=stream_tolerance(tensors, dtype=edited.dtype, n_layers=n_layers),
         judged=not reasons,
         reasons=reasons,
+    )
+
+
+def check_partial(remainder: Remainder | None, stream: StreamCheck | None) -> PartialCheck | None:
+    """Lay out what a partial edit left; None where the edit is whole.
+
+    Args:
+        remainder: What an edit of the base leaves.
+        stream: (c), if it was run.
+    """
+    if remainder is None:
+        return None
+    layers = () if stream is None else stream.layers
+    # `max` would lose a NaN.
+    found = torch.tensor([[each.base_max, each.base_mean, each.edited_max, each.edited_mean] for each in layers])
+    largest, means = (
+        (found.max(dim=0).values.tolist(), found.mean(dim=0).tolist()) if layers else ([None] * 4, [None] * 4)
+    )
+    return PartialCheck(
+        reason=remainder.reason,
+        modules=remainder.modules,
+        base_max=largest[0],
+        base_mean=means[1],
+        edited_max=largest[2],
+        edited_mean=means[3],
     )
 
 

@@ -119,7 +119,8 @@ def run_prompts(
 
     def measure(place: int, hidden: Tensor) -> None:
         nonlocal peak
-        wide = hidden.detach().cpu().double().reshape(-1, hidden.shape[-1])
+        # Some models hold several streams side by side.
+        wide = hidden.detach().cpu().double().reshape(-1, basis.shape[-1])
         norms, along = wide.norm(dim=-1), (wide @ basis.T).norm(dim=-1)
         peak = torch.maximum(peak, norms) if place and peak.shape == norms.shape else norms
         shares = torch.where(norms == 0, 0.0, along / norms)

@@ -3,6 +3,7 @@
 (a), (b) its files (see `file_checks`); (c) the directions in its residual stream on real prompts, beside its
 base; (d) its logits beside those of the base with the directions ablated by hooks. docs/exactness.md says when the
 stream must be clean and when the logits must be equal; where they need not be, (c) and (d) report and do not judge.
+Of a partial edit what is left in the stream is measured, and the verdict says that it is partial.
 `report` says how clean is clean.
 """
 
@@ -27,12 +28,13 @@ from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, load_prompt_set
 from abliterate.release.file_checks import QuickCheck, verify_files
 from abliterate.release.options import VerificationOptions
-from abliterate.release.recorded_edits import find_base, recorded_options, recorded_subspace
+from abliterate.release.recorded_edits import find_base, recorded_options, recorded_remainder, recorded_subspace
 from abliterate.release.report import (
     LogitCheck,
     StreamCheck,
     VerificationReport,
     check_logits,
+    check_partial,
     check_stream,
     logit_failures,
     stream_failures,
@@ -80,8 +82,10 @@ def verify_checkpoint(
     subspace = recorded_subspace(record)
     failures = _compare_directions(record, subspace, directions)
     source = find_base(record, base)
-    files = verify_files(record, base=open_checkpoint(source.path), progress=progress)
+    original = open_checkpoint(source.path)
+    files = verify_files(record, base=original, progress=progress)
     failures += files.failures
+    remainder = recorded_remainder(record, original)
     stream: StreamCheck | None = None
     logits: LogitCheck | None = None
     notes: tuple[str, ...] = ()
@@ -110,6 +114,8 @@ def verify_checkpoint(
         notes=notes,
         failures=tuple(failures),
         passed=not failures,
+        verdict="failed" if failures else "verified" if remainder is None else "partial",
+        partial=check_partial(remainder, stream),
     )
 
 
