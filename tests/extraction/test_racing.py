@@ -68,3 +68,33 @@ def test_nothing_that_fails_on_all_prompts_is_chosen() -> None:
     )
     assert passing == []
     assert scores[-1, 1].kl == 0.5
+
+
+def test_what_a_candidate_changes_is_known_sooner_than_what_it_leaves() -> None:
+    """Prompts differ by nats, what a candidate does to them by hundredths: few prompts decide and estimate its mean."""
+    rng = random.Random(1)
+    unchanged = [rng.gauss(-2.0, 1.0) for _ in range(N_PROMPTS)]
+    shifts = {(-1, 1): 0.1, (-1, 2): 0.5, (-1, 3): 3.0}
+    values = {key: tuple(base + shift + rng.gauss(0, 0.02) for base in unchanged) for key, shift in shifts.items()}
+    asked: dict[bool, dict[tuple[int, int], int]] = {True: {}, False: {}}
+    for is_known, found in asked.items():
+
+        def extend(name, keys, n, found=found):
+            if name == "induce":
+                found.update(dict.fromkeys(keys, n))
+            return {key: values[key][:n] if name == "induce" else (0.0,) * n for key in keys}
+
+        scores, passing = race(
+            list(shifts),
+            thresholds=Thresholds(induce=0.0, kl=0.2, prune_layers=0.0),
+            n_prompts=dict.fromkeys(("induce", "kl", "bypass"), N_PROMPTS),
+            extend=extend,
+            n_wanted=1,
+            unchanged={"induce": unchanged} if is_known else None,
+        )
+        assert [(score.position, score.layer) for score in passing] == [(-1, 3)]
+        if is_known:
+            assert abs(scores[-1, 1].induce - fmean(values[-1, 1])) < 0.05
+    # The one that passes is scored on all prompts in the end.
+    assert asked[True] == {(-1, 1): 4, (-1, 2): 4, (-1, 3): N_PROMPTS}
+    assert asked[False][-1, 1] > 4

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from abliterate.errors import NoDirectionError
@@ -127,9 +128,10 @@ class Chooser:
         )
         scorer = self._scorer(rows, screener)
         scoring = self._scoring(scorer, thresholds)
+        unchanged = self._unchanged(rows)
         if self.races and isinstance(scorer, CandidateScorer):
-            n_wanted = max(1, self._n_confirmed)
-            scores, passing = scoring.race(self.candidates, scorer, n_wanted=n_wanted)
+            n_wanted, harmless = max(1, self._n_confirmed), unchanged["harmless"].tolist()
+            scores, passing = scoring.race(self.candidates, scorer, n_wanted=n_wanted, unchanged=harmless)
         else:
             scores = scoring.score(self.candidates)
             passing = passing_candidates(scores, thresholds=thresholds, n_layers=self.chat.n_layers)
@@ -149,7 +151,7 @@ class Chooser:
             chosen=chosen,
             confirmed=confirmed,
             thresholds=thresholds,
-            baseline=self._baseline(rows),
+            baseline=Baseline(**{kind: float(values.mean()) for kind, values in unchanged.items()}),
             scoring=scoring,
         )
 
@@ -183,17 +185,16 @@ class Chooser:
             asked[kind] = [[*r, *p] for r, p, kept in zip(rows, prefaces, keep, strict=True) if kept]
         return ValidationRows(**kept, bypass=asked["harmful"], induce=asked["harmless"])
 
-    def _baseline(self, rows: ValidationRows) -> Baseline:
+    def _unchanged(self, rows: ValidationRows) -> dict[str, Tensor]:
+        """Return the measure in the unchanged model, [n] of each kind of validation prompts."""
         measure = self.judgement.measure
         if measure is None:
-            return Baseline(harmful=1.0, harmless=-1.0)
+            return {"harmful": torch.ones(len(rows.bypass)), "harmless": -torch.ones(len(rows.induce))}
         if isinstance(measure, FirstTokens):
             logits = {kind: self._validation(kind).logits for kind in KINDS}
-            means = {kind: refusal_metric(logits[kind], token_ids=measure.token_ids).mean() for kind in KINDS}
-        else:
-            asked = {"harmful": rows.bypass, "harmless": rows.induce}
-            means = {kind: measure_refusal(self.chat, measure, asked[kind]).mean() for kind in KINDS}
-        return Baseline(**{kind: float(mean) for kind, mean in means.items()})
+            return {kind: refusal_metric(logits[kind], token_ids=measure.token_ids) for kind in KINDS}
+        asked = {"harmful": rows.bypass, "harmless": rows.induce}
+        return {kind: measure_refusal(self.chat, measure, asked[kind]) for kind in KINDS}
 
     def _validation(self, kind: str) -> Recording:
         """Return the recording of the validation prompts of one kind that are kept."""

@@ -3,7 +3,9 @@
 A model whose prompts are filtered by its replies has no published scores to be equal to, and most of its candidates
 fail by far. So every candidate is scored on a few validation prompts first, and on more only while the standard error
 of its mean leaves open whether it passes (induce, then KL) or is the best (bypass, compared prompt by prompt). The few
-that are left are scored on all prompts, and must pass on all.
+that are left are scored on all prompts, and must pass on all. What a candidate does to a prompt varies much less than
+the prompts themselves, so its mean is that of the unchanged model on all prompts and of what it changed on a few
+(a control variate).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,7 @@ def race(
     n_prompts: Mapping[ScoreName, int],
     extend: Extend,
     n_wanted: int,
+    unchanged: Mapping[ScoreName, Sequence[float]] | None = None,
 ) -> tuple[dict[Candidate, CandidateScore], list[CandidateScore]]:
     """Score candidates until it is decided which pass and which of these have the lowest bypass.
 
@@ -39,9 +42,10 @@ def race(
         n_prompts: how many prompts there are for each score.
         extend: see `Extend`.
         n_wanted: how many of the best to score on all prompts.
+        unchanged: values in the unchanged model on all prompts, of the scores where they are known and not 0.
 
     Returns:
-        The means of what was scored, and those that pass on all prompts, the best first.
+        The means, estimated where not all prompts were scored, and those that pass on all prompts, the best first.
     """
     values: dict[ScoreName, dict[Candidate, tuple[float, ...]]] = {"induce": {}, "kl": {}, "bypass": {}}
 
@@ -56,7 +60,7 @@ def race(
             more(name, open_ones, n)
             still = []
             for key in open_ones:
-                mean, error = _mean(values[name][key])
+                mean, error = _mean(values[name][key], (unchanged or {}).get(name))
                 margin = sign * (mean - threshold)
                 if n < n_prompts[name] and abs(margin) <= STAGES[n] * error:
                     still.append(key)
@@ -80,7 +84,7 @@ def race(
         able = [key for key in able if key not in best]
     scores = {
         key: CandidateScore(position=key[0], layer=key[1]).with_values(
-            {name: fmean(found[key]) for name, found in values.items() if key in found}
+            {name: _mean(found[key], (unchanged or {}).get(name))[0] for name, found in values.items() if key in found}
         )
         for key in candidates
     }
@@ -111,8 +115,16 @@ def _is_above(values: Sequence[float], leader: Sequence[float], *, errors: float
     return isnan(mean) or mean > errors * error
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """Return a mean and its standard error."""
+def _mean(values: Sequence[float], unchanged: Sequence[float] | None = None) -> tuple[float, float]:
+    """Return a mean over all prompts, from its values on the first of them, and its standard error.
+
+    Args:
+        values: on the first prompts.
+        unchanged: the unchanged model's, on all.
+    """
+    if unchanged is not None and len(values) < len(unchanged):
+        mean, error = _mean([a - b for a, b in zip(values, unchanged, strict=False)])
+        return fmean(unchanged) + mean, error
     if len(values) < 2:
         return fmean(values), inf
     return fmean(values), max(stdev(values), MIN_DEVIATION) / sqrt(len(values))

@@ -151,7 +151,7 @@ class ScoringRun:
         return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]
 
     def race(
-        self, candidates: Tensor, scorer: RacingScorer, *, n_wanted: int
+        self, candidates: Tensor, scorer: RacingScorer, *, n_wanted: int, unchanged: Sequence[float]
     ) -> tuple[list[CandidateScore], list[CandidateScore]]:
         """Score what can be chosen on as many prompts as it takes; see `racing`.
 
@@ -159,6 +159,7 @@ class ScoringRun:
             candidates: [n_pos, n_layers, d_model], un-normalised.
             scorer: `self.scorer`, which can be asked about some of the prompts.
             n_wanted: how many of the best to score on all prompts.
+            unchanged: what induce is in the unchanged model, prompt by prompt.
 
         Returns:
             One entry per position and layer, and those that pass on all prompts, the best first.
@@ -183,6 +184,7 @@ class ScoringRun:
                 n_prompts={name: self.scorer.n_prompts(name) for name in names},
                 extend=extend,
                 n_wanted=n_wanted,
+                unchanged={"induce": unchanged},
             )
         grid = [(p, layer) for p in range(-len(candidates), 0) for layer in range(self.n_layers)]
         return [scores.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid], passing
