@@ -3,7 +3,7 @@
 import csv
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -228,6 +228,17 @@ def test_what_does_not_fit_is_said(made: object, options: TraceOptions, error: t
     chat = make_chat_model(tiny_llama(), make_tokenizer())
     with pytest.raises(error, match=message):
         trace_direction(model=chat, direction=made, options=options)  # type: ignore[arg-type]
+
+
+def test_a_stream_in_several_parts_is_refused(
+    llama_chat: ChatModel, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(llama_chat.model.config), "model_type", "deepseek_v4")
+    # What was found about the stream is kept with the model.
+    chat = replace(llama_chat, _stream=[])
+    direction = make_direction(mean_difference=torch.ones(llama_chat.d_model))
+    with pytest.raises(ModelError, match="cannot be traced: it has four residual streams"):
+        trace_direction(model=chat, direction=direction, options=TraceOptions(prompts=(spec,)))
 
 
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:

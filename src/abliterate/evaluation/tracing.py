@@ -13,7 +13,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction
-from abliterate.errors import DirectionError, InputError
+from abliterate.errors import DirectionError, InputError, ModelError, UnsupportedArchitectureError
 from abliterate.evaluation.contributions import (
     BlockParts,
     Contributions,
@@ -76,7 +76,7 @@ def trace_direction(
         InputError: the options do not fit the model.
         DirectionError: the direction cannot be read or has another width.
         PromptSetError: a SPEC cannot be read.
-        ModelError: the model does not load as a chat model.
+        ModelError: the model does not load as a chat model, or its blocks have no one input each.
     """
     options = options or TraceOptions()
     loaded = load_direction(direction) if isinstance(direction, Path) else direction
@@ -86,7 +86,18 @@ def trace_direction(
     name, chat = _load(model, loaded, model_options or ModelOptions(), progress)
     if loaded.d_model != chat.d_model:
         raise DirectionError(f"the direction has {loaded.d_model} entries; the width of {name} is {chat.d_model}")
+    _check_one_stream(chat, name)
     return _Trace(chat=chat, direction=loaded, options=options, progress=progress).run(name, sets)
+
+
+def _check_one_stream(chat: ChatModel, name: str) -> None:
+    try:
+        reason = chat.stream.not_extracted
+    except (ModelError, UnsupportedArchitectureError):
+        # What writes to its stream is not known; what comes into its blocks can be traced all the same.
+        return
+    if reason is not None:
+        raise ModelError(f"{name}: its residual stream cannot be traced: {reason}; use another model")
 
 
 def _load_set(spec: str, n_prompts: int) -> PromptSet:
