@@ -16,6 +16,7 @@ from torch import Tensor
 from abliterate.architectures.writers import PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.editing.checks import (
+    RemovedDirections,
     compare_bytes,
     compare_layouts,
     directions_through,
@@ -136,21 +137,23 @@ def test_survivors_are_measured_from_the_files_through_norms_in_other_shards(bas
     checkpoint = open_checkpoint(base)
     assert checkpoint.tensor(norm.weight).shard != checkpoint.tensor(DOWN).shard
     subspace = (random_direction() / random_direction().norm()).double()[None]
-    seen = directions_through(checkpoint, subspace, chains={(norm,), ()})
+    writer = ResidualWriter(tensor_name=DOWN, role="mlp", layer=2, residual_axis=0, norm_chain=(norm,))
+    plain = replace(writer, norm_chain=())
+    removed = RemovedDirections(subspace=subspace)
+    (seen,) = directions_through(checkpoint, removed, writers=[writer]).values()
+    (unseen,) = directions_through(checkpoint, removed, writers=[plain]).values()
     gamma = 1 + stored(base)[norm.weight].double()
     by_hand = gamma * subspace[0]
     by_hand = by_hand - by_hand.mean()
-    torch.testing.assert_close(seen[(norm,)][0], by_hand / by_hand.norm(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(seen[()], subspace, rtol=0, atol=1e-12)
-    change(copy, DOWN, lambda w: project_out(w, directions=seen[(norm,)], residual_axis=0))
-    writer = ResidualWriter(tensor_name=DOWN, role="mlp", layer=2, residual_axis=0, norm_chain=(norm,))
-    ((before, after),) = measure_survivors(open_checkpoint(copy), base=checkpoint, writers=[writer], subspace=subspace)
+    torch.testing.assert_close(seen[0], by_hand / by_hand.norm(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(unseen, subspace, rtol=0, atol=1e-12)
+    change(copy, DOWN, lambda w: project_out(w, directions=seen, residual_axis=0))
+    ((before, after),) = measure_survivors(open_checkpoint(copy), base=checkpoint, writers=[writer], removed=removed)
     weight = stored(base)[DOWN].double()
     assert before.norm == pytest.approx(float(weight.norm()), rel=1e-12)
-    assert before.along == pytest.approx(float((seen[(norm,)] @ weight).norm()), rel=1e-12)
+    assert before.along == pytest.approx(float((seen @ weight).norm()), rel=1e-12)
     assert after.survivor_of(before) < 1e-6
-    plain = replace(writer, norm_chain=())
-    ((before, after),) = measure_survivors(open_checkpoint(copy), base=checkpoint, writers=[plain], subspace=subspace)
+    ((before, after),) = measure_survivors(open_checkpoint(copy), base=checkpoint, writers=[plain], removed=removed)
     assert after.survivor_of(before) > 0.05, "along the plain direction it is another component"
 
 
@@ -159,17 +162,20 @@ def test_what_is_not_there_is_said(base):
     subspace = torch.eye(1, D_MODEL, dtype=torch.float64)
     writer = ResidualWriter(tensor_name="nowhere", role="mlp", layer=0, residual_axis=0)
     with pytest.raises(CheckpointError, match="no tensor nowhere"):
-        list(measure_survivors(checkpoint, base=None, writers=[writer], subspace=subspace))
+        list(measure_survivors(checkpoint, base=None, writers=[writer], removed=RemovedDirections(subspace=subspace)))
+    behind = replace(writer, norm_chain=(PostNorm(weight="post.weight"),))
     with pytest.raises(CheckpointError, match=r"no tensor post\.weight"):
-        directions_through(checkpoint, subspace, chains={(PostNorm(weight="post.weight"),)})
+        directions_through(checkpoint, RemovedDirections(subspace=subspace), writers=[behind])
 
 
 def test_a_norm_that_is_not_finite_is_refused(base):
     change(base, "model.norm.weight", lambda w: w * float("nan"))
+    chain = (PostNorm(weight="model.norm.weight"),)
+    writer = ResidualWriter(tensor_name=DOWN, role="mlp", layer=2, residual_axis=0, norm_chain=chain)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds NaN"):
         directions_through(
             open_checkpoint(base),
-            torch.eye(1, D_MODEL, dtype=torch.float64),
-            chains={(PostNorm(weight="model.norm.weight"),)},
+            RemovedDirections(subspace=torch.eye(1, D_MODEL, dtype=torch.float64)),
+            writers=[writer],
         )
     assert effective_directions(torch.eye(1, 4), norms=[]).dtype == torch.float64

@@ -52,6 +52,7 @@ def orthogonalize(
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
     strength: Annotated[float, option(EditOptions, "strength")] = DEFAULTS.strength,
+    strengths: Annotated[Path | None, option(EditOptions, "strengths")] = None,
     tied: Annotated[TiedPolicy, option(EditOptions, "tied")] = DEFAULTS.tied,
     preserve_norms: Annotated[bool, option(EditOptions, "preserve_norms")] = DEFAULTS.preserve_norms,
     add: Annotated[float | None, option(EditOptions, "add")] = DEFAULTS.add,
@@ -116,7 +117,10 @@ def orthogonalize(
             "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
 
+    from abliterate.editing.plan import read_strengths
+
     options = EditOptions(
+        strengths=None if strengths is None else read_strengths(strengths),
         components=roles,
         layers=layer_range,
         strength=strength,

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.architectures.writers import PostNorm
 from abliterate.checkpoints.atomic_directory import published_directory
 from abliterate.checkpoints.file_assembly import GivenSegment, NewFile, assemble_files
 from abliterate.checkpoints.file_ranges import WrittenFile
@@ -42,7 +41,7 @@ CONFIG_NAME = "adapter_config.json"
 
 _PREFIX = "base_model.model."
 
-Directions = Mapping[tuple[PostNorm, ...], Tensor]
+Directions = Mapping[str, Tensor]
 
 
 def write_adapter_files(
@@ -67,9 +66,9 @@ def write_adapter_files(
     directions = _directions(plan)
     tensors: dict[str, Tensor] = {}
     for weight in layout.weights:
-        basis = directions[weight.edits[0].writer.norm_chain]
+        basis = directions[weight.edits[0].name]
         found = torch.cat([_coefficients(plan, edit, basis, advance) for edit in weight.edits])
-        first, second = pack_factors(found, basis, rank=len(plan.subspace), residual_on_b=weight.residual_on_b)
+        first, second = pack_factors(found, basis, rank=plan.removed.rank, residual_on_b=weight.residual_on_b)
         name_a, name_b = _factor_names(weight)
         tensors |= {name_a: first, name_b: second}
     for vector in layout.vectors:
@@ -102,7 +101,7 @@ def write_contents(contents: Mapping[str, bytes], directory: Path) -> dict[str, 
 
 def adapter_config(plan: EditPlan, layout: AdapterLayout) -> dict[str, Any]:
     """Return the content of `adapter_config.json`, in the words of PEFT's LoraConfig."""
-    rank = len(plan.subspace)
+    rank = plan.removed.rank
     forms = {weight.form for weight in layout.weights}
     parameters = [f"{w.module}.{w.parameter}" for w in layout.weights if w.form == "parameter"]
     return {
@@ -151,9 +150,9 @@ def check_adapter_files(
                 _read(plan, edit, advance),
                 found[part],
                 spanned[part],
-                directions=directions[edit.writer.norm_chain],
+                directions=directions[edit.name],
                 residual_axis=edit.writer.residual_axis,
-                strength=plan.options.strength,
+                strength=plan.options.strength_of(edit.writer),
                 rounds_change=weight.rounds_change,
             )
             _check_merged(plan, edit, result, rounds_change=weight.rounds_change)
@@ -166,7 +165,7 @@ def check_adapter_files(
 
 
 def _directions(plan: EditPlan) -> Directions:
-    return directions_through(plan.checkpoint, plan.subspace, chains={edit.writer.norm_chain for edit in plan.edits})
+    return directions_through(plan.checkpoint, plan.removed, writers=[edit.writer for edit in plan.edits])
 
 
 def _factor_names(weight: AdaptedWeight) -> tuple[str, str]:
@@ -185,7 +184,10 @@ def _read(plan: EditPlan, edit: TensorEdit, advance: Advance) -> Tensor:
 def _coefficients(plan: EditPlan, edit: TensorEdit, basis: Tensor, advance: Advance) -> Tensor:
     weight = _read(plan, edit, advance)
     found = coefficients(
-        weight, directions=basis, residual_axis=edit.writer.residual_axis, strength=plan.options.strength
+        weight,
+        directions=basis,
+        residual_axis=edit.writer.residual_axis,
+        strength=plan.options.strength_of(edit.writer),
     )
     if not bool(torch.isfinite(found).all()):
         raise _not_finite(plan, edit)
@@ -198,9 +200,9 @@ def _edited_vector(plan: EditPlan, edit: TensorEdit, directions: Directions, adv
         raise _not_finite(plan, edit)
     return project_out(
         vector,
-        directions=directions[edit.writer.norm_chain],
+        directions=directions[edit.name],
         residual_axis=edit.writer.residual_axis,
-        strength=plan.options.strength,
+        strength=plan.options.strength_of(edit.writer),
     )
 
 
@@ -220,7 +222,7 @@ def _check_vector(
     plan: EditPlan, edit: TensorEdit, directions: Directions, advance: Advance, directory: Path, info: TensorInfo
 ) -> MergedWeight:
     old, new = _read(plan, edit, advance), read_tensor(directory, info)
-    basis, axis = directions[edit.writer.norm_chain], edit.writer.residual_axis
+    basis, axis = directions[edit.name], edit.writer.residual_axis
     result = MergedWeight(
         before=component_and_norm(old, directions=basis, residual_axis=axis),
         after=component_and_norm(new, directions=basis, residual_axis=axis),
@@ -231,13 +233,13 @@ def _check_vector(
 
 
 def _check_merged(plan: EditPlan, edit: TensorEdit, result: MergedWeight, *, rounds_change: bool) -> None:
-    strength, d_model = plan.options.strength, plan.stream.d_model
+    strength, d_model = plan.options.strength_of(edit.writer), plan.stream.d_model
     dtype = TORCH_DTYPES[edit.info.dtype]
     bound = residue_bound(
         dtype,
         d_model=d_model,
         elements=math.prod(edit.info.shape),
-        before=max(1.0, strength) * result.before.norm,
+        before=max(1.0, abs(strength)) * result.before.norm,
         after=result.after.norm,
     )
     if rounds_change:
@@ -246,10 +248,10 @@ def _check_merged(plan: EditPlan, edit: TensorEdit, result: MergedWeight, *, rou
             d_model=d_model,
             elements=math.prod(edit.info.shape),
             before=0.0,
-            after=strength * result.before.along,
+            after=abs(strength) * result.before.along,
         )
     working = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    exact = 4 * d_model**0.5 * working * strength * result.before.norm
+    exact = 4 * d_model**0.5 * working * abs(strength) * result.before.norm
     left = abs(result.after.along - abs(1 - strength) * result.before.along)
     # Written so that NaN fails, too.
     if not (left <= bound and result.change_error <= exact):

@@ -9,7 +9,8 @@ ablation if no norm stands between a writer and the stream and the output head k
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from abliterate.checkpoints.safetensors_file import (
     read_tensor,
     tensor_bytes,
 )
+from abliterate.editing.options import EditOptions
 from abliterate.editing.projection import (
     Component,
     NormFactor,
@@ -32,7 +34,8 @@ from abliterate.editing.projection import (
     effective_directions,
     residue_bound,
 )
-from abliterate.errors import CheckpointError
+from abliterate.editing.record import decode_subspace
+from abliterate.errors import CheckpointError, InputError
 from abliterate.progress import Advance
 
 _CHUNK_BYTES = 4 << 20
@@ -57,14 +60,14 @@ def rounding_bound(
     """
     d_model = info.shape[residual_axis]
     if info.encoding is not None:
-        return max(1.0, strength) * info.encoding.largest_residue(
+        return max(1.0, abs(strength)) * info.encoding.largest_residue(
             d_model=d_model, k=k, along=before.along, norm=before.norm
         )
     return residue_bound(
         TORCH_DTYPES.get(info.dtype, torch.float32),
         d_model=d_model,
         elements=math.prod(info.shape),
-        before=max(1.0, strength) * before.norm,
+        before=max(1.0, abs(strength)) * before.norm,
         after=after,
     )
 
@@ -86,23 +89,77 @@ def read_norm(checkpoint: Checkpoint, norm: PostNorm) -> NormFactor:
     return NormFactor(gamma=1 + weight if norm.plus_one else weight, centered=norm.centered)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RemovedDirections:
+    """What is taken out of the stream, and of each layer's writers.
+
+    Attributes:
+        subspace: R, [k, d_model] float64, orthonormal rows.
+        by_layer: [n_layers, d_model] float64, unit rows: what is taken out of each layer's writers in the place of R;
+            None: R is taken out of all.
+    """
+
+    subspace: Tensor
+    by_layer: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """How many directions are taken out of a writer."""
+        return len(self.subspace) if self.by_layer is None else 1
+
+    def of(self, writer: ResidualWriter) -> Tensor:
+        """Return what is taken out of a writer, [rank, d_model]; the embeddings count as layer 0."""
+        if self.by_layer is None:
+            return self.subspace
+        layer = writer.layer or 0
+        return self.by_layer[layer : layer + 1]
+
+
+def removed_directions(subspace: Tensor, options: EditOptions) -> RemovedDirections:
+    """Return what is taken out by an edit.
+
+    Args:
+        subspace: R, [k, d_model] float64, orthonormal rows.
+        options: The edit's; strengths may come with a direction for each layer.
+
+    Raises:
+        InputError: Those are not one a layer, or have another width.
+    """
+    encoded = None if options.strengths is None else options.strengths.directions
+    if options.strengths is None or encoded is None:
+        return RemovedDirections(subspace=subspace)
+    by_layer = decode_subspace(dict(encoded))
+    norms = by_layer.norm(dim=1)
+    if by_layer.shape != (len(options.strengths.attn), subspace.shape[1]) or not bool(((norms - 1).abs() < 1e-6).all()):
+        raise InputError(
+            f"{options.strengths.file}: its directions must be one unit vector of {subspace.shape[1]} for each of "
+            f"{len(options.strengths.attn)} layers; run `abliterate refine` again"
+        )
+    return RemovedDirections(subspace=subspace, by_layer=by_layer)
+
+
 def directions_through(
-    checkpoint: Checkpoint, subspace: Tensor, *, chains: Collection[tuple[PostNorm, ...]]
-) -> dict[tuple[PostNorm, ...], Tensor]:
-    """Return for each norm chain the directions U [k, d_model] as a writer before it must not have them.
+    checkpoint: Checkpoint, removed: RemovedDirections, *, writers: Iterable[ResidualWriter]
+) -> dict[str, Tensor]:
+    """Return the directions U [rank, d_model] that each writer must not have, by the name of its tensor.
 
     Args:
         checkpoint: Where the norms are; base and edited checkpoint hold the same.
-        subspace: R, [k, d_model], orthonormal rows.
-        chains: Norm chains, innermost norm first; the empty one gives R itself.
+        removed: What is taken out.
+        writers: Behind those that norms follow, U is what is taken out as it is seen through the norms.
 
     Raises:
         CheckpointError: A norm is missing or not finite.
     """
-    return {
-        chain: effective_directions(subspace, norms=[read_norm(checkpoint, norm) for norm in chain])
-        for chain in set(chains)
-    }
+    found: dict[tuple[tuple[PostNorm, ...], int | None], Tensor] = {}
+    by_name = {}
+    for writer in writers:
+        key = (writer.norm_chain, None if removed.by_layer is None else writer.layer)
+        if key not in found:
+            norms = [read_norm(checkpoint, norm) for norm in writer.norm_chain]
+            found[key] = effective_directions(removed.of(writer), norms=norms)
+        by_name[writer.tensor_name] = found[key]
+    return by_name
 
 
 def compare_layouts(
@@ -195,7 +252,7 @@ def measure_survivors(
     base: Checkpoint | None,
     writers: Sequence[ResidualWriter],
     made_from: Mapping[str, str] | None = None,
-    subspace: Tensor,
+    removed: RemovedDirections,
     advance: Advance = _ignore,
 ) -> Iterator[tuple[Component | None, Component]]:
     """Measure each edited tensor, reread from the disk, and what it was before where there is a base.
@@ -205,7 +262,7 @@ def measure_survivors(
         base: What it was made from; None measures the edited one alone.
         writers: The edited tensors.
         made_from: Name of an edited tensor -> the base's tensor it was made from, where that has another name.
-        subspace: R, [k, d_model], orthonormal rows.
+        removed: What was taken out.
         advance: Told the bytes read of the edited checkpoint.
 
     Yields:
@@ -214,12 +271,12 @@ def measure_survivors(
     Raises:
         CheckpointError: A file cannot be read, or a tensor or norm is missing.
     """
-    directions = directions_through(edited, subspace, chains={writer.norm_chain for writer in writers})
+    directions = directions_through(edited, removed, writers=writers)
     new_infos = {tensor.name: tensor for tensor in edited.tensors()}
     old_infos = {} if base is None else {tensor.name: tensor for tensor in base.tensors()}
     for writer in writers:
-        basis = directions[writer.norm_chain]
         name = writer.tensor_name
+        basis = directions[name]
         info = _find(new_infos, name, edited)
         before = None
         if base is not None:
@@ -327,6 +384,8 @@ def reasons_against_clean_stream(record: Mapping[str, Any]) -> tuple[str, ...]:
     if options.get("partial"):
         reason = (record.get("partial") or {}).get("reason", "no edit of weights cleans this stream whole")
         reasons.append(f"the edit is partial: {reason}")
+    if options.get("strengths"):
+        reasons.append("each layer and role is edited as far as a file of strengths says")
     strength = float(options.get("strength", 1.0))
     if strength != 1.0:
         reasons.append(f"strength is {strength:g}, so {abs(1 - strength):.3g} of the component is kept")

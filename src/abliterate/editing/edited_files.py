@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from abliterate.architectures.writers import PostNorm
 from abliterate.checkpoints.atomic_directory import (
     Entry,
     PartialDirectory,
@@ -63,9 +62,7 @@ class EditedShard:
         edits: Name of each edited tensor in it -> what projects it, or None where nothing is projected.
     """
 
-    def __init__(
-        self, shard: Shard, plan: EditPlan, directions: Mapping[tuple[PostNorm, ...], Tensor], *, device: str
-    ) -> None:
+    def __init__(self, shard: Shard, plan: EditPlan, directions: Mapping[str, Tensor], *, device: str) -> None:
         self.edits: dict[str, ProjectedTensor | None] = {}
         self._shard, self._plan, self._directions, self._device = shard, plan, directions, device
         self._opened: dict[str, PlainFile] = {}
@@ -191,9 +188,9 @@ class EditedShard:
 
     def _projection(self, edit: TensorEdit) -> Projection:
         return Projection(
-            directions=self._directions[edit.writer.norm_chain],
+            directions=self._directions[edit.name],
             residual_axis=edit.writer.residual_axis,
-            strength=self._plan.options.strength,
+            strength=self._plan.options.strength_of(edit.writer),
             preserve_norms=self._plan.options.preserve_norms,
             device=self._device,
         )
@@ -259,8 +256,8 @@ class EditedFiles:
         layout = plan.layout
         self._layouts = {shard.file_name: shard for shard in layout.shards}
         self._new_content = _changed_side_files(plan, layout)
-        chains = {edit.writer.norm_chain for edit in plan.edits if edit.project}
-        self._directions = directions_through(plan.checkpoint, plan.subspace, chains=chains)
+        writers = [edit.writer for edit in plan.edits if edit.project]
+        self._directions = directions_through(plan.checkpoint, plan.removed, writers=writers)
         left_out = {RECORD_NAME, EVALUATION_NAME} if RECORD_NAME in plan.checkpoint.side_files else set()
         self.shard_names = tuple(self._shards)
         self.side_names = tuple(name for name in plan.checkpoint.side_files if name not in left_out)

@@ -89,6 +89,9 @@ def what_was_done(record: dict[str, Any]) -> str:
         rows += [("Coefficient", number(options["add"])), ("Biases edited or new", str(len(tensors)))]
         return "## What was added\n\n" + _ADDED + _RECORD + _config_changes(record) + "\n\n" + table(("", ""), rows)
     text = _REMOVED if len(directions) == 1 else _REMOVED_SEVERAL
+    strengths = mapping(options.get("strengths"))
+    if strengths:
+        text = _REMOVED_BY_LAYER if strengths.get("directions") else _REMOVED
     text += _what_is_left(record)
     if any(tensor.get("norm_chain") for tensor in tensors):
         text += _THROUGH_NORMS
@@ -138,6 +141,11 @@ _REMOVED_SEVERAL = (
     "removed: W becomes W - s Uᵀ (U W), with orthonormal rows of U that span them and s the strength. All other "
     "tensors are the base model's, byte for byte. A tensor's share along them is |U W| / |W|."
 )
+_REMOVED_BY_LAYER = (
+    "From the matrices counted below, which write to the residual stream, a part along a unit vector r of each layer's "
+    "own was removed: W becomes W - s r (rᵀ W), with a strength s for each layer and role. Some of the direction "
+    "stays in the stream. All other tensors are the base model's, byte for byte. A tensor's share is |r·W| / |W|."
+)
 _THROUGH_NORMS = (
     " Where norms stand between a matrix and the stream, the direction was taken as it is seen through them, "
     "r times their weights."
@@ -183,13 +191,21 @@ def _edit_rows(record: dict[str, Any], tensors: list[dict[str, Any]]) -> list[tu
     return [
         ("Components", ", ".join(code(name) for name in options.get("components", [])) or "unknown"),
         ("Layers", f"{layers[0]} up to, not including, {layers[1]}" if layers else "all"),
-        ("Strength", number(options.get("strength"))),
+        ("Strength", _strength(options)),
         *(tied if record["base"].get("tied_embeddings") else []),
         ("Tensors edited", _tensor_counts(tensors)),
         ("Largest share along the direction, before", _largest(tensors, "component_before")),
         ("Largest share along the direction, after", _largest(tensors, "component_after")),
         ("Largest part of a tensor's component that survived", _largest(tensors, "survivor")),
     ]
+
+
+def _strength(options: dict[str, Any]) -> str:
+    strengths = mapping(options.get("strengths"))
+    if not strengths:
+        return number(options.get("strength"))
+    shares = [share for role in ("attn", "mlp") for share in strengths.get(role) or []]
+    return f"by layer and role, {number(min(shares))} to {number(max(shares))}; all of them are in `abliteration.json`"
 
 
 def _direction_rows(direction: dict[str, Any], index: int, n_directions: int) -> list[tuple[str, str]]:

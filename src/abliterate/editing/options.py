@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from abliterate.architectures.names import Role
 from abliterate.arguments import Argument
@@ -19,6 +20,48 @@ QuantizedPolicy = Literal["refuse", "requantize", "dequantize"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Strengths:
+    """How far each writer is edited, by role and layer; found by `abliterate refine`.
+
+    Attributes:
+        file: Name of the file that they came in.
+        direction_sha256: Of the direction that they were found for.
+        embed: Share of the component that is removed from the embeddings.
+        attn: Of what attention writes, one share a layer; 0 edits nothing, and below 0 the component grows.
+        mlp: Of what the MLP writes, one a layer.
+        directions: What is removed from each layer's writers, as a record encodes a subspace, one row a layer; None:
+            the direction that is given.
+
+    Raises:
+        InputError: A share is not finite, all are 0, or the roles have different numbers of layers.
+    """
+
+    file: str
+    direction_sha256: str
+    embed: float
+    attn: tuple[float, ...]
+    mlp: tuple[float, ...]
+    directions: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        shares = (self.embed, *self.attn, *self.mlp)
+        if len(self.attn) != len(self.mlp) or not self.attn:
+            raise InputError(f"{self.file}: {len(self.attn)} layers of attn and {len(self.mlp)} of mlp; give one each")
+        if not all(math.isfinite(share) for share in shares) or not any(shares):
+            raise InputError(f"{self.file}: the strengths must be finite numbers that are not all 0; refine again")
+
+    def __str__(self) -> str:
+        """Return what the command line calls them by."""
+        return self.file
+
+    def of(self, writer: "ResidualWriter") -> float:
+        """Return the share that is removed of what a writer writes."""
+        if writer.layer is None or writer.role == "embed":
+            return self.embed
+        return (self.attn if writer.role == "attn" else self.mlp)[writer.layer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EditOptions:
     """Which residual writers are edited, and how far.
 
@@ -27,6 +70,8 @@ class EditOptions:
         layers: Half-open range (first, end) of decoder blocks; None edits all. The embeddings count as what
             comes before layer 0: with a range they are edited only if it starts at 0.
         strength: Share of the component that is removed; 1 removes it.
+        strengths: The same for each role and layer, in the place of `strength`, `components` and `layers`; where they
+            come with a direction for each layer, that is what is removed there.
         tied: What happens to tied embeddings: edit the shared matrix, untie it so that the head keeps its rows,
             or skip it.
         preserve_norms: Scale what each input writes back to its length (see `projection.project_out`).
@@ -62,6 +107,15 @@ class EditOptions:
     strength: Annotated[float, Argument(flag="--strength", help="Share of the component to remove; 1 removes it.")] = (
         1.0
     )
+    strengths: Annotated[
+        Strengths | None,
+        Argument(
+            flag="--strengths",
+            metavar="FILE",
+            help="Edit each layer and role as far as this file of `abliterate refine` says.",
+            names_file=True,
+        ),
+    ] = None
     tied: Annotated[
         TiedPolicy,
         Argument(
@@ -123,6 +177,14 @@ class EditOptions:
             raise InputError(f"quantized is {self.quantized!r}; give one of {', '.join(get_args(QuantizedPolicy))}")
         if self.quantized == "requantize" and self.preserve_norms:
             raise InputError("lengths cannot be restored on the grid of a quantised weight; leave out --preserve-norms")
+        if self.strengths is not None:
+            plain = EditOptions()
+            chosen = (self.components, self.layers, self.strength, self.preserve_norms, self.add)
+            if chosen != (plain.components, plain.layers, plain.strength, plain.preserve_norms, plain.add):
+                raise InputError(
+                    "--strengths says what is edited and how far; leave out --components, --layers, --strength, "
+                    "--preserve-norms and --add"
+                )
         if self.add is None:
             return
         if not math.isfinite(self.add) or self.add == 0:
@@ -136,12 +198,18 @@ class EditOptions:
 
     def includes(self, writer: "ResidualWriter") -> bool:
         """Return whether these options edit `writer`."""
+        if self.strengths is not None:
+            return self.strength_of(writer) != 0
         if writer.role not in self.components:
             return False
         if self.layers is None:
             return True
         first, end = self.layers
         return first == 0 if writer.layer is None else first <= writer.layer < end
+
+    def strength_of(self, writer: "ResidualWriter") -> float:
+        """Return the share of the component that is removed from what a writer writes."""
+        return self.strength if self.strengths is None else self.strengths.of(writer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

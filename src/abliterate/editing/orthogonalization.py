@@ -160,7 +160,7 @@ def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReport
             base=plan.view,
             writers=[edit.writer for edit in edits],
             made_from={edit.name: edit.source.name for edit in edits if edit.source},
-            subspace=plan.subspace,
+            removed=plan.removed,
             advance=advance,
         )
         return {
@@ -190,11 +190,11 @@ def _check_survivor(plan: EditPlan, made: EditedTensor) -> None:
     edit, before, after = made.edit, made.before, made.after
     if before is None or after is None:
         return
-    strength = plan.options.strength
+    strength = plan.options.strength_of(edit.writer)
     bound = rounding_bound(
         edit.info,
         residual_axis=edit.writer.residual_axis,
-        k=len(plan.subspace),
+        k=plan.removed.rank,
         strength=strength,
         before=before,
         after=after.norm,

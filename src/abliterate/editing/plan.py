@@ -20,6 +20,7 @@ from abliterate.checkpoints.quantized import (
 )
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, Shard
 from abliterate.directions import Direction, load_direction, orthonormalize
+from abliterate.editing.checks import RemovedDirections, removed_directions
 from abliterate.editing.edits import (
     Addition,
     TensorEdit,
@@ -28,12 +29,14 @@ from abliterate.editing.edits import (
     edits_of_writers,
     plan_addition,
 )
-from abliterate.editing.options import EditOptions
+from abliterate.editing.options import EditOptions, Strengths
+from abliterate.editing.record import read_json_report
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.files import printable, shown
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
+STRENGTHS_VERSION = 1
 _WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
 
 
@@ -124,6 +127,11 @@ class EditPlan:
     config_changes: dict[str, Any]
     edit_notes: tuple[str, ...]
     partial: PartialEdit | None = None
+
+    @property
+    def removed(self) -> RemovedDirections:
+        """What is taken out, of all writers or of each layer's."""
+        return removed_directions(self.subspace, self.options)
 
     @property
     def layout(self) -> Checkpoint:
@@ -221,25 +229,71 @@ def make_edit_plan(
     options = dataclasses.replace(options, unverified=not stream.verified, partial=stream.remainder is not None)
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)
+    _check_strengths(options, stream, directions, model=model.name)
     planned = _plan_edits(view, stream, directions, options, model=model.name)
     edits, config_changes = planned.edits, planned.config_changes
     if options.quantized == "dequantize":
         edits = tuple(dataclasses.replace(edit, info=plain_info(edit.info)) for edit in edits)
         config_changes = config_changes | dequantized_config_changes(checkpoint.config)
     check_codes(edits, path=view.path)
+    subspace = _span(directions, given)
+    # Fails on a file of strengths whose directions do not fit.
+    removed_directions(subspace, options)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
         view=view,
         stream=stream,
         directions=directions,
-        subspace=_span(directions, given),
+        subspace=subspace,
         options=options,
         edits=edits,
         config_changes=config_changes,
         edit_notes=planned.notes,
         partial=partial_edit(stream, proof),
     )
+
+
+def _check_strengths(options: EditOptions, stream: StreamMap, directions: Sequence[Direction], *, model: str) -> None:
+    strengths = options.strengths
+    if strengths is None:
+        return
+    if [each.sha256 for each in directions] != [strengths.direction_sha256]:
+        raise InputError(
+            f"{strengths.file}: was found for another direction than the one that is given (SHA-256 "
+            f"{strengths.direction_sha256[:16]}); give that one, alone, or run `abliterate refine` for this one"
+        )
+    if len(strengths.attn) != stream.n_layers:
+        raise InputError(
+            f"{strengths.file}: has strengths for {len(strengths.attn)} layers, and {model} has {stream.n_layers}; run "
+            "`abliterate refine` on this model"
+        )
+
+
+def read_strengths(path: Path) -> Strengths:
+    """Read what `abliterate refine` wrote.
+
+    Raises:
+        InputError: The file cannot be read, or is no file of strengths.
+        CheckpointError: It is not a regular file.
+    """
+    content = read_json_report(path)
+    try:
+        if content["strengths_version"] != STRENGTHS_VERSION:
+            raise ValueError(f"version {content['strengths_version']!r} is not {STRENGTHS_VERSION}")
+        given = content["strengths"]
+        return Strengths(
+            file=path.name,
+            direction_sha256=str(content["direction_sha256"]),
+            embed=float(given["embed"]),
+            attn=tuple(float(share) for share in given["attn"]),
+            mlp=tuple(float(share) for share in given["mlp"]),
+            directions=content["directions"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read as strengths ({error}); give a file that `abliterate refine` wrote"
+        ) from error
 
 
 def _plan_edits(

@@ -20,6 +20,7 @@ from abliterate.editing.checks import (
     compare_bytes,
     compare_layouts,
     measure_survivors,
+    removed_directions,
     rounding_bound,
 )
 from abliterate.editing.options import EditOptions
@@ -262,7 +263,7 @@ def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
             base=base,
             writers=[tensor.writer for tensor in projected],
             made_from={tensor.name: files.tied_tensor for tensor in projected if tensor.name not in in_base},
-            subspace=files.subspace,
+            removed=removed_directions(files.subspace, files.options),
             advance=advance,
         )
         return tuple(
@@ -280,28 +281,29 @@ def _tensor_check(
     files: _Files, tensor: RecordedTensor, info: TensorInfo, before: Component | None, after: Component
 ) -> TensorCheck:
     options = files.options
+    strength = options.strength_of(tensor.writer)
     if before is None:
         # What is left is orthogonal to what was taken: |W|^2 = |W'|^2 + |U W|^2 (1 - (1 - strength)^2).
         share = min(tensor.component_before or 0.0, 1.0)
-        rest = 1.0 - share**2 * (1.0 - (1.0 - options.strength) ** 2)
+        rest = 1.0 - share**2 * (1.0 - (1.0 - strength) ** 2)
         norm = after.norm if options.preserve_norms or rest <= 0 else after.norm / math.sqrt(rest)
         before = Component(share * norm, norm)
     bound = rounding_bound(
         info,
         residual_axis=tensor.writer.residual_axis,
-        k=len(files.subspace),
-        strength=options.strength,
+        k=removed_directions(files.subspace, options).rank,
+        strength=strength,
         before=before,
         after=after.norm,
     )
     # Restored lengths scale what another strength leaves, by a factor of its own for each vector.
-    is_known = options.strength == 1.0 or not options.preserve_norms
+    is_known = strength == 1.0 or not options.preserve_norms
     return TensorCheck(
         recorded=tensor,
         dtype=info.dtype,
         before=before,
         after=after,
-        expected=Component(abs(1.0 - options.strength) * before.along, after.norm).share,
+        expected=Component(abs(1.0 - strength) * before.along, after.norm).share,
         bound=Component(bound, after.norm).share if is_known else None,
     )
 
