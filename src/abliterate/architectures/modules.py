@@ -12,7 +12,16 @@ from typing import Any
 
 from abliterate.architectures import vocabulary
 from abliterate.architectures.config import read_loaded_row
-from abliterate.architectures.names import WRITERS, NormChains, Part, Role, TensorName, parse_name, writer_behind
+from abliterate.architectures.names import (
+    WRITERS,
+    NormChains,
+    Part,
+    PostNorm,
+    Role,
+    TensorName,
+    parse_name,
+    writer_behind,
+)
 
 # Where a loaded model holds a weight in another form, what it holds of it belongs to the same module.
 _WRITING = {Part.WRITER, Part.BIAS, Part.COMPANION}
@@ -30,6 +39,10 @@ class ModuleWriter:
         module: Path of the module whose output is added to the stream.
         output: Which of the module's outputs it is, where it returns several.
         has_norm: Whether that module is a norm behind the one that owns the parameter.
+        norm_chain: The norms between what the owner computes and the stream, innermost first, as parameters of the
+            model.
+        is_added: What the owner computes, or the norms make of it, is added to the stream as it is, and not what a
+            convolution or another branch makes of it.
     """
 
     parameter: str
@@ -39,6 +52,8 @@ class ModuleWriter:
     module: str
     output: int = 0
     has_norm: bool = False
+    norm_chain: tuple[PostNorm, ...] = ()
+    is_added: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +160,8 @@ def _writer(
         module=module,
         output=output,
         has_norm=bool(chain) and behind is None,
+        norm_chain=chain if behind is None else (),
+        is_added=behind is None,
     )
 
 

@@ -22,6 +22,7 @@ from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.cli.plan import plan
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
+from abliterate.cli.refine import refine
 from abliterate.cli.revert import revert
 from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
@@ -33,7 +34,7 @@ _terminations: list[int] = []
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a known error or a failed verification; 2 wrong usage; "
-    "3 no candidate direction passes the selection; 130 interrupted; 143 terminated."
+    "3 no candidate direction (or set of strengths) passes the selection; 130 interrupted; 143 terminated."
 )
 
 app = typer.Typer(
@@ -53,7 +54,7 @@ def _help_of(command: Callable[..., None]) -> str:
 
 
 _COMMANDS = (
-    extract, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, convert, prompts, demo
+    extract, refine, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, convert, prompts, demo
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command(help=_help_of(_command), epilog=EXIT_CODES)(_command)

@@ -1,0 +1,132 @@
+"""`abliterate refine`: find how far each layer and role has to be edited."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from abliterate.cli.options import (
+    MODEL_DEFAULTS,
+    PROMPT_DEFAULTS,
+    BatchSizeOption,
+    DeviceOption,
+    DirectionOption,
+    DtypeOption,
+    HarmfulOption,
+    HarmlessOption,
+    JsonOption,
+    ModelArg,
+    RevisionOption,
+    SystemPromptOption,
+    TrustRemoteCodeOption,
+    option,
+    parse_batch_size,
+)
+from abliterate.cli.output import Output
+from abliterate.errors import InputError
+from abliterate.models.options import ModelOptions
+from abliterate.processes import in_first_process
+from abliterate.refinement.options import RefinementOptions
+
+if TYPE_CHECKING:
+    from abliterate.refinement.report import FrontierPoint, RefinementReport
+
+
+DEFAULTS = RefinementOptions()
+
+
+def refine(
+    context: typer.Context,
+    model: ModelArg,
+    direction: DirectionOption,
+    output_file: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="File of strengths (JSON) to write.")
+    ],
+    max_refusals: Annotated[float, option(RefinementOptions, "max_refusals")] = DEFAULTS.max_refusals,
+    max_kl: Annotated[float | None, option(RefinementOptions, "max_kl")] = DEFAULTS.max_kl,
+    harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
+    harmless: HarmlessOption = PROMPT_DEFAULTS.harmless,
+    n_train: Annotated[int, option(RefinementOptions, "n_train")] = DEFAULTS.n_train,
+    n_val: Annotated[int, option(RefinementOptions, "n_val")] = DEFAULTS.n_val,
+    seed: Annotated[int, option(RefinementOptions, "seed")] = DEFAULTS.seed,
+    steps: Annotated[int, option(RefinementOptions, "steps")] = DEFAULTS.steps,
+    reply_tokens: Annotated[int, option(RefinementOptions, "reply_tokens")] = DEFAULTS.reply_tokens,
+    system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
+    dtype: DtypeOption = MODEL_DEFAULTS.dtype,
+    device: DeviceOption = MODEL_DEFAULTS.device,
+    batch_size: BatchSizeOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
+    json_output: JsonOption = False,
+) -> None:
+    """Find the gentlest edit that takes the refusals away: a strength for each layer and role, in a file.
+
+    `orthogonalize --strengths FILE` with the same --direction makes it. What is removed from each layer is a direction
+    of its own, orthogonal to what harmless prompts have in common. Strengths are found by gradient, deterministically,
+    and chosen by replies to validation prompts; the file holds the whole frontier of refusals against KL.
+
+    Unlike the direction's own edit, this leaves some of the direction in the stream: it is beside the paper's, which
+    stays exact. Exit code 3: nothing on the frontier is within --max-refusals.
+    """
+    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.refinement.run import refine_edit
+
+    if output_file.is_dir():
+        raise InputError(f"{output_file}: is a directory; give -o a file to write, such as {output_file / 's.json'}")
+    output = Output.of(context, json_output=json_output)
+    found = refine_edit(
+        model=resolve_model(model, revision=revision),
+        direction=direction,
+        harmful=harmful,
+        harmless=harmless,
+        options=RefinementOptions(
+            n_train=n_train,
+            n_val=n_val,
+            seed=seed,
+            steps=steps,
+            max_refusals=max_refusals,
+            max_kl=max_kl,
+            reply_tokens=reply_tokens,
+        ),
+        model_options=ModelOptions(
+            dtype=dtype,
+            device=device,
+            batch_size=parse_batch_size(batch_size),
+            system_prompt=system_prompt,
+            trust_remote_code=trust_remote_code,
+        ),
+        progress=output.progress,
+    )
+    if in_first_process():
+        found.save(output_file)
+    output.report(
+        {"strengths_file": output_file, **output.plain(found.report)},
+        tables=lambda: [_table(found.report), f"strengths written to {output_file}"],
+    )
+
+
+def _table(report: "RefinementReport") -> Table:
+    columns = ("not answered", "metric", "KL first", "KL", "cross-entropy", "strengths")
+    table = Table("pressure", *columns, title=f"Frontier of {report.model}, validation prompts")
+    for point in (report.plain, *report.frontier):
+        name = "the direction" if point.pressure is None else f"{point.pressure:g}"
+        table.add_row(f"{name} <-" if point is report.chosen else name, *_cells(point))
+    table.caption = (
+        "the direction: at strength 1 in all layers, without the embeddings; pressure: weight of the refusal score; "
+        "cross-entropy: of the base's replies to harmless prompts; <- is what was written"
+    )
+    return table
+
+
+def _cells(point: "FrontierPoint") -> list[str]:
+    change = point.cross_entropy / point.base_cross_entropy - 1
+    shares = (*point.attn, *point.mlp)
+    return [
+        f"{point.unanswered} of {point.n_harmful}",
+        f"{point.metric:.2f}",
+        f"{point.kl_first:.3f}",
+        f"{point.kl:.3f}",
+        f"{point.cross_entropy:.3f} ({change:+.1%})",
+        f"{min(shares):.2f} to {max(shares):.2f}",
+    ]

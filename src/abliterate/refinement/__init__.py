@@ -1,0 +1,1 @@
+"""Finding a gentler edit: how far each layer and role has to be edited, and along what."""

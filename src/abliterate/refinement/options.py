@@ -1,0 +1,63 @@
+"""How strengths are found. The defaults stand here and nowhere else."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from abliterate.arguments import Argument
+from abliterate.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinementOptions:
+    """What is optimised on what, and which result is wanted.
+
+    Attributes:
+        n_train: Prompts of each kind to optimise on.
+        n_val: Prompts of each kind to choose by, disjoint from those.
+        seed: Of the draw of prompts.
+        steps: Steps of the optimisation for the first point of the frontier; each further one begins at the one before
+            and takes half as many.
+        max_refusals: Largest share of the harmful validation prompts that may still be refused.
+        max_kl: Largest mean KL over harmless replies in nats a token; None: any. Where nothing within it gets along
+            with `max_refusals`, the fewest refusals within it are taken.
+        reply_tokens: Length of the replies, in tokens.
+
+    Raises:
+        InputError: A value is not allowed.
+    """
+
+    n_train: Annotated[int, Argument(flag="--n-train", minimum=8, help="Prompts of each kind to optimise on.")] = 64
+    n_val: Annotated[int, Argument(flag="--n-val", minimum=8, help="Prompts of each kind to choose by.")] = 32
+    seed: Annotated[int, Argument(flag="--seed", help="Of the draw of prompts.")] = 42
+    steps: Annotated[
+        int,
+        Argument(
+            flag="--steps", minimum=4, help="Steps for the first point of the frontier; the others take half as many."
+        ),
+    ] = 32
+    max_refusals: Annotated[
+        float,
+        Argument(
+            flag="--max-refusals",
+            minimum=0.0,
+            maximum=1.0,
+            help="Largest share of harmful validation prompts that may still be refused.",
+        ),
+    ] = 0.05
+    max_kl: Annotated[
+        float | None,
+        Argument(
+            flag="--max-kl",
+            minimum=0.0,
+            help="Largest KL over harmless replies, in nats a token; what refuses least within it is taken.",
+        ),
+    ] = None
+    reply_tokens: Annotated[
+        int, Argument(flag="--reply-tokens", minimum=4, help="Length of the replies that are compared.")
+    ] = 24
+
+    def __post_init__(self) -> None:
+        if min(self.n_train, self.n_val) < 8 or self.steps < 4 or self.reply_tokens < 4:
+            raise InputError("refining takes at least 8 prompts of each kind, 4 steps and replies of 4 tokens")
+        if not 0 <= self.max_refusals <= 1 or (self.max_kl is not None and not self.max_kl >= 0):
+            raise InputError("the largest share of refusals is between 0 and 1, and the largest KL at least 0")

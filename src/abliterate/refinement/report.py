@@ -1,0 +1,89 @@
+"""What refining found, as plain values."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """One set of strengths and what it does to validation prompts, none of which it was optimised on.
+
+    Attributes:
+        pressure: Weight of the refusal score against the KL in what was minimised; None where nothing was: strength 1
+            everywhere.
+        attn: Share of the component that is removed from what attention writes, one a layer.
+        mlp: The same of what the MLP writes.
+        unanswered: Harmful prompts whose reply still refuses or says nothing; the unchanged model refuses all of them.
+        n_harmful: How many there are.
+        metric: Mean refusal metric on them, in nats.
+        kl_first: Mean KL(base || edited) of the first token of harmless replies, in nats.
+        kl: The same over the base's own replies, a mean of tokens.
+        cross_entropy: Of those replies, nats a token.
+        base_cross_entropy: The unchanged model's.
+        n_harmless: Harmless prompts; the unchanged model answers all of them.
+    """
+
+    pressure: float | None
+    attn: tuple[float, ...]
+    mlp: tuple[float, ...]
+    unanswered: int
+    n_harmful: int
+    metric: float
+    kl_first: float
+    kl: float
+    cross_entropy: float
+    base_cross_entropy: float
+    n_harmless: int
+
+    @property
+    def share_unanswered(self) -> float:
+        """Share of the harmful prompts that are still not answered."""
+        return self.unanswered / self.n_harmful
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinementReport:
+    """Strengths for each layer and role, and how they were chosen.
+
+    Attributes:
+        model: As it was named.
+        direction_sha256: Of the direction that was refined.
+        position: Post-instruction position of the means that each layer's own direction comes from.
+        refusal_tokens: Texts of the tokens that the refusal metric asks for.
+        chosen: The point that the file's strengths are.
+        frontier: All points, from the strongest pressure to the weakest.
+        plain: The direction itself at strength 1 in all layers, without the embeddings, on the same prompts.
+        counts: Part -> prompts that were used of those that were drawn.
+        arguments: The options as arguments of the command.
+        versions: Of what computed it.
+    """
+
+    model: str
+    direction_sha256: str
+    position: int
+    refusal_tokens: tuple[str, ...]
+    chosen: FrontierPoint
+    frontier: tuple[FrontierPoint, ...]
+    plain: FrontierPoint
+    counts: Mapping[str, tuple[int, int]]
+    arguments: Sequence[str]
+    versions: Mapping[str, str]
+
+    def content(self, *, version: int, directions: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a file of strengths holds.
+
+        Args:
+            version: Of the file's form.
+            directions: Each layer's own, as a record encodes a subspace.
+        """
+        values = asdict(self)
+        del values["direction_sha256"]
+        strengths = {"embed": 0.0, "attn": self.chosen.attn, "mlp": self.chosen.mlp}
+        return {
+            "strengths_version": version,
+            "direction_sha256": self.direction_sha256,
+            "strengths": strengths,
+            **values,
+            "directions": dict(directions),
+        }

@@ -1,0 +1,301 @@
+"""Refining an edit: strengths for each layer and role, found by gradient and chosen on prompts of their own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abliterate.arguments import cli_arguments
+from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.provenance import versions
+from abliterate.directions import Direction, load_direction
+from abliterate.editing.plan import STRENGTHS_VERSION
+from abliterate.editing.record import encode_subspace
+from abliterate.errors import DirectionError, ModelError, NoDirectionError, RefusalBehaviourError
+from abliterate.extraction.behaviour import ReplyRun, ShortReply, coverage, first_tokens_of_refusals
+from abliterate.extraction.judgement import MIN_COVERAGE, MIN_PROMPTS
+from abliterate.files import write_json
+from abliterate.models.chat_model import ChatModel, with_response_prefix
+from abliterate.models.loading import open_model
+from abliterate.models.options import ModelOptions
+from abliterate.processes import Ranks, find_ranks
+from abliterate.progress import SILENT, ProgressReporter
+from abliterate.prompt_sets import split_for_extraction
+from abliterate.refinement.options import RefinementOptions
+from abliterate.refinement.own_directions import own_directions, stream_means
+from abliterate.refinement.report import FrontierPoint, RefinementReport
+from abliterate.refinement.search import (
+    BATCH,
+    DIGITS,
+    HarmlessReplies,
+    Search,
+    at_reply,
+    compare,
+    last_logits,
+    log_odds,
+    read_base,
+)
+from abliterate.refinement.soft_edit import SoftEdit
+
+PRESSURES = (1.0, 0.3, 0.1, 0.03, 0.01)
+"""Weights of the refusal score against the KL, from the strongest: the points of the frontier."""
+POSITION = -1
+"""Where each layer's own direction is read: at the last token, from which the reply is predicted."""
+PARTS = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Refinement:
+    """What refining found.
+
+    Attributes:
+        report: As plain values.
+        directions: Each layer's own, [n_layers, d_model] float64, unit vectors.
+    """
+
+    report: RefinementReport
+    directions: Tensor
+
+    def save(self, path: Path) -> None:
+        """Write the file of strengths, whole or not at all; the same content gives the same bytes.
+
+        Raises:
+            InputError: It cannot be written.
+        """
+        content = self.report.content(version=STRENGTHS_VERSION, directions=encode_subspace(self.directions))
+        write_json(path, content, allow_nan=False)
+
+
+def refine_edit(
+    *,
+    model: "str | Path | ModelSource | ChatModel",
+    direction: Direction | Path,
+    harmful: str = "bundled",
+    harmless: str = "bundled",
+    options: RefinementOptions | None = None,
+    model_options: ModelOptions | None = None,
+    progress: ProgressReporter = SILENT,
+) -> Refinement:
+    """Find how far each layer and role has to be edited so that the model no longer refuses, at the least damage.
+
+    What is minimised is KL(base || edited) over the base's own replies to harmless prompts, with a penalty on the
+    refusal metric of harmful ones; what is removed from each layer is a direction of its own (`own_directions`). Of the
+    points of the frontier one is chosen by what it does to validation prompts.
+
+    Args:
+        model: a directory, a Hub id, a resolved source or a loaded model.
+        direction: the direction of `extract`, or its file: it tells by what tokens and how the model refuses.
+        harmful: prompt SPEC, see `abliterate.prompt_sets`.
+        harmless: prompt SPEC.
+        options: see `RefinementOptions`.
+        model_options: how to load and run the model.
+        progress: where to show progress.
+
+    Raises:
+        NoDirectionError: no point of the frontier leaves as few refusals, at as little KL, as is asked for.
+        DirectionError: the direction cannot be read or has another width.
+        RefusalBehaviourError: too few prompts are refused, or answered.
+        ModelError: the model does not load, does not refuse by its first tokens, or cannot be edited so.
+        PromptSetError: too few prompts, or a SPEC that cannot be read.
+    """
+    options = options or RefinementOptions()
+    loaded = load_direction(direction) if isinstance(direction, Path) else direction
+    prompts = split_for_extraction(harmful, harmless, n_train=options.n_train, n_val=options.n_val, seed=options.seed)
+    for note in prompts.notes:
+        progress.message(note)
+    name, chat = _load(model, loaded, model_options or ModelOptions(), progress)
+    if loaded.d_model != chat.d_model:
+        raise DirectionError(f"the direction has {loaded.d_model} entries; the width of {name} is {chat.d_model}")
+    for parameter in chat.model.parameters():
+        parameter.requires_grad_(False)
+    texts = {part: getattr(prompts, part).texts for part in PARTS}
+    run = _Run(chat=chat, options=options, ranks=find_ranks(device=str(chat.device)), progress=progress)
+    return run.refine(name, loaded, {part: chat.encode(each) for part, each in texts.items()})
+
+
+def _load(
+    model: "str | Path | ModelSource | ChatModel",
+    direction: Direction,
+    options: ModelOptions,
+    progress: ProgressReporter,
+) -> tuple[str, ChatModel]:
+    if options.system_prompt is None:
+        options = replace(options, system_prompt=direction.metadata.get("system_prompt"))
+    opened = open_model(model, options=options, extracts=True, progress=progress)
+    forced = str(direction.metadata.get("response_prefix") or "").removeprefix(opened.chat.chat_format.response_prefix)
+    return opened.name, with_response_prefix(opened.chat, forced)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """The prompts that count, with the base's replies to the harmless ones."""
+
+    harmful: dict[str, list[list[int]]]
+    harmless: dict[str, list[list[int]]]
+    replies: dict[str, list[tuple[int, ...]]]
+    refusals: list[ShortReply]
+    counts: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """One refinement of a loaded model."""
+
+    chat: ChatModel
+    options: RefinementOptions
+    ranks: Ranks
+    progress: ProgressReporter
+
+    @property
+    def replies(self) -> ReplyRun:
+        """What generates the replies."""
+        return ReplyRun(chat=self.chat, ranks=self.ranks, max_new_tokens=self.options.reply_tokens)
+
+    def refine(self, name: str, direction: Direction, rows: Mapping[str, list[list[int]]]) -> Refinement:
+        """Find strengths and choose among them."""
+        chat, options = self.chat, self.options
+        kept = self._kept(rows)
+        token_ids = self._token_ids(direction, kept.refusals)
+        zero = float((direction.metadata.get("refusal") or {}).get("zero") or 0.0)
+        own = own_directions(
+            harmful=stream_means(chat, kept.harmful["train"], position=POSITION),
+            harmless=stream_means(chat, kept.harmless["train"], position=POSITION),
+        )
+        vector = direction.vector.double()
+        # A layer in which nothing tells the prompts apart has nothing of its own to take out.
+        own = torch.where(own.norm(dim=1, keepdim=True) > 0, own, vector / vector.norm())
+        base = {part: read_base(chat, kept.harmless[part], kept.replies[part]) for part in ("train", "validation")}
+        edit = SoftEdit(chat, own)
+        search = Search(
+            chat=chat, edit=edit, harmful=kept.harmful["train"], harmless=base["train"], token_ids=token_ids, zero=zero
+        )
+        measure = _Measure(
+            run=self, harmful=kept.harmful["validation"], harmless=base["validation"], token_ids=token_ids
+        )
+        everywhere = torch.ones(chat.n_layers, 2)
+        plain = measure.point(SoftEdit(chat, vector.expand(chat.n_layers, -1)), everywhere, None)
+        n_steps = options.steps + (len(PRESSURES) - 1) * (options.steps // 2)
+        frontier = []
+        with self.progress.task("Refining", total=n_steps) as advance:
+            for pressure, strengths in search.points(PRESSURES, steps=options.steps, advance=advance):
+                frontier.append(measure.point(edit, strengths, pressure))
+        report = RefinementReport(
+            model=name,
+            direction_sha256=direction.sha256,
+            position=POSITION,
+            refusal_tokens=tuple(chat.decode([token], skip_special_tokens=False) for token in token_ids),
+            chosen=choose(frontier, max_refusals=options.max_refusals, max_kl=options.max_kl),
+            frontier=tuple(frontier),
+            plain=plain,
+            counts=kept.counts,
+            arguments=cli_arguments(options),
+            versions=versions("abliterate", "python", "torch", "transformers"),
+        )
+        return Refinement(report=report, directions=own)
+
+    def _kept(self, rows: Mapping[str, list[list[int]]]) -> _Kept:
+        kept: dict[str, list[list[int]]] = {}
+        replies: dict[str, list[tuple[int, ...]]] = {}
+        refusals: list[ShortReply] = []
+        counts: dict[str, tuple[int, int]] = {}
+        for part in PARTS:
+            found = self.replies.read(rows[part], progress=self.progress, task=f"Replies to {part.replace('_', ' ')}")
+            wanted = [each.refused if part.startswith("harmful") else each.answered for each in found]
+            # A reply of no tokens gives nothing to compare.
+            wanted = [keep and bool(each.tokens) for keep, each in zip(wanted, found, strict=True)]
+            kept[part] = [row for row, keep in zip(rows[part], wanted, strict=True) if keep]
+            replies[part] = [each.tokens for each, keep in zip(found, wanted, strict=True) if keep]
+            counts[part] = (len(kept[part]), len(rows[part]))
+            refusals += [each for each in found if each.refused]
+            if len(kept[part]) < min(MIN_PROMPTS, len(rows[part])):
+                does = "refuses" if part.startswith("harmful") else "answers"
+                raise RefusalBehaviourError(
+                    f"by its replies the model {does} {len(kept[part])} of {len(rows[part])} "
+                    f"{part.replace('_', ' ')} prompts, and {MIN_PROMPTS} are needed; take more or other prompts"
+                )
+        return _Kept(
+            harmful={part: kept[f"harmful_{part}"] for part in ("train", "validation")},
+            harmless={part: kept[f"harmless_{part}"] for part in ("train", "validation")},
+            replies={part: replies[f"harmless_{part}"] for part in ("train", "validation")},
+            refusals=refusals,
+            counts=counts,
+        )
+
+    def _token_ids(self, direction: Direction, refusals: Sequence[ShortReply]) -> tuple[int, ...]:
+        listed = direction.metadata.get("refusal_tokens") or []
+        found = tuple(int(token["id"]) for token in listed) or tuple(first_tokens_of_refusals(refusals))
+        share = coverage(refusals, found) or 0.0
+        if share < MIN_COVERAGE:
+            raise ModelError(
+                f"first tokens begin {share:.0%} of this model's refusals, and a score that strengths can be found by "
+                f"takes {MIN_COVERAGE:.0%}; orthogonalize with the direction alone"
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measure:
+    """What strengths do to validation prompts."""
+
+    run: _Run
+    harmful: list[list[int]]
+    harmless: HarmlessReplies
+    token_ids: tuple[int, ...]
+
+    def point(self, edit: SoftEdit, strengths: Tensor, pressure: float | None) -> FrontierPoint:
+        """Return a point of the frontier."""
+        chat, harmless = self.run.chat, self.harmless
+        with torch.no_grad(), edit.applied(strengths):
+            pairs = [pair for batch in _batches(len(harmless.rows)) for pair in compare(chat, harmless, batch)]
+            metric = torch.cat(
+                [
+                    log_odds(last_logits(chat, [self.harmful[i] for i in batch]), self.token_ids)
+                    for batch in _batches(len(self.harmful))
+                ]
+            )
+            replies = self.run.replies.read(self.harmful, progress=SILENT)
+        base = torch.cat([-at_reply(each.float(), harmless, i) for i, each in enumerate(harmless.base)])
+        return FrontierPoint(
+            pressure=pressure,
+            attn=tuple(round(value, DIGITS) for value in strengths[:, 0].tolist()),
+            mlp=tuple(round(value, DIGITS) for value in strengths[:, 1].tolist()),
+            unanswered=sum(not reply.answered for reply in replies),
+            n_harmful=len(replies),
+            metric=float(metric.mean()),
+            kl_first=float(torch.stack([kl[0] for kl, _ in pairs]).mean()),
+            kl=float(torch.cat([kl for kl, _ in pairs]).mean()),
+            cross_entropy=float(torch.cat([surprise for _, surprise in pairs]).mean()),
+            base_cross_entropy=float(base.mean()),
+            n_harmless=len(harmless.rows),
+        )
+
+
+def _batches(n: int) -> list[range]:
+    return [range(start, min(start + BATCH, n)) for start in range(0, n, BATCH)]
+
+
+def choose(points: Sequence[FrontierPoint], *, max_refusals: float, max_kl: float | None) -> FrontierPoint:
+    """Return the point of least KL among those that leave few enough refusals.
+
+    Args:
+        points: the frontier.
+        max_refusals: largest share of harmful prompts that may be left unanswered.
+        max_kl: largest KL; where nothing within it leaves so few refusals, the fewest within it are taken. None: any.
+
+    Raises:
+        NoDirectionError: there is none.
+    """
+    within = [point for point in points if max_kl is None or point.kl <= max_kl]
+    enough = [point for point in within if point.share_unanswered <= max_refusals]
+    if enough:
+        return min(enough, key=lambda point: point.kl)
+    if within and max_kl is not None:
+        return min(within, key=lambda point: (point.unanswered, point.kl))
+    nearest = min(points, key=lambda point: (point.unanswered, point.kl))
+    raise NoDirectionError(
+        f"no point of the frontier is within what is asked for; the fewest refusals are {nearest.unanswered} of "
+        f"{nearest.n_harmful}, at KL {nearest.kl:.3f}; --max-refusals {nearest.share_unanswered:.3f} without --max-kl "
+        "accepts that"
+    )

@@ -1,0 +1,112 @@
+"""An edit with strengths as hooks through which gradients flow: what `orthogonalize --strengths` writes into the files.
+
+W <- W - s u (u^T W) makes of what a writer puts out, y, y - s u (u . y). So the output is hooked, before any norm that
+stands between it and the stream, and u is the layer's direction as it is seen through those norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from abliterate.architectures.modules import ModuleWriter
+from abliterate.editing.projection import NormFactor, effective_directions
+from abliterate.errors import ModelError
+from abliterate.models.chat_model import ChatModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
+
+ROLES = ("attn", "mlp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Place:
+    """An output that is edited: in which layer and role, whose it is, and the direction as it has it."""
+
+    layer: int
+    role: int
+    module: nn.Module
+    output: int
+    unit: Tensor
+
+
+class SoftEdit:
+    """The places of a loaded model that an edit with strengths changes.
+
+    Args:
+        chat: the model.
+        directions: one for each layer, unit vectors.
+
+    Raises:
+        ModelError: what a layer writes reaches the stream in a way that no edit of weights is equal to.
+        UnsupportedArchitectureError: the model's type is refused by name.
+    """
+
+    def __init__(self, chat: ChatModel, directions: Float64[Tensor, "n_layers d_model"]) -> None:
+        self._places = [
+            place
+            for layer, block in enumerate(chat.stream.blocks)
+            for place in _places_of(chat, layer, block.writers, directions[layer])
+        ]
+        self.n_layers = chat.n_layers
+
+    @contextmanager
+    def applied(self, strengths: Float[Tensor, "n_layers 2"]) -> Iterator[None]:
+        """Edit each layer's attention and MLP as far as `strengths` says, attn first; gradients flow to it."""
+        with ExitStack() as stack:
+            for place in self._places:
+                stack.callback(_hook(place, strengths[place.layer, place.role]).remove)
+            yield
+
+
+def _hook(place: _Place, strength: Tensor) -> Any:
+    def edit(_module: nn.Module, _args: Any, returned: Any) -> Any:
+        written = returned[place.output] if isinstance(returned, tuple) else returned
+        if written is None:
+            return returned
+        unit = place.unit.to(written.device, written.dtype)
+        share = strength.to(written.device, written.dtype)
+        edited = written - share * (written @ unit).unsqueeze(-1) * unit
+        if not isinstance(returned, tuple):
+            return edited
+        return (*returned[: place.output], edited, *returned[place.output + 1 :])
+
+    return place.module.register_forward_hook(edit)
+
+
+def _places_of(
+    chat: ChatModel, layer: int, writers: Sequence[ModuleWriter], direction: Float64[Tensor, " d_model"]
+) -> Iterator[_Place]:
+    where: dict[tuple[str, int], ModuleWriter] = {}
+    for writer in writers:
+        where.setdefault((writer.owner, 0) if writer.norm_chain else (writer.module, writer.output), writer)
+    # What holds the experts puts out what a shared expert inside of it has written, too.
+    outermost = {path for path, _ in where if not any(path.startswith(f"{other}.") for other, _ in where)}
+    for (path, output), writer in where.items():
+        if path not in outermost:
+            continue
+        if not writer.norm_chain and not writer.is_added:
+            raise ModelError(
+                f"{chat.model.config.model_type}: what {writer.parameter} writes reaches the stream through "
+                f"{writer.module}, which no edit of weights with strengths is equal to; use another model"
+            )
+        norms = [
+            NormFactor(gamma=_gamma(chat, norm.weight, plus_one=norm.plus_one), centered=norm.centered)
+            for norm in writer.norm_chain
+        ]
+        found = effective_directions(direction[None], norms=norms)
+        if len(found):
+            role = ROLES.index(writer.role)
+            module = chat.model.get_submodule(path)
+            yield _Place(layer=layer, role=role, module=module, output=output, unit=found[0])
+
+
+def _gamma(chat: ChatModel, parameter: str, *, plus_one: bool) -> Tensor:
+    weight: Tensor = chat.model.get_parameter(parameter).detach().double().cpu()
+    return torch.add(weight, 1.0) if plus_one else weight
