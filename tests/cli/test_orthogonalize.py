@@ -72,6 +72,7 @@ def test_options_reach_the_edit(run, files):
         "components": ["attn", "mlp"],
         "layers": [1, 3],
         "strength": 0.5,
+        "strengths": None,
         "tied": "edit",
         "preserve_norms": False,
         "add": None,

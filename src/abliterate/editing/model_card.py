@@ -89,9 +89,8 @@ def what_was_done(record: dict[str, Any]) -> str:
         rows += [("Coefficient", number(options["add"])), ("Biases edited or new", str(len(tensors)))]
         return "## What was added\n\n" + _ADDED + _RECORD + _config_changes(record) + "\n\n" + table(("", ""), rows)
     text = _REMOVED if len(directions) == 1 else _REMOVED_SEVERAL
-    strengths = mapping(options.get("strengths"))
-    if strengths:
-        text = _REMOVED_BY_LAYER if strengths.get("directions") else _REMOVED
+    if mapping(options.get("strengths")).get("directions"):
+        text = _REMOVED_BY_LAYER
     text += _what_is_left(record)
     if any(tensor.get("norm_chain") for tensor in tensors):
         text += _THROUGH_NORMS
@@ -201,10 +200,9 @@ def _edit_rows(record: dict[str, Any], tensors: list[dict[str, Any]]) -> list[tu
 
 
 def _strength(options: dict[str, Any]) -> str:
-    strengths = mapping(options.get("strengths"))
-    if not strengths:
+    shares = [share for role in ("attn", "mlp") for share in mapping(options.get("strengths")).get(role) or []]
+    if not shares:
         return number(options.get("strength"))
-    shares = [share for role in ("attn", "mlp") for share in strengths.get(role) or []]
     return f"by layer and role, {number(min(shares))} to {number(max(shares))}; all of them are in `abliteration.json`"
 
 
