@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from typing import Any
 from benchmarks.peers.measuring import ToolFailedError, run_measured
 from benchmarks.peers.others import PEERS
 from benchmarks.peers.ours import our_tools
-from benchmarks.peers.prompts import Prompts, describe, write_prompts
+from benchmarks.peers.prompts import Prompts, describe, write_prompts, write_test_prompts
 from benchmarks.peers.results import NAME, Key, Results, ResultsError, kept, kept_base
 from benchmarks.peers.tools import (
     REPOSITORY,
@@ -58,6 +59,7 @@ class Plan:
     tools: tuple[Tool, ...]
     n_front: int
     max_new_tokens: int
+    every: int
     threads: int | None
     limit_s: float
     keep: bool
@@ -120,6 +122,7 @@ def conditions(plan: Plan, prompts: Prompts, system_prompt: str | None) -> dict[
         "prompts": describe(prompts),
         "system_prompt": system_prompt,
         "max_new_tokens": plan.max_new_tokens,
+        "every": plan.every,
         "threads": plan.threads or os.cpu_count(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -210,6 +213,10 @@ def measure(export: Export, *, plan: Plan, env: dict[str, str], work: Path, resu
         "--max-new-tokens", str(plan.max_new_tokens), "--cache", str(plan.output / "replies"),
         "--output", str(report),
     ]  # fmt: skip
+    if plan.every > 1:
+        # The name of a kind of prompts is that of its option.
+        for kind, file in write_test_prompts(plan.output / "prompts", every=plan.every).items():
+            command += [f"--{kind}", str(file)]
     own = {**env, "PYTHONPATH": os.pathsep.join((str(REPOSITORY / "src"), str(REPOSITORY)))}
     try:
         run_measured(command, log=work / "evaluation.log", env=own, limit_s=plan.limit_s)
@@ -292,6 +299,7 @@ def parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument(
         "--max-new-tokens", type=positive, default=32, help="length of replies, searching and measuring"
     )
+    parser.add_argument("--every", type=positive, default=1, metavar="N", help="measure on every N-th test prompt only")
     parser.add_argument("--threads", type=positive, help="threads of each tool; default: what each takes by itself")
     parser.add_argument("--limit", type=float, default=6.0, metavar="HOURS", help="end a run that takes longer")
     parser.add_argument("--keep", action="store_true", help="keep edited models, logs and replies")
@@ -307,6 +315,7 @@ def parse(arguments: Sequence[str] | None) -> Plan:
         tools=chosen.tools,
         n_front=chosen.front,
         max_new_tokens=chosen.max_new_tokens,
+        every=chosen.every,
         threads=chosen.threads,
         limit_s=3600 * chosen.limit,
         keep=chosen.keep,
@@ -325,11 +334,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ResultsError as error:
         say(f"error: {error}")
         return 1
+    # What a tool started ends with this process, whichever signal ends it.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         n_failed = perform(plan, results, prompts, system_prompt)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from there")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     say(f"{plan.output / NAME}: {len(results.document['runs'])} runs" + (f", {n_failed} failed" if n_failed else ""))
     say(NOTE)
     return 0

@@ -147,9 +147,11 @@ def condition_text(document: Mapping[str, Any]) -> str:
     loads, nice = [run["load"] for run in runs], sorted({run["nice"] for run in runs})
     sessions = list(dict.fromkeys(run["session"] for run in runs))
     prompts = conditions["prompts"]
+    every = conditions["every"]
     text = (
         f"Conditions: {conditions['threads']} of {conditions['cores']} cores for each tool, Python "
-        f"{conditions['python']}, {conditions['max_new_tokens']} new tokens. For training "
+        f"{conditions['python']}, {conditions['max_new_tokens']} new tokens. Measured on "
+        f"{'all test prompts' if every == 1 else f'one of {every} test prompts'}. For training "
         f"{prompts['harmful/train']['count']} prompts of each kind, for validation "
         f"{prompts['harmful/validation']['count']}. Weights {conditions['model_sha256'][:12]}..."
     )

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from abliterate.files import write_file
 from abliterate.prompt_sets import Kind, Part, load_prompt_set
@@ -41,6 +42,16 @@ def write_prompts(directory: Path) -> Prompts:
             everything += lines
         write_file(prompts.all(kind), everything)
     return prompts
+
+
+def write_test_prompts(directory: Path, *, every: int) -> dict[Kind, Path]:
+    """Write every n-th bundled test prompt of each kind, borderline ones too, and return the files."""
+    files: dict[Kind, Path] = {}
+    for kind in get_args(Kind):
+        texts = load_prompt_set("bundled", kind=kind, part="test").texts[::every]
+        files[kind] = directory / kind / "test.txt"
+        write_file(files[kind], "".join(f"{' '.join(text.split())}\n" for text in texts))
+    return files
 
 
 def describe(prompts: Prompts) -> dict[str, dict[str, int | str]]:

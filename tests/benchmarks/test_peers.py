@@ -307,6 +307,18 @@ def test_all_tools_get_the_first_prompts_of_each_part(tmp_path):
     }  # fmt: skip
 
 
+def test_fewer_test_prompts_are_measured_on_when_asked(call, fake, tmp_path):
+    document = call("--seeds", "1", "--trials", "6", "--every", "3")
+    for kind, n in (("harmful", 48), ("harmless", 48), ("borderline", 40)):
+        file = tmp_path / "out" / "prompts" / kind / "test.txt"
+        assert fake.evaluated[0][fake.evaluated[0].index(f"--{kind}") + 1] == str(file)
+        assert file.read_text().splitlines() == list(
+            load_prompt_set("bundled", kind=kind, part="test").texts[::3]  # type: ignore[arg-type]
+        )
+        assert len(file.read_text().splitlines()) == n
+    assert "Measured on one of 3 test prompts." in page.condition_text(document)
+
+
 def test_our_ways_are_commands_of_ours(tmp_path):
     job = Job(
         model=tmp_path, prompts=write_prompts(tmp_path), work=tmp_path, programs=tmp_path, env={}, seed=7, trials=None,

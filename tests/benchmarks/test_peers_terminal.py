@@ -1,7 +1,10 @@
 """Menus are driven through a pseudo-terminal: here those of a small program that asks as peers do, in colours."""
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from benchmarks.peers.measuring import ToolFailedError, last_error_line, plain, 
 from benchmarks.peers.others import run_heretic
 from benchmarks.peers.prompts import Prompts
 from benchmarks.peers.terminal import Terminal, parse_menu
-from benchmarks.peers.tools import Job
+from benchmarks.peers.tools import REPOSITORY, Job
 
 # Asks where the cursor is, as such programs do, draws a list, and redraws it at each arrow key.
 PROGRAM = """\
@@ -189,3 +192,36 @@ def test_a_command_that_fails_is_told_by_its_last_error_line(tmp_path):
         run_measured([str(tmp_path / "none")], log=tmp_path / "log", env={}, limit_s=60)
     with pytest.raises(ToolFailedError, match="did not end within 0 s"):
         run_measured([sys.executable, "-c", "import time; time.sleep(60)"], log=tmp_path / "log", env={}, limit_s=0.2)
+
+
+def test_what_was_started_ends_when_the_command_is_ended(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from benchmarks.peers import __main__ as command\n"
+        "from benchmarks.peers.measuring import run_measured\n"
+        "from benchmarks.peers.tools import Tool\n"
+        "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "def run(job):\n"
+        "    return run_measured([sys.executable, '-c', child], log=job.log, env=dict(os.environ), limit_s=60)\n"
+        "command.PEERS = ()\n"
+        "command.our_tools = lambda: (Tool(name='ours', requirement=None, searches=False, run=run),)\n"
+        "command.own_system_prompt = lambda model: None\n"
+        f"sys.exit(command.main([{str(tmp_path)!r}, '--output', {str(tmp_path / 'out')!r}, '--tools', 'ours']))\n"
+    )
+    path = os.pathsep.join((str(REPOSITORY / "src"), str(REPOSITORY)))
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path})
+    log = tmp_path / "out" / "work" / "ours--seed-1" / "log.txt"
+    try:
+        until = time.monotonic() + 60
+        while not (log.is_file() and log.read_text().endswith("\n")):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        child = int(log.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
