@@ -11,7 +11,7 @@ from html import escape
 
 from abliterate.reports.charts import tick_values
 
-_WIDTH, _PANEL, _TOP, _LEFT, _GAP = 920, 330, 58, 62, 92
+_WIDTH, _PANEL, _TOP, _LEFT, _GAP = 920, 330, 66, 62, 92
 _HEIGHT = 300
 _STYLE = """
 svg { --ink: #1c1f23; --quiet: #565c64; --paper: #ffffff; --rule: #d3d7dc; --c0: #b3430f; --c1: #1f5fa8; --c2: #5b7a1e;
@@ -52,8 +52,8 @@ def frontier_svg(points: Sequence[Point], *, title: str) -> str:
     legend, x = [], _LEFT
     for tool in tools:
         legend.append(
-            f'<circle cx="{x}" cy="{_TOP - 24}" r="5" fill="{colours[tool]}"/>'
-            f'<text x="{x + 10}" y="{_TOP - 20}">{escape(tool)}</text>'
+            f'<circle cx="{x}" cy="{_TOP - 30}" r="5" fill="{colours[tool]}"/>'
+            f'<text x="{x + 10}" y="{_TOP - 26}">{escape(tool)}</text>'
         )
         x += 34 + 7 * len(tool)
     height = _TOP + _HEIGHT + 50
