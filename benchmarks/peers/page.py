@@ -156,8 +156,9 @@ def condition_text(document: Mapping[str, Any]) -> str:
         f"{prompts['harmful/validation']['count']}. Weights {conditions['model_sha256'][:12]}..."
     )
     if runs:
+        load = " to ".join(f"{one:g}" for one in sorted({min(loads), max(loads)}))
         text += (
-            f"\nSessions: {', '.join(sessions)}. Runs began at a load of {min(loads):g} to {max(loads):g} and "
+            f"\nSessions: {', '.join(sessions)}. Runs began at a load of {load} and "
             f"niceness {', '.join(map(str, nice))}. "
         )
         # The run before leaves its own load behind.

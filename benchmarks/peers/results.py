@@ -102,5 +102,9 @@ def kept_base(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "rates": {kind: {name: report["base_rates"][kind][name] for name in _RATE} for kind in KINDS},
         "cross_entropy": report["cross_entropy"]["base"],
-        "prompt_sets": report["prompt_sets"],
+        # A set's name may be a path.
+        "prompt_sets": {
+            kind: {name: value for name, value in one.items() if name != "name"}
+            for kind, one in report["prompt_sets"].items()
+        },
     }

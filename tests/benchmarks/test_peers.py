@@ -34,7 +34,7 @@ def evaluation(refused: int, kl: float, entropy: float) -> dict[str, Any]:
         "divergence": {"first_token": kl / 2, "continuation": kl, "n_tokens": 9, "per_prompt": 3},
         "cross_entropy": {"base": 0.8, "model": entropy, "relative_change": entropy / 0.8 - 1, "n_tokens": 9},
         "text_cross_entropy": {},
-        "prompt_sets": {},
+        "prompt_sets": {"harmful": {"name": str(Path.cwd() / "test.txt"), "count": 100}},
         "completions": ["a reply"],
     }
 
@@ -116,6 +116,8 @@ def test_each_run_is_done_once_and_measured_alike(call, fake, tmp_path, capsys):
     assert first["usage"] == {"wall_s": 12.35, "cpu_s": 20.0, "peak_mb": 512.0}
     assert first["results"][0]["evaluation"]["rates"]["harmful"]["refused"] == 20
     assert document["base"]["rates"]["harmful"]["refused"] == 99
+    assert document["base"]["prompt_sets"] == {"harmful": {"count": 100}}
+    assert str(Path.cwd()) not in json.dumps(document)
     assert "reply" not in json.dumps(document)
     assert str(tmp_path) not in json.dumps(document)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["prompts", "results.json"]
