@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.reports.audit_page import write_audit_page
-from abliterate.reports.charts import Interval, Line, Threshold, _ticks, interval_chart, line_chart
+from abliterate.reports.charts import Interval, Line, Threshold, interval_chart, line_chart, tick_values
 from abliterate.reports.evaluation_page import write_evaluation_page
 from abliterate.reports.extraction_page import write_extraction_page
 from abliterate.reports.page import Section, build_page, commands, facts, paragraph, quoted, table
@@ -195,10 +195,10 @@ def test_a_line_leaves_gaps_where_nothing_was_measured() -> None:
     ],
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    assert _ticks(low, high, symlog=False) == pytest.approx(expected)
+    assert tick_values(low, high, symlog=False) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("span", [10.0**k * m for k in range(-4, 5) for m in (1, 1.7, 3.3, 5.9, 9.99)])
 def test_there_are_never_many_ticks(span: float) -> None:
-    found = _ticks(-span / 3, 2 * span / 3, symlog=False)
+    found = tick_values(-span / 3, 2 * span / 3, symlog=False)
     assert 2 <= len(found) <= 7

@@ -145,7 +145,7 @@ def line_chart(
         legend.append(("selected", "--ink"))
     ticks = "".join(
         f'<text class="quiet" x="11%" y="{12 + 1.8 * place(0, tick)[1]:.0f}" text-anchor="end" dy="4">{tick:g}</text>'
-        for tick in _ticks(low, high, symlog=symlog)
+        for tick in tick_values(low, high, symlog=symlog)
     )
     labels = "".join(
         f'<text class="quiet" x="{13 + 85 * i / max(1, n - 1):.2f}%" y="212" text-anchor="middle">{i}</text>'
@@ -197,7 +197,7 @@ def _symlog(value: float) -> float:
     return value / 0.1 if abs(value) <= 0.1 else math.copysign(1 + math.log10(abs(value) / 0.1), value)
 
 
-def _ticks(low: float, high: float, *, symlog: bool) -> list[float]:
+def tick_values(low: float, high: float, *, symlog: bool) -> list[float]:
     """Return round values between two ends of a scale, at most seven or so."""
     if symlog:
         round_values = (0.0, 0.05, *(sign * 10.0**k for k in range(-1, 6) for sign in (1, -1)))

@@ -1,0 +1,101 @@
+"""Our own ways to edit a model, as commands of this checkout; each is one more tool beside the peers.
+
+A way is one extraction and one edit of its own. Ways that extract alike share the extraction, which runs once, and each
+is charged the whole of it. To add a way that needs a further command, add its words to `commands`.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from abliterate.files import write_json
+from benchmarks.peers.measuring import Usage, run_measured
+from benchmarks.peers.prompts import N_TRAIN, N_VALIDATION
+from benchmarks.peers.tools import REPOSITORY, Export, Job, Made, Tool, exported, without_paths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to edit: the options of `extract` and of `orthogonalize` that differ from their defaults."""
+
+    name: str
+    extract: tuple[str, ...] = ()
+    orthogonalize: tuple[str, ...] = ()
+
+
+METADATA_KEY = "abliterate"
+# 0.3 is what `make demo` names.
+WAYS = (
+    Way(name="paper", extract=("--kl-threshold", "0.3")),
+    Way(
+        name="attn,mlp --tied skip",
+        extract=("--kl-threshold", "0.3"),
+        orthogonalize=("--components", "attn,mlp", "--tied", "skip"),
+    ),
+)
+
+
+def commands(way: Way, job: Job, direction: Path, output: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the extraction, which ways may share, and what comes after it, without the program's name."""
+    extract = [
+        "extract", str(job.model), "--output", str(direction),
+        "--harmful", str(job.prompts.all("harmful")), "--harmless", str(job.prompts.all("harmless")),
+        "--n-train", str(N_TRAIN), "--n-val", str(N_VALIDATION), "--seed", str(job.seed), *way.extract,
+    ]  # fmt: skip
+    edit = [
+        "orthogonalize", str(job.model), "--direction", str(direction), "--output", str(output), *way.orthogonalize,
+    ]  # fmt: skip
+    return extract, [edit]
+
+
+def run_way(way: Way, job: Job) -> Made:
+    """Extract, unless a way before it did, and edit.
+
+    Raises:
+        ToolFailedError: A command failed.
+    """
+    path = os.pathsep.join((str(REPOSITORY / "src"), str(REPOSITORY)))
+    env = {**job.env, "PYTHONPATH": path}
+    program = [sys.executable, "-m", "abliterate"]
+    key = hashlib.sha256(json.dumps([job.seed, str(job.model), way.extract]).encode()).hexdigest()[:12]
+    shared = job.work.parent / f"ours.extract.{key}"
+    direction, taken = shared / "direction.safetensors", shared / "usage.json"
+    extract, rest = commands(way, job, direction, job.work / "edited")
+    if direction.is_file() and taken.is_file():
+        usage = Usage(**json.loads(taken.read_text(encoding="utf-8")))
+    else:
+        shared.mkdir(parents=True, exist_ok=True)
+        usage = run_measured([*program, *extract], log=shared / "log.txt", env=env, limit_s=job.limit_s)
+        write_json(taken, asdict(usage))
+    for command in rest:
+        usage += run_measured([*program, *command], log=job.log, env=env, limit_s=job.limit_s)
+    export = Export(name="chosen", model=exported(job.work / "edited", job.log), claims=_claims(direction))
+    settings = "; ".join(
+        without_paths(
+            " ".join(command), {"MODEL": job.model, "PROMPTS": job.prompts.directory, "WORK": job.work.parent}
+        )
+        for command in (extract, *rest)
+    )
+    return Made(exports=(export,), usage=usage, settings=settings)
+
+
+def _claims(direction: Path) -> Mapping[str, float | int | str]:
+    """Return where a direction comes from, out of its file's header; torch would make this process large."""
+    with direction.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    metadata = json.loads(header["__metadata__"][METADATA_KEY])
+    return {name: metadata[name] for name in ("position", "layer") if isinstance(metadata.get(name), int)}
+
+
+def our_tools(ways: tuple[Way, ...] = WAYS) -> tuple[Tool, ...]:
+    """Return a tool for each way."""
+
+    def tool(way: Way) -> Tool:
+        return Tool(name=f"ours: {way.name}", requirement=None, searches=False, run=lambda job: run_way(way, job))
+
+    return tuple(tool(way) for way in ways)
