@@ -33,10 +33,11 @@ def test_from_a_direction_to_a_gentler_checkpoint(
     code, _, error = call_main(*extract, "--kl-threshold", "5")
     assert code == 0, error
     refine = ["refine", directory / "model", "--direction", "r.safetensors", "-o", "s.json", *prompts, *SMALL]
-    code, out, error = call_main(*refine, "--json")
+    code, out, error = call_main(*refine, "--json", "--report", "page")
     assert code == 0, error
     document = json.loads(out)
     assert document["strengths_file"] == "s.json"
+    assert "A gentler edit of" in Path("page/index.html").read_text()
     assert document["chosen"]["unanswered"] == 0
     assert json.loads(Path("s.json").read_text())["strengths"]["attn"] == document["chosen"]["attn"]
 
@@ -66,6 +67,7 @@ def test_from_a_direction_to_a_gentler_checkpoint(
     ("arguments", "code", "message"),
     [
         (["-o", "."], 1, "is a directory"),
+        (["-o", "s.json", "--report", __file__], 1, "is no directory"),
         (["-o", "s.json", "--max-refusals", "2"], 2, "--max-refusals"),
         (["-o", "s.json", "--n-val", "2"], 2, "--n-val"),
         (["-o", "s.json", "--steps", "0"], 2, "--steps"),

@@ -23,7 +23,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, command_line
 from abliterate.errors import InputError
 from abliterate.models.options import ModelOptions
 from abliterate.processes import in_first_process
@@ -56,6 +56,9 @@ def refine(
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page with plots here.")
+    ] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
@@ -71,9 +74,12 @@ def refine(
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.refinement.run import refine_edit
+    from abliterate.reports.refinement_page import write_refinement_page
 
     if output_file.is_dir():
         raise InputError(f"{output_file}: is a directory; give -o a file to write, such as {output_file / 's.json'}")
+    if report is not None and report.exists() and not report.is_dir():
+        raise InputError(f"{report}: is no directory; give --report a directory to write")
     output = Output.of(context, json_output=json_output)
     found = refine_edit(
         model=resolve_model(model, revision=revision),
@@ -100,6 +106,13 @@ def refine(
     )
     if in_first_process():
         found.save(output_file)
+        if report is not None:
+            try:
+                write_refinement_page(found.report, report, command=command_line())
+            except OSError as error:
+                raise InputError(
+                    f"{error.filename or report}: cannot be written: {error.strerror or error}; choose another --report"
+                ) from error
     output.report(
         {"strengths_file": output_file, **output.plain(found.report)},
         tables=lambda: [_table(found.report), f"strengths written to {output_file}"],

@@ -1,0 +1,54 @@
+"""What the page of a refinement shows: the strengths, the frontier, and the direction beside it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from abliterate.refinement.report import FrontierPoint, RefinementReport
+from abliterate.reports.refinement_page import write_refinement_page
+
+PLAIN = FrontierPoint(
+    pressure=None,
+    attn=(1.0, 1.0),
+    mlp=(1.0, 1.0),
+    unanswered=0,
+    n_harmful=30,
+    metric=-3.7,
+    kl_first=0.26,
+    kl=0.18,
+    cross_entropy=0.9,
+    base_cross_entropy=0.7,
+    n_harmless=31,
+)
+
+
+def test_the_chosen_point_stands_beside_the_direction(tmp_path: Path) -> None:
+    points = [replace(PLAIN, pressure=p, kl=0.05 * p, unanswered=n) for p, n in ((1.0, 0), (0.3, 1), (0.1, 4))]
+    report = RefinementReport(
+        model="<model>",
+        direction_sha256="abc123",
+        position=-1,
+        refusal_tokens=("I", "<s>"),
+        chosen=points[1],
+        frontier=tuple(points),
+        plain=PLAIN,
+        counts={"harmful_train": (60, 64)},
+        arguments=[],
+        versions={"torch": "2.13.0"},
+    )
+    path = write_refinement_page(report, tmp_path / "page", command="abliterate refine M")
+    text = path.read_text(encoding="utf-8")
+    for words in (
+        "A gentler edit of &lt;model&gt;",
+        "1 of 30 harmful validation prompts",
+        "0.015 nats a token",
+        "leaves 0 at 0.180",
+        "pressure 0.3, chosen",
+        "pressure 0.1",
+        "+28.6%",
+        "harmful train prompts used",
+        "60 of 64",
+        "abliterate refine M",
+    ):
+        assert words in text, words
+    assert "<s>" not in text
+    assert text.count("<svg") >= 3
