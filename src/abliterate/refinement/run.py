@@ -1,6 +1,7 @@
 """Refining an edit: strengths for each layer and role, found by gradient and chosen on prompts of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,11 +109,23 @@ def refine_edit(
     name, chat = _load(model, loaded, model_options or ModelOptions(), progress)
     if loaded.d_model != chat.d_model:
         raise DirectionError(f"the direction has {loaded.d_model} entries; the width of {name} is {chat.d_model}")
-    for parameter in chat.model.parameters():
-        parameter.requires_grad_(False)
-    texts = {part: getattr(prompts, part).texts for part in PARTS}
+    rows = {part: chat.encode(getattr(prompts, part).texts) for part in PARTS}
     run = _Run(chat=chat, options=options, ranks=find_ranks(device=str(chat.device)), progress=progress)
-    return run.refine(name, loaded, {part: chat.encode(each) for part, each in texts.items()})
+    with _frozen(chat):
+        return run.refine(name, loaded, rows)
+
+
+@contextmanager
+def _frozen(chat: ChatModel) -> Iterator[None]:
+    """Let gradients flow through a model and none of them to its weights."""
+    learned = [parameter for parameter in chat.model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def _load(
