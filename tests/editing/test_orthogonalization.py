@@ -155,7 +155,8 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     ]
     torch.testing.assert_close(decode_subspace(record["subspace"])[0], direction.vector.double(), rtol=0, atol=1e-7)
     assert record["options"] == {
-        "components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0, "tied": "edit",
+        "components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0, "strengths": None,
+        "tied": "edit",
         "preserve_norms": False, "add": None, "quantized": "refuse", "unverified": False, "partial": False,
     }  # fmt: skip
     assert record["config_changes"] == {}
