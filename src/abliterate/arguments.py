@@ -54,10 +54,11 @@ def cli_arguments(options: "DataclassInstance") -> list[str]:
     defaults, known = type(options)(), arguments_of(type(options))
     for field in fields(options):
         value = getattr(options, field.name)
-        if is_dataclass(value) and not isinstance(value, type):
+        if field.name in known:
+            if not known[field.name].of_machine and value != getattr(defaults, field.name):
+                words += _words(known[field.name], value)
+        elif is_dataclass(value) and not isinstance(value, type):
             words += cli_arguments(value)
-        elif field.name in known and not known[field.name].of_machine and value != getattr(defaults, field.name):
-            words += _words(known[field.name], value)
     return words
 
 

@@ -13,9 +13,11 @@ a file that another tool wrote is a direction file as soon as it has that one 1-
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,3 +298,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def encode_rows(rows: Float[Tensor, "n d_model"]) -> dict[str, Any]:
+    """Return vectors as JSON holds them: their float64 bytes, little-endian, in base64."""
+    data = rows.double().cpu().contiguous().numpy().astype("<f8").tobytes()
+    n, d_model = rows.shape
+    return {"k": n, "d_model": d_model, "dtype": "float64", "base64": base64.b64encode(data).decode("ascii")}
+
+
+def decode_rows(encoded: Mapping[str, Any]) -> Float64[Tensor, "n d_model"]:
+    """Return the vectors that `encode_rows` encoded.
+
+    Raises:
+        KeyError, TypeError, ValueError: They are not what that returns.
+    """
+    n, d_model = encoded["k"], encoded["d_model"]
+    data = bytearray(base64.b64decode(encoded["base64"], validate=True))
+    if encoded["dtype"] != "float64" or n < 1 or d_model < 1 or len(data) != 8 * n * d_model:
+        raise ValueError(f"{len(data)} bytes do not hold {n} float64 vectors of {d_model}")
+    if sys.byteorder == "big":
+        return torch.frombuffer(data, dtype=torch.uint8).view(-1, 8).flip(1).view(torch.float64).view(n, d_model)
+    return torch.frombuffer(data, dtype=torch.float64).view(n, d_model)

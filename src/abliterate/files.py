@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from abliterate.errors import CheckpointError
+from abliterate.errors import CheckpointError, InputError
 
 # Real ones: 15 levels, 40 characters a number, names of 150 characters, 30 MB.
 _MAX_DEPTH = 64
@@ -255,3 +255,20 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
 def _not_regular(path: Path, mode: int) -> CheckpointError:
     kind = _KINDS.get(stat.S_IFMT(mode), "something else")
     return CheckpointError(f"{path}: is {kind}, where a file is expected; download the checkpoint again")
+
+
+def read_json_report(path: Path) -> dict[str, Any]:
+    """Read a report that abliterate wrote as a JSON object.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+        CheckpointError: It is not a regular file.
+    """
+    try:
+        with open_regular(path) as file:
+            content = parse_json(file.read())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return content

@@ -2,19 +2,24 @@
 
 import json
 import subprocess
+from dataclasses import asdict
 from typing import Any, get_args
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abliterate.arguments import cli_arguments
+from abliterate.directions import encode_rows
 from abliterate.editing.model_card import build_model_card
 from abliterate.editing.options import ROLES, EditOptions, QuantizedPolicy, TiedPolicy
+from abliterate.editing.strengths import Strengths
 from abliterate.errors import InputError
 from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
 from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Filter, PromptSources, Thresholds, Variant
 from abliterate.models.options import Dtype, ModelOptions
+from abliterate.refinement.options import RefinementOptions
 from tests.support.fake_hub import evaluation_report, write_checkpoint
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
@@ -55,6 +60,16 @@ EVALUATIONS = st.builds(
     judges=st.lists(st.sampled_from(["org/guard", "org/other"]), max_size=2).map(tuple),
     tasks=st.builds(TaskOptions, tasks=st.lists(st.sampled_from(["arc", "mmlu"]), max_size=2).map(tuple)),
 )
+REFINEMENTS = st.builds(
+    RefinementOptions,
+    n_train=st.integers(8, 500),
+    n_val=st.integers(8, 99),
+    seed=st.integers(0, 2**31),
+    steps=st.integers(4, 99),
+    max_refusals=st.floats(0, 1),
+    max_kl=st.none() | st.floats(0, 5),
+    reply_tokens=st.integers(4, 99),
+)
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -67,7 +82,7 @@ def parsed(call_main, llama_directory, tmp_path, monkeypatch):
         given.update(values)
         raise InputError("seen")
 
-    for name in ("extraction.run.extract_direction", "evaluation.run.evaluate_model"):
+    for name in ("extraction.run.extract_direction", "evaluation.run.evaluate_model", "refinement.run.refine_edit"):
         monkeypatch.setattr(f"abliterate.{name}", take)
     monkeypatch.setattr("abliterate.editing.orthogonalization.orthogonalize_checkpoint", take)
 
@@ -85,6 +100,16 @@ def parsed(call_main, llama_directory, tmp_path, monkeypatch):
 def test_extract(parsed, tmp_path, sources, options, model):
     words = [word for each in (sources, options, model) for word in cli_arguments(each)]
     given = parsed("extract", "-o", str(tmp_path / "r.safetensors"), *words)
+    assert (given["harmful"], given["harmless"]) == (sources.harmful, sources.harmless)
+    assert given["options"] == options
+    assert given["model_options"] == model
+
+
+@FAST
+@given(sources=SOURCES, options=REFINEMENTS, model=MODELS)
+def test_refine(parsed, tmp_path, sources, options, model):
+    words = [word for each in (sources, options, model) for word in cli_arguments(each)]
+    given = parsed("refine", "--direction", "r.safetensors", "-o", str(tmp_path / "s.json"), *words)
     assert (given["harmful"], given["harmless"]) == (sources.harmful, sources.harmless)
     assert given["options"] == options
     assert given["model_options"] == model
@@ -142,6 +167,31 @@ def test_the_card_says_what_was_given(record, parsed, tmp_path):
     assert given["options"] == options
     assert given["model_options"] == ModelOptions(system_prompt=model.system_prompt, dtype="bfloat16")
     assert evaluate[-2:] == ["--max-new-tokens", "32"]
+
+
+def test_the_card_says_how_strengths_were_found(record, parsed, tmp_path):
+    options = RefinementOptions(steps=16, max_kl=0.1)
+    strengths = Strengths(
+        file="my s.json",
+        direction_sha256="abc",
+        embed=0.0,
+        attn=(0.5, 1.0),
+        mlp=(0.0, -1.0),
+        directions=encode_rows(torch.eye(2)),
+        arguments=tuple(cli_arguments(options)),
+    )
+    # As a record holds them.
+    record["options"] = json.loads(json.dumps(asdict(EditOptions(strengths=strengths))))
+    card = build_model_card(record=record, evaluation=None, facts=None, title="m")
+    _, refine, orthogonalize = map(words_of, lines_of(card))
+    assert refine[refine.index("--direction") :][:4] == ["--direction", "refusal.safetensors", "-o", "my s.json"]
+    given = parsed(
+        "refine", "--direction", "r.safetensors", "-o", str(tmp_path / "s"), *refine[refine.index("-o") + 2 :]
+    )
+    assert given["options"] == options
+    assert orthogonalize[-2:] == ["--strengths", "my s.json"]
+    assert "base64" not in card
+    assert EditOptions.of_record(record["options"]) == EditOptions(strengths=strengths)
 
 
 def test_directions_of_one_extraction_are_one_command(record):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import abliterate.editing.requantization
+import abliterate.editing.edited_tensors
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.checkpoints.safetensors_file import read_tensor, tensor_bytes
@@ -296,13 +296,13 @@ def test_codes_that_are_no_numbers_are_refused_and_nothing_is_left(tmp_path):
 
 def test_a_write_that_went_wrong_is_found_on_rereading(tmp_path, monkeypatch):
     base, direction = save(tmp_path / "base", "block")
-    write = abliterate.editing.requantization.PlainFile.write
+    write = abliterate.editing.edited_tensors.PlainFile.write
 
     def flip(self, data, offset):
         is_codes = len(data) > 1 << 12 and not isinstance(data.obj, mmap.mmap)  # where copied bytes lie
         write(self, memoryview(bytes([data[0] ^ 1]) + bytes(data[1:])) if is_codes else data, offset)
 
-    monkeypatch.setattr("abliterate.editing.requantization.PlainFile.write", flip)
+    monkeypatch.setattr("abliterate.editing.edited_tensors.PlainFile.write", flip)
     with pytest.raises(VerificationError, match=r"proj.weight, reread, is not what was written"):
         orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", options=REQUANTIZE)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.directions import Direction
-from abliterate.editing.plan import read_strengths
+from abliterate.editing.strengths import read_strengths
 from abliterate.errors import ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction

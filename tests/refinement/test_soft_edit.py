@@ -6,19 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.directions import make_direction
-from abliterate.editing.options import EditOptions, Strengths
+from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
+from abliterate.directions import encode_rows, make_direction
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.record import encode_subspace
+from abliterate.editing.strengths import Strengths
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.stream import BlockStream
 from abliterate.refinement.search import last_logits
 from abliterate.refinement.soft_edit import SoftEdit
-from tests.support.loaded_models import load
-from tests.support.tiny_models import make_many, random_direction, save_chat_model
+from tests.support.conformance import (
+    TEXT_TYPES,
+    WRAPPER_TYPES,
+    as_chat,
+    build_model,
+    load_model,
+    save_model,
+    text_inputs,
+)
+from tests.support.tiny_models import random_direction
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14]]
+
+
+def _not_extracted(model_type: str) -> bool:
+    text_type = WRAPPERS[model_type].text_type if model_type in WRAPPERS else model_type
+    return ARCHITECTURES[text_type].not_extracted is not None
 
 
 def own(chat: ChatModel) -> torch.Tensor:
@@ -30,10 +44,23 @@ def strengths(chat: ChatModel) -> torch.Tensor:
     return torch.linspace(-0.5, 1.8, 2 * chat.n_layers).view(-1, 2)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "gemma3", "mixture of experts", "linear attention"])
-def test_hooks_are_the_edit_of_the_files(tmp_path: Path, kind: str) -> None:
-    chat = make_many(kind)
-    save_chat_model(tmp_path / "base", chat.model)
+# One of each way into the stream: plain, positions, biases handed on, norms behind writers, experts in a stack and one
+# by one, shared experts, other mixers, two of them in a block, parallel sub-layers.
+WAYS = {
+    *("llama", "gpt2", "gpt_neox_japanese", "gemma2", "gemma4_text", "olmo2", "qwen3_moe", "mixtral", "deepseek_v3"),
+    *("granitemoehybrid", "falcon_h1", "nemotron_h", "qwen3_next", "zamba2", "dbrx", "cohere", "mllama"),
+}
+EXTRACTED = [name for name in (*TEXT_TYPES, *WRAPPER_TYPES) if not _not_extracted(name)]
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=() if name in WAYS else pytest.mark.proof) for name in EXTRACTED],
+)
+def test_hooks_are_the_edit_of_the_files(tmp_path: Path, model_type: str) -> None:
+    save_model(build_model(model_type), tmp_path / "base", model_type)
+    base = load_model(tmp_path / "base", model_type)
+    chat = as_chat(base)
     direction = make_direction(mean_difference=random_direction(chat.d_model))
     shares = strengths(chat)
     options = EditOptions(
@@ -43,19 +70,17 @@ def test_hooks_are_the_edit_of_the_files(tmp_path: Path, kind: str) -> None:
             embed=0.0,
             attn=tuple(shares[:, 0].tolist()),
             mlp=tuple(shares[:, 1].tolist()),
-            directions=encode_subspace(own(chat)),
+            directions=encode_rows(own(chat)),
         )
     )
     orthogonalize_checkpoint(source=tmp_path / "base", direction=direction, output=tmp_path / "out", options=options)
-    edited = replace(chat, model=load(tmp_path / "out"))
+    edited, inputs = load_model(tmp_path / "out", model_type), text_inputs(base, model_type)
     with torch.no_grad():
-        plain, wanted = last_logits(chat, ROWS), last_logits(edited, ROWS)
+        plain, wanted = (model(**inputs, use_cache=False).logits for model in (base, edited))
         with SoftEdit(chat, own(chat)).applied(shares):
-            found = last_logits(chat, ROWS)
-        torch.testing.assert_close(last_logits(chat, ROWS), plain, rtol=0, atol=0)
-    scale = float((wanted - plain).abs().max())
-    assert scale > 1e-3
-    assert float((found - wanted).abs().max()) < 1e-3 * scale + 1e-5
+            found = base(**inputs, use_cache=False).logits
+        assert torch.equal(base(**inputs, use_cache=False).logits, plain)
+    assert float((found - wanted).norm()) < 1e-5 * float((wanted - plain).norm())
 
 
 def test_gradients_are_differences(llama_chat: ChatModel) -> None:

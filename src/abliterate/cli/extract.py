@@ -22,7 +22,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, command_line
+from abliterate.cli.output import Output, check_report, command_line, writing_report
 from abliterate.errors import InputError
 from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Filter, Thresholds, Variant
 from abliterate.models.options import DeviceMap, ModelOptions
@@ -132,13 +132,9 @@ def extract(
     def write_report(table: "ScoreTable", found: "ExtractionReport | None" = None) -> None:
         if report is None:
             return
-        try:
+        with writing_report(report):
             write_score_report(table, report)
             write_extraction_page(table, report, command=command_line(), report=found)
-        except OSError as error:
-            raise InputError(
-                f"{error.filename or report}: cannot be written: {error.strerror or error}; choose another --report"
-            ) from error
 
     def deliver(extraction: "Extraction") -> None:
         if in_first_process():
@@ -180,8 +176,7 @@ def _check_outputs(files: list[Path], report: Path | None) -> None:
     for file in files:
         if file.is_dir():
             raise InputError(f"{file}: is a directory; give -o a file to write, such as {file / 'refusal.safetensors'}")
-    if report is not None and report.exists() and not report.is_dir():
-        raise InputError(f"{report}: is no directory; give --report a directory to write")
+    check_report(report)
 
 
 def _tables(report: "ExtractionReport") -> list[Table]:

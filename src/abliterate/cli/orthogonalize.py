@@ -28,6 +28,7 @@ from abliterate.cli.options import (
 from abliterate.cli.output import Output
 from abliterate.editing.options import ROLES, EditOptions, TiedPolicy, WriteOptions
 from abliterate.editing.record import Format
+from abliterate.editing.strengths import read_strengths
 from abliterate.processes import in_first_process
 
 if TYPE_CHECKING:
@@ -116,8 +117,6 @@ def orthogonalize(
         raise typer.BadParameter(
             "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
-
-    from abliterate.editing.plan import read_strengths
 
     options = EditOptions(
         strengths=None if strengths is None else read_strengths(strengths),

@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from abliterate.errors import InputError
 from abliterate.files import printable
 from abliterate.processes import in_first_process
 from abliterate.progress import SILENT, Advance, ProgressReporter
@@ -37,6 +38,31 @@ _UNLIMITED = 10_000
 def command_line() -> str:
     """Return the command that is running, as it can be typed again."""
     return shlex.join(["abliterate", *sys.argv[1:]])
+
+
+def check_report(directory: Path | None) -> None:
+    """Check before hours of work that `--report` names no file.
+
+    Raises:
+        InputError: It does.
+    """
+    if directory is not None and directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: is no directory; give --report a directory to write")
+
+
+@contextmanager
+def writing_report(directory: Path) -> Iterator[None]:
+    """Say in one line that what goes to `--report` cannot be written.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or directory}: cannot be written: {error.strerror or error}; choose another --report"
+        ) from error
 
 
 def to_plain(value: Any) -> Any:

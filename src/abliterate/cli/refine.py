@@ -23,7 +23,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, command_line
+from abliterate.cli.output import Output, check_report, command_line, writing_report
 from abliterate.errors import InputError
 from abliterate.models.options import ModelOptions
 from abliterate.processes import in_first_process
@@ -78,8 +78,7 @@ def refine(
 
     if output_file.is_dir():
         raise InputError(f"{output_file}: is a directory; give -o a file to write, such as {output_file / 's.json'}")
-    if report is not None and report.exists() and not report.is_dir():
-        raise InputError(f"{report}: is no directory; give --report a directory to write")
+    check_report(report)
     output = Output.of(context, json_output=json_output)
     found = refine_edit(
         model=resolve_model(model, revision=revision),
@@ -107,12 +106,8 @@ def refine(
     if in_first_process():
         found.save(output_file)
         if report is not None:
-            try:
+            with writing_report(report):
                 write_refinement_page(found.report, report, command=command_line())
-            except OSError as error:
-                raise InputError(
-                    f"{error.filename or report}: cannot be written: {error.strerror or error}; choose another --report"
-                ) from error
     output.report(
         {"strengths_file": output_file, **output.plain(found.report)},
         tables=lambda: [_table(found.report), f"strengths written to {output_file}"],

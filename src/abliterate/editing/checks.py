@@ -34,8 +34,7 @@ from abliterate.editing.projection import (
     effective_directions,
     residue_bound,
 )
-from abliterate.editing.record import decode_subspace
-from abliterate.errors import CheckpointError, InputError
+from abliterate.errors import CheckpointError
 from abliterate.progress import Advance
 
 _CHUNK_BYTES = 4 << 20
@@ -123,18 +122,10 @@ def removed_directions(subspace: Tensor, options: EditOptions) -> RemovedDirecti
         options: The edit's; strengths may come with a direction for each layer.
 
     Raises:
-        InputError: Those are not one a layer, or have another width.
+        InputError: Those are not one unit vector a layer, or have another width.
     """
-    encoded = None if options.strengths is None else options.strengths.directions
-    if options.strengths is None or encoded is None:
-        return RemovedDirections(subspace=subspace)
-    by_layer = decode_subspace(dict(encoded))
-    norms = by_layer.norm(dim=1)
-    if by_layer.shape != (len(options.strengths.attn), subspace.shape[1]) or not bool(((norms - 1).abs() < 1e-6).all()):
-        raise InputError(
-            f"{options.strengths.file}: its directions must be one unit vector of {subspace.shape[1]} for each of "
-            f"{len(options.strengths.attn)} layers; run `abliterate refine` again"
-        )
+    strengths = options.strengths
+    by_layer = None if strengths is None else strengths.by_layer(d_model=subspace.shape[1])
     return RemovedDirections(subspace=subspace, by_layer=by_layer)
 
 

@@ -40,12 +40,11 @@ from abliterate.checkpoints.safetensors_file import (
     tensor_bytes,
 )
 from abliterate.editing.checks import directions_through
-from abliterate.editing.edited_tensors import ProjectedTensor, Projection
+from abliterate.editing.edited_tensors import MadeMatrices, ProjectedTensor, Projection, QuantizedEdit
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
 from abliterate.editing.projection import Component
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, EditedTensor
-from abliterate.editing.requantization import MadeMatrices, QuantizedEdit
 from abliterate.progress import ProgressReporter
 
 

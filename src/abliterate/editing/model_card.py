@@ -253,18 +253,19 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
     name = base["model"] if revision else local_name(record)
     model = [name, "--revision", revision] if revision else [name]
     extract, files = _extractions(model, record["directions"])
-    orthogonalize = ["abliterate", "orthogonalize", *model]
-    orthogonalize += [word for file in files for word in ("--direction", file)] + ["-o", "OUT"]
-    orthogonalize += _edit_arguments(options) + (["--format", "adapter"] if record.get("format") == "adapter" else [])
-    commands = [*extract, orthogonalize]
+    given = [word for file in files for word in ("--direction", file)]
+    strengths = mapping(options.get("strengths"))
+    refine = ["abliterate", "refine", *model, *given, "-o", strengths.get("file"), *(_words_of(strengths) or [])]
+    orthogonalize = ["abliterate", "orthogonalize", *model, *given, "-o", "OUT", *_edit_arguments(options)]
+    orthogonalize += ["--format", "adapter"] if record.get("format") == "adapter" else []
+    commands: list[list[Any]] = [*extract, *([refine] if strengths else []), orthogonalize]
     if evaluation is not None:
         evaluate = ["abliterate", "evaluate", "OUT", "--base", name, "--output", "OUT/evaluation.json"]
         commands.append([*evaluate, *(_words_of(evaluation) or [])])
     block = "\n".join(" ".join(map(_shell_word, line)) for line in commands)
     tool = dict(record.get("tool", {}))
     tool = {tool.pop("name", "abliterate"): tool.pop("version", "of unknown version"), **tool}
-    versions = [f"{key} {value}" for key, value in tool.items()]
-    made_with = ", ".join(inline(version) for version in versions)
+    made_with = ", ".join(inline(f"{key} {value}") for key, value in tool.items())
     return f"## How to reproduce\n\n```sh\n{block}\n```\n\nMade with these versions: {made_with}."
 
 
@@ -288,8 +289,7 @@ def _words_of(content: Mapping[str, Any]) -> list[str] | None:
 
 def _edit_arguments(options: dict[str, Any]) -> list[str]:
     known = {field.name for field in fields(EditOptions)}
-    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items() if n in known}
-    return cli_arguments(EditOptions(**values))
+    return cli_arguments(EditOptions.of_record({name: value for name, value in options.items() if name in known}))
 
 
 def _extractions(model: list[str], directions: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:

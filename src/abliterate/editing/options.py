@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from abliterate.architectures.names import Role
 from abliterate.arguments import Argument
+from abliterate.editing.strengths import Strengths
 from abliterate.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,48 +18,6 @@ if TYPE_CHECKING:
 ROLES: tuple[Role, ...] = get_args(Role)
 TiedPolicy = Literal["edit", "untie", "skip"]
 QuantizedPolicy = Literal["refuse", "requantize", "dequantize"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strengths:
-    """How far each writer is edited, by role and layer; found by `abliterate refine`.
-
-    Attributes:
-        file: Name of the file that they came in.
-        direction_sha256: Of the direction that they were found for.
-        embed: Share of the component that is removed from the embeddings.
-        attn: Of what attention writes, one share a layer; 0 edits nothing, and below 0 the component grows.
-        mlp: Of what the MLP writes, one a layer.
-        directions: What is removed from each layer's writers, as a record encodes a subspace, one row a layer; None:
-            the direction that is given.
-
-    Raises:
-        InputError: A share is not finite, all are 0, or the roles have different numbers of layers.
-    """
-
-    file: str
-    direction_sha256: str
-    embed: float
-    attn: tuple[float, ...]
-    mlp: tuple[float, ...]
-    directions: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        shares = (self.embed, *self.attn, *self.mlp)
-        if len(self.attn) != len(self.mlp) or not self.attn:
-            raise InputError(f"{self.file}: {len(self.attn)} layers of attn and {len(self.mlp)} of mlp; give one each")
-        if not all(math.isfinite(share) for share in shares) or not any(shares):
-            raise InputError(f"{self.file}: the strengths must be finite numbers that are not all 0; refine again")
-
-    def __str__(self) -> str:
-        """Return what the command line calls them by."""
-        return self.file
-
-    def of(self, writer: "ResidualWriter") -> float:
-        """Return the share that is removed of what a writer writes."""
-        if writer.layer is None or writer.role == "embed":
-            return self.embed
-        return (self.attn if writer.role == "attn" else self.mlp)[writer.layer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +155,19 @@ class EditOptions:
                 "go with it; make two runs, one on the output of the other"
             )
 
+    @classmethod
+    def of_record(cls, options: Mapping[str, Any]) -> "EditOptions":
+        """Return the options that a record holds as plain JSON values.
+
+        Raises:
+            AttributeError, TypeError: They are malformed, or one is not known.
+            InputError: A value is not allowed.
+        """
+        given = dict(options)
+        if given.get("strengths") is not None:
+            given["strengths"] = Strengths(**{name: _tuple(value) for name, value in given["strengths"].items()})
+        return cls(**{name: _tuple(value) for name, value in given.items()})
+
     def includes(self, writer: "ResidualWriter") -> bool:
         """Return whether these options edit `writer`."""
         if self.strengths is not None:
@@ -209,7 +181,11 @@ class EditOptions:
 
     def strength_of(self, writer: "ResidualWriter") -> float:
         """Return the share of the component that is removed from what a writer writes."""
-        return self.strength if self.strengths is None else self.strengths.of(writer)
+        return self.strength if self.strengths is None else self.strengths.of(writer.role, writer.layer)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

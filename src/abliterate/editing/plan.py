@@ -29,14 +29,12 @@ from abliterate.editing.edits import (
     edits_of_writers,
     plan_addition,
 )
-from abliterate.editing.options import EditOptions, Strengths
-from abliterate.editing.record import read_json_report
+from abliterate.editing.options import EditOptions
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.files import printable, shown
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
-STRENGTHS_VERSION = 1
 _WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pth", ".pt", ".onnx"}
 
 
@@ -108,7 +106,7 @@ class EditPlan:
         view: The same with the tensors that are stored quantised as plain ones, where they are to be edited.
         stream: What its tensors do to the residual stream.
         directions: What is projected out, one or several.
-        subspace: R, [k, d_model] float64, orthonormal rows that span the directions, in their order.
+        removed: What is taken out, of all writers or of each layer's.
         options: What was asked for.
         edits: Every tensor that will differ or be new, in file order, new ones last.
         config_changes: Dotted path in config.json -> new value.
@@ -121,7 +119,7 @@ class EditPlan:
     view: Checkpoint
     stream: StreamMap
     directions: tuple[Direction, ...]
-    subspace: Tensor
+    removed: RemovedDirections
     options: EditOptions
     edits: tuple[TensorEdit, ...]
     config_changes: dict[str, Any]
@@ -129,9 +127,9 @@ class EditPlan:
     partial: PartialEdit | None = None
 
     @property
-    def removed(self) -> RemovedDirections:
-        """What is taken out, of all writers or of each layer's."""
-        return removed_directions(self.subspace, self.options)
+    def subspace(self) -> Tensor:
+        """R, [k, d_model] float64, orthonormal rows that span the directions, in their order."""
+        return self.removed.subspace
 
     @property
     def layout(self) -> Checkpoint:
@@ -236,16 +234,13 @@ def make_edit_plan(
         edits = tuple(dataclasses.replace(edit, info=plain_info(edit.info)) for edit in edits)
         config_changes = config_changes | dequantized_config_changes(checkpoint.config)
     check_codes(edits, path=view.path)
-    subspace = _span(directions, given)
-    # Fails on a file of strengths whose directions do not fit.
-    removed_directions(subspace, options)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
         view=view,
         stream=stream,
         directions=directions,
-        subspace=subspace,
+        removed=removed_directions(_span(directions, given), options),
         options=options,
         edits=edits,
         config_changes=config_changes,
@@ -268,32 +263,6 @@ def _check_strengths(options: EditOptions, stream: StreamMap, directions: Sequen
             f"{strengths.file}: has strengths for {len(strengths.attn)} layers, and {model} has {stream.n_layers}; run "
             "`abliterate refine` on this model"
         )
-
-
-def read_strengths(path: Path) -> Strengths:
-    """Read what `abliterate refine` wrote.
-
-    Raises:
-        InputError: The file cannot be read, or is no file of strengths.
-        CheckpointError: It is not a regular file.
-    """
-    content = read_json_report(path)
-    try:
-        if content["strengths_version"] != STRENGTHS_VERSION:
-            raise ValueError(f"version {content['strengths_version']!r} is not {STRENGTHS_VERSION}")
-        given = content["strengths"]
-        return Strengths(
-            file=path.name,
-            direction_sha256=str(content["direction_sha256"]),
-            embed=float(given["embed"]),
-            attn=tuple(float(share) for share in given["attn"]),
-            mlp=tuple(float(share) for share in given["mlp"]),
-            directions=content["directions"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read as strengths ({error}); give a file that `abliterate refine` wrote"
-        ) from error
 
 
 def _plan_edits(

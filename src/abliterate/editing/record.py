@@ -4,18 +4,16 @@ It says what was edited, how, and from what, and vouches for every file of the c
 Reading it needs neither torch nor the base model.
 """
 
-import base64
 import dataclasses
 import errno
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.checkpoints.file_ranges import WrittenFile, hash_file
 from abliterate.errors import InputError, VerificationError
-from abliterate.files import open_regular, parse_json, write_json
+from abliterate.files import read_json_report, write_json
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
@@ -192,10 +190,10 @@ class AbliterationRecord:
 
 
 def encode_subspace(subspace: "Tensor") -> dict[str, Any]:
-    """Return orthonormal rows [k, d_model] as the record holds them: their float64 bytes, little-endian, base64."""
-    data = subspace.double().cpu().contiguous().numpy().astype("<f8").tobytes()
-    k, d_model = subspace.shape
-    return {"k": k, "d_model": d_model, "dtype": "float64", "base64": base64.b64encode(data).decode("ascii")}
+    """Return orthonormal rows [k, d_model] as the record holds them."""
+    from abliterate.directions import encode_rows
+
+    return encode_rows(subspace)
 
 
 def decode_subspace(encoded: dict[str, Any]) -> "Tensor":
@@ -204,18 +202,15 @@ def decode_subspace(encoded: dict[str, Any]) -> "Tensor":
     Raises:
         InputError: They are not what `encode_subspace` returns.
     """
-    import torch
+    from abliterate.directions import decode_rows
 
     try:
-        k, d_model = encoded["k"], encoded["d_model"]
-        data = bytearray(base64.b64decode(encoded["base64"], validate=True))
-        if encoded["dtype"] != "float64" or not 0 < k <= d_model or len(data) != 8 * k * d_model:
-            raise ValueError(f"{len(data)} bytes do not hold {k} float64 vectors of {d_model}")
-        if sys.byteorder == "big":
-            return torch.frombuffer(data, dtype=torch.uint8).view(-1, 8).flip(1).view(torch.float64).view(k, d_model)
-        return torch.frombuffer(data, dtype=torch.float64).view(k, d_model)
+        rows = decode_rows(encoded)
+        if len(rows) > rows.shape[1]:
+            raise ValueError(f"{len(rows)} vectors of {rows.shape[1]} are not orthonormal")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the subspace in {RECORD_NAME} cannot be read ({error}); {_AGAIN}") from error
+    return rows
 
 
 def write_record(report: OrthogonalizationReport, directory: Path) -> None:
@@ -259,23 +254,6 @@ def read_record(directory: Path) -> AbliterationRecord:
     files = {name: _read_entry(path, name, entry) for name, entry in recorded.items()}
     base_evaluation = files.pop(EVALUATION_NAME, None)
     return AbliterationRecord(directory=directory, content=content, files=files, base_evaluation=base_evaluation)
-
-
-def read_json_report(path: Path) -> dict[str, Any]:
-    """Read a report that abliterate wrote as a JSON object.
-
-    Raises:
-        InputError: It cannot be read, or holds something else.
-        CheckpointError: It is not a regular file.
-    """
-    try:
-        with open_regular(path) as file:
-            content = parse_json(file.read())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return content
 
 
 def check_sizes(record: AbliterationRecord) -> None:

@@ -17,7 +17,7 @@ from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.provenance import model_sha256, versions
 from abliterate.directions import Direction, load_direction
-from abliterate.editing.record import RECORD_NAME, read_json_report
+from abliterate.editing.record import RECORD_NAME
 from abliterate.errors import InputError, PromptSetError
 from abliterate.evaluation.capability import TaskSamples, compare_tasks, require_harness, run_tasks
 from abliterate.evaluation.drift import (
@@ -51,7 +51,7 @@ from abliterate.evaluation.report import (
 )
 from abliterate.evaluation.steering import default_coefficient, steer
 from abliterate.extraction.reply_classes import Reply
-from abliterate.files import write_file
+from abliterate.files import read_json_report, write_file
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions

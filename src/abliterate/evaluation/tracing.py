@@ -44,8 +44,8 @@ from abliterate.evaluation.traced_stream import (
     trace_stream,
     traced_prompts,
 )
-from abliterate.models.chat_model import ChatModel, with_response_prefix
-from abliterate.models.loading import open_model
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.loading import open_as_extracted
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import Kind, PromptSet, load_prompt_set
@@ -83,7 +83,8 @@ def trace_direction(
     if options.n_prompts < 1 or options.n_top_heads < 1 or not options.prompts:
         raise InputError("a trace needs at least one prompt set, one prompt and one head")
     sets = [_load_set(spec, options.n_prompts) for spec in options.prompts]
-    name, chat = _load(model, loaded, model_options or ModelOptions(), progress)
+    opened = open_as_extracted(model, loaded, options=model_options or ModelOptions(), progress=progress)
+    name, chat = opened.name, opened.chat
     if loaded.d_model != chat.d_model:
         raise DirectionError(f"the direction has {loaded.d_model} entries; the width of {name} is {chat.d_model}")
     _check_one_stream(chat, name)
@@ -107,19 +108,6 @@ def _load_set(spec: str, n_prompts: int) -> PromptSet:
         prompts = load_prompt_set(spec, kind="harmful", part="test")
     n = min(n_prompts, len(prompts))
     return replace(prompts, name=spec, texts=prompts.texts[:n], ids=prompts.ids[:n], categories=prompts.categories[:n])
-
-
-def _load(
-    model: "str | Path | ModelSource | ChatModel",
-    direction: Direction,
-    options: ModelOptions,
-    progress: ProgressReporter,
-) -> tuple[str, ChatModel]:
-    if options.system_prompt is None:
-        options = replace(options, system_prompt=direction.metadata.get("system_prompt"))
-    opened = open_model(model, options=options, progress=progress)
-    forced = str(direction.metadata.get("response_prefix") or "").removeprefix(opened.chat.chat_format.response_prefix)
-    return opened.name, with_response_prefix(opened.chat, forced)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

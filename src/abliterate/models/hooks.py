@@ -174,7 +174,7 @@ def capture_stream(
 ) -> Iterator[int]:
     """Like `capture_inputs`, and with layer = n_layers what the last block puts out, which the final norm gets."""
     with capture_inputs(chat, receive) as n_hooks:
-        handle = _edit_output(chat.blocks[-1], _watch(chat.n_layers, receive))
+        handle = edit_output(chat.blocks[-1], _watch(chat.n_layers, receive))
         try:
             yield n_hooks + 1
         finally:
@@ -243,7 +243,7 @@ def _edit_stream(chat: ChatModel, layer: int | None, edit: Callable[[Tensor], Te
         if layer is not None:
             stack.callback(_edit_input(chat.blocks[layer], edit).remove)
         for write in writes:
-            stack.callback(_edit_output(write.module, edit, output=write.output).remove)
+            stack.callback(edit_output(write.module, edit, output=write.output).remove)
         yield len(writes) + (layer is not None)
 
 
@@ -276,7 +276,9 @@ def _edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Removabl
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor], *, output: int = 0) -> RemovableHandle:
+def edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor], *, output: int = 0) -> RemovableHandle:
+    """Replace a module's output, or one of several, by what `edit` makes of it, until the handle is removed."""
+
     def hook(_module: nn.Module, _args: Any, returned: Any) -> Any:
         if not isinstance(returned, tuple):
             return edit(returned)

@@ -20,9 +20,10 @@ from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
+from abliterate.directions import Direction
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_format import ChatFormat
-from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
 from abliterate.models.gguf_file import load_gguf, load_gguf_tokenizer, read_gguf, read_gguf_config
 from abliterate.models.layer_weights import LayerWeights
 from abliterate.models.loading_report import OF_MLX, check_complete
@@ -102,6 +103,30 @@ def open_model(
         chat = load_chat_model(source.path, name=source.name, options=options, needs_template=needs_template)
         advance(1)
     return OpenedModel(chat=chat, source=source)
+
+
+def open_as_extracted(
+    model: "str | Path | ModelSource | ChatModel",
+    direction: Direction,
+    *,
+    options: ModelOptions,
+    extracts: bool = False,
+    progress: ProgressReporter = SILENT,
+) -> OpenedModel:
+    """Open a model as a direction was extracted from it: with its system prompt and its forced answer prefix.
+
+    Args:
+        model: see `open_model`.
+        direction: the direction; a bare one says nothing.
+        options: how to load and run it; a system prompt of theirs counts.
+        extracts: see `open_model`.
+        progress: see `open_model`.
+    """
+    if options.system_prompt is None:
+        options = dataclasses.replace(options, system_prompt=direction.metadata.get("system_prompt"))
+    opened = open_model(model, options=options, extracts=extracts, progress=progress)
+    forced = str(direction.metadata.get("response_prefix") or "").removeprefix(opened.chat.chat_format.response_prefix)
+    return dataclasses.replace(opened, chat=with_response_prefix(opened.chat, forced))
 
 
 def load_chat_model(path: Path, *, name: str, options: ModelOptions, needs_template: bool = True) -> ChatModel:

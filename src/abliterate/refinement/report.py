@@ -1,8 +1,7 @@
 """What refining found, as plain values."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class RefinementReport:
         frontier: All points, from the strongest pressure to the weakest.
         plain: The direction itself at strength 1 in all layers, without the embeddings, on the same prompts.
         counts: Part -> prompts that were used of those that were drawn.
-        arguments: The options as arguments of the command.
+        arguments: Prompts and options as arguments of the command.
         versions: Of what computed it.
     """
 
@@ -67,23 +66,5 @@ class RefinementReport:
     frontier: tuple[FrontierPoint, ...]
     plain: FrontierPoint
     counts: Mapping[str, tuple[int, int]]
-    arguments: Sequence[str]
+    arguments: tuple[str, ...]
     versions: Mapping[str, str]
-
-    def content(self, *, version: int, directions: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a file of strengths holds.
-
-        Args:
-            version: Of the file's form.
-            directions: Each layer's own, as a record encodes a subspace.
-        """
-        values = asdict(self)
-        del values["direction_sha256"]
-        strengths = {"embed": 0.0, "attn": self.chosen.attn, "mlp": self.chosen.mlp}
-        return {
-            "strengths_version": version,
-            "direction_sha256": self.direction_sha256,
-            "strengths": strengths,
-            **values,
-            "directions": dict(directions),
-        }

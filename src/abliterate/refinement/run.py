@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import versions
-from abliterate.directions import Direction, load_direction
-from abliterate.editing.plan import STRENGTHS_VERSION
-from abliterate.editing.record import encode_subspace
-from abliterate.errors import DirectionError, ModelError, NoDirectionError, RefusalBehaviourError
-from abliterate.extraction.behaviour import ReplyRun, ShortReply, coverage, first_tokens_of_refusals
+from abliterate.directions import Direction, encode_rows, load_direction
+from abliterate.editing.strengths import Strengths
+from abliterate.errors import DirectionError, InputError, ModelError, NoDirectionError, RefusalBehaviourError
+from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply, coverage, first_tokens_of_refusals
 from abliterate.extraction.judgement import MIN_COVERAGE, MIN_PROMPTS
+from abliterate.extraction.options import PromptSources
 from abliterate.files import write_json
-from abliterate.models.chat_model import ChatModel, with_response_prefix
-from abliterate.models.loading import open_model
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.loading import open_as_extracted
 from abliterate.models.options import ModelOptions
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
@@ -44,7 +44,6 @@ PRESSURES = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Weights of the refusal score against the KL, from the strongest: the points of the frontier."""
 POSITION = -1
 """Where each layer's own direction is read: at the last token, from which the reply is predicted."""
-PARTS = ("harmful_train", "harmless_train", "harmful_validation", "harmless_validation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,8 +64,22 @@ class Refinement:
         Raises:
             InputError: It cannot be written.
         """
-        content = self.report.content(version=STRENGTHS_VERSION, directions=encode_subspace(self.directions))
-        write_json(path, content, allow_nan=False)
+        report = self.report
+        strengths = Strengths(
+            file=path.name,
+            direction_sha256=report.direction_sha256,
+            embed=0.0,
+            attn=report.chosen.attn,
+            mlp=report.chosen.mlp,
+            directions=encode_rows(self.directions),
+            arguments=report.arguments,
+        )
+        try:
+            write_json(path, asdict(report) | strengths.content(), allow_nan=False)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written: {error.strerror or error}; choose another path with -o"
+            ) from error
 
 
 def refine_edit(
@@ -106,11 +119,23 @@ def refine_edit(
     prompts = split_for_extraction(harmful, harmless, n_train=options.n_train, n_val=options.n_val, seed=options.seed)
     for note in prompts.notes:
         progress.message(note)
-    name, chat = _load(model, loaded, model_options or ModelOptions(), progress)
+    model_options = model_options or ModelOptions()
+    opened = open_as_extracted(model, loaded, options=model_options, extracts=True, progress=progress)
+    name, chat = opened.name, opened.chat
     if loaded.d_model != chat.d_model:
         raise DirectionError(f"the direction has {loaded.d_model} entries; the width of {name} is {chat.d_model}")
     rows = {part: chat.encode(getattr(prompts, part).texts) for part in PARTS}
-    run = _Run(chat=chat, options=options, ranks=find_ranks(device=str(chat.device)), progress=progress)
+    run = _Run(
+        chat=chat,
+        options=options,
+        arguments=(
+            *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
+            *cli_arguments(options),
+            *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
+        ),
+        ranks=find_ranks(device=str(chat.device)),
+        progress=progress,
+    )
     with _frozen(chat):
         return run.refine(name, loaded, rows)
 
@@ -126,19 +151,6 @@ def _frozen(chat: ChatModel) -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
-
-
-def _load(
-    model: "str | Path | ModelSource | ChatModel",
-    direction: Direction,
-    options: ModelOptions,
-    progress: ProgressReporter,
-) -> tuple[str, ChatModel]:
-    if options.system_prompt is None:
-        options = replace(options, system_prompt=direction.metadata.get("system_prompt"))
-    opened = open_model(model, options=options, extracts=True, progress=progress)
-    forced = str(direction.metadata.get("response_prefix") or "").removeprefix(opened.chat.chat_format.response_prefix)
-    return opened.name, with_response_prefix(opened.chat, forced)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +170,7 @@ class _Run:
 
     chat: ChatModel
     options: RefinementOptions
+    arguments: tuple[str, ...]
     ranks: Ranks
     progress: ProgressReporter
 
@@ -203,7 +216,7 @@ class _Run:
             frontier=tuple(frontier),
             plain=plain,
             counts=kept.counts,
-            arguments=cli_arguments(options),
+            arguments=self.arguments,
             versions=versions("abliterate", "python", "torch", "transformers"),
         )
         return Refinement(report=report, directions=own)

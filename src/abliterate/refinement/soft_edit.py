@@ -6,10 +6,10 @@ stands between it and the stream, and u is the layer's direction as it is seen t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from abliterate.architectures.modules import ModuleWriter
 from abliterate.editing.projection import NormFactor, effective_directions
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
+from abliterate.models.hooks import edit_output
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
@@ -61,23 +62,17 @@ class SoftEdit:
         """Edit each layer's attention and MLP as far as `strengths` says, attn first; gradients flow to it."""
         with ExitStack() as stack:
             for place in self._places:
-                stack.callback(_hook(place, strengths[place.layer, place.role]).remove)
+                remove = _removing(place.unit, strengths[place.layer, place.role])
+                stack.callback(edit_output(place.module, remove, output=place.output).remove)
             yield
 
 
-def _hook(place: _Place, strength: Tensor) -> Any:
-    def edit(_module: nn.Module, _args: Any, returned: Any) -> Any:
-        written = returned[place.output] if isinstance(returned, tuple) else returned
-        if written is None:
-            return returned
-        unit = place.unit.to(written.device, written.dtype)
-        share = strength.to(written.device, written.dtype)
-        edited = written - share * (written @ unit).unsqueeze(-1) * unit
-        if not isinstance(returned, tuple):
-            return edited
-        return (*returned[: place.output], edited, *returned[place.output + 1 :])
+def _removing(unit: Tensor, strength: Tensor) -> Callable[[Tensor], Tensor]:
+    def remove(written: Tensor) -> Tensor:
+        here, share = unit.to(written.device, written.dtype), strength.to(written.device, written.dtype)
+        return written - share * (written @ here).unsqueeze(-1) * here
 
-    return place.module.register_forward_hook(edit)
+    return remove
 
 
 def _places_of(
@@ -86,10 +81,11 @@ def _places_of(
     where: dict[tuple[str, int], ModuleWriter] = {}
     for writer in writers:
         where.setdefault((writer.owner, 0) if writer.norm_chain else (writer.module, writer.output), writer)
-    # What holds the experts puts out what a shared expert inside of it has written, too.
-    outermost = {path for path, _ in where if not any(path.startswith(f"{other}.") for other, _ in where)}
+    # What holds the experts puts out what a shared expert inside of it has written, too; what a module hands on beside
+    # its output is apart from that.
+    whole = [path for path, output in where if output == 0]
     for (path, output), writer in where.items():
-        if path not in outermost:
+        if any(path.startswith(f"{other}.") for other in whole):
             continue
         if not writer.norm_chain and not writer.is_added:
             raise ModelError(

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
 from abliterate.checkpoints.quantized import dequantized_layout, plain_view, quantization_of
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 from abliterate.editing.checks import (
+    RemovedDirections,
     compare_bytes,
     compare_layouts,
     measure_survivors,
@@ -114,7 +114,7 @@ class _Files:
     edited: Checkpoint
     tensors: tuple[RecordedTensor, ...]
     options: EditOptions
-    subspace: Tensor
+    removed: RemovedDirections
     progress: ProgressReporter
 
     @property
@@ -176,13 +176,14 @@ def compare_with_base(
 
 
 def _open_files(record: AbliterationRecord, base: Checkpoint | None, progress: ProgressReporter) -> _Files:
+    options = recorded_options(record)
     return _Files(
         record=record,
         base=base,
         edited=open_checkpoint(record.directory),
         tensors=recorded_tensors(record),
-        options=recorded_options(record),
-        subspace=recorded_subspace(record),
+        options=options,
+        removed=removed_directions(recorded_subspace(record), options),
         progress=progress,
     )
 
@@ -240,7 +241,8 @@ def _addition_problems(files: _Files, base: Checkpoint) -> list[str]:
         before = read_tensor(base.path, old[tensor.name]).double() if tensor.name in old else torch.zeros_like(new)
         rounding = torch.finfo(TORCH_DTYPES[info.dtype]).eps * float(new.norm() + before.norm())
         # A bias of another width, as those that config.json switches on beside it, can have nothing added to it.
-        basis = files.subspace if new.shape[-1] == files.subspace.shape[1] else files.subspace[:0, :1]
+        subspace = files.removed.subspace
+        basis = subspace if new.shape[-1] == subspace.shape[1] else subspace[:0, :1]
         change = new - before
         across = change - (change @ basis.T) @ basis if len(basis) else change
         if not float(across.norm()) <= rounding:
@@ -263,7 +265,7 @@ def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
             base=base,
             writers=[tensor.writer for tensor in projected],
             made_from={tensor.name: files.tied_tensor for tensor in projected if tensor.name not in in_base},
-            removed=removed_directions(files.subspace, files.options),
+            removed=files.removed,
             advance=advance,
         )
         return tuple(
@@ -291,7 +293,7 @@ def _tensor_check(
     bound = rounding_bound(
         info,
         residual_axis=tensor.writer.residual_axis,
-        k=removed_directions(files.subspace, options).rank,
+        k=files.removed.rank,
         strength=strength,
         before=before,
         after=after.norm,

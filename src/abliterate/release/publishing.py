@@ -27,10 +27,10 @@ from abliterate.editing.record import (
     AbliterationRecord,
     check_hashes,
     check_sizes,
-    read_json_report,
     read_record,
 )
 from abliterate.errors import HubError, InputError, VerificationError
+from abliterate.files import read_json_report
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.release.file_checks import verify_files
 from abliterate.release.recorded_edits import find_local_base

@@ -17,7 +17,7 @@ from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.editing.edits import Kind, edits_of_writers
-from abliterate.editing.options import EditOptions, Strengths
+from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import select_writers
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, decode_subspace
 from abliterate.errors import CheckpointError, InputError
@@ -88,14 +88,11 @@ def recorded_options(record: AbliterationRecord) -> EditOptions:
         InputError: They are malformed.
     """
     try:
-        given = dict(record.content["options"])
-        for key in ("components", "layers"):
-            given[key] = None if given[key] is None else tuple(given[key])
-        if given.get("strengths") is not None:
-            shares = {key: tuple(given["strengths"][key]) for key in ("attn", "mlp")}
-            given["strengths"] = Strengths(**{**given["strengths"], **shares})
-        return EditOptions(**given)
-    except (KeyError, TypeError, ValueError) as error:
+        options = record.content["options"]
+        if not {"components", "layers"} <= options.keys():
+            raise KeyError("components or layers")
+        return EditOptions.of_record(options)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _malformed(record, "options", error) from error
 
 

@@ -1,0 +1,137 @@
+"""The file of strengths, which `refine` writes: how far each layer and role is edited, and along what.
+
+One JSON object holds
+
+    strengths_version  1
+    direction_sha256   of the direction that they were found for
+    strengths          embed: a share; attn, mlp: one share a layer
+    directions         what is removed from each layer's writers, float64 in base64, one unit vector a layer; null: the
+                       direction itself
+    arguments          those of the command that found them
+
+and what else the finder has to say. Reading it needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterate.errors import InputError
+from abliterate.files import read_json_report
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64
+    from torch import Tensor
+
+STRENGTHS_VERSION = 1
+_AGAIN = "run `abliterate refine` again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strengths:
+    """How far each writer is edited, by role and layer.
+
+    Attributes:
+        file: Name of the file that they came in.
+        direction_sha256: Of the direction that they were found for.
+        embed: Share of the component that is removed from the embeddings.
+        attn: Of what attention writes, one share a layer; 0 edits nothing, and below 0 the component grows.
+        mlp: Of what the MLP writes, one a layer.
+        directions: What is removed from each layer's writers, as `directions.encode_rows` puts it; None: the direction
+            that is given.
+        arguments: Those of the command that found them.
+
+    Raises:
+        InputError: A share is not finite, all are 0, or the roles have different numbers of layers.
+    """
+
+    file: str
+    direction_sha256: str
+    embed: float
+    attn: tuple[float, ...]
+    mlp: tuple[float, ...]
+    directions: Mapping[str, Any] | None = None
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shares = (self.embed, *self.attn, *self.mlp)
+        if len(self.attn) != len(self.mlp) or not self.attn:
+            raise InputError(f"{self.file}: {len(self.attn)} layers of attn and {len(self.mlp)} of mlp; {_AGAIN}")
+        if not all(math.isfinite(share) for share in shares) or not any(shares):
+            raise InputError(f"{self.file}: the strengths must be finite numbers that are not all 0; {_AGAIN}")
+
+    def __str__(self) -> str:
+        """Return what the command line calls them by."""
+        return self.file
+
+    def of(self, role: str, layer: int | None) -> float:
+        """Return the share that is removed of what a writer of this role and layer writes."""
+        if layer is None or role == "embed":
+            return self.embed
+        return (self.attn if role == "attn" else self.mlp)[layer]
+
+    def by_layer(self, *, d_model: int) -> Float64[Tensor, "n_layers d_model"] | None:
+        """Return what is removed from each layer's writers; None: the direction that is given.
+
+        Raises:
+            InputError: It is not one unit vector of that width for each layer.
+        """
+        if self.directions is None:
+            return None
+        from abliterate.directions import decode_rows
+
+        n_layers = len(self.attn)
+        try:
+            rows = decode_rows(self.directions)
+            is_unit = (rows.norm(dim=1) - 1).abs() < 1e-6
+            if rows.shape != (n_layers, d_model) or not bool(is_unit.all()):
+                raise ValueError(f"{rows.shape[0]} vectors of {rows.shape[1]}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.file}: its directions must be one unit vector of {d_model} for each of {n_layers} layers "
+                f"({error}); {_AGAIN}"
+            ) from error
+        return rows
+
+    def content(self) -> dict[str, Any]:
+        """Return what a file of them holds."""
+        return {
+            "strengths_version": STRENGTHS_VERSION,
+            "direction_sha256": self.direction_sha256,
+            "strengths": {"embed": self.embed, "attn": self.attn, "mlp": self.mlp},
+            "directions": self.directions,
+            "arguments": self.arguments,
+        }
+
+
+def read_strengths(path: Path) -> Strengths:
+    """Read what `abliterate refine` wrote.
+
+    Raises:
+        InputError: The file cannot be read, or is no file of strengths.
+        CheckpointError: It is not a regular file.
+    """
+    content = read_json_report(path)
+    try:
+        if content["strengths_version"] != STRENGTHS_VERSION:
+            raise ValueError(f"version {content['strengths_version']!r} is not {STRENGTHS_VERSION}")
+        given, directions = content["strengths"], content["directions"]
+        if directions is not None and not isinstance(directions, dict):
+            raise TypeError("directions is no object")
+        return Strengths(
+            file=path.name,
+            direction_sha256=str(content["direction_sha256"]),
+            embed=float(given["embed"]),
+            attn=tuple(float(share) for share in given["attn"]),
+            mlp=tuple(float(share) for share in given["mlp"]),
+            directions=directions,
+            arguments=tuple(str(word) for word in content["arguments"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read as strengths ({error}); give a file that `abliterate refine` wrote"
+        ) from error
