@@ -97,7 +97,7 @@ def test_strengths_that_do_not_fit_are_one_line(
     arguments = ["orthogonalize", model[0] / "model", "--direction", "r.safetensors", "-o", "out"]
     code, _, error = call_main(*arguments, "--strengths", "s.json")
     assert code == 1
-    assert "cannot be read as strengths" in error
+    assert "is no file of strengths" in error
     code, _, error = call_main(*arguments, "--strengths", "s.json", "--strength", "0.5")
     assert code in {1, 2}
     assert error.count("\n") <= 2

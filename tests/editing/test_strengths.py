@@ -44,13 +44,13 @@ def test_each_role_and_layer_has_its_share() -> None:
     ("changes", "message"),
     [
         ({"strengths_version": 2}, "version 2 is not 1"),
-        ({"strengths": {"embed": 0.0, "attn": [1.0]}}, "cannot be read as strengths"),
+        ({"strengths": {"embed": 0.0, "attn": [1.0]}}, "it has no 'mlp'"),
         ({"strengths": {"embed": 0.0, "attn": [1.0], "mlp": [1.0, 2.0]}}, "1 layers of attn and 2 of mlp"),
         ({"strengths": {"embed": 0.0, "attn": [0.0], "mlp": [0.0]}}, "not all 0"),
         ({"strengths": {"embed": 1e999, "attn": [0.0], "mlp": [1.0]}}, "cannot be read as JSON"),
         ({"strengths": {"embed": "inf", "attn": [0.0], "mlp": [1.0]}}, "finite numbers"),
         ({"directions": [1.0]}, "directions is no object"),
-        ({"arguments": None}, "cannot be read as strengths"),
+        ({"arguments": None}, "is no file of strengths"),
     ],
 )
 def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -74,3 +74,22 @@ def test_directions_that_are_not_one_unit_vector_a_layer_are_refused(tmp_path: P
     with pytest.raises(InputError, match="one unit vector of 4 for each of 3 layers") as caught:
         strengths.by_layer(d_model=4)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file; make one with `abliterate refine"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds no JSON object"),
+    ],
+)
+def test_what_is_no_such_file_says_what_to_give(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "s.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_strengths(path)
+    assert "`abliterate refine" in str(caught.value)
+    with pytest.raises(InputError, match="no such file"):
+        read_strengths(tmp_path)

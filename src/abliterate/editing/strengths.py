@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 STRENGTHS_VERSION = 1
 _AGAIN = "run `abliterate refine` again"
+_GIVE = "give a file that `abliterate refine` wrote"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,26 +113,30 @@ def read_strengths(path: Path) -> Strengths:
     """Read what `abliterate refine` wrote.
 
     Raises:
-        InputError: The file cannot be read, or is no file of strengths.
-        CheckpointError: It is not a regular file.
+        InputError: The file is not there, cannot be read, or is no file of strengths.
     """
-    content = read_json_report(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; make one with `abliterate refine MODEL --direction F -o {path}`")
     try:
+        content = read_json_report(path)
         if content["strengths_version"] != STRENGTHS_VERSION:
             raise ValueError(f"version {content['strengths_version']!r} is not {STRENGTHS_VERSION}")
         given, directions = content["strengths"], content["directions"]
         if directions is not None and not isinstance(directions, dict):
             raise TypeError("directions is no object")
-        return Strengths(
-            file=path.name,
-            direction_sha256=str(content["direction_sha256"]),
-            embed=float(given["embed"]),
-            attn=tuple(float(share) for share in given["attn"]),
-            mlp=tuple(float(share) for share in given["mlp"]),
-            directions=directions,
-            arguments=tuple(str(word) for word in content["arguments"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read as strengths ({error}); give a file that `abliterate refine` wrote"
-        ) from error
+        values: dict[str, Any] = {
+            "file": path.name,
+            "direction_sha256": str(content["direction_sha256"]),
+            "embed": float(given["embed"]),
+            "attn": tuple(float(share) for share in given["attn"]),
+            "mlp": tuple(float(share) for share in given["mlp"]),
+            "directions": directions,
+            "arguments": tuple(str(word) for word in content["arguments"]),
+        }
+    except KeyError as error:
+        raise InputError(f"{path}: is no file of strengths, it has no {error}; {_GIVE}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: is no file of strengths ({error}); {_GIVE}") from error
+    except InputError as error:
+        raise InputError(f"{error}; {_GIVE}") from error
+    return Strengths(**values)
