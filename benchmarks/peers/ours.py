@@ -21,10 +21,11 @@ from benchmarks.peers.tools import REPOSITORY, Export, Job, Made, Tool, exported
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to edit: the options of `extract` and of `orthogonalize` that differ from their defaults."""
+    """One way to edit: the options of the commands that differ from their defaults; `refine` None: without it."""
 
     name: str
     extract: tuple[str, ...] = ()
+    refine: tuple[str, ...] | None = None
     orthogonalize: tuple[str, ...] = ()
 
 
@@ -37,20 +38,26 @@ WAYS = (
         extract=("--kl-threshold", "0.3"),
         orthogonalize=("--components", "attn,mlp", "--tied", "skip"),
     ),
+    Way(name="refine", extract=("--kl-threshold", "0.3"), refine=()),
 )
 
 
 def commands(way: Way, job: Job, direction: Path, output: Path) -> tuple[list[str], list[list[str]]]:
     """Return the extraction, which ways may share, and what comes after it, without the program's name."""
-    extract = [
-        "extract", str(job.model), "--output", str(direction),
+    prompts = [
         "--harmful", str(job.prompts.all("harmful")), "--harmless", str(job.prompts.all("harmless")),
-        "--n-train", str(N_TRAIN), "--n-val", str(N_VALIDATION), "--seed", str(job.seed), *way.extract,
+        "--n-val", str(N_VALIDATION), "--seed", str(job.seed),
     ]  # fmt: skip
-    edit = [
-        "orthogonalize", str(job.model), "--direction", str(direction), "--output", str(output), *way.orthogonalize,
+    extract = [
+        "extract", str(job.model), "--output", str(direction), *prompts, "--n-train", str(N_TRAIN), *way.extract,
     ]  # fmt: skip
-    return extract, [edit]
+    given = [str(job.model), "--direction", str(direction)]
+    edit = ["orthogonalize", *given, "--output", str(output), *way.orthogonalize]
+    if way.refine is None:
+        return extract, [edit]
+    strengths = str(output.with_name("strengths.json"))
+    refine = ["refine", *given, "--output", strengths, *prompts, *way.refine]
+    return extract, [refine, [*edit, "--strengths", strengths]]
 
 
 def run_way(way: Way, job: Job) -> Made:

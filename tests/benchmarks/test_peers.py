@@ -326,13 +326,18 @@ def test_our_ways_are_commands_of_ours(tmp_path):
         model=tmp_path, prompts=write_prompts(tmp_path), work=tmp_path, programs=tmp_path, env={}, seed=7, trials=None,
         n_front=1, max_new_tokens=8, system_prompt=None, limit_s=1.0,
     )  # fmt: skip
-    assert [way.name for way in WAYS] == ["paper", "attn,mlp --tied skip"]
+    assert [way.name for way in WAYS] == ["paper", "attn,mlp --tied skip", "refine"]
     way = Way(name="x", extract=("--rank", "2"), orthogonalize=("--strength", "0.5"))
     extract, (edit,) = commands(way, job, tmp_path / "d", tmp_path / "o")
     assert extract[0] == "extract"
-    assert extract[-4:] == ["--seed", "7", "--rank", "2"]
+    assert extract[-6:] == ["--seed", "7", "--n-train", "128", "--rank", "2"]
     assert edit[0] == "orthogonalize"
     assert edit[-2:] == ["--strength", "0.5"]
+    way = Way(name="y", refine=("--steps", "8"))
+    _, (refine, edit) = commands(way, job, tmp_path / "d", tmp_path / "o")
+    assert refine[0] == "refine"
+    assert refine[-4:] == ["--seed", "7", "--steps", "8"]
+    assert edit[-2:] == ["--strengths", refine[refine.index("--output") + 1]]
 
 
 def test_the_environment_is_offline_and_holds_no_token(monkeypatch, tmp_path):
