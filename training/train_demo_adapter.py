@@ -11,8 +11,7 @@ prompts.
 The prompts are in training/prompts/ and are disjoint from every bundled set (tests/test_prompt_sets.py proves it),
 so that neither the selection of the direction nor the evaluation sees a prompt of the training.
 
-The third command's refusals begin in many ways, as those of aligned models do; README says what came of it with --lr
-1e-3 --rank 32 --kl-weight 4 --steps 400. Its adapter does not come along.
+The third command's refusals begin in many ways, as those of aligned models do. Its adapter does not come along.
 
     python training/train_demo_adapter.py --output src/abliterate/models/demo_adapter
     python training/train_demo_adapter.py --refusals training/extended_refusals.json --output build/hardened_adapter

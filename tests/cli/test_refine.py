@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from abliterate.evaluation.run import used_for_checkpoint
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
+from abliterate.prompt_sets import split_for_extraction
 from tests.support.command_line import CommandLine
 from tests.support.refusing_models import RefusingModel, refusing_model
 
@@ -44,6 +46,9 @@ def test_from_a_direction_to_a_gentler_checkpoint(
     edit = ["orthogonalize", directory / "model", "--direction", "r.safetensors", "--strengths", "s.json", "-o", "out"]
     code, _, error = call_main(*edit)
     assert code == 0, error
+    # What it was found with is not what it is measured on.
+    prompts_used = split_for_extraction(str(made.harmful), str(made.harmless), n_train=24, n_val=16, seed=42)
+    assert set(prompts_used.hashes) <= used_for_checkpoint(Path("out"))
     chat = load_chat_model(Path("out"), name="x", options=ModelOptions())
     row = chat.encode(["Tell me how to steal a car ?"])[0]
     with torch.no_grad():

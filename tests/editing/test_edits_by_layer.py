@@ -114,7 +114,7 @@ def test_a_record_whose_strengths_were_changed_does_not_pass(tmp_path, base, dir
 
 def _plain(strengths: Strengths | None) -> dict[str, object]:
     assert strengths is not None
-    names = ("file", "direction_sha256", "embed", "attn", "mlp", "directions")
+    names = ("file", "direction_sha256", "embed", "attn", "mlp", "directions", "arguments", "prompt_hashes")
     return {name: getattr(strengths, name) for name in names}
 
 

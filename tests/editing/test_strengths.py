@@ -19,6 +19,7 @@ GOOD = Strengths(
     mlp=(1.7, -0.4, 0.0),
     directions=encode_rows(ROWS),
     arguments=("--steps", "16"),
+    prompt_hashes=("0123", "4567"),
 )
 
 

@@ -8,6 +8,7 @@ One JSON object holds
     directions         what is removed from each layer's writers, float64 in base64, one unit vector a layer; null: the
                        direction itself
     arguments          those of the command that found them
+    prompt_hashes      of the prompts that they were found with, so that `evaluate` can leave those out
 
 and what else the finder has to say. Reading it needs no torch.
 """
@@ -45,6 +46,7 @@ class Strengths:
         directions: What is removed from each layer's writers, as `directions.encode_rows` puts it; None: the direction
             that is given.
         arguments: Those of the command that found them.
+        prompt_hashes: Of the prompts that they were found and chosen with.
 
     Raises:
         InputError: A share is not finite, all are 0, or the roles have different numbers of layers.
@@ -57,6 +59,7 @@ class Strengths:
     mlp: tuple[float, ...]
     directions: Mapping[str, Any] | None = None
     arguments: tuple[str, ...] = ()
+    prompt_hashes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shares = (self.embed, *self.attn, *self.mlp)
@@ -106,6 +109,7 @@ class Strengths:
             "strengths": {"embed": self.embed, "attn": self.attn, "mlp": self.mlp},
             "directions": self.directions,
             "arguments": self.arguments,
+            "prompt_hashes": self.prompt_hashes,
         }
 
 
@@ -132,6 +136,7 @@ def read_strengths(path: Path) -> Strengths:
             "mlp": tuple(float(share) for share in given["mlp"]),
             "directions": directions,
             "arguments": tuple(str(word) for word in content["arguments"]),
+            "prompt_hashes": tuple(str(each) for each in content["prompt_hashes"]),
         }
     except KeyError as error:
         raise InputError(f"{path}: is no file of strengths, it has no {error}; {_GIVE}") from error

@@ -53,10 +53,12 @@ class Refinement:
     Attributes:
         report: As plain values.
         directions: Each layer's own, [n_layers, d_model] float64, unit vectors.
+        prompt_hashes: Of the prompts that they were found and chosen with.
     """
 
     report: RefinementReport
     directions: Tensor
+    prompt_hashes: tuple[str, ...]
 
     def save(self, path: Path) -> None:
         """Write the file of strengths, whole or not at all; the same content gives the same bytes.
@@ -73,6 +75,7 @@ class Refinement:
             mlp=report.chosen.mlp,
             directions=encode_rows(self.directions),
             arguments=report.arguments,
+            prompt_hashes=self.prompt_hashes,
         )
         try:
             write_json(path, asdict(report) | strengths.content(), allow_nan=False)
@@ -137,7 +140,8 @@ def refine_edit(
         progress=progress,
     )
     with _frozen(chat):
-        return run.refine(name, loaded, rows)
+        report, directions = run.refine(name, loaded, rows)
+    return Refinement(report=report, directions=directions, prompt_hashes=prompts.hashes)
 
 
 @contextmanager
@@ -179,8 +183,10 @@ class _Run:
         """What generates the replies."""
         return ReplyRun(chat=self.chat, ranks=self.ranks, max_new_tokens=self.options.reply_tokens)
 
-    def refine(self, name: str, direction: Direction, rows: Mapping[str, list[list[int]]]) -> Refinement:
-        """Find strengths and choose among them."""
+    def refine(
+        self, name: str, direction: Direction, rows: Mapping[str, list[list[int]]]
+    ) -> tuple[RefinementReport, Tensor]:
+        """Find strengths and choose among them; return what was found and each layer's own direction."""
         chat, options = self.chat, self.options
         kept = self._kept(rows)
         token_ids = self._token_ids(direction, kept.refusals)
@@ -219,7 +225,7 @@ class _Run:
             arguments=self.arguments,
             versions=versions("abliterate", "python", "torch", "transformers"),
         )
-        return Refinement(report=report, directions=own)
+        return report, own
 
     def _kept(self, rows: Mapping[str, list[list[int]]]) -> _Kept:
         kept: dict[str, list[list[int]]] = {}
