@@ -1,8 +1,13 @@
 """Greedy replies that continue a pass over the prompts are those that `generate` gives."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from abliterate.errors import ModelError
+from abliterate.models import greedy
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.greedy import GreedyDecoder, can_continue
 from abliterate.models.hooks import ablate_direction
@@ -38,6 +43,81 @@ def test_a_reader_that_has_seen_enough_stops_its_row_alone(chat: ChatModel) -> N
     decoder = GreedyDecoder(chat=chat, max_new_tokens=8, enough=lambda tokens: tokens[0] == first)
     for reply, full in zip(decoder.replies(rows), whole, strict=True):
         assert reply == (full[:1] if full[0] == first else full)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("window", [None, 256])
+def test_rows_of_several_passes_are_decoded_together(
+    rows_at_once: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = {"model_type": "mistral", "sliding_window": window} if window else {"model_type": "llama"}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    chat = make_chat_model(
+        make_talkative_model(seed=1, num_key_value_heads=4, **sizes, **kind),  # type: ignore[arg-type]
+        make_tokenizer(),
+    )
+    rows = chat.encode(PROMPTS)
+    whole = chat.generate(rows, max_new_tokens=8)
+    chat.model.generation_config.eos_token_id = [whole[0][3], whole[2][0]]
+    expected = chat.generate(rows, max_new_tokens=8)
+    # Passes of one row, so that rows enter at all times.
+    monkeypatch.setitem(chat._limit, "forward", 1)
+    monkeypatch.setitem(greedy.ROWS_AT_ONCE, "cpu", rows_at_once)
+    monkeypatch.setattr(greedy, "CACHE_SHARE", 1e9)
+    sizes_seen: list[int] = []
+    decoder = GreedyDecoder(chat=chat, max_new_tokens=8)
+    assert can_continue(chat, rows, max_new_tokens=8)
+    with _watched(chat, sizes_seen):
+        assert decoder.replies(rows) == expected
+    assert max(sizes_seen) <= rows_at_once
+    if rows_at_once == 100:
+        assert max(sizes_seen) > 4
+
+
+def test_the_cache_of_all_rows_is_bounded(llama_chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = llama_chat.encode(PROMPTS)
+    monkeypatch.setitem(llama_chat._limit, "forward", 1)
+    monkeypatch.setattr(greedy, "CACHE_SHARE", 0.0)
+    seen: list[int] = []
+    with _watched(llama_chat, seen):
+        replies = GreedyDecoder(chat=llama_chat, max_new_tokens=6).replies(rows)
+    assert replies == llama_chat.generate(rows, max_new_tokens=6)
+    assert max(seen) == 1
+
+
+def test_when_memory_runs_out_half_of_the_rows_wait(llama_chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = llama_chat.encode(PROMPTS)
+    expected = llama_chat.generate(rows, max_new_tokens=6)
+    monkeypatch.setattr(greedy, "CACHE_SHARE", 1e9)
+    seen: list[int] = []
+    with _watched(llama_chat, seen, most=3):
+        assert GreedyDecoder(chat=llama_chat, max_new_tokens=6).replies(rows) == expected
+    assert max(seen) == 12
+    assert min(seen) <= 3
+
+
+def test_a_reply_that_does_not_fit_is_named(llama_chat: ChatModel) -> None:
+    rows = llama_chat.encode(PROMPTS)
+    with _watched(llama_chat, [], most=0), pytest.raises(ModelError, match="one reply alone does not fit"):
+        GreedyDecoder(chat=llama_chat, max_new_tokens=6).replies(rows)
+
+
+@contextmanager
+def _watched(chat: ChatModel, seen: list[int], *, most: int = 10**9) -> Iterator[None]:
+    """Note how many rows each decoding step runs; of more than `most` memory runs out, half-way through the blocks."""
+
+    def look(_module: object, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] == 1:
+            seen.append(len(hidden))
+            if len(hidden) > most:
+                raise torch.OutOfMemoryError("out of memory")
+
+    handle = chat.blocks[-1].register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def test_hooks_act_on_every_token(llama_chat: ChatModel) -> None:

@@ -360,7 +360,7 @@ class ChatModel:
             try:
                 run(batch)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
                     raise ModelError("one prompt alone does not fit into memory; try a smaller --dtype") from error
@@ -492,5 +492,6 @@ def stop_tokens(chat: ChatModel) -> set[int]:
     return {int(i) for i in [*ids, chat.tokenizer.eos_token_id, *chat.chat_format.turn_ends] if i is not None}
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error says that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error).lower()

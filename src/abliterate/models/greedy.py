@@ -1,21 +1,25 @@
 """Greedy replies that begin where a pass over the prompts has ended, row by row, each for as long as it must.
 
 `ChatModel.generate` runs every row of a batch to the batch's end, and the prompts anew. Here the keys and values of
-the pass that recorded the prompts are continued, tokens that all prompts share are run once, and a row leaves the batch
-as soon as it ends or its reader has seen enough.
+the pass that recorded the prompts are continued, tokens that all prompts share are run once, rows of several passes are
+decoded together, and a row leaves as soon as it ends or its reader has seen enough.
 """
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from abliterate.models.chat_model import ChatModel, PrefixCache, empty_cache, stop_tokens
+from abliterate.errors import ModelError
+from abliterate.models.chat_model import ChatModel, PrefixCache, empty_cache, is_out_of_memory, stop_tokens
 
-if TYPE_CHECKING:
-    from transformers import Cache
+ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}
+"""So many rows are decoded together at most: what keeps a device busy."""
+CACHE_SHARE = 0.25
+"""The keys and values of all rows take at most this share of the memory that the weights take."""
 
 
 def can_continue(chat: ChatModel, rows: Sequence[Sequence[int]], *, max_new_tokens: int) -> bool:
@@ -30,12 +34,12 @@ class PromptPass:
 
     Attributes:
         logits: [n, vocab] at the last token of each prompt.
-        past: keys and values of all tokens so far, padding included.
+        past: a transformers cache: keys and values of all tokens so far, padding included.
         mask: [n, n_tokens], 1 where there is no padding.
     """
 
     logits: Tensor
-    past: "Cache"
+    past: Any
     mask: Tensor
 
 
@@ -77,36 +81,6 @@ class GreedyDecoder:
         return PromptPass(logits=out.logits[:, -1], past=out.past_key_values, mask=mask)
 
     @torch.inference_mode()
-    def reply(self, begun: PromptPass) -> list[list[int]]:
-        """Return the replies as token ids, without the end token; `begun` is used up."""
-        stops = self._stop_tokens()
-        replies: list[list[int]] = [[] for _ in range(len(begun.logits))]
-        alive, logits, past, mask = list(range(len(replies))), begun.logits, begun.past, begun.mask
-        while True:
-            tokens = logits.argmax(dim=-1)
-            going = []
-            for place, (index, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
-                if token in stops:
-                    continue
-                replies[index].append(token)
-                if len(replies[index]) < self.max_new_tokens and not self.enough(replies[index]):
-                    going.append(place)
-            if not going:
-                return replies
-            if len(going) < len(alive):
-                kept = torch.tensor(going, device=tokens.device)
-                alive, tokens, mask = [alive[place] for place in going], tokens[kept], mask[kept]
-                past.batch_select_indices(kept)
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            out = self.chat.model(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                past_key_values=past,
-                use_cache=True,
-            )
-            logits = out.logits[:, -1]
-
     def replies(
         self, rows: Sequence[Sequence[int]], *, advance: Callable[[int], None] = lambda _n: None
     ) -> list[list[int]]:
@@ -117,18 +91,208 @@ class GreedyDecoder:
         cache, n_cached = chat.share_prefix(rows)
         found: list[list[int]] = [[] for _ in rows]
 
+        def receive(index: int, reply: list[int]) -> None:
+            found[index] = reply
+            advance(1)
+
+        pool = ReplyPool(self, receive)
+
         def run(indices: list[int]) -> None:
             batch = [list(rows[i][n_cached:]) for i in indices]
-            for i, reply in zip(
-                indices, self.reply(self.run_prompts(batch, cache=cache, n_cached=n_cached)), strict=True
-            ):
-                found[i] = reply
-            advance(len(indices))
+            pool.enter(indices, self.run_prompts(batch, cache=cache, n_cached=n_cached))
 
         chat.for_batches([len(row) - n_cached for row in rows], run)
+        pool.finish()
         return found
 
-    def _stop_tokens(self) -> set[int]:
+    @property
+    def stops(self) -> set[int]:
+        """The tokens that end a reply."""
         if not self._stops:
             self._stops.append(stop_tokens(self.chat))
         return self._stops[0]
+
+
+class ReplyPool:
+    """Replies that are decoded side by side: rows enter as their prompts are run, and leave as they end.
+
+    A matrix product over few rows is bound by reading the weights, so rows of several passes are decoded together: at
+    most `ROWS_AT_ONCE` of them (or `batch_size`), whose keys and values take at most a share of the weights' memory.
+    When memory runs out, half of the rows wait.
+
+    Args:
+        decoder: says how replies end.
+        receive: called with the index of each prompt and its reply, as soon as it has ended.
+    """
+
+    def __init__(self, decoder: GreedyDecoder, receive: Callable[[int, list[int]], None]) -> None:
+        self._decoder = decoder
+        self._chat = decoder.chat
+        self._receive = receive
+        self._most = self._chat.batch_size or ROWS_AT_ONCE.get(self._chat.device.type, ROWS_AT_ONCE["cuda"])
+        self._weight_bytes = sum(each.nbytes for each in self._chat.model.parameters())
+        self._rows: _Rows | None = None
+        self._waiting: list[_Rows] = []
+
+    @torch.inference_mode()
+    def enter(self, indices: Sequence[int], begun: PromptPass) -> None:
+        """Take in the rows of a pass, which is used up; decode while there is no room for them."""
+        rows = _Rows(indices=[], replies=[], tokens=begun.mask.new_empty(0), past=begun.past, mask=begun.mask)
+        rows.indices, rows.replies = list(indices), [[] for _ in indices]
+        entering = self._after(rows, begun.logits)
+        while entering is not None:
+            if self._rows is None or self._fits(self._rows, entering):
+                self._rows = entering if self._rows is None else self._rows.joined(entering)
+                return
+            self._step()
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Decode until all replies have ended."""
+        while self._rows is not None:
+            self._step()
+
+    def _fits(self, rows: "_Rows", more: "_Rows") -> bool:
+        n = len(rows.indices) + len(more.indices)
+        width = max(rows.mask.shape[1], more.mask.shape[1]) + self._decoder.max_new_tokens
+        return n <= self._most and n * width * rows.bytes_per_token <= CACHE_SHARE * self._weight_bytes
+
+    def _step(self) -> None:
+        """Run the last token of each row; let those leave that end, and those in that wait."""
+        rows = self._rows
+        if rows is None:
+            return
+        try:
+            logits, past, mask = rows.run(self._chat)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(rows.indices) == 1:
+                raise ModelError("one reply alone does not fit into memory; try a smaller --dtype") from error
+            self._most = half = len(rows.indices) // 2
+            places = list(range(len(rows.indices)))
+            self._waiting.append(rows.selected(places[half:]))
+            self._rows = rows.selected(places[:half])
+            return
+        rows.past, rows.mask = past, mask
+        self._rows = self._after(rows, logits)
+        while self._waiting and (self._rows is None or self._fits(self._rows, self._waiting[-1])):
+            waiting = self._waiting.pop()
+            self._rows = waiting if self._rows is None else self._rows.joined(waiting)
+
+    def _after(self, rows: "_Rows", logits: Tensor) -> "_Rows | None":
+        """Add the next token to each row, hand over the replies that end, and return the rows that go on."""
+        decoder, tokens, going = self._decoder, logits.argmax(dim=-1), []
+        for place, token in enumerate(tokens.tolist()):
+            reply = rows.replies[place]
+            if token not in decoder.stops:
+                reply.append(token)
+                if len(reply) < decoder.max_new_tokens and not decoder.enough(reply):
+                    going.append(place)
+                    continue
+            self._receive(rows.indices[place], reply)
+        rows.tokens = tokens
+        if not going:
+            return None
+        return rows if len(going) == len(rows.indices) else rows.selected(going)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Rows:
+    """Rows that decode together.
+
+    Attributes:
+        indices: of which prompt each is.
+        replies: the tokens of each so far.
+        tokens: [n], the last of each, which were not run yet.
+        past: keys and values of all tokens before.
+        mask: [n, n_tokens], of these 1 where there is no padding, which stands on the left.
+    """
+
+    indices: list[int]
+    replies: list[list[int]]
+    tokens: Tensor
+    past: Any
+    mask: Tensor
+
+    def run(self, chat: ChatModel) -> tuple[Tensor, Any, Tensor]:
+        """Run the last tokens; return the logits, [n, vocab], and what `past` and `mask` are now."""
+        mask = torch.cat([self.mask, self.mask.new_ones(len(self.indices), 1)], dim=1)
+        out = chat.model(
+            input_ids=self.tokens[:, None],
+            attention_mask=mask,
+            position_ids=mask.sum(dim=1, keepdim=True) - 1,
+            past_key_values=_copied(self.past),
+            use_cache=True,
+        )
+        return out.logits[:, -1], out.past_key_values, mask
+
+    def selected(self, places: Sequence[int]) -> "_Rows":
+        """Return some of the rows."""
+        index = torch.tensor(places, device=self.mask.device)
+        past = _copied(self.past)
+        past.batch_select_indices(index)
+        rows = _Rows(
+            indices=[self.indices[place] for place in places],
+            replies=[self.replies[place] for place in places],
+            tokens=self.tokens[index],
+            past=past,
+            mask=self.mask[index],
+        )
+        return rows.of_length(rows.length) if rows.length < rows.mask.shape[1] else rows
+
+    def joined(self, other: "_Rows") -> "_Rows":
+        """Return these rows and others, padded on the left to the same length."""
+        longest = max(self.length, other.length)
+        first, second = self.of_length(longest), other.of_length(longest)
+        for layer, more in zip(first.past.layers, second.past.layers, strict=True):
+            if layer.is_initialized and layer.keys.numel():
+                layer.keys = torch.cat([layer.keys, more.keys])
+                layer.values = torch.cat([layer.values, more.values])
+        return _Rows(
+            indices=first.indices + second.indices,
+            replies=first.replies + second.replies,
+            tokens=torch.cat([first.tokens, second.tokens]),
+            past=first.past,
+            mask=torch.cat([first.mask, second.mask]),
+        )
+
+    @property
+    def length(self) -> int:
+        """How many columns there are from the first that is not padding in every row."""
+        used = self.mask.any(dim=0)
+        return len(used) - int(used.int().argmax())
+
+    def of_length(self, length: int) -> "_Rows":
+        """Return the rows with their last columns alone, or with padding on the left where there are fewer."""
+        past = _copied(self.past)
+        for layer in past.layers:
+            if layer.is_initialized and layer.keys.numel():
+                layer.keys, layer.values = (_of_length(each, length) for each in (layer.keys, layer.values))
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = length
+        return replace(self, past=past, mask=_of_length(self.mask, length, dim=1))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The memory that keys and values of one token of one row take."""
+        n_tokens = max(1, self.mask.numel())
+        layers = [layer for layer in self.past.layers if layer.is_initialized]
+        return sum(int(each.nbytes) for layer in layers for each in (layer.keys, layer.values)) // n_tokens
+
+
+def _copied(past: Any) -> Any:
+    """Return a cache that can be written to: its layers' tensors are replaced, never changed."""
+    found = copy.copy(past)
+    found.layers = [copy.copy(layer) for layer in past.layers]
+    return found
+
+
+def _of_length(tensor: Tensor, length: int, dim: int = -2) -> Tensor:
+    """Return the last entries of a dimension, with zeros on the left where there are fewer."""
+    missing = length - tensor.shape[dim]
+    if missing <= 0:
+        return tensor.narrow(dim, -missing, length)
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)

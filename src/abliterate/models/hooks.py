@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.greedy import GreedyDecoder, PromptPass, can_continue
+from abliterate.models.greedy import GreedyDecoder, PromptPass, ReplyPool, can_continue
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Float64
@@ -329,6 +329,7 @@ def record(
     cache, n_cached = chat.share_prefix(rows, keep=n_positions)
     activations = torch.zeros(len(rows), n_positions, chat.n_layers, chat.d_model, dtype=chat.model.dtype)
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
+    pool = None if decoder is None else ReplyPool(decoder, receive)
 
     def run(indices: list[int]) -> None:
         def keep(layer: int, hidden: Tensor) -> None:
@@ -342,15 +343,16 @@ def record(
             else:
                 begun = decoder.run_prompts(batch, cache=cache, n_cached=n_cached)
                 result = begun.logits
-        if decoder is not None and begun is not None:
-            for i, reply in zip(indices, decoder.reply(begun), strict=True):
-                receive(i, reply)
+        if pool is not None and begun is not None:
+            pool.enter(indices, begun)
         for i, row in zip(indices, result.float().cpu(), strict=True):
             logits[i] = row
         if advance is not None:
             advance(len(indices))
 
     chat.for_batches([len(row) - n_cached for row in rows], run)
+    if pool is not None:
+        pool.finish()
     return Recording(activations=activations, logits=torch.stack(logits))
 
 
