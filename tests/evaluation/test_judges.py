@@ -14,7 +14,7 @@ from abliterate.evaluation.judges import JudgeOptions, judge_replies, load_judge
 from abliterate.evaluation.report import EvaluationOptions
 from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.reply_classes import read_reply
-from abliterate.models.chat_model import ChatModel
+from abliterate.models.greedy import GreedyDecoder
 from tests.support.tiny_models import CHAT_VOCABULARY, CHATML, make_tokenizer, make_wider_tokenizer, save_chat_model
 
 GUARD_TEMPLATE = (
@@ -247,12 +247,13 @@ def test_both_judges_in_one_evaluation(
     guard: Path, classifier: Path, llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """End to end; what the tiny random model says is replaced, what the judges say is not."""
-    generate = ChatModel.generate
+    generate = GreedyDecoder.replies
 
-    def scripted(chat, rows, *, advance=None, receive=None, **rest):
+    def scripted(decoder, rows, *, receive=None, **rest):
+        chat = decoder.chat
         texts = [chat.decode(row) for row in rows]
         if "Is the last message safe" in texts[0]:
-            return generate(chat, rows, advance=advance, receive=receive, **rest)
+            return generate(decoder, rows, receive=receive, **rest)
         found = [next(r for p, r in zip(PROMPTS, REPLIES, strict=True) if p in text) for text in texts]
         tokens = [chat.tokenizer(text)["input_ids"] for text in found]
         for i, ids in enumerate(tokens):
@@ -260,7 +261,7 @@ def test_both_judges_in_one_evaluation(
                 receive(i, ids)
         return tokens
 
-    monkeypatch.setattr(ChatModel, "generate", scripted)
+    monkeypatch.setattr(GreedyDecoder, "replies", scripted)
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(PROMPTS))
     options = EvaluationOptions(

@@ -17,7 +17,8 @@ from abliterate.evaluation.replies import (
     measure_surprise,
     read_replies,
 )
-from abliterate.models.chat_model import ChatModel, make_chat_model
+from abliterate.models.chat_model import make_chat_model
+from abliterate.models.greedy import GreedyDecoder
 from tests.support.tiny_models import CHATML, make_tokenizer, make_wider_tokenizer
 
 ROWS = [[1, 2, 3], [4, 5], [6]]
@@ -28,7 +29,7 @@ def generated(monkeypatch):
     """The rows that the model was asked to reply to; its reply is a row backwards."""
     asked: list[list[int]] = []
 
-    def generate(_chat, rows, *, max_new_tokens, advance=lambda _n: None, receive=lambda _index, _reply: None):
+    def replies_to(_decoder, rows, *, advance=lambda _n: None, receive=lambda _index, _reply: None):
         replies = [list(reversed(row)) for row in rows]
         for index, reply in enumerate(replies):
             asked.append(list(rows[index]))
@@ -36,7 +37,7 @@ def generated(monkeypatch):
             advance(1)
         return replies
 
-    monkeypatch.setattr(ChatModel, "generate", generate)
+    monkeypatch.setattr(GreedyDecoder, "replies", replies_to)
     return asked
 
 

@@ -14,6 +14,7 @@ from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.reply_classes import REFUSAL_SUBSTRINGS, read_reply
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
+from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import prompt_hash
@@ -151,7 +152,8 @@ class _Scripted:
         self.calls: list[int] = []
         scripted = self
 
-        def generate(chat, rows, *, max_new_tokens, advance=None, receive=None):
+        def replies_to(decoder, rows, *, advance=None, receive=None):
+            chat = decoder.chat
             scripted.calls.append(len(rows))
             texts = [chat.decode(row) for row in rows]
             found = [next(reply for prompt, reply in replies.items() if prompt in text) for text in texts]
@@ -161,7 +163,7 @@ class _Scripted:
                     receive(i, ids)
             return tokens
 
-        monkeypatch.setattr(ChatModel, "generate", generate)
+        monkeypatch.setattr(GreedyDecoder, "replies", replies_to)
 
 
 def test_rates_equal_an_independent_count(
@@ -252,9 +254,9 @@ def test_an_interrupted_evaluation_goes_on_without_generating_again(
 ) -> None:
     expected = evaluate_model(model=llama_directory, options=options)
     cached = replace(options, cache=tmp_path / "cache")
-    generate, generated = ChatModel.generate, []
+    generate, generated = GreedyDecoder.replies, []
 
-    def counting(chat, rows, *, receive=None, **rest):
+    def counting(decoder, rows, *, receive=None, **rest):
         def interrupt_at_the_second(index: int, reply: list[int]) -> None:
             if receive is not None:
                 receive(index, reply)
@@ -262,10 +264,10 @@ def test_an_interrupted_evaluation_goes_on_without_generating_again(
             if len(generated) == 2 and not resumed:
                 raise KeyboardInterrupt
 
-        return generate(chat, rows, receive=interrupt_at_the_second, **rest)
+        return generate(decoder, rows, receive=interrupt_at_the_second, **rest)
 
     resumed: list[bool] = []
-    monkeypatch.setattr(ChatModel, "generate", counting)
+    monkeypatch.setattr(GreedyDecoder, "replies", counting)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(model=llama_directory, options=cached, model_options=ModelOptions(batch_size=1))
     file = next((tmp_path / "cache").iterdir())

@@ -63,7 +63,6 @@ def test_rows_of_several_passes_are_decoded_together(
     # Passes of one row, so that rows enter at all times.
     monkeypatch.setitem(chat._limit, "forward", 1)
     monkeypatch.setitem(greedy.ROWS_AT_ONCE, "cpu", rows_at_once)
-    monkeypatch.setattr(greedy, "CACHE_SHARE", 1e9)
     sizes_seen: list[int] = []
     decoder = GreedyDecoder(chat=chat, max_new_tokens=8)
     assert can_continue(chat, rows, max_new_tokens=8)
@@ -78,6 +77,7 @@ def test_the_cache_of_all_rows_is_bounded(llama_chat: ChatModel, monkeypatch: py
     rows = llama_chat.encode(PROMPTS)
     monkeypatch.setitem(llama_chat._limit, "forward", 1)
     monkeypatch.setattr(greedy, "CACHE_SHARE", 0.0)
+    monkeypatch.setattr(greedy, "CACHE_BYTES", 0)
     seen: list[int] = []
     with _watched(llama_chat, seen):
         replies = GreedyDecoder(chat=llama_chat, max_new_tokens=6).replies(rows)
@@ -88,7 +88,6 @@ def test_the_cache_of_all_rows_is_bounded(llama_chat: ChatModel, monkeypatch: py
 def test_when_memory_runs_out_half_of_the_rows_wait(llama_chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = llama_chat.encode(PROMPTS)
     expected = llama_chat.generate(rows, max_new_tokens=6)
-    monkeypatch.setattr(greedy, "CACHE_SHARE", 1e9)
     seen: list[int] = []
     with _watched(llama_chat, seen, most=3):
         assert GreedyDecoder(chat=llama_chat, max_new_tokens=6).replies(rows) == expected

@@ -27,6 +27,27 @@ def test_logits_at_the_replies_are_those_of_plain_passes(chat: ChatModel) -> Non
             assert len(logits) == len(reply)
 
 
+def test_what_all_rows_begin_with_is_run_once_and_changes_nothing(chat: ChatModel) -> None:
+    shared = list(range(30, 42))
+    rows = [[*shared, *prompt, *reply] for prompt, reply in zip(PROMPTS, REPLIES, strict=True)]
+    n_cached = chat.shareable_prefix(rows, keep=[len(reply) + 1 for reply in REPLIES])
+    assert n_cached in {0, len(shared)}
+    directions = torch.stack([random_direction(seed=i) for i in range(chat.n_layers)]).double()
+    edit = SoftEdit(chat, directions / directions.norm(dim=1, keepdim=True))
+    gradients = []
+    for whole in (True, False):
+        strengths = torch.full((chat.n_layers, 2), 0.4, requires_grad=True)
+        with edit.applied(strengths):
+            if whole:
+                found = reply_logits(chat, rows, [len(reply) for reply in REPLIES])
+            else:
+                plain = [chat.model(torch.tensor([row])).logits[0].float() for row in rows]
+                found = [row[-len(reply) - 1 : -1] for row, reply in zip(plain, REPLIES, strict=True)]
+        torch.cat(found).logsumexp(dim=-1).sum().backward()
+        gradients.append(strengths.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
 def test_the_metric_is_the_published_one_and_has_a_gradient_where_that_is_cut_off() -> None:
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     wanted = refusal_metric(logits, token_ids=(3, 7))

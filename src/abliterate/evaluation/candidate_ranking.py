@@ -22,6 +22,7 @@ from abliterate.extraction.screening import propose, separations
 from abliterate.extraction.selection import CandidateScore, passing_candidates
 from abliterate.extraction.shared_runs import RecordingRun, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel
+from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.hooks import Recording, ablate_direction, difference_in_means
 from abliterate.models.stream_probe import StreamProbe
 from abliterate.processes import Ranks
@@ -221,7 +222,7 @@ class CandidateFinder:
 
     def _screen(self, key: tuple[int, int], rows: list[list[int]], max_new_tokens: int) -> ScreenedCandidate:
         with ablate_direction(self._chat, self.candidates[key]):
-            replies = self._chat.generate(rows, max_new_tokens=max_new_tokens)
+            replies = GreedyDecoder(chat=self._chat, max_new_tokens=max_new_tokens).replies(rows)
         classes = [reply.reply_class for reply in read_completions(self._chat, replies)]
         score = self._scores.get(key, CandidateScore(position=key[0], layer=key[1]))
         return ScreenedCandidate(

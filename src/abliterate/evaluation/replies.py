@@ -19,6 +19,7 @@ from abliterate.evaluation.drift import Surprise, completion_surprise
 from abliterate.extraction.reply_classes import Reply, read_completions
 from abliterate.models.chat_format import find_chat_format
 from abliterate.models.chat_model import ChatModel
+from abliterate.models.greedy import GreedyDecoder
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 
@@ -178,16 +179,16 @@ def generate_replies(
     advance: Advance = lambda _n: None,
 ) -> list[list[int]]:
     """Generate greedy replies to rendered prompts (token ids), except those that a cache holds."""
+    decoder = GreedyDecoder(chat=chat, max_new_tokens=max_new_tokens)
     if cache is None:
-        return chat.generate(rows, max_new_tokens=max_new_tokens, advance=advance)
+        return decoder.replies(rows, advance=advance)
     kept = [cache.get(row) for row in rows]
     missing = [i for i, reply in enumerate(kept) if reply is None]
     advance(len(rows) - len(missing))
     made: list[list[int]] = []
     if missing:
-        made = chat.generate(
+        made = decoder.replies(
             [rows[i] for i in missing],
-            max_new_tokens=max_new_tokens,
             advance=advance,
             receive=lambda index, reply: cache.put(rows[missing[index]], reply),
         )

@@ -206,9 +206,10 @@ class ChatModel:
         n_shared = self.shareable_prefix(rows, keep=keep)
         return (self.run_prefix(rows[0][:n_shared]), n_shared) if n_shared else (None, 0)
 
-    def shareable_prefix(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> int:
+    def shareable_prefix(self, rows: Sequence[Sequence[int]], *, keep: int | Sequence[int] = 1) -> int:
         """Return how many tokens at the start of all rows are worth a cache that is exact; 0 if there is none."""
-        n_shared = min(shared_prefix_length(rows), min(len(row) for row in rows) - keep)
+        kept = [keep] * len(rows) if isinstance(keep, int) else keep
+        n_shared = min(shared_prefix_length(rows), min(len(row) - n for row, n in zip(rows, kept, strict=True)))
         if n_shared < MIN_SHARED_PREFIX:
             return 0
         return n_shared if empty_cache(self.model.config, longest=max(len(row) for row in rows)) is not None else 0
@@ -250,6 +251,17 @@ class ChatModel:
             variants: for each row which variant of the cache it continues; None: the first.
             n_logits: at how many of the last tokens; above 1 the result is [n, n_logits, vocab].
         """
+        return self._forward(batch, cache=cache, n_cached=n_cached, variants=variants, n_logits=n_logits)
+
+    def _forward(
+        self,
+        batch: list[list[int]],
+        *,
+        cache: PrefixCache | None,
+        n_cached: int,
+        variants: Sequence[int] | None = None,
+        n_logits: int = 1,
+    ) -> Tensor:
         ids, mask = self.pad(batch)
         past = None
         if cache is not None:
@@ -400,12 +412,32 @@ class ChatModel:
             prefix: token ids.
             n_variants: how many times to run it, in one batch, whose rows an intervention may tell apart.
         """
+        return self._run_prefix(prefix, n_variants)
+
+    def _run_prefix(self, prefix: Sequence[int], n_variants: int = 1) -> PrefixCache | None:
         cache = empty_cache(self.model.config, longest=len(prefix))
         if cache is None:
             return None
         ids = torch.tensor([list(prefix)] * n_variants, device=self.device)
         self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=self.last_tokens(len(prefix)))
         return PrefixCache(cache=cache, n_tokens=len(prefix))
+
+    def differentiable_logits(self, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Tensor]:
+        """Return the logits at the last tokens of the rows of one batch, [length, vocab] of each; gradients flow.
+
+        Tokens that all rows begin with are run once.
+
+        Args:
+            rows: token ids.
+            lengths: at how many of the last tokens of each row.
+        """
+        n_cached = self.shareable_prefix(rows, keep=lengths)
+        cache = self._run_prefix(rows[0][:n_cached]) if n_cached else None
+        batch = [list(row[n_cached:]) for row in rows]
+        logits = self._forward(batch, cache=cache, n_cached=n_cached, n_logits=max(lengths))
+        if max(lengths) == 1:
+            return [row[None] for row in logits]
+        return [row[-length:] for row, length in zip(logits, lengths, strict=True)]
 
 
 def make_chat_model(

@@ -18,8 +18,8 @@ from abliterate.models.chat_model import ChatModel, PrefixCache, empty_cache, is
 
 ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 """So many rows are decoded together at most: what keeps a device busy."""
-CACHE_SHARE = 0.25
-"""The keys and values of all rows take at most this share of the memory that the weights take."""
+CACHE_SHARE, CACHE_BYTES = 0.25, 2**30
+"""The keys and values of all rows take at most this share of the memory that the weights take, or so many bytes."""
 
 
 def can_continue(chat: ChatModel, rows: Sequence[Sequence[int]], *, max_new_tokens: int) -> bool:
@@ -82,20 +82,31 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def replies(
-        self, rows: Sequence[Sequence[int]], *, advance: Callable[[int], None] = lambda _n: None
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        advance: Callable[[int], None] = lambda _n: None,
+        receive: Callable[[int, list[int]], None] = lambda _index, _reply: None,
     ) -> list[list[int]]:
-        """Return the replies to some prompts (token ids), in their order."""
+        """Return the replies to some prompts, in their order.
+
+        Args:
+            rows: token ids.
+            advance: called with the number of replies that have ended.
+            receive: called with the index of each prompt and its reply, as soon as that has ended.
+        """
         chat = self.chat
         if not can_continue(chat, rows, max_new_tokens=self.max_new_tokens):
-            return chat.generate(rows, max_new_tokens=self.max_new_tokens, advance=advance)
+            return chat.generate(rows, max_new_tokens=self.max_new_tokens, advance=advance, receive=receive)
         cache, n_cached = chat.share_prefix(rows)
         found: list[list[int]] = [[] for _ in rows]
 
-        def receive(index: int, reply: list[int]) -> None:
+        def keep(index: int, reply: list[int]) -> None:
             found[index] = reply
+            receive(index, reply)
             advance(1)
 
-        pool = ReplyPool(self, receive)
+        pool = ReplyPool(self, keep)
 
         def run(indices: list[int]) -> None:
             batch = [list(rows[i][n_cached:]) for i in indices]
@@ -130,7 +141,8 @@ class ReplyPool:
         self._chat = decoder.chat
         self._receive = receive
         self._most = self._chat.batch_size or ROWS_AT_ONCE.get(self._chat.device.type, ROWS_AT_ONCE["cuda"])
-        self._weight_bytes = sum(each.nbytes for each in self._chat.model.parameters())
+        weights = sum(each.nbytes for each in self._chat.model.parameters())
+        self._most_bytes = max(CACHE_SHARE * weights, CACHE_BYTES)
         self._rows: _Rows | None = None
         self._waiting: list[_Rows] = []
 
@@ -155,7 +167,7 @@ class ReplyPool:
     def _fits(self, rows: "_Rows", more: "_Rows") -> bool:
         n = len(rows.indices) + len(more.indices)
         width = max(rows.mask.shape[1], more.mask.shape[1]) + self._decoder.max_new_tokens
-        return n <= self._most and n * width * rows.bytes_per_token <= CACHE_SHARE * self._weight_bytes
+        return n <= self._most and n * width * rows.bytes_per_token <= self._most_bytes
 
     def _step(self) -> None:
         """Run the last token of each row; let those leave that end, and those in that wait."""

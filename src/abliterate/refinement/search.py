@@ -55,24 +55,13 @@ def reply_logits(
         rows: token ids of prompts with their replies.
         lengths: of how many last tokens of each row.
     """
-    ids, mask = chat.pad([list(row) for row in rows])
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    width, longest = ids.shape[1], max(lengths)
-    kept = chat.last_tokens(width, longest + 1)
-    out = chat.model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=kept
-    ).logits[:, -(longest + 1) :]
-    return [row[longest - length : longest].float() for row, length in zip(out, lengths, strict=True)]
+    found = chat.differentiable_logits(rows, [length + 1 for length in lengths])
+    return [row[:-1].float() for row in found]
 
 
 def last_logits(chat: ChatModel, rows: Sequence[Sequence[int]]) -> Float[Tensor, "n vocab"]:
     """Return the logits behind the last token of each row, float32; gradients flow."""
-    ids, mask = chat.pad([list(row) for row in rows])
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    kept = chat.last_tokens(ids.shape[1])
-    out = chat.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=kept)
-    logits: Tensor = out.logits[:, -1].float()
-    return logits
+    return torch.cat(chat.differentiable_logits(rows, [1] * len(rows))).float()
 
 
 def log_odds(logits: Float[Tensor, "n vocab"], token_ids: Sequence[int]) -> Float[Tensor, " n"]:
