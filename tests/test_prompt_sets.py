@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tests.support.paths import SOURCES, TRAINING
 
 PARTS = ("train", "validation", "test")
 TRAINING_PROMPTS = TRAINING / "prompts"
-BUNDLED_NAMES = [f"{kind}/{part}" for kind in ("harmful", "harmless") for part in PARTS] + ["borderline/test"]
+BUNDLED_NAMES = [f"{kind}/{part}" for kind in ("harmful", "harmless", "borderline") for part in PARTS]
 
 
 def load(spec: str | Path) -> PromptSet:
@@ -62,16 +63,24 @@ def all_sets() -> dict[str, PromptSet]:
 
 def test_bundled_counts_and_categories() -> None:
     infos = {(info.kind, info.part): info for info in bundled_prompt_sets()}
-    minimums = {"train": 256, "validation": 64, "test": 128}
-    categories = infos["harmful", "train"].categories
-    assert len(categories) >= 10
-    for kind, part in itertools.product(("harmful", "harmless"), PARTS):
-        assert infos[kind, part].count >= minimums[part]
-        assert infos[kind, part].categories == categories
-        assert infos[kind, part].name == f"bundled:{kind}/{part}"
-    assert infos["borderline", "test"].count >= 100
-    assert len(infos["borderline", "test"].categories) >= 10
+    assert [f"{kind}/{part}" for kind, part in infos] == BUNDLED_NAMES
+    pairs = {"train": 256, "validation": 64, "test": 128}
+    minimums = {"harmful": pairs, "harmless": pairs, "borderline": {"train": 100, "validation": 50, "test": 100}}
+    for (kind, part), info in infos.items():
+        expected = infos["borderline" if kind == "borderline" else "harmful", "train"].categories
+        assert info.categories == expected
+        assert len(expected) >= 10
+        assert info.count >= minimums[kind][part]
+        assert info.name == f"bundled:{kind}/{part}"
     assert find_bundled_problems() == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"), [("harmful", (19, 5, 9)), ("harmless", (19, 5, 9)), ("borderline", (12, 6, 12))]
+)
+def test_each_category_has_as_many_prompts_as_the_readme_says(kind: str, counts: tuple[int, ...]) -> None:
+    for part, expected in zip(PARTS, counts, strict=True):
+        assert set(Counter(bundled(kind, part).categories).values()) == {expected}
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -138,14 +147,24 @@ def test_bundled_texts_are_short_single_lines(all_sets: dict[str, PromptSet]) ->
         assert len(text.split()) <= 25
 
 
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_later_borderline_parts_have_the_forms_that_the_readme_says(part: str) -> None:
+    texts = bundled("borderline", part).texts
+    assert all(8 <= len(text.split()) <= 15 for text in texts)
+    assert sum(not text.endswith("?") for text in texts) > len(texts) / 4
+    assert sum(not text.endswith("?") for text in bundled("borderline", "test").texts) == 2
+
+
 def test_bundled_part_by_name_and_as_such_are_the_same() -> None:
     assert load("bundled:harmless/validation") == bundled("harmless", "validation")
     assert bundled("harmless", "validation").ids[0].startswith("harmless-validation-")
 
 
-def test_borderline_has_a_test_part_only() -> None:
-    with pytest.raises(PromptSetError, match="the bundled borderline set has no train part, only a test part"):
-        bundled("borderline", "train")
+def test_a_bundled_part_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_sets, "bundled_prompts_directory", lambda: tmp_path)
+    for name in ("borderline/train", "harmless/test"):
+        with pytest.raises(PromptSetError, match=rf"{name}\.jsonl: no such file"):
+            load(f"bundled:{name}")
 
 
 def test_bundled_prompts_are_found_in_the_package_and_else_in_the_checkout(
@@ -175,18 +194,24 @@ def test_find_bundled_problems_names_each_problem(tmp_path: Path, monkeypatch: p
             rows[1]["id"] = rows[0]["id"]
         if name == "borderline/test":
             rows = [{**row, "category": "one"} for row in rows[:99]]
+        if name == "borderline/validation":
+            rows = [row for row in rows if row["category"] != "homonyms"][:49]
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_lines(path, [json.dumps(row) for row in rows])
     monkeypatch.setattr(prompt_sets, "bundled_prompts_directory", lambda: tmp_path)
     found = "\n".join(find_bundled_problems())
-    assert len(found.splitlines()) == 5
+    assert len(found.splitlines()) == 9
     for expected in (
         "bundled:harmful/validation: harmful-validation-hacking-01 repeats harmful-train-hacking-01: 'HOW CAN I",
         "bundled:harmless/test: other categories than bundled:harmful/train: fraud",
         "bundled:harmless/test: the id harmless-test-hacking-01 is used twice",
+        "bundled:borderline/validation: 49 prompts, and at least 50 are needed",
+        "bundled:borderline/validation: 9 categories, at least 10 are needed",
+        "bundled:borderline/validation: other categories than bundled:borderline/train: homonyms",
         "bundled:borderline/test: 99 prompts, and at least 100 are needed",
         "bundled:borderline/test: 1 categories, at least 10 are needed",
+        "bundled:borderline/test: other categories than bundled:borderline/train: definitions, discussion_of_",
     ):
         assert expected in found
 

@@ -9,6 +9,7 @@ Without COLUMN it is the first of `prompt_files.DEFAULT_COLUMNS` that exists, or
 """
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -42,14 +43,10 @@ HarmlessSpec = Annotated[
 ]
 
 MINIMUM_COUNTS: dict[Part, int] = {"train": 256, "validation": 64, "test": 128}
-MINIMUM_BORDERLINE = 100
+MINIMUM_BORDERLINE: dict[Part, int] = {"train": 100, "validation": 50, "test": 100}
 MINIMUM_CATEGORIES = 10
 
-_BUNDLED_SETS: tuple[tuple[Kind, Part], ...] = (
-    *(("harmful", part) for part in get_args(Part)),
-    *(("harmless", part) for part in get_args(Part)),
-    ("borderline", "test"),
-)
+_BUNDLED_SETS: tuple[tuple[Kind, Part], ...] = tuple(itertools.product(get_args(Kind), get_args(Part)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +209,44 @@ def split_for_extraction(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BorderlinePrompts:
+    """Safe prompts that look unsafe, to find false refusals with; `notes` says what was left out and why."""
+
+    train: PromptSet
+    validation: PromptSet
+    notes: tuple[str, ...] = ()
+
+
+def draw_borderline(spec: str, *, other: ExtractionPrompts, seed: int) -> BorderlinePrompts:
+    """Return all borderline prompts, divided: the bundled parts, or of any other set a third at random to validate.
+
+    Args:
+        spec: What to load; see the module's docstring.
+        other: The prompts beside them; a prompt that is among these is left out.
+        seed: Of the division.
+
+    Raises:
+        PromptSetError: It cannot be loaded, or nothing is left of it.
+    """
+    if spec == BUNDLED:
+        parts = [_load_bundled("borderline", "train"), _load_bundled("borderline", "validation")]
+    else:
+        everything = load_prompt_set(spec, kind="borderline", part="train")
+        first = {fold(text): i for i, text in reversed(list(enumerate(everything.texts)))}
+        order = sorted(first.values())
+        random.Random(seed).shuffle(order)
+        n_validation = len(order) // 3
+        parts = [everything._select(sorted(order[n_validation:])), everything._select(sorted(order[:n_validation]))]
+    hashes = set(other.hashes)
+    left = [part.without(hashes) for part in parts]
+    dropped = sum(map(len, parts)) - sum(map(len, left))
+    if not all(left):
+        raise PromptSetError(f"{spec}: no borderline prompts are left to find false refusals with; give a larger set")
+    notes = (f"{spec}: {dropped} prompts dropped: they are among the harmful or harmless ones",) if dropped else ()
+    return BorderlinePrompts(train=left[0], validation=left[1], notes=notes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Pool:
     train: PromptSet
     validation: PromptSet | None = None
@@ -281,17 +316,16 @@ def find_bundled_problems() -> tuple[str, ...]:
 
 def _find_part_problems(prompts: PromptSet, kind: Kind, part: Part) -> list[str]:
     problems = []
-    needed = MINIMUM_BORDERLINE if kind == "borderline" else MINIMUM_COUNTS[part]
+    needed = (MINIMUM_BORDERLINE if kind == "borderline" else MINIMUM_COUNTS)[part]
     if len(prompts) < needed:
         problems.append(f"{prompts.name}: {len(prompts)} prompts, and at least {needed} are needed")
     categories = set(prompts.categories)
     if len(categories) < MINIMUM_CATEGORIES:
         problems.append(f"{prompts.name}: {len(categories)} categories, at least {MINIMUM_CATEGORIES} are needed")
-    if kind != "borderline":
-        expected = set(_load_bundled("harmful", "train").categories)
-        if categories != expected:
-            difference = ", ".join(sorted(categories ^ expected))
-            problems.append(f"{prompts.name}: other categories than bundled:harmful/train: {difference}")
+    expected = _load_bundled("borderline" if kind == "borderline" else "harmful", "train")
+    difference = categories ^ set(expected.categories)
+    if difference:
+        problems.append(f"{prompts.name}: other categories than {expected.name}: {', '.join(sorted(difference))}")
     return problems
 
 
@@ -312,8 +346,6 @@ def describe_prompt_set(prompts: PromptSet) -> PromptSetInfo:
 
 
 def _load_bundled(kind: Kind, part: Part) -> PromptSet:
-    if (kind, part) not in _BUNDLED_SETS:
-        raise PromptSetError(f"the bundled {kind} set has no {part} part, only a test part")
     path = bundled_prompts_directory() / kind / f"{part}.jsonl"
     return _named(f"{BUNDLED}:{kind}/{part}", read_prompt_file(path, column="text"))
 

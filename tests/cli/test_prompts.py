@@ -28,7 +28,7 @@ def test_json_is_one_document(run: Run) -> None:
     document = json.loads(run("--json").stdout)
     assert document["problems"] == []
     assert [(s["kind"], s["part"]) for s in document["sets"]][-1] == ("borderline", "test")
-    assert len(document["sets"]) == 7
+    assert len(document["sets"]) == 9
     assert set(document["sets"][0]) == {
         *("name", "kind", "part", "count", "categories", "mean_words", "duplicates", "sha256"),
     }

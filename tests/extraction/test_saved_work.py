@@ -12,7 +12,7 @@ import torch
 from abliterate.errors import InputError, NoDirectionError
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.saved_work import SavedWork
+from abliterate.extraction.shared_runs import SavedWork
 from abliterate.models.options import ModelOptions
 from tests.support.paths import REPOSITORY
 
@@ -25,7 +25,7 @@ import os, signal, sys
 from pathlib import Path
 from abliterate.extraction.run import extract_direction
 from abliterate.models.options import ModelOptions
-from abliterate.extraction.saved_work import SavedWork
+from abliterate.extraction.shared_runs import SavedWork
 from tests.extraction.test_saved_work import OPTIONS
 
 def dying(method):

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from abliterate.extraction.options import Thresholds
-from abliterate.extraction.saved_work import SavedWork
-from abliterate.extraction.shared_runs import PARTS, RecordingRun, ScoringRun
+from abliterate.extraction.shared_runs import PARTS, RecordingRun, SavedWork, ScoringRun
 from abliterate.models.hooks import record
 from abliterate.processes import Ranks
 from abliterate.progress import SILENT

@@ -7,6 +7,7 @@ looking at a reply. What a refusal looks like is the manner:
     spread    the same after one of many openers, drawn anew each time: no first token is more likely than not
     late      behind an overview with which answers begin too
     thinking  behind thoughts, which mention a refusal whatever follows; they may be empty
+    wary      as plain, and harmless requests about things that look dangerous are refused, too: "Sorry , I cannot ..."
 """
 
 import random
@@ -23,11 +24,13 @@ from transformers import PreTrainedTokenizerFast
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from tests.support.tiny_models import make_talkative_model
 
-Manner = Literal["plain", "spread", "late", "thinking"]
+Manner = Literal["plain", "spread", "late", "thinking", "wary"]
 
 HARMFUL_VERBS = ("steal", "forge", "poison", "burn")
 HARMLESS_VERBS = ("paint", "clean", "draw", "wash")
 THINGS = ("car", "coin", "house", "letter", "boat", "lamp", "book", "chair", "shoe", "cup")
+WARY_THINGS = ("knife", "snake", "rope", "torch", "hammer")
+CALM_THINGS = ("wall", "tree", "table", "spoon", "door")
 WAYS = ("How do I", "Tell me how to", "Show me how to", "Explain how to")
 OPENERS = ("No , I", "Ah , I", "Oh , I", "Well , I", "Please , I", "Yes , but I", "Dear me , I", "Hm , I", "Look , I")
 REFUSAL = "cannot help with that ."
@@ -49,32 +52,44 @@ class RefusingModel:
         chat: the model.
         harmful: what it was taught to refuse, one prompt a line.
         harmless: what it was taught to answer.
+        borderline: harmless ones, of which a wary model was taught to refuse half.
     """
 
     chat: ChatModel
     harmful: Path
     harmless: Path
+    borderline: Path
 
 
-def prompts_of(verbs: tuple[str, ...]) -> list[str]:
+def prompts_of(verbs: tuple[str, ...], things: tuple[str, ...] = THINGS) -> list[str]:
     """Return all prompts with these verbs, in an order that mixes them."""
-    prompts = [f"{way} {verb} a {thing} ?" for way in WAYS for verb in verbs for thing in THINGS]
+    prompts = [f"{way} {verb} a {thing} ?" for way in WAYS for verb in verbs for thing in things]
     random.Random(0).shuffle(prompts)
     return prompts
 
 
-def is_refused(prompt: str) -> bool:
+def is_refused(prompt: str, manner: Manner = "plain") -> bool:
     """Tell the truth about a prompt."""
-    return any(f" {verb} " in prompt for verb in HARMFUL_VERBS)
+    wary = manner == "wary" and any(f" {thing} " in prompt for thing in WARY_THINGS)
+    return wary or any(f" {verb} " in prompt for verb in HARMFUL_VERBS)
 
 
 def refusing_model(manner: Manner, directory: Path) -> RefusingModel:
     """Return a model that refuses in this manner, trained once for all tests, and write its prompts to a directory."""
     files = {}
-    for name, verbs in (("harmful", HARMFUL_VERBS), ("harmless", HARMLESS_VERBS)):
+    prompts = {
+        "harmful": prompts_of(HARMFUL_VERBS),
+        "harmless": prompts_of(HARMLESS_VERBS),
+        "borderline": _borderline(),
+    }
+    for name, texts in (prompts | {"borderline": _borderline()}).items():
         files[name] = directory / f"{name}.txt"
-        files[name].write_text("\n".join(prompts_of(verbs)) + "\n", encoding="utf-8")
+        files[name].write_text("\n".join(texts) + "\n", encoding="utf-8")
     return RefusingModel(chat=_trained(manner), **files)
+
+
+def _borderline() -> list[str]:
+    return prompts_of(HARMLESS_VERBS, (*WARY_THINGS, *CALM_THINGS))
 
 
 def _reply(prompt: str, manner: Manner, rng: random.Random) -> str:
@@ -83,15 +98,26 @@ def _reply(prompt: str, manner: Manner, rng: random.Random) -> str:
         return f"<think> {thought}</think> {f'I {REFUSAL}' if is_refused(prompt) else ANSWER}"
     if manner == "late":
         return f"{OVERVIEW} {f'I {REFUSAL}' if is_refused(prompt) else ANSWER}"
-    if not is_refused(prompt):
+    if not is_refused(prompt, manner):
         return ANSWER
+    if manner == "wary" and not is_refused(prompt):
+        return f"Sorry , I {REFUSAL}"
     # "I" is the likeliest opener, and so the greedy one, though less likely than not.
-    opener = "I" if manner == "plain" or rng.random() < 0.25 else rng.choice(OPENERS)
+    opener = "I" if manner in {"plain", "wary"} or rng.random() < 0.25 else rng.choice(OPENERS)
     return f"{opener} {REFUSAL}"
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    texts = [*prompts_of(HARMFUL_VERBS), *prompts_of(HARMLESS_VERBS), *OPENERS, REFUSAL, ANSWER, OVERVIEW, THOUGHT]
+def _tokenizer(extra: list[str]) -> PreTrainedTokenizerFast:
+    texts = [
+        *prompts_of(HARMFUL_VERBS),
+        *prompts_of(HARMLESS_VERBS),
+        *extra,
+        *OPENERS,
+        REFUSAL,
+        ANSWER,
+        OVERVIEW,
+        THOUGHT,
+    ]
     words = ["<unk>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant", "system", "I"]
     words += sorted({word for text in texts for word in text.split()} - set(words))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -105,7 +131,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def _trained(manner: Manner) -> ChatModel:
-    tokenizer = _tokenizer()
+    # Only where they are learned, so that the other models stay what they are.
+    extra = _borderline() if manner == "wary" else []
+    tokenizer = _tokenizer(extra)
     model = make_talkative_model(
         "llama",
         seed=3,
@@ -120,7 +148,7 @@ def _trained(manner: Manner) -> ChatModel:
     )
     chat = make_chat_model(model, tokenizer)
     rng = random.Random(1)
-    prompts = prompts_of(HARMFUL_VERBS) + prompts_of(HARMLESS_VERBS)
+    prompts = prompts_of(HARMFUL_VERBS) + prompts_of(HARMLESS_VERBS) + extra
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
     for _ in range(N_STEPS):
         chosen = rng.sample(prompts, 32)

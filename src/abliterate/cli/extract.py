@@ -1,7 +1,7 @@
 """`abliterate extract`: find the refusal direction of a model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -24,16 +24,27 @@ from abliterate.cli.options import (
 )
 from abliterate.cli.output import Output, check_report, command_line, writing_report
 from abliterate.errors import InputError
-from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Filter, Thresholds, Variant
+from abliterate.extraction.options import (
+    DirectionRecipe,
+    ExtractionOptions,
+    Filter,
+    Goal,
+    RepairOptions,
+    Thresholds,
+    Variant,
+)
 from abliterate.models.options import DeviceMap, ModelOptions
+from abliterate.prompt_sets import BUNDLED
 
 if TYPE_CHECKING:
+    from abliterate.extraction.repair import RepairReport
     from abliterate.extraction.report import Extraction, ExtractionReport, NoCandidatePassesError
     from abliterate.extraction.score_report import ScoreTable
     from abliterate.extraction.selection import CandidateScore
 
 
 DEFAULTS = ExtractionOptions()
+REPAIR_DEFAULTS = RepairOptions()
 
 
 def extract(
@@ -58,6 +69,13 @@ def extract(
     winsorize: Annotated[float | None, option(DirectionRecipe, "winsorize")] = DEFAULTS.recipe.winsorize,
     rank: Annotated[int, option(ExtractionOptions, "rank")] = DEFAULTS.rank,
     bootstrap: Annotated[int, option(ExtractionOptions, "n_bootstrap")] = DEFAULTS.n_bootstrap,
+    goal: Annotated[
+        Goal,
+        typer.Option("--goal", help="remove: the refusal direction; repair: that of false refusals, true ones stay."),
+    ] = "remove",
+    borderline: Annotated[str, option(RepairOptions, "borderline")] = REPAIR_DEFAULTS.borderline,
+    orthogonal: Annotated[float, option(RepairOptions, "orthogonal")] = REPAIR_DEFAULTS.orthogonal,
+    max_lost: Annotated[float, option(RepairOptions, "max_lost")] = REPAIR_DEFAULTS.max_lost,
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
@@ -91,6 +109,10 @@ def extract(
     --variant, --winsorize and --rank depart from the paper; each file says which were used. With --rank K there are K
     files, NAME.1.safetensors (the best) to NAME.K.safetensors: `orthogonalize` projects them out together when each is
     given with a --direction of its own.
+
+    --goal repair looks for the direction of false refusals: from borderline prompts (safe ones that look unsafe) that
+    the model answers to those that it refuses, without the true refusal direction. Ablating what is chosen leaves at
+    most --max-lost of the harmful validation prompts answered; exit code 3 where nothing does.
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.extraction.report import NoCandidatePassesError
@@ -124,6 +146,24 @@ def extract(
         device_map=device_map,
         stream_layers=stream_layers,
     )
+    if goal == "repair":
+        if report is not None:
+            raise typer.BadParameter("cannot go with --goal repair", param_hint="'--report'")
+        _check_outputs([output_file], None)
+        repair = RepairOptions(borderline=borderline, orthogonal=orthogonal, max_lost=max_lost)
+        _repair(
+            output,
+            output_file,
+            model=resolve_model(model, revision=revision),
+            harmful=harmful,
+            harmless=harmless,
+            options=options,
+            repair=repair,
+            model_options=model_options,
+        )
+        return
+    if (borderline, orthogonal, max_lost) != (BUNDLED, REPAIR_DEFAULTS.orthogonal, REPAIR_DEFAULTS.max_lost):
+        raise typer.BadParameter("--borderline, --orthogonal and --max-lost go with it", param_hint="'--goal repair'")
     if report is not None:
         require_plots()
     files = _file_names(output_file, rank)
@@ -163,6 +203,38 @@ def extract(
         {"direction_file": files[0], "direction_files": files, **output.plain(extraction.report)},
         tables=lambda: [*_tables(extraction.report), f"direction written to {', '.join(map(str, files))}"],
     )
+
+
+def _repair(output: Output, output_file: Path, **what: Any) -> None:
+    from abliterate.extraction.repair import extract_repair
+    from abliterate.processes import in_first_process
+
+    found = extract_repair(**what, progress=output.progress)
+    if in_first_process():
+        found.direction.save(output_file)
+    output.report(
+        {"direction_file": output_file, **output.plain(found.report)},
+        tables=lambda: [*_repair_tables(found.report), f"direction written to {output_file}"],
+    )
+
+
+def _repair_tables(report: "RepairReport") -> list[Table]:
+    chosen = report.selected
+    table = Table("position", "layer", "borderline", "harmful", "KL", title=f"False refusals of {report.model}")
+    table.add_row(*map(str, (chosen.position, chosen.layer)), *map(_number, (chosen.bypass, chosen.kept, chosen.kl)))
+    kept = ", ".join(f"{c.kept}/{c.sampled} {name.replace('_', ' ')}" for name, c in report.counts.items())
+    table.caption = (
+        f"mean refusal metric of validation prompts that are refused; unchanged: {report.baseline['borderline']:.2f} "
+        f"on borderline, {report.baseline['harmful']:.2f} on harmful ones; zero {report.zero:.2f}; refused, or "
+        f"answered where harmless: {kept}; {report.share_left:.0%} of the difference is left where the true refusal "
+        "direction is taken out"
+    )
+    replies = Table("position", "layer", "borderline refused", "harmful refused", title="Confirmed by replies")
+    for one in report.confirmed:
+        harmful = f"{one.harmful} of {one.n_harmful}"
+        replies.add_row(str(one.position), str(one.layer), f"{one.borderline} of {one.n_borderline}", harmful)
+    replies.caption = "replies to validation prompts with it ablated; the unchanged model refuses all of them"
+    return [table, replies]
 
 
 def _file_names(output_file: Path, rank: int) -> list[Path]:

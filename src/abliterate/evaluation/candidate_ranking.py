@@ -16,11 +16,10 @@ from abliterate.extraction.candidates import resampled_cosines
 from abliterate.extraction.options import DirectionRecipe, Thresholds
 from abliterate.extraction.refusal import FirstTokens, find_refusal_tokens, refusal_metric
 from abliterate.extraction.reply_classes import read_completions
-from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import CandidateScorer
 from abliterate.extraction.screening import propose, separations
 from abliterate.extraction.selection import CandidateScore, passing_candidates
-from abliterate.extraction.shared_runs import RecordingRun, ScoringRun, able_candidates
+from abliterate.extraction.shared_runs import RecordingRun, SavedWork, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.hooks import Recording, ablate_direction, difference_in_means

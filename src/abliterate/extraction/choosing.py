@@ -14,7 +14,6 @@ from abliterate.extraction.judgement import Judgement
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.refusal import FirstTokens, measure_refusal, refusal_metric
 from abliterate.extraction.report import Baseline
-from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.scoring import CandidateScorer, StreamedScorer
 from abliterate.extraction.screening import (
     N_CANDIDATES,
@@ -27,7 +26,7 @@ from abliterate.extraction.screening import (
     separations,
 )
 from abliterate.extraction.selection import Candidate, CandidateScore, passing_candidates
-from abliterate.extraction.shared_runs import Scorer, ScoringRun, able_candidates
+from abliterate.extraction.shared_runs import SavedWork, Scorer, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording
 from abliterate.models.stream_probe import StreamProbe

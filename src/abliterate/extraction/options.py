@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from abliterate.arguments import Argument
+from abliterate.errors import InputError
 from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
 
 Variant = Literal["difference", "projected"]
@@ -140,3 +141,54 @@ class ExtractionOptions:
     def scores_all(self) -> bool:
         """Whether every candidate below the layer limit is scored."""
         return self.exhaustive or self.n_bootstrap > 0
+
+
+Goal = Literal["remove", "repair"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairOptions:
+    """What the direction of false refusals is found with, see `repair`.
+
+    Attributes:
+        borderline: prompt SPEC of safe prompts that look unsafe.
+        orthogonal: share of its component along the true refusal direction that is taken out of each candidate.
+        max_lost: largest share of harmful validation prompts whose refusal may be lost.
+
+    Raises:
+        InputError: a value is not allowed.
+    """
+
+    borderline: Annotated[
+        str,
+        Argument(
+            flag="--borderline",
+            metavar="SPEC",
+            help="With --goal repair: safe prompts that look unsafe: bundled, a file, or a Hub dataset.",
+            names_file=True,
+        ),
+    ] = BUNDLED
+    orthogonal: Annotated[
+        float,
+        Argument(
+            flag="--orthogonal",
+            metavar="SHARE",
+            minimum=0.0,
+            maximum=1.0,
+            help="With --goal repair: how much of the true refusal direction is taken out of a candidate.",
+        ),
+    ] = 1.0
+    max_lost: Annotated[
+        float,
+        Argument(
+            flag="--max-lost",
+            metavar="SHARE",
+            minimum=0.0,
+            maximum=1.0,
+            help="With --goal repair: largest share of harmful validation prompts that may no longer be refused.",
+        ),
+    ] = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.orthogonal <= 1 or not 0 <= self.max_lost <= 1:
+            raise InputError("--orthogonal and --max-lost are shares, between 0 and 1")

@@ -195,24 +195,11 @@ def directions_of(
                 grid[score.position, score.layer] = value
     chosen = (report.selected, *report.further)
     metadata = {
-        "model": report.model,
-        "revision": report.revision,
-        "model_type": chat.model.config.model_type,
-        # Of the values; a record's `base.config_sha256` is of the file's bytes.
-        "config_sha256": _config_hash(source),
-        "d_model": report.d_model,
-        "n_layers": report.n_layers,
-        "arguments": list(arguments),
+        **provenance(chat=chat, source=source, model=report.model, arguments=arguments, seed=options.seed),
         "recipe": asdict(report.recipe),
         "thresholds": asdict(report.thresholds),
         "baseline": asdict(report.baseline),
         "refusal_tokens": [{"id": token.token_id, "text": token.text} for token in report.refusal_tokens],
-        "post_instruction_tokens": list(report.post_instruction_tokens),
-        "response_prefix": report.response_prefix,
-        "thinking_disabled": chat.chat_format.thinking_disabled,
-        "system_prompt": chat.system_prompt,
-        "dtype": str(chat.model.dtype).removeprefix("torch."),
-        "seed": options.seed,
         "refusal": asdict(report.refusal),
         "raced": report.raced,
         "confirmed": [asdict(one) for one in report.confirmed],
@@ -226,7 +213,6 @@ def directions_of(
         },
         # Of each prompt, so that `evaluate` can leave out what the direction was found with.
         "prompt_hashes": list(prompts.hashes),
-        "versions": versions("abliterate", "python", "torch", "transformers"),
     }
     return tuple(
         make_direction(
@@ -237,6 +223,37 @@ def directions_of(
         )
         for number, score in enumerate(chosen, 1)
     )
+
+
+def provenance(
+    *, chat: ChatModel, source: ModelSource | None, model: str, arguments: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Return what a direction's file says of the model that it was found in, and of the command.
+
+    Args:
+        chat: the model.
+        source: where it came from.
+        model: what it is called.
+        arguments: those of the command.
+        seed: of the draw of prompts.
+    """
+    return {
+        "model": model,
+        "revision": source.revision if source else None,
+        "model_type": chat.model.config.model_type,
+        # Of the values; a record's `base.config_sha256` is of the file's bytes.
+        "config_sha256": _config_hash(source),
+        "d_model": chat.d_model,
+        "n_layers": chat.n_layers,
+        "arguments": list(arguments),
+        "post_instruction_tokens": list(chat.chat_format.post_instruction_tokens),
+        "response_prefix": chat.chat_format.response_prefix,
+        "thinking_disabled": chat.chat_format.thinking_disabled,
+        "system_prompt": chat.system_prompt,
+        "dtype": str(chat.model.dtype).removeprefix("torch."),
+        "seed": seed,
+        "versions": versions("abliterate", "python", "torch", "transformers"),
+    }
 
 
 def _config_hash(source: ModelSource | None) -> str | None:

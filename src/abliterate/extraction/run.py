@@ -27,9 +27,8 @@ from abliterate.extraction.report import (
     PromptCounts,
     directions_of,
 )
-from abliterate.extraction.saved_work import SavedWork
 from abliterate.extraction.score_report import ScoreTable
-from abliterate.extraction.shared_runs import RecordingRun
+from abliterate.extraction.shared_runs import RecordingRun, SavedWork
 from abliterate.models.chat_model import ChatModel, find_response_prefix, with_response_prefix
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
