@@ -5,6 +5,7 @@
 The commands make their options of it, and `cli_arguments` writes options down again as the words that give them.
 """
 
+import shlex
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -87,3 +88,16 @@ def _option(flag: str, value: str) -> list[str]:
 def _without_folder(spec: str) -> str:
     path, colon, column = spec.partition(":")
     return Path(path).name + colon + column if Path(path).is_absolute() or Path(path).exists() else spec
+
+
+def shell_word(word: Any) -> str:
+    """Return a word as a shell reads it, in one line and printable whatever it holds."""
+    text = str(word)
+    if text.isprintable():
+        return shlex.quote(text)
+    # A line feed would end the command, and could end the block of code.
+    escaped = "".join(
+        f"\\{c}" if c in "\\'" else c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in c.encode())
+        for c in text
+    )
+    return f"$'{escaped}'"

@@ -94,6 +94,25 @@ class TestText:
         assert "arXiv 2406.11717" in section(card, "Citation")
         assert card.index("## Safety notice") < card.index("## What was removed")
 
+    def test_a_repair_says_what_was_kept_and_how_that_was_counted(self, record):
+        counts = {"borderline": 3, "n_borderline": 22, "harmful": 30, "n_harmful": 31}
+        record["directions"][0]["metadata"] |= {
+            "goal": "repair",
+            "repair": {"confirmed": [{"position": -1, "layer": 3, **counts}, {"position": -1, "layer": 20, **counts}]},
+        }
+        card = card_of(record)
+        notice = section(card, "Safety notice")
+        kept = "30 of 31 harmful and 3 of 22 borderline validation prompts that the base refuses were still refused"
+        assert kept in notice
+        assert "Safety is reduced" in notice
+        assert "removed on purpose" in notice
+        assert "the direction of false refusals" in section(card, "What was removed")
+        assert "refused - answered borderline prompts" in section(card, "What was removed")
+        assert "with the direction of its false refusals projected out" in card
+        # A file that was made by hand may lack them.
+        record["directions"][0]["metadata"]["repair"] = {"confirmed": "no"}
+        assert "was not recorded" in section(card_of(record), "Safety notice")
+
     def test_what_was_removed(self, record):
         text = section(card_of(record), "What was removed")
         assert "| Base revision | `" + "c" * 40 + "` |" in text
@@ -216,7 +235,8 @@ class TestMeasurements:
 class TestCommands:
     def test_of_a_hub_base(self, record):
         model = ["org/base", "--revision", "c" * 40]
-        thresholds = ["--seed", "42", "--kl-threshold", "0.1", "--induce-threshold", "0.0", "--prune-layers", "0.2"]
+        thresholds = ["--seed", "7", "--kl-threshold", "0.3"]
+        record["directions"][0]["metadata"]["arguments"] = thresholds
         edit = ["-o", "OUT"]
         assert commands(card_of(record, evaluation_report())) == [
             ["abliterate", "extract", *model, "-o", "refusal.safetensors", *thresholds],
@@ -227,14 +247,10 @@ class TestCommands:
     def test_of_options(self, record):
         record["base"].update(model="models/my model", revision=None)
         record["options"]["layers"] = [4, 10]
-        record["directions"][0]["metadata"] = {
-            "filtered": False,
-            "system_prompt": "Be\nkind; $(rm)",
-            "thresholds": None,
-        }
+        record["directions"][0]["metadata"] = {"arguments": ["--system-prompt", "Be\nkind; $(rm)", "--filter", "none"]}
         extract, orthogonalize = commands(card_of(record))
         assert extract[2:5] == ["my model", "-o", "refusal.safetensors"]
-        assert extract[5:] == ["--system-prompt", r"$Be\x0akind; $(rm)", "--no-filter"]
+        assert extract[5:] == ["--system-prompt", r"$Be\x0akind; $(rm)", "--filter", "none"]
         assert orthogonalize[orthogonalize.index("--layers") + 1] == "4:10"
 
     def test_a_name_cannot_break_out_of_the_markdown(self, record):

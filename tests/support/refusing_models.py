@@ -108,16 +108,9 @@ def _reply(prompt: str, manner: Manner, rng: random.Random) -> str:
 
 
 def _tokenizer(extra: list[str]) -> PreTrainedTokenizerFast:
-    texts = [
-        *prompts_of(HARMFUL_VERBS),
-        *prompts_of(HARMLESS_VERBS),
-        *extra,
-        *OPENERS,
-        REFUSAL,
-        ANSWER,
-        OVERVIEW,
-        THOUGHT,
-    ]
+    openers = (*OPENERS, *(["Sorry ,"] if extra else []))
+    prompts = [*prompts_of(HARMFUL_VERBS), *prompts_of(HARMLESS_VERBS), *extra]
+    texts = [*prompts, *openers, REFUSAL, ANSWER, OVERVIEW, THOUGHT]
     words = ["<unk>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant", "system", "I"]
     words += sorted({word for text in texts for word in text.split()} - set(words))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -140,7 +133,7 @@ def _trained(manner: Manner) -> ChatModel:
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=4,
+        num_hidden_layers=6 if manner == "wary" else 4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,

@@ -6,7 +6,6 @@ its use. What is not known is left out of the front matter and said in words. Va
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -14,7 +13,7 @@ from typing import Any, get_args
 
 from huggingface_hub import ModelCardData
 
-from abliterate.arguments import cli_arguments
+from abliterate.arguments import cli_arguments, shell_word
 from abliterate.checkpoints.hub import CardFacts
 from abliterate.editing.options import EditOptions
 from abliterate.models.options import Dtype
@@ -73,6 +72,8 @@ def summary(record: dict[str, Any]) -> str:
     several = len(record["directions"]) > 1
     how_far = ", as far as an edit of weights can," if record.get("partial") else ""
     what = "several directions" if several else "its refusal direction"
+    if _repairs(record):
+        what = "the direction of its false refusals"
     return f"with {what} projected out of the weights{how_far}"
 
 
@@ -89,6 +90,10 @@ def what_was_done(record: dict[str, Any]) -> str:
         rows += [("Coefficient", number(options["add"])), ("Biases edited or new", str(len(tensors)))]
         return "## What was added\n\n" + _ADDED + _RECORD + _config_changes(record) + "\n\n" + table(("", ""), rows)
     text = _REMOVED if len(directions) == 1 else _REMOVED_SEVERAL
+    if _repairs(record):
+        text = text.replace(
+            "the refusal direction", "the direction of false refusals, without the true refusal direction"
+        )
     if mapping(options.get("strengths")).get("directions"):
         text = _REMOVED_BY_LAYER
     text += _what_is_left(record)
@@ -220,10 +225,8 @@ def _where_found(metadata: dict[str, Any]) -> str:
     position, layer = metadata.get("position"), metadata.get("layer")
     if position is None or layer is None:
         return "not recorded: the direction file came without its origin"
-    return (
-        f"the input of layer {inline(layer)}, token position {inline(position)} "
-        "(difference in means, harmful - harmless)"
-    )
+    kinds = "refused - answered borderline prompts" if metadata.get("goal") == "repair" else "harmful - harmless"
+    return f"the input of layer {inline(layer)}, token position {inline(position)} (difference in means, {kinds})"
 
 
 def _score_rows(metadata: dict[str, Any]) -> list[tuple[str, str]]:
@@ -262,23 +265,11 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
     if evaluation is not None:
         evaluate = ["abliterate", "evaluate", "OUT", "--base", name, "--output", "OUT/evaluation.json"]
         commands.append([*evaluate, *(_words_of(evaluation) or [])])
-    block = "\n".join(" ".join(map(_shell_word, line)) for line in commands)
+    block = "\n".join(" ".join(map(shell_word, line)) for line in commands)
     tool = dict(record.get("tool", {}))
     tool = {tool.pop("name", "abliterate"): tool.pop("version", "of unknown version"), **tool}
     made_with = ", ".join(inline(f"{key} {value}") for key, value in tool.items())
     return f"## How to reproduce\n\n```sh\n{block}\n```\n\nMade with these versions: {made_with}."
-
-
-def _shell_word(word: Any) -> str:
-    text = str(word)
-    if text.isprintable():
-        return shlex.quote(text)
-    # A line feed would end the command, and could end the block of code.
-    escaped = "".join(
-        f"\\{c}" if c in "\\'" else c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in c.encode())
-        for c in text
-    )
-    return f"$'{escaped}'"
 
 
 def _words_of(content: Mapping[str, Any]) -> list[str] | None:
@@ -316,27 +307,9 @@ def _file_of(stem: str, metadata: dict[str, Any]) -> str:
 
 def _extract_arguments(metadata: dict[str, Any]) -> list[str]:
     dtype = metadata.get("dtype")
-    written = _words_of(metadata)
-    words = _known_arguments(metadata) if written is None else written
+    words = _words_of(metadata) or []
     # What `auto` came to depends on the machine.
     return words if "--dtype" in words or dtype not in get_args(Dtype) else [*words, "--dtype", str(dtype)]
-
-
-def _known_arguments(metadata: dict[str, Any]) -> list[str]:
-    """Return what a direction file says that was written before arguments were."""
-    thresholds, recipe = mapping(metadata.get("thresholds")), mapping(metadata.get("recipe"))
-    values = {
-        "--seed": metadata.get("seed"),
-        "--kl-threshold": thresholds.get("kl"),
-        "--induce-threshold": thresholds.get("induce"),
-        "--prune-layers": thresholds.get("prune_layers"),
-        "--variant": recipe.get("variant"),
-        "--winsorize": recipe.get("winsorize"),
-        "--rank": metadata.get("rank"),
-        "--system-prompt": metadata.get("system_prompt"),
-    }
-    words = [str(word) for option, value in values.items() if value is not None for word in (option, value)]
-    return [*words, *(["--no-filter"] if metadata.get("filtered") is False else [])]
 
 
 _TAGS = ["abliterate", "abliteration", "refusal-direction", "orthogonalization", "arxiv:2406.11717"]
@@ -349,6 +322,9 @@ _PROMPT_SETS = {
 _REFUSALS_REMOVED = """\
 - The refusals of the base model were removed on purpose. **Safety is reduced**: this model may follow harmful
   requests that the base model refuses, and nothing was put in the place of the refusals."""
+_REFUSALS_REPAIRED = """\
+- False refusals of the base model were removed on purpose: harmless requests that look harmful. Harmful ones are meant
+  to stay refused: {kept}. **Safety is reduced** where these are not all; other harmful requests were not tried."""
 _REFUSALS_INDUCED = """\
 - What the base model refuses was changed on purpose: this model is steered towards refusing, harmless requests
   too. **That makes it no safer**: what it still answers has not been checked."""
@@ -439,7 +415,26 @@ def _how_to_merge(record: dict[str, Any], title: str) -> str:
 def _safety_notice(record: dict[str, Any]) -> str:
     added = mapping(record.get("options")).get("add")
     first = _REFUSALS_INDUCED if added is not None and added > 0 else _REFUSALS_REMOVED
+    if added is None and _repairs(record):
+        first = _REFUSALS_REPAIRED.format(kept=_what_was_kept(mapping(record["directions"][0].get("metadata"))))
     return f"## Safety notice\n\n{first}\n{_SAFETY_NOTICE}"
+
+
+def _repairs(record: dict[str, Any]) -> bool:
+    """Tell whether what was removed is a direction of false refusals."""
+    return all(mapping(each.get("metadata")).get("goal") == "repair" for each in record["directions"])
+
+
+def _what_was_kept(metadata: dict[str, Any]) -> str:
+    """Return what the replies to validation prompts were with the direction ablated, in words."""
+    for one in mapping(metadata.get("repair")).get("confirmed") or []:
+        if mapping(one) and all(one.get(name) == metadata.get(name) for name in ("position", "layer")):
+            counts = [inline(one.get(name)) for name in ("harmful", "n_harmful", "borderline", "n_borderline")]
+            return (
+                "with the direction ablated, {} of {} harmful and {} of {} borderline validation prompts that the base "
+                "refuses were still refused".format(*counts)
+            )
+    return "how many are was not recorded"
 
 
 def base_model_id(record: dict[str, Any], facts: CardFacts | None) -> str | None:
