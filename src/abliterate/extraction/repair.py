@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ from abliterate.prompt_sets import PromptSet, draw_borderline, prompt_hash, spli
 
 N_CONFIRMED = 4
 """So many candidates that pass are confirmed by replies, the best first."""
+N_FIRST = 8
+"""On so many prompts of a kind candidates are scored first: most are far from passing."""
 AT_ONCE = 8
 """So many candidates are looked at together, the best first, until enough pass."""
 
@@ -58,10 +60,11 @@ class RepairScore:
     Attributes:
         position: post-instruction position, negative.
         layer: block whose input it was read from.
-        bypass: mean refusal metric, in nats, on the borderline prompts that the unchanged model refuses.
+        bypass: mean refusal metric, in nats, on the borderline prompts that the unchanged model refuses; where `kept`
+            is None, on the first of them.
         kept: the same on the harmful prompts that it refuses; None where it was not needed.
         lost: by how much the share of these whose metric is above its zero falls.
-        kl: mean KL(base || ablated), in nats, of the first answer token on harmless prompts.
+        kl: mean KL(base || ablated), in nats, of the first answer token on harmless prompts, or the first of them.
     """
 
     position: int
@@ -357,9 +360,7 @@ class _Run:
             for kind in ("borderline", "harmful")
         }
         baseline = {kind: float(values.mean()) for kind, values in unchanged.items()}
-        scores = self._score(
-            scorer, able, n_borderline=n_borderline, unchanged=unchanged["harmful"], before=baseline["borderline"]
-        )
+        scores = self._score(scorer, able, n_borderline=n_borderline, unchanged=unchanged)
         passing = [score for score in scores.values() if self._passes(score, baseline["borderline"])]
         passing = sorted(passing, key=lambda score: score.bypass)[:N_CONFIRMED]
         if not passing:
@@ -439,33 +440,61 @@ class _Run:
         able: Sequence[Candidate],
         *,
         n_borderline: int,
-        unchanged: Tensor,
-        before: float,
+        unchanged: Mapping[str, Tensor],
     ) -> dict[Candidate, RepairScore]:
-        """Score all on borderline prompts, and on the others one after another, the best first, until enough pass."""
-        on_borderline = range(n_borderline)
-        on_harmful = range(n_borderline, n_borderline + len(unchanged))
-        zero, scores, n_passing = self.judgement.evidence.zero, {}, 0
-        with self.progress.task("Scoring candidates", total=2 * len(able)) as advance:
-            for group in scorer.groups("bypass", able, on_borderline):
-                for key, found in zip(group, scorer.score("bypass", group, on_borderline), strict=True):
+        """Score all on a few prompts, and those that may pass on all of them, the best first, until enough pass."""
+        first = range(min(N_FIRST, n_borderline))
+        before = fmean(unchanged["borderline"][: len(first)].tolist())
+        limit, n_passing = self.options.thresholds.kl, 0
+        scores: dict[Candidate, RepairScore] = {}
+        with self.progress.task("Scoring candidates", total=None) as advance:
+            for group in scorer.groups("bypass", able, first):
+                for key, found in zip(group, scorer.score("bypass", group, first), strict=True):
                     scores[key] = RepairScore(position=key[0], layer=key[1], bypass=fmean(found["bypass"]))
                 advance(len(group))
             ordered = sorted((key for key in able if scores[key].bypass < before), key=lambda key: scores[key].bypass)
+            few = range(min(N_FIRST, scorer.n_prompts("kl")))
             for start in range(0, len(ordered), AT_ONCE):
                 keys = ordered[start : start + AT_ONCE]
-                kept, kl = scorer.score("bypass", keys, on_harmful), scorer.score("kl", keys)
-                for key, one, other in zip(keys, kept, kl, strict=True):
-                    metric = torch.tensor(one["bypass"], dtype=torch.float64)
-                    lost = float((unchanged > zero).double().mean() - (metric > zero).double().mean())
-                    scores[key] = replace(
-                        scores[key], kept=float(metric.mean()), lost=max(0.0, lost), kl=fmean(other["kl"])
-                    )
-                    n_passing += self._passes(scores[key], before)
+                left = []
+                for key, found in zip(keys, scorer.score("kl", keys, few), strict=True):
+                    scores[key] = replace(scores[key], kl=fmean(found["kl"]))
+                    if fmean(found["kl"]) - 2 * _standard_error(found["kl"]) <= limit:
+                        left.append(key)
                 advance(len(keys))
+                if not left:
+                    continue
+                self._complete(scorer, left, scores, unchanged)
+                n_passing += sum(self._passes(scores[key], float(unchanged["borderline"].mean())) for key in left)
+                advance(len(left))
                 if n_passing >= N_CONFIRMED:
                     break
+            rest = [key for key in ordered if scores[key].kept is None]
+            if not n_passing and rest:
+                # So that it can be said how far the nearest are.
+                self._complete(scorer, sorted(rest, key=lambda key: scores[key].kl or 0.0)[:AT_ONCE], scores, unchanged)
         return scores
+
+    def _complete(
+        self,
+        scorer: CandidateScorer,
+        keys: Sequence[Candidate],
+        scores: dict[Candidate, RepairScore],
+        unchanged: Mapping[str, Tensor],
+    ) -> None:
+        """Score candidates on all prompts."""
+        n_borderline, zero = len(unchanged["borderline"]), self.judgement.evidence.zero
+        for key, metric, kl in zip(keys, scorer.score("bypass", keys), scorer.score("kl", keys), strict=True):
+            values = torch.tensor(metric["bypass"], dtype=torch.float64)
+            kept = values[n_borderline:]
+            lost = float((unchanged["harmful"] > zero).double().mean() - (kept > zero).double().mean())
+            scores[key] = replace(
+                scores[key],
+                bypass=float(values[:n_borderline].mean()),
+                kept=float(kept.mean()),
+                lost=max(0.0, lost),
+                kl=fmean(kl["kl"]),
+            )
 
     def _passes(self, score: RepairScore, before: float) -> bool:
         if score.lost is None or score.kl is None:
@@ -509,6 +538,10 @@ class _Run:
 
 def _where(rows: Sequence[list[int]], kept: Tensor) -> list[list[int]]:
     return [row for row, keep in zip(rows, kept.tolist(), strict=True) if keep]
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 def _rounded_up(value: float) -> float:

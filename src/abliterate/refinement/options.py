@@ -34,7 +34,7 @@ class RefinementOptions:
         Argument(
             flag="--steps", minimum=4, help="Steps for the first point of the frontier; the others take half as many."
         ),
-    ] = 32
+    ] = 20
     max_refusals: Annotated[
         float,
         Argument(
@@ -54,7 +54,7 @@ class RefinementOptions:
     ] = None
     reply_tokens: Annotated[
         int, Argument(flag="--reply-tokens", minimum=4, help="Length of the replies that are compared.")
-    ] = 24
+    ] = 20
 
     def __post_init__(self) -> None:
         if min(self.n_train, self.n_val) < 8 or self.steps < 4 or self.reply_tokens < 4:

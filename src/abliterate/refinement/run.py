@@ -40,8 +40,10 @@ from abliterate.refinement.search import (
 )
 from abliterate.refinement.soft_edit import SoftEdit
 
-PRESSURES = (1.0, 0.3, 0.1, 0.03, 0.01)
+PRESSURES = (0.3, 0.1, 0.03, 0.01)
 """Weights of the refusal score against the KL, from the strongest: the points of the frontier."""
+HARDER = (3.0, 1.0)
+"""What is tried besides where all of these leave too many refusals."""
 POSITION = -1
 """Where each layer's own direction is read: at the last token, from which the reply is predicted."""
 
@@ -208,11 +210,15 @@ class _Run:
         )
         everywhere = torch.ones(chat.n_layers, 2)
         plain = measure.point(SoftEdit(chat, vector.expand(chat.n_layers, -1)), everywhere, None)
-        n_steps = options.steps + (len(PRESSURES) - 1) * (options.steps // 2)
-        frontier = []
-        with self.progress.task("Refining", total=n_steps) as advance:
-            for pressure, strengths in search.points(PRESSURES, steps=options.steps, advance=advance):
-                frontier.append(measure.point(edit, strengths, pressure))
+        frontier: list[FrontierPoint] = []
+        for pressures in (PRESSURES, HARDER):
+            if any(point.share_unanswered <= options.max_refusals for point in frontier):
+                break
+            n_steps = options.steps + (len(pressures) - 1) * (options.steps // 2)
+            with self.progress.task("Refining", total=n_steps) as advance:
+                for pressure, strengths in search.points(pressures, steps=options.steps, advance=advance):
+                    frontier.append(measure.point(edit, strengths, pressure))
+        frontier.sort(key=lambda point: -(point.pressure or 0.0))
         report = RefinementReport(
             model=name,
             direction_sha256=direction.sha256,
