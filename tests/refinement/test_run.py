@@ -12,6 +12,7 @@ from abliterate.editing.strengths import read_strengths
 from abliterate.errors import ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
+from abliterate.refinement import run
 from abliterate.refinement.options import RefinementOptions
 from abliterate.refinement.report import FrontierPoint
 from abliterate.refinement.run import choose, refine_edit
@@ -43,7 +44,7 @@ def test_it_is_gentler_than_the_direction_and_the_same_twice(directory: Path, tm
     assert report.plain.unanswered == 0
     assert report.chosen.kl < report.plain.kl
     assert report.chosen.cross_entropy < report.plain.cross_entropy
-    assert [point.pressure for point in report.frontier] == [1.0, 0.3, 0.1, 0.03, 0.01]
+    assert [point.pressure for point in report.frontier] == [0.3, 0.1, 0.03, 0.01]
     assert report.refusal_tokens == ("I",)
 
     for name, each in zip(("one.json", "other.json"), found, strict=True):
@@ -52,7 +53,19 @@ def test_it_is_gentler_than_the_direction_and_the_same_twice(directory: Path, tm
     strengths = read_strengths(tmp_path / "one.json")
     assert (strengths.attn, strengths.mlp) == (report.chosen.attn, report.chosen.mlp)
     assert strengths.direction_sha256 == direction.sha256
-    assert len(json.loads((tmp_path / "one.json").read_text())["frontier"]) == 5
+    assert len(json.loads((tmp_path / "one.json").read_text())["frontier"]) == 4
+
+
+def test_where_all_points_leave_too_many_refusals_harder_ones_are_tried(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, direction = refusing_model("plain", directory), found_direction(directory)
+    files = {"harmful": str(model.harmful), "harmless": str(model.harmless)}
+    monkeypatch.setattr(run, "PRESSURES", (1e-6,))
+    report = refine_edit(model=model.chat, direction=direction, **files, options=OPTIONS).report
+    assert [point.pressure for point in report.frontier] == [3.0, 1.0, 1e-6]
+    assert report.frontier[-1].share_unanswered > OPTIONS.max_refusals
+    assert report.chosen.unanswered == 0
 
 
 def test_a_bare_direction_takes_the_tokens_of_the_replies(directory: Path) -> None:

@@ -34,7 +34,7 @@ class RefinementOptions:
         Argument(
             flag="--steps", minimum=4, help="Steps for the first point of the frontier; the others take half as many."
         ),
-    ] = 20
+    ] = 16
     max_refusals: Annotated[
         float,
         Argument(
