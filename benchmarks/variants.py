@@ -1,4 +1,4 @@
-"""Other directions than the paper's, beside it: what each variant of `extract` removes and costs, on one model.
+"""Other directions and edits than the paper's, beside it: what each removes and costs, on one model.
 
     python benchmarks/variants.py MODEL --output FILE [--n-train 48] [--n-val 12] [--kl-threshold 0.3] [--every 3]
 
@@ -9,12 +9,14 @@ docs/variants.md of them.
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import NoDirectionError
 from abliterate.evaluation.report import EvaluationOptions
@@ -29,9 +31,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the paper's": {},
     "`--variant projected`": {"recipe": DirectionRecipe(variant="projected")},
     "`--winsorize 0.05`": {"recipe": DirectionRecipe(winsorize=0.05)},
+    "`--filter none`": {"filter": "none"},
     "`--rank 2`": {"rank": 2},
     "`--rank 3`": {"rank": 3},
 }
+# Of these the same directions are taken out of the blocks alone, too: neither the embedding nor a tied head is edited.
+BLOCKS_ALONE = ("the paper's", "`--variant projected`")
+BLOCKS = EditOptions(components=("attn", "mlp"), tied="skip")
 KINDS = ("harmful", "harmless", "borderline")
 
 
@@ -75,13 +81,25 @@ def main() -> None:
             except NoDirectionError as error:
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
                 continue
-            edited = place / f"edited-{number}"
-            orthogonalize_checkpoint(source=arguments.model, direction=list(extraction.directions), output=edited)
-            measured = evaluate_model(model=edited, base=arguments.model, options=evaluation)
-            documents[name] = {"extraction": asdict(extraction.report), "evaluation": asdict(measured)}
-            arguments.output.write_text(json.dumps(documents, indent=1))
-            left = measured.rates["harmful"]
-            print(f"{name}: {left.refused} of {left.n} harmful prompts are still refused", file=sys.stderr, flush=True)
+            edits = {name: EditOptions()}
+            if name in BLOCKS_ALONE:
+                edits[f"{name}, blocks alone"] = BLOCKS
+            for edit, (label, edit_options) in enumerate(edits.items()):
+                edited = place / f"edited-{number}-{edit}"
+                directions = list(extraction.directions)
+                orthogonalize_checkpoint(
+                    source=arguments.model, direction=directions, output=edited, options=edit_options
+                )
+                measured = evaluate_model(model=edited, base=arguments.model, options=evaluation)
+                shutil.rmtree(edited)
+                documents[label] = {"extraction": asdict(extraction.report), "evaluation": asdict(measured)}
+                arguments.output.write_text(json.dumps(documents, indent=1))
+                left = measured.rates["harmful"]
+                print(
+                    f"{label}: {left.refused} of {left.n} harmful prompts are still refused",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
