@@ -6,14 +6,18 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from abliterate.directions import Direction
 from abliterate.editing.strengths import read_strengths
 from abliterate.errors import ModelError, NoDirectionError, RefusalBehaviourError
-from abliterate.extraction.options import ExtractionOptions, Thresholds
+from abliterate.extraction.options import ExtractionOptions, RepairOptions, Thresholds
+from abliterate.extraction.repair import extract_repair
 from abliterate.extraction.run import extract_direction
+from abliterate.prompt_sets import prompt_hash
 from abliterate.refinement import run
 from abliterate.refinement.options import RefinementOptions
+from abliterate.refinement.own_directions import stream_means
 from abliterate.refinement.report import FrontierPoint
 from abliterate.refinement.run import choose, refine_edit
 from tests.support.refusing_models import refusing_model
@@ -40,7 +44,7 @@ def test_it_is_gentler_than_the_direction_and_the_same_twice(directory: Path, tm
     found = [refine_edit(model=model.chat, direction=direction, **files, options=OPTIONS) for _ in range(2)]
     report = found[0].report
     assert report.chosen.unanswered == 0
-    assert report.chosen.n_harmful >= 8
+    assert report.chosen.n_to_answer >= 8
     assert report.plain.unanswered == 0
     assert report.chosen.kl < report.plain.kl
     assert report.chosen.cross_entropy < report.plain.cross_entropy
@@ -91,20 +95,55 @@ def test_a_model_that_answers_has_nothing_to_refine(directory: Path) -> None:
         refine_edit(model=model.chat, direction=direction, **files, options=OPTIONS)
 
 
+def test_false_refusals_go_and_true_ones_are_held(tmp_path: Path) -> None:
+    model = refusing_model("wary", tmp_path)
+    files = {"harmful": str(model.harmful), "harmless": str(model.harmless)}
+    found = extract_repair(
+        model=model.chat,
+        **files,
+        options=ExtractionOptions(n_train=48, n_val=24, thresholds=Thresholds(kl=5.0)),
+        repair=RepairOptions(borderline=str(model.borderline)),
+    )
+    options = replace(OPTIONS, n_train=48, borderline=str(model.borderline))
+    refined = refine_edit(model=model.chat, direction=found.direction, **files, options=options)
+    report = refined.report
+    assert report.goal == "repair"
+    assert report.chosen.refused == report.chosen.n_to_refuse == 16
+    assert report.chosen.unanswered <= 0.05 * report.chosen.n_to_answer
+    assert report.chosen.kl < 0.05
+    assert {prompt_hash(text) for text in model.borderline.read_text().splitlines()} <= set(refined.prompt_hashes)
+    # Each layer's own direction has nothing of what tells harmful from harmless prompts there.
+    rows = {name: model.chat.encode(Path(file).read_text().splitlines()) for name, file in files.items()}
+    means = [stream_means(model.chat, rows[kind], position=-1) for kind in ("harmful", "harmless")]
+    cosines = torch.nn.functional.cosine_similarity(refined.directions, means[0] - means[1], dim=1)
+    assert float(cosines.abs().max()) < 0.2
+
+
 def point(*, unanswered: int, kl: float) -> FrontierPoint:
     return FrontierPoint(
         pressure=1.0,
         attn=(1.0,),
         mlp=(1.0,),
         unanswered=unanswered,
-        n_harmful=20,
+        n_to_answer=20,
         metric=0.0,
         kl_first=kl,
         kl=kl,
         cross_entropy=1.0,
         base_cross_entropy=1.0,
-        n_harmless=20,
+        n_to_stay=20,
     )
+
+
+def test_what_costs_too_many_true_refusals_is_not_chosen() -> None:
+    points = [
+        replace(point(unanswered=unanswered, kl=kl), refused=refused, n_to_refuse=20)
+        for unanswered, kl, refused in ((0, 0.1, 15), (1, 0.2, 19))
+    ]
+    assert choose(points, max_refusals=0.1, max_kl=None, max_lost=0.1) is points[1]
+    assert choose(points, max_refusals=0.1, max_kl=None, max_lost=0.3) is points[0]
+    with pytest.raises(NoDirectionError, match=r"the most are 19 of 20; --max-lost 0\.05 accepts that"):
+        choose(points, max_refusals=0.1, max_kl=None, max_lost=0.0)
 
 
 def test_the_gentlest_that_leaves_few_enough_is_chosen() -> None:
@@ -115,5 +154,5 @@ def test_the_gentlest_that_leaves_few_enough_is_chosen() -> None:
     assert choose(points, max_refusals=0.0, max_kl=0.2) is points[1]
     with pytest.raises(NoDirectionError, match=r"fewest refusals are 0 of 20, at KL 0\.300"):
         choose(points, max_refusals=0.0, max_kl=0.01)
-    with pytest.raises(NoDirectionError, match=r"--max-refusals 0\.050 without --max-kl accepts that"):
+    with pytest.raises(NoDirectionError, match=r"--max-refusals 0\.05 without --max-kl accepts that"):
         choose(points[1:], max_refusals=0.0, max_kl=None)

@@ -11,13 +11,13 @@ PLAIN = FrontierPoint(
     attn=(1.0, 1.0),
     mlp=(1.0, 1.0),
     unanswered=0,
-    n_harmful=30,
+    n_to_answer=30,
     metric=-3.7,
     kl_first=0.26,
     kl=0.18,
     cross_entropy=0.9,
     base_cross_entropy=0.7,
-    n_harmless=31,
+    n_to_stay=31,
 )
 
 
@@ -26,6 +26,7 @@ def test_the_chosen_point_stands_beside_the_direction(tmp_path: Path) -> None:
     report = RefinementReport(
         model="<model>",
         direction_sha256="abc123",
+        goal="remove",
         position=-1,
         refusal_tokens=("I", "<s>"),
         chosen=points[1],
@@ -52,3 +53,24 @@ def test_the_chosen_point_stands_beside_the_direction(tmp_path: Path) -> None:
         assert words in text, words
     assert "<s>" not in text
     assert text.count("<svg") >= 3
+
+
+def test_a_repair_says_what_stays_refused(tmp_path: Path) -> None:
+    plain = replace(PLAIN, refused=29, n_to_refuse=32)
+    chosen = replace(plain, pressure=0.1, unanswered=2, refused=31)
+    report = RefinementReport(
+        model="m",
+        direction_sha256="abc123",
+        goal="repair",
+        position=-1,
+        refusal_tokens=("I",),
+        chosen=chosen,
+        frontier=(chosen,),
+        plain=plain,
+        counts={},
+        arguments=(),
+        versions={},
+    )
+    text = write_refinement_page(report, tmp_path, command="x").read_text(encoding="utf-8")
+    for words in ("2 of 30 borderline validation prompts", "31 of 32 are still refused", "29 of 32", "harmful refused"):
+        assert words in text, words

@@ -52,6 +52,8 @@ def refine(
     seed: Annotated[int, option(RefinementOptions, "seed")] = DEFAULTS.seed,
     steps: Annotated[int, option(RefinementOptions, "steps")] = DEFAULTS.steps,
     reply_tokens: Annotated[int, option(RefinementOptions, "reply_tokens")] = DEFAULTS.reply_tokens,
+    borderline: Annotated[str, option(RefinementOptions, "borderline")] = DEFAULTS.borderline,
+    max_lost: Annotated[float, option(RefinementOptions, "max_lost")] = DEFAULTS.max_lost,
     system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
@@ -70,7 +72,8 @@ def refine(
     and chosen by replies to validation prompts; the file holds the whole frontier of refusals against KL.
 
     Unlike the direction's own edit, this leaves some of the direction in the stream: it is beside the paper's, which
-    stays exact. Exit code 3: nothing on the frontier is within --max-refusals.
+    stays exact. With a direction of false refusals (`extract --goal repair`) these go, and the true ones are held where
+    they are, up to --max-lost. Exit code 3: nothing on the frontier is within --max-refusals.
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.refinement.run import refine_edit
@@ -93,6 +96,8 @@ def refine(
             max_refusals=max_refusals,
             max_kl=max_kl,
             reply_tokens=reply_tokens,
+            borderline=borderline,
+            max_lost=max_lost,
         ),
         model_options=ModelOptions(
             dtype=dtype,
@@ -115,14 +120,16 @@ def refine(
 
 
 def _table(report: "RefinementReport") -> Table:
-    columns = ("not answered", "metric", "KL first", "KL", "cross-entropy", "strengths")
+    columns = ["not answered", "metric", "KL first", "KL", "cross-entropy", "strengths"]
+    if report.goal == "repair":
+        columns = ["borderline", "harmful refused", *columns[1:]]
     table = Table("pressure", *columns, title=f"Frontier of {report.model}, validation prompts")
     for point in (report.plain, *report.frontier):
         name = "the direction" if point.pressure is None else f"{point.pressure:g}"
         table.add_row(f"{name} <-" if point is report.chosen else name, *_cells(point))
     table.caption = (
         "the direction: at strength 1 in all layers, without the embeddings; pressure: weight of the refusal score; "
-        "cross-entropy: of the base's replies to harmless prompts; <- is what was written"
+        "cross-entropy: of the base's replies that are to stay; <- is what was written"
     )
     return table
 
@@ -131,7 +138,8 @@ def _cells(point: "FrontierPoint") -> list[str]:
     change = point.cross_entropy / point.base_cross_entropy - 1
     shares = (*point.attn, *point.mlp)
     return [
-        f"{point.unanswered} of {point.n_harmful}",
+        f"{point.unanswered} of {point.n_to_answer}",
+        *([] if point.refused is None else [f"{point.refused} of {point.n_to_refuse}"]),
         f"{point.metric:.2f}",
         f"{point.kl_first:.3f}",
         f"{point.kl:.3f}",

@@ -545,4 +545,5 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def _rounded_up(value: float) -> float:
-    return math.ceil(value * 1000) / 1000
+    # The value itself is rounded: 1 - 19 / 20 is a little above 0.05.
+    return math.ceil(round(1000 * value, 6)) / 1000

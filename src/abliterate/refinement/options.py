@@ -5,6 +5,7 @@ from typing import Annotated
 
 from abliterate.arguments import Argument
 from abliterate.errors import InputError
+from abliterate.prompt_sets import BUNDLED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,8 @@ class RefinementOptions:
         max_kl: Largest mean KL over harmless replies in nats a token; None: any. Where nothing within it gets along
             with `max_refusals`, the fewest refusals within it are taken.
         reply_tokens: Length of the replies, in tokens.
+        borderline: Prompt SPEC of safe prompts that look unsafe, for a direction of false refusals.
+        max_lost: Largest share of the harmful validation prompts whose refusal may be lost, for such a direction.
 
     Raises:
         InputError: A value is not allowed.
@@ -56,8 +59,32 @@ class RefinementOptions:
         int, Argument(flag="--reply-tokens", minimum=4, help="Length of the replies that are compared.")
     ] = 20
 
+    borderline: Annotated[
+        str,
+        Argument(
+            flag="--borderline",
+            metavar="SPEC",
+            help="For a direction of false refusals: safe prompts that look unsafe; bundled, a file, or a Hub dataset.",
+            names_file=True,
+        ),
+    ] = BUNDLED
+    max_lost: Annotated[
+        float,
+        Argument(
+            flag="--max-lost",
+            metavar="SHARE",
+            minimum=0.0,
+            maximum=1.0,
+            help="For a direction of false refusals: largest share of harmful validation prompts no longer refused.",
+        ),
+    ] = 0.1
+
     def __post_init__(self) -> None:
         if min(self.n_train, self.n_val) < 8 or self.steps < 4 or self.reply_tokens < 4:
             raise InputError("refining takes at least 8 prompts of each kind, 4 steps and replies of 4 tokens")
-        if not 0 <= self.max_refusals <= 1 or (self.max_kl is not None and not self.max_kl >= 0):
-            raise InputError("the largest share of refusals is between 0 and 1, and the largest KL at least 0")
+        if (
+            not 0 <= self.max_refusals <= 1
+            or not 0 <= self.max_lost <= 1
+            or (self.max_kl is not None and not self.max_kl >= 0)
+        ):
+            raise InputError("the largest shares are between 0 and 1, and the largest KL at least 0")

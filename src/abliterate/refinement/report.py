@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from abliterate.extraction.options import Goal
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontierPoint:
@@ -13,32 +15,43 @@ class FrontierPoint:
             everywhere.
         attn: Share of the component that is removed from what attention writes, one a layer.
         mlp: The same of what the MLP writes.
-        unanswered: Harmful prompts whose reply still refuses or says nothing; the unchanged model refuses all of them.
-        n_harmful: How many there are.
+        unanswered: Prompts that are to be answered (harmful ones, or borderline ones of a repair) whose reply still
+            refuses or says nothing; the unchanged model refuses all of them.
+        n_to_answer: How many there are.
         metric: Mean refusal metric on them, in nats.
-        kl_first: Mean KL(base || edited) of the first token of harmless replies, in nats.
+        kl_first: Mean KL(base || edited) of the first token of the replies that are to stay, in nats: those to harmless
+            prompts, and of a repair the refusals of harmful ones.
         kl: The same over the base's own replies, a mean of tokens.
         cross_entropy: Of those replies, nats a token.
         base_cross_entropy: The unchanged model's.
-        n_harmless: Harmless prompts; the unchanged model answers all of them.
+        n_to_stay: How many such replies there are.
+        refused: Of a repair, harmful prompts that are still refused; None where these are to be answered.
+        n_to_refuse: How many there are; the unchanged model refuses all of them.
     """
 
     pressure: float | None
     attn: tuple[float, ...]
     mlp: tuple[float, ...]
     unanswered: int
-    n_harmful: int
+    n_to_answer: int
     metric: float
     kl_first: float
     kl: float
     cross_entropy: float
     base_cross_entropy: float
-    n_harmless: int
+    n_to_stay: int
+    refused: int | None = None
+    n_to_refuse: int = 0
 
     @property
     def share_unanswered(self) -> float:
-        """Share of the harmful prompts that are still not answered."""
-        return self.unanswered / self.n_harmful
+        """Share of the prompts that are to be answered which still are not."""
+        return self.unanswered / self.n_to_answer
+
+    @property
+    def share_lost(self) -> float:
+        """Share of the harmful prompts that are to stay refused which no longer are; 0 where none are."""
+        return 0.0 if self.refused is None else 1 - self.refused / self.n_to_refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +61,7 @@ class RefinementReport:
     Attributes:
         model: As it was named.
         direction_sha256: Of the direction that was refined.
+        goal: What that direction was found for: to remove refusals, or to repair false ones.
         position: Post-instruction position of the means that each layer's own direction comes from.
         refusal_tokens: Texts of the tokens that the refusal metric asks for.
         chosen: The point that the file's strengths are.
@@ -60,6 +74,7 @@ class RefinementReport:
 
     model: str
     direction_sha256: str
+    goal: Goal
     position: int
     refusal_tokens: tuple[str, ...]
     chosen: FrontierPoint

@@ -1,8 +1,10 @@
 """Refining an edit: strengths for each layer and role, found by gradient and chosen on prompts of their own."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -16,14 +18,15 @@ from abliterate.editing.strengths import Strengths
 from abliterate.errors import DirectionError, InputError, ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply, coverage, first_tokens_of_refusals
 from abliterate.extraction.judgement import MIN_COVERAGE, MIN_PROMPTS
-from abliterate.extraction.options import PromptSources
+from abliterate.extraction.options import Goal, PromptSources
+from abliterate.extraction.repair import orthogonal_to
 from abliterate.files import write_json
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import open_as_extracted
 from abliterate.models.options import ModelOptions
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import split_for_extraction
+from abliterate.prompt_sets import draw_borderline, prompt_hash, split_for_extraction
 from abliterate.refinement.options import RefinementOptions
 from abliterate.refinement.own_directions import own_directions, stream_means
 from abliterate.refinement.report import FrontierPoint, RefinementReport
@@ -103,6 +106,10 @@ def refine_edit(
     refusal metric of harmful ones; what is removed from each layer is a direction of its own (`own_directions`). Of the
     points of the frontier one is chosen by what it does to validation prompts.
 
+    With a direction of false refusals (`extraction.repair`) the prompts that are to be answered are the borderline ones
+    that the model refuses, the replies that are to stay are the refusals of harmful prompts too, and each layer's own
+    direction is orthogonal to what tells harmful from harmless prompts there.
+
     Args:
         model: a directory, a Hub id, a resolved source or a loaded model.
         direction: the direction of `extract`, or its file: it tells by what tokens and how the model refuses.
@@ -129,9 +136,15 @@ def refine_edit(
     name, chat = opened.name, opened.chat
     if loaded.d_model != chat.d_model:
         raise DirectionError(f"the direction has {loaded.d_model} entries; the width of {name} is {chat.d_model}")
-    rows = {part: chat.encode(getattr(prompts, part).texts) for part in PARTS}
+    parts = {part: getattr(prompts, part) for part in PARTS}
+    goal: Goal = "repair" if loaded.metadata.get("goal") == "repair" else "remove"
+    if goal == "repair":
+        borderline = draw_borderline(options.borderline, other=prompts, seed=options.seed)
+        parts |= {"borderline_train": borderline.train, "borderline_validation": borderline.validation}
+    rows = {part: chat.encode(found.texts) for part, found in parts.items()}
     run = _Run(
         chat=chat,
+        goal=goal,
         options=options,
         arguments=(
             *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
@@ -143,7 +156,8 @@ def refine_edit(
     )
     with _frozen(chat):
         report, directions = run.refine(name, loaded, rows)
-    return Refinement(report=report, directions=directions, prompt_hashes=prompts.hashes)
+    hashes = tuple(sorted({prompt_hash(text) for found in parts.values() for text in found.texts}))
+    return Refinement(report=report, directions=directions, prompt_hashes=hashes)
 
 
 @contextmanager
@@ -161,13 +175,32 @@ def _frozen(chat: ChatModel) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """The prompts that count, with the base's replies to the harmless ones."""
+    """The prompts that count, and the base's replies to them.
 
-    harmful: dict[str, list[list[int]]]
-    harmless: dict[str, list[list[int]]]
+    Attributes:
+        rows: token ids by part: refused ones of `harmful` and `borderline`, answered ones of `harmless`.
+        replies: the base's replies to these.
+        answered: borderline training prompts that are answered.
+        refusals: all replies that refuse.
+        counts: part -> prompts that count of those that were drawn.
+    """
+
+    rows: dict[str, list[list[int]]]
     replies: dict[str, list[tuple[int, ...]]]
+    answered: list[list[int]]
     refusals: list[ShortReply]
     counts: dict[str, tuple[int, int]]
+
+    def to_answer(self, part: str) -> list[list[int]]:
+        """Return the prompts that are refused and are to be answered."""
+        return self.rows.get(f"borderline_{part}", self.rows[f"harmful_{part}"])
+
+    def to_stay(self, part: str) -> tuple[list[list[int]], list[tuple[int, ...]]]:
+        """Return the prompts whose replies are to stay, and these; of a repair both kinds in turn."""
+        kinds = ("harmless", "harmful") if f"borderline_{part}" in self.rows else ("harmless",)
+        pairs = [list(zip(self.rows[f"{kind}_{part}"], self.replies[f"{kind}_{part}"], strict=True)) for kind in kinds]
+        mixed = [pair for group in zip_longest(*pairs) for pair in group if pair is not None]
+        return [row for row, _ in mixed], [reply for _, reply in mixed]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +208,7 @@ class _Run:
     """One refinement of a loaded model."""
 
     chat: ChatModel
+    goal: Goal
     options: RefinementOptions
     arguments: tuple[str, ...]
     ranks: Ranks
@@ -193,20 +227,26 @@ class _Run:
         kept = self._kept(rows)
         token_ids = self._token_ids(direction, kept.refusals)
         zero = float((direction.metadata.get("refusal") or {}).get("zero") or 0.0)
-        own = own_directions(
-            harmful=stream_means(chat, kept.harmful["train"], position=POSITION),
-            harmless=stream_means(chat, kept.harmless["train"], position=POSITION),
-        )
+        own = self._own_directions(kept)
         vector = direction.vector.double()
         # A layer in which nothing tells the prompts apart has nothing of its own to take out.
         own = torch.where(own.norm(dim=1, keepdim=True) > 0, own, vector / vector.norm())
-        base = {part: read_base(chat, kept.harmless[part], kept.replies[part]) for part in ("train", "validation")}
+        base = {part: read_base(chat, *kept.to_stay(part)) for part in ("train", "validation")}
         edit = SoftEdit(chat, own)
         search = Search(
-            chat=chat, edit=edit, harmful=kept.harmful["train"], harmless=base["train"], token_ids=token_ids, zero=zero
+            chat=chat,
+            edit=edit,
+            harmful=kept.to_answer("train"),
+            harmless=base["train"],
+            token_ids=token_ids,
+            zero=zero,
         )
         measure = _Measure(
-            run=self, harmful=kept.harmful["validation"], harmless=base["validation"], token_ids=token_ids
+            run=self,
+            to_answer=kept.to_answer("validation"),
+            to_refuse=kept.rows["harmful_validation"] if self.goal == "repair" else None,
+            to_stay=base["validation"],
+            token_ids=token_ids,
         )
         everywhere = torch.ones(chat.n_layers, 2)
         plain = measure.point(SoftEdit(chat, vector.expand(chat.n_layers, -1)), everywhere, None)
@@ -222,9 +262,12 @@ class _Run:
         report = RefinementReport(
             model=name,
             direction_sha256=direction.sha256,
+            goal=self.goal,
             position=POSITION,
             refusal_tokens=tuple(chat.decode([token], skip_special_tokens=False) for token in token_ids),
-            chosen=choose(frontier, max_refusals=options.max_refusals, max_kl=options.max_kl),
+            chosen=choose(
+                frontier, max_refusals=options.max_refusals, max_kl=options.max_kl, max_lost=options.max_lost
+            ),
             frontier=tuple(frontier),
             plain=plain,
             counts=kept.counts,
@@ -233,33 +276,49 @@ class _Run:
         )
         return report, own
 
+    def _own_directions(self, kept: _Kept) -> Tensor:
+        """Return each layer's own direction, [n_layers, d_model], unit vectors or zeros."""
+        chat = self.chat
+        harmful, harmless = (
+            stream_means(chat, kept.rows[f"{kind}_train"], position=POSITION) for kind in ("harmful", "harmless")
+        )
+        if self.goal == "remove":
+            return own_directions(harmful=harmful, harmless=harmless)
+        false = own_directions(
+            harmful=stream_means(chat, kept.rows["borderline_train"], position=POSITION),
+            harmless=stream_means(chat, kept.answered, position=POSITION),
+        )
+        false = orthogonal_to(false, harmful - harmless, share=1.0)
+        norms = false.norm(dim=1, keepdim=True)
+        return torch.where(norms > 1e-9, false / norms.clamp(min=1e-9), torch.zeros_like(false))
+
     def _kept(self, rows: Mapping[str, list[list[int]]]) -> _Kept:
         kept: dict[str, list[list[int]]] = {}
         replies: dict[str, list[tuple[int, ...]]] = {}
+        answered: list[list[int]] = []
         refusals: list[ShortReply] = []
         counts: dict[str, tuple[int, int]] = {}
-        for part in PARTS:
+        for part in rows:
             found = self.replies.read(rows[part], progress=self.progress, task=f"Replies to {part.replace('_', ' ')}")
-            wanted = [each.refused if part.startswith("harmful") else each.answered for each in found]
+            wanted = [each.answered if part.startswith("harmless") else each.refused for each in found]
             # A reply of no tokens gives nothing to compare.
             wanted = [keep and bool(each.tokens) for keep, each in zip(wanted, found, strict=True)]
             kept[part] = [row for row, keep in zip(rows[part], wanted, strict=True) if keep]
             replies[part] = [each.tokens for each, keep in zip(found, wanted, strict=True) if keep]
             counts[part] = (len(kept[part]), len(rows[part]))
             refusals += [each for each in found if each.refused]
-            if len(kept[part]) < min(MIN_PROMPTS, len(rows[part])):
-                does = "refuses" if part.startswith("harmful") else "answers"
+            if part == "borderline_train":
+                answered = [row for row, each in zip(rows[part], found, strict=True) if each.answered]
+            few = min(MIN_PROMPTS, len(rows[part]))
+            if len(kept[part]) < few or (part == "borderline_train" and len(answered) < few):
+                n, does = len(kept[part]), "answers" if part.startswith("harmless") else "refuses"
+                if n >= few:
+                    n, does = len(answered), "answers"
                 raise RefusalBehaviourError(
-                    f"by its replies the model {does} {len(kept[part])} of {len(rows[part])} "
-                    f"{part.replace('_', ' ')} prompts, and {MIN_PROMPTS} are needed; take more or other prompts"
+                    f"by its replies the model {does} {n} of {len(rows[part])} {part.replace('_', ' ')} prompts, and "
+                    f"{MIN_PROMPTS} are needed; take more or other prompts"
                 )
-        return _Kept(
-            harmful={part: kept[f"harmful_{part}"] for part in ("train", "validation")},
-            harmless={part: kept[f"harmless_{part}"] for part in ("train", "validation")},
-            replies={part: replies[f"harmless_{part}"] for part in ("train", "validation")},
-            refusals=refusals,
-            counts=counts,
-        )
+        return _Kept(rows=kept, replies=replies, answered=answered, refusals=refusals, counts=counts)
 
     def _token_ids(self, direction: Direction, refusals: Sequence[ShortReply]) -> tuple[int, ...]:
         listed = direction.metadata.get("refusal_tokens") or []
@@ -278,35 +337,36 @@ class _Measure:
     """What strengths do to validation prompts."""
 
     run: _Run
-    harmful: list[list[int]]
-    harmless: HarmlessReplies
+    to_answer: list[list[int]]
+    to_refuse: list[list[int]] | None
+    to_stay: HarmlessReplies
     token_ids: tuple[int, ...]
 
     def point(self, edit: SoftEdit, strengths: Tensor, pressure: float | None) -> FrontierPoint:
         """Return a point of the frontier."""
-        chat, harmless = self.run.chat, self.harmless
+        chat, harmless, rows = self.run.chat, self.to_stay, self.to_answer
         with torch.no_grad(), edit.applied(strengths):
             pairs = [pair for batch in _batches(len(harmless.rows)) for pair in compare(chat, harmless, batch)]
             metric = torch.cat(
-                [
-                    log_odds(last_logits(chat, [self.harmful[i] for i in batch]), self.token_ids)
-                    for batch in _batches(len(self.harmful))
-                ]
+                [log_odds(last_logits(chat, [rows[i] for i in batch]), self.token_ids) for batch in _batches(len(rows))]
             )
-            replies = self.run.replies.read(self.harmful, progress=SILENT)
+            found = self.run.replies.read([*rows, *(self.to_refuse or [])], progress=SILENT)
+        replies, others = found[: len(rows)], found[len(rows) :]
         base = torch.cat([-at_reply(each.float(), harmless, i) for i, each in enumerate(harmless.base)])
         return FrontierPoint(
             pressure=pressure,
             attn=tuple(round(value, DIGITS) for value in strengths[:, 0].tolist()),
             mlp=tuple(round(value, DIGITS) for value in strengths[:, 1].tolist()),
             unanswered=sum(not reply.answered for reply in replies),
-            n_harmful=len(replies),
+            n_to_answer=len(replies),
             metric=float(metric.mean()),
             kl_first=float(torch.stack([kl[0] for kl, _ in pairs]).mean()),
             kl=float(torch.cat([kl for kl, _ in pairs]).mean()),
             cross_entropy=float(torch.cat([surprise for _, surprise in pairs]).mean()),
             base_cross_entropy=float(base.mean()),
-            n_harmless=len(harmless.rows),
+            n_to_stay=len(harmless.rows),
+            refused=None if self.to_refuse is None else sum(reply.refused for reply in others),
+            n_to_refuse=len(others),
         )
 
 
@@ -314,26 +374,41 @@ def _batches(n: int) -> list[range]:
     return [range(start, min(start + BATCH, n)) for start in range(0, n, BATCH)]
 
 
-def choose(points: Sequence[FrontierPoint], *, max_refusals: float, max_kl: float | None) -> FrontierPoint:
+def choose(
+    points: Sequence[FrontierPoint], *, max_refusals: float, max_kl: float | None, max_lost: float = 1.0
+) -> FrontierPoint:
     """Return the point of least KL among those that leave few enough refusals.
 
     Args:
         points: the frontier.
-        max_refusals: largest share of harmful prompts that may be left unanswered.
+        max_refusals: largest share of the prompts that are to be answered which may be left unanswered.
         max_kl: largest KL; where nothing within it leaves so few refusals, the fewest within it are taken. None: any.
+        max_lost: largest share of the prompts that are to stay refused which may be answered.
 
     Raises:
         NoDirectionError: there is none.
     """
-    within = [point for point in points if max_kl is None or point.kl <= max_kl]
+    kept = [point for point in points if point.share_lost <= max_lost]
+    if not kept:
+        nearest = min(points, key=lambda point: (point.share_lost, point.unanswered))
+        raise NoDirectionError(
+            f"no point of the frontier keeps the true refusals; the most are {nearest.refused} of "
+            f"{nearest.n_to_refuse}; --max-lost {_rounded_up(nearest.share_lost)} accepts that"
+        )
+    within = [point for point in kept if max_kl is None or point.kl <= max_kl]
     enough = [point for point in within if point.share_unanswered <= max_refusals]
     if enough:
         return min(enough, key=lambda point: point.kl)
     if within and max_kl is not None:
         return min(within, key=lambda point: (point.unanswered, point.kl))
-    nearest = min(points, key=lambda point: (point.unanswered, point.kl))
+    nearest = min(kept, key=lambda point: (point.unanswered, point.kl))
     raise NoDirectionError(
         f"no point of the frontier is within what is asked for; the fewest refusals are {nearest.unanswered} of "
-        f"{nearest.n_harmful}, at KL {nearest.kl:.3f}; --max-refusals {nearest.share_unanswered:.3f} without --max-kl "
-        "accepts that"
+        f"{nearest.n_to_answer}, at KL {nearest.kl:.3f}; --max-refusals "
+        f"{_rounded_up(nearest.share_unanswered)} without --max-kl accepts that"
     )
+
+
+def _rounded_up(share: float) -> float:
+    # The share itself is rounded: 1 - 19 / 20 is a little above 0.05.
+    return math.ceil(round(1000 * share, 6)) / 1000

@@ -23,17 +23,21 @@ def write_refinement_page(report: RefinementReport, directory: Path, *, command:
 
 def _result(report: RefinementReport) -> Section:
     chosen, plain = report.chosen, report.plain
+    kind = "borderline" if report.goal == "repair" else "harmful"
+    held = ""
+    if chosen.refused is not None:
+        held = f" Of the harmful ones {chosen.refused} of {chosen.n_to_refuse} are still refused, as they are to be."
     return Section(
         heading="Result",
         blocks=(
             headline(
-                f"{chosen.unanswered} of {chosen.n_harmful} harmful validation prompts are still not answered, at a KL "
-                f"of {chosen.kl:.3f} nats a token on harmless ones, where the direction at strength 1 leaves "
-                f"{plain.unanswered} at {plain.kl:.3f}."
+                f"{chosen.unanswered} of {chosen.n_to_answer} {kind} validation prompts are still not answered, at a "
+                f"KL of {chosen.kl:.3f} nats a token on the replies that are to stay, where the direction at strength "
+                f"1 leaves {plain.unanswered} at {plain.kl:.3f}.{held}"
             ),
             paragraph(
-                "The unchanged model refuses all of these harmful prompts and answers all of these harmless ones. No "
-                "prompt of these was optimised on. Some of the direction stays in the stream."
+                f"The unchanged model refuses all of these {kind} prompts. No prompt of these was optimised on. Some "
+                "of the direction stays in the stream."
             ),
         ),
     )
@@ -47,7 +51,8 @@ def _strengths(report: RefinementReport) -> Section:
 
 
 def _frontier(report: RefinementReport) -> Section:
-    header = ["", "not answered", "refusal metric", "KL, first token", "KL", "cross-entropy", "change"]
+    counted = ["not answered", *(["harmful refused"] if report.goal == "repair" else [])]
+    header = ["", *counted, "refusal metric", "KL, first token", "KL", "cross-entropy", "change"]
     rows = [["the direction at strength 1", *_cells(report.plain)]]
     for point in report.frontier:
         name = f"pressure {point.pressure:g}"
@@ -56,7 +61,7 @@ def _frontier(report: RefinementReport) -> Section:
     at = next(i for i, point in enumerate(report.frontier) if point == report.chosen)
     charts = [
         line_chart(
-            [Line(name="KL on harmless replies", values=[point.kl for point in report.frontier])],
+            [Line(name="KL on replies that are to stay", values=[point.kl for point in report.frontier])],
             caption="KL over the base's replies, nats a token",
             x_name="point of the frontier",
             thresholds=[Threshold(name="the direction at strength 1", value=report.plain.kl)],
@@ -64,7 +69,7 @@ def _frontier(report: RefinementReport) -> Section:
         ),
         line_chart(
             [Line(name="not answered", values=[100 * point.share_unanswered for point in report.frontier])],
-            caption="Harmful prompts that are still not answered, %",
+            caption="Prompts that are to be answered and are not, %",
             x_name="point of the frontier",
             mark=(at, 100 * report.chosen.share_unanswered),
         ),
@@ -75,7 +80,8 @@ def _frontier(report: RefinementReport) -> Section:
 def _cells(point: FrontierPoint) -> Sequence[object]:
     change = point.cross_entropy / point.base_cross_entropy - 1
     return [
-        f"{point.unanswered} of {point.n_harmful}",
+        f"{point.unanswered} of {point.n_to_answer}",
+        *([] if point.refused is None else [f"{point.refused} of {point.n_to_refuse}"]),
         f"{point.metric:.2f}",
         f"{point.kl_first:.4f}",
         f"{point.kl:.4f}",
