@@ -65,6 +65,19 @@ def test_tables_say_what_is_still_refused(
     for said in ("False refusals of", "borderline refused", "harmful refused", "direction written to"):
         assert said in printed
 
+    directory, made = model
+    refine = ["refine", directory / "model", "--direction", tmp_path / "r.safetensors", "-o", tmp_path / "s.json"]
+    refine += ["--harmful", made.harmful, "--harmless", made.harmless, "--n-val", "16", "--reply-tokens", "6"]
+    code, printed, error = call_main(*refine, "--borderline", made.borderline)
+    assert code == 0, error
+    assert "harmful refused" in printed
+    strengths = json.loads((tmp_path / "s.json").read_text())
+    assert strengths["goal"] == "repair"
+    assert strengths["chosen"]["refused"] == strengths["chosen"]["n_to_refuse"]
+    code, _, error = call_main(*refine, "--borderline", "nowhere.txt")
+    assert code == 1
+    assert "nowhere.txt" in error
+
 
 @pytest.mark.parametrize(
     ("more", "code", "said"),

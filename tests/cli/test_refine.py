@@ -66,6 +66,9 @@ def test_from_a_direction_to_a_gentler_checkpoint(
     code, _, error = call_main(*refine[: -len(SMALL) - 4], *prompts, *SMALL, "--max-kl", "0", "--max-refusals", "0")
     assert code == 3
     assert "within what is asked for" in error
+    code, _, error = call_main(*refine, "--max-lost", "0.2")
+    assert code == 1
+    assert "go with a direction of false refusals" in error
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,7 @@ def test_from_a_direction_to_a_gentler_checkpoint(
         (["-o", "s.json", "--max-refusals", "2"], 2, "--max-refusals"),
         (["-o", "s.json", "--n-val", "2"], 2, "--n-val"),
         (["-o", "s.json", "--steps", "0"], 2, "--steps"),
+        (["-o", "s.json", "--max-lost", "2"], 2, "--max-lost"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -138,6 +138,12 @@ def refine_edit(
         raise DirectionError(f"the direction has {loaded.d_model} entries; the width of {name} is {chat.d_model}")
     parts = {part: getattr(prompts, part) for part in PARTS}
     goal: Goal = "repair" if loaded.metadata.get("goal") == "repair" else "remove"
+    defaults = RefinementOptions()
+    if goal == "remove" and (options.borderline, options.max_lost) != (defaults.borderline, defaults.max_lost):
+        raise InputError(
+            "--borderline and --max-lost go with a direction of false refusals, which `extract --goal repair` finds; "
+            "this one is not one"
+        )
     if goal == "repair":
         borderline = draw_borderline(options.borderline, other=prompts, seed=options.seed)
         parts |= {"borderline_train": borderline.train, "borderline_validation": borderline.validation}
