@@ -19,6 +19,7 @@ from abliterate.cli.demo import demo
 from abliterate.cli.evaluate import evaluate
 from abliterate.cli.extract import extract
 from abliterate.cli.orthogonalize import orthogonalize
+from abliterate.cli.output import accept_any_text
 from abliterate.cli.plan import plan
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
@@ -88,6 +89,7 @@ def _global_options(
 def main() -> None:
     """Run the command line; each error becomes one line on stderr and its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    accept_any_text()
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)

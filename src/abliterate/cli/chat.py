@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -22,8 +21,10 @@ from abliterate.cli.options import (
     SystemPromptOption,
     TrustRemoteCodeOption,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, SafeConsole
+from abliterate.errors import InputError
 from abliterate.evaluation.report import MAX_NEW_TOKENS
+from abliterate.files import printable
 
 if TYPE_CHECKING:
     from abliterate.evaluation.chatting import ChatSession, Side
@@ -76,7 +77,8 @@ class _Conversation:
         self._session = session
         self._output = output
         self._interactive = sys.stdin.isatty()
-        self._console = Console(highlight=False)
+        self._n_lines = 0
+        self._console = SafeConsole(highlight=False)
 
     def run(self) -> None:
         interrupted = False
@@ -113,7 +115,14 @@ class _Conversation:
                 return None
         if self._interactive:
             self._output.stderr.print("> ", end="")
-        line = sys.stdin.readline()
+        self._n_lines += 1
+        try:
+            line = sys.stdin.readline()
+            line.encode()  # where Python lets other bytes pass, it stands for them with what no text may hold
+        except UnicodeError as error:
+            raise InputError(
+                f"stdin, line {self._n_lines}: not {sys.stdin.encoding} text; convert it, as with `iconv -t UTF-8`"
+            ) from error
         return line.rstrip("\n") if line else None
 
     def _handle(self, line: str) -> bool:
@@ -143,14 +152,12 @@ class _Conversation:
 
         def show(side: "Side", text: str) -> None:
             if len(session.sides) > 1 and side not in shown:
-                sys.stdout.write("\n" * bool(shown) + f"[{side}]\n")
+                self._output.write("\n" * bool(shown) + f"[{side}]\n")
             shown.add(side)
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            self._output.write(text)
 
         turn = session.reply(message, show)
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        self._output.write("\n")
         return turn.interrupted
 
     def _side_by_side(self, message: str) -> bool:
@@ -160,6 +167,6 @@ class _Conversation:
         with Live(table, console=self._console, refresh_per_second=8, vertical_overflow="visible"):
 
             def show(side: "Side", text: str) -> None:
-                texts[side].append(text)
+                texts[side].append(printable(text))
 
             return self._session.reply(message, show).interrupted
