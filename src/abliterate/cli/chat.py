@@ -13,6 +13,7 @@ from rich.text import Text
 
 from abliterate.cli.options import (
     MODEL_DEFAULTS,
+    BaseRevisionOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -36,6 +37,7 @@ def chat(
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="What /both compares with: directory or Hub id.")
     ] = None,
+    base_revision: BaseRevisionOption = None,
     direction: Annotated[Path | None, typer.Option("--direction", help="Direction file for /ablate and /add.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Length of each reply.")
@@ -55,6 +57,7 @@ def chat(
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.directions import load_direction
+    from abliterate.editing.record import resolve_base
     from abliterate.evaluation.chatting import ChatSession
     from abliterate.models.loading import open_model
     from abliterate.models.options import ModelOptions
@@ -62,7 +65,11 @@ def chat(
     output = Output.of(context, json_output=json_output)
     loaded = load_direction(direction) if direction is not None else None
     options = ModelOptions(dtype=dtype, device=device, system_prompt=system_prompt, trust_remote_code=trust_remote_code)
-    sources = [resolve_model(model, revision=revision), *([resolve_model(base)] if base is not None else [])]
+    sources = [resolve_model(model, revision=revision)]
+    if base is not None:
+        sources.append(resolve_base(base, revision=base_revision, edited=sources[0], progress=output.progress))
+    elif base_revision is not None:
+        raise InputError(f"--base-revision {base_revision}: is of --base, which is not given")
     chats = [open_model(source, options=options, progress=output.progress).chat for source in sources]
     session = ChatSession(
         model=chats[0], base=chats[1] if len(chats) > 1 else None, direction=loaded, max_new_tokens=max_new_tokens

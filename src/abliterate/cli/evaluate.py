@@ -9,6 +9,7 @@ from rich.table import Table
 from abliterate.cli.options import (
     MODEL_DEFAULTS,
     PROMPT_DEFAULTS,
+    BaseRevisionOption,
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
@@ -41,6 +42,7 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="What to compare with: directory or Hub id.")
     ] = None,
+    base_revision: BaseRevisionOption = None,
     direction: Annotated[Path | None, typer.Option("--direction", help="Direction file for --intervention.")] = None,
     intervention: Annotated[Intervention, option(EvaluationOptions, "intervention")] = DEFAULTS.intervention,
     coefficient: Annotated[float | None, option(EvaluationOptions, "coefficient")] = DEFAULTS.coefficient,
@@ -90,6 +92,7 @@ def evaluate(
     report = evaluate_model(
         model=resolve_model(model, revision=revision),
         base=base,
+        base_revision=base_revision,
         direction=direction,
         options=EvaluationOptions(
             harmful=harmful,

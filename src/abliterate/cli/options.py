@@ -37,6 +37,13 @@ def default_of(options: "type[DataclassInstance]", name: str) -> Any:
 CheckpointArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory or a Hub id.")]
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory, a .gguf file or a Hub id.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of MODEL on the Hub.")]
+BaseRevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base-revision",
+        help="Branch, tag or commit of --base on the Hub. Default: the commit in MODEL's record, if that names --base.",
+    ),
+]
 DirectionOption = Annotated[
     Path, typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it.")
 ]

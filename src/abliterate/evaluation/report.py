@@ -218,6 +218,9 @@ class EvaluationReport:
     Attributes:
         model: what was evaluated.
         base: what it is compared with; None if nothing.
+        revision: commit of the model on the Hub; None for a local one.
+        base_revision: the same of the base.
+        shards_sha256: see `record.shards_sha256`, by which `push` knows the weights again; None of a model without one.
         intervention: see `EvaluationOptions`.
         coefficient: the one used; None where it plays no part.
         direction: sha256, position and layer of the direction, or None.
@@ -244,6 +247,9 @@ class EvaluationReport:
 
     model: str
     base: str | None
+    revision: str | None = None
+    base_revision: str | None = None
+    shards_sha256: str | None = None
     intervention: Intervention
     coefficient: float | None = None
     direction: dict[str, Any] | None = None

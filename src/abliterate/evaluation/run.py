@@ -17,7 +17,7 @@ from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.provenance import model_sha256, versions
 from abliterate.directions import Direction, load_direction
-from abliterate.editing.record import RECORD_NAME
+from abliterate.editing.record import RECORD_NAME, resolve_base, shards_sha256
 from abliterate.errors import InputError, PromptSetError
 from abliterate.evaluation.capability import TaskSamples, compare_tasks, require_harness, run_tasks
 from abliterate.evaluation.drift import (
@@ -81,8 +81,12 @@ def used_for_checkpoint(directory: Path) -> frozenset[str]:
     Raises:
         InputError: the record cannot be read.
     """
+    return frozenset(_hashes_in(_record_of(directory)))
+
+
+def _record_of(directory: Path) -> dict[str, Any]:
     path = directory / RECORD_NAME
-    return frozenset(_hashes_in(read_json_report(path))) if path.is_file() else frozenset()
+    return read_json_report(path) if path.is_file() else {}
 
 
 def hold_out(prompts: PromptSet, used: frozenset[str]) -> HeldOut:
@@ -118,6 +122,7 @@ def evaluate_model(
     *,
     model: str | Path | ModelSource,
     base: str | Path | ModelSource | None = None,
+    base_revision: str | None = None,
     direction: Direction | Path | None = None,
     options: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
@@ -131,6 +136,8 @@ def evaluate_model(
     Args:
         model: a directory, a Hub id or a resolved source.
         base: what to compare with.
+        base_revision: branch, tag or commit of a base on the Hub; None: the commit that the model's record names, if
+            it names this base.
         direction: needed by the interventions; its prompts are left out of the evaluation.
         options: see `EvaluationOptions`.
         model_options: how to load and run the models.
@@ -149,7 +156,12 @@ def evaluate_model(
     sets = {kind: load_prompt_set(getattr(options, kind), kind=kind, part="test") for kind in KINDS}
     texts = {spec: load_plain_texts(spec) for spec in dict.fromkeys(options.texts)}
     source = as_source(model)
-    base_source = as_source(base) if base is not None else (source if options.intervention != "none" else None)
+    base_source = source if options.intervention != "none" else None
+    if base is not None:
+        found = base if isinstance(base, ModelSource) else None
+        base_source = found or resolve_base(str(base), revision=base_revision, edited=source, progress=progress)
+    elif base_revision is not None:
+        raise InputError(f"--base-revision {base_revision}: is of --base, which is not given")
     judges = tuple(as_source(judge) for judge in options.judges)
     used = used_for_checkpoint(source.path) | (used_prompts(loaded.metadata) if loaded else frozenset())
     held_out = {kind: hold_out(chosen, used) for kind, chosen in sets.items()}
@@ -368,6 +380,9 @@ class _Run:
         return EvaluationReport(
             model=self.source.name,
             base=self.base_source.name if self.base_source else None,
+            revision=self.source.revision,
+            base_revision=self.base_source.revision if self.base_source else None,
+            shards_sha256=shards_sha256(_record_of(self.source.path)),
             intervention=self.options.intervention,
             coefficient=self._coefficient,
             direction=_describe(self.direction),
