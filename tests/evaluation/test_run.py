@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from abliterate.directions import make_direction
-from abliterate.errors import InputError, PromptSetError
+from abliterate.errors import InputError, InterruptedRunError, PromptSetError
 from abliterate.evaluation.report import EvaluationOptions, count_by_category
 from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.reply_classes import REFUSAL_SUBSTRINGS, read_reply
@@ -268,8 +268,9 @@ def test_an_interrupted_evaluation_goes_on_without_generating_again(
 
     resumed: list[bool] = []
     monkeypatch.setattr(GreedyDecoder, "replies", counting)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError, match=f"{tmp_path / 'cache'}: the same command goes on") as stopped:
         evaluate_model(model=llama_directory, options=cached, model_options=ModelOptions(batch_size=1))
+    assert stopped.value.exit_code == 130
     file = next((tmp_path / "cache").iterdir())
     assert file.stat().st_mode & 0o077 == 0
     assert len(file.read_text().splitlines()) == 2
@@ -285,6 +286,29 @@ def test_an_interrupted_evaluation_goes_on_without_generating_again(
     changed = replace(cached, max_new_tokens=4)
     evaluate_model(model=llama_directory, options=changed)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"scale": 30.0, "layer": 1}, {"scale": 90.0, "layer": 1}),
+        ({"scale": 30.0, "layer": 1}, {"scale": 30.0, "layer": 3}),
+    ],
+    ids=["dose", "layer"],
+)
+def test_a_sweep_of_files_along_one_vector_shares_no_reply(
+    llama_directory: Path, tmp_path: Path, options: EvaluationOptions, first, second
+) -> None:
+    options = replace(options, intervention="add")
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    cache = tmp_path / "cache"
+    for what in (first, second):
+        direction = make_direction(mean_difference=what["scale"] * vector, metadata={"layer": what["layer"]})
+        expected = evaluate_model(model=llama_directory, direction=direction, options=options)
+        found = evaluate_model(model=llama_directory, direction=direction, options=replace(options, cache=cache))
+        assert found == expected
+    # The base's replies are those of one model.
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_memory_running_out_changes_nothing_but_the_batches(

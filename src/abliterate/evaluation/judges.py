@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.provenance import model_sha256
 from abliterate.errors import InputError, ModelError
-from abliterate.evaluation.replies import ReplyCache, generate_replies
+from abliterate.evaluation.replies import ReplyCache, generate_replies, reply_conditions
 from abliterate.evaluation.statistics import Agreement, PairedChange, cohens_kappa, paired_change, wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply
 from abliterate.models.chat_format import ChatFormat, find_chat_format, find_conversation_form
@@ -194,10 +193,11 @@ class _CausalJudge:
         self._name = source.name
         self._chat = replace(_bare_chat(model, tokenizer), chat_format=_judge_format(tokenizer, self.style))
         self._cache_directory = options.cache
-        self._conditions: dict[str, str | int] = {}
+        self._conditions: dict[str, Any] = {}
         if options.cache is not None:
-            fingerprint = model_sha256(source.path, progress=progress)
-            self._conditions = {"judge": fingerprint, "dtype": str(model.dtype), "max_new_tokens": self._max_new_tokens}
+            self._conditions = reply_conditions(
+                self._chat, source, max_new_tokens=self._max_new_tokens, progress=progress
+            )
 
     def decide(self, pairs: Sequence[tuple[str, str]], *, advance: Advance = lambda _n: None) -> list[Verdict]:
         """See `Judge.decide`."""

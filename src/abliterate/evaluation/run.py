@@ -15,10 +15,10 @@ from typing import Any
 
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource, as_source
-from abliterate.checkpoints.provenance import model_sha256, versions
+from abliterate.checkpoints.provenance import versions
 from abliterate.directions import Direction, load_direction
 from abliterate.editing.record import RECORD_NAME, resolve_base, shards_sha256
-from abliterate.errors import InputError, PromptSetError
+from abliterate.errors import InputError, InterruptedRunError, PromptSetError
 from abliterate.evaluation.capability import TaskSamples, compare_tasks, require_harness, run_tasks
 from abliterate.evaluation.drift import (
     BaseDistributions,
@@ -38,6 +38,7 @@ from abliterate.evaluation.replies import (
     let_think,
     measure_surprise,
     read_replies,
+    reply_conditions,
 )
 from abliterate.evaluation.report import (
     KINDS,
@@ -49,7 +50,7 @@ from abliterate.evaluation.report import (
     count_replies,
     refusal_change,
 )
-from abliterate.evaluation.steering import default_coefficient, steer
+from abliterate.evaluation.steering import default_coefficient, steer, steering_key
 from abliterate.extraction.reply_classes import Reply
 from abliterate.files import read_json_report, write_file
 from abliterate.models.chat_model import ChatModel
@@ -207,7 +208,21 @@ class _Run:
     progress: ProgressReporter
 
     def evaluate(self) -> EvaluationReport:
-        """Run the base, the model, and the base again over the model's replies."""
+        """Run the base, the model, and the base again over the model's replies.
+
+        Raises:
+            InterruptedRunError: a signal came; what a cache holds is kept.
+        """
+        try:
+            return self._evaluate()
+        except KeyboardInterrupt as error:
+            cache = self.options.cache
+            left = f"replies are kept in {cache}: the same command goes on from there"
+            raise InterruptedRunError.of(
+                error, left if cache else "nothing is kept; --cache DIR keeps replies"
+            ) from error
+
+    def _evaluate(self) -> EvaluationReport:
         with ExitStack() as stack:
             open_model, open_base = self._openers(stack)
             base, distributions = None, None
@@ -289,17 +304,17 @@ class _Run:
     def _cache(self, chat: ChatModel, source: ModelSource, *, edited: bool) -> ReplyCache | None:
         if self.options.cache is None:
             return None
-        steering = edited and self.direction is not None
-        conditions = {
-            "model": model_sha256(source.path, progress=self.progress),
-            "dtype": str(chat.model.dtype),
-            "device": chat.device.type,
-            "max_new_tokens": self.options.max_new_tokens,
-            "intervention": self.options.intervention if edited else "none",
-            "coefficient": self._coefficient if steering else None,
-            "direction": self.direction.sha256 if steering and self.direction else None,
-            "versions": versions("abliterate", "torch", "transformers"),
-        }
+        steering = None
+        if edited and self.direction is not None:
+            intervention = self.options.intervention
+            steering = steering_key(self.direction, intervention=intervention, coefficient=self._coefficient)
+        conditions = reply_conditions(
+            chat,
+            source,
+            max_new_tokens=self.options.max_new_tokens,
+            steering=steering,
+            progress=self.progress,
+        )
         return ReplyCache(self.options.cache, conditions)
 
     @property

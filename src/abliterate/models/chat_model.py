@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from abliterate.checkpoints.provenance import versions
 from abliterate.errors import ModelError
 from abliterate.models.batching import BatchLimits, plan_batches
 from abliterate.models.chat_format import ChatFormat, find_chat_format
@@ -522,6 +523,16 @@ def stop_tokens(chat: ChatModel) -> set[int]:
     configured = getattr(chat.model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {int(i) for i in [*ids, chat.tokenizer.eos_token_id, *chat.chat_format.turn_ends] if i is not None}
+
+
+def conditions_of(chat: ChatModel) -> dict[str, Any]:
+    """Return what replies and numbers depend on besides files, prompts and hooks, as plain values for a cache's key."""
+    return {
+        "dtype": str(chat.model.dtype),
+        "device": chat.device.type,
+        "ends": sorted(stop_tokens(chat)),
+        "versions": versions("abliterate", "python", "torch", "transformers"),
+    }
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
