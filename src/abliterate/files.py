@@ -29,7 +29,7 @@ _MAX_DEPTH = 64
 _MAX_DIGITS = 400
 _MAX_NAME = 1000
 MAX_BYTES = 100_000_000
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(data: bytes, *, infinities: bool = False) -> Any:
@@ -115,7 +115,7 @@ def _check_values(value: Any) -> None:
     while pending:
         item, depth = pending.pop()
         if isinstance(item, str):
-            if _HALF_PAIR.search(item):
+            if HALF_PAIR.search(item):
                 raise ValueError(f"the text {item[:40]!a} holds half of a surrogate pair")
         elif isinstance(item, (dict, list)):
             if depth > _MAX_DEPTH:

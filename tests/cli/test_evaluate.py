@@ -118,6 +118,21 @@ def test_a_base_on_the_hub_is_the_commit_that_was_edited(
         assert f"abliterate evaluate OUT --base org/base --base-revision {revision} --output" in card
 
 
+def test_only_json_is_replaced_by_the_report(
+    run, call_main: CommandLine, llama_directory: Path, tmp_path: Path
+) -> None:
+    weights = llama_directory / "model.safetensors"
+    before = weights.read_bytes()
+    for done in (
+        run("-o", weights),
+        call_main("audit", llama_directory, "-o", weights),
+        call_main("refine", llama_directory, "--direction", "r.safetensors", "-o", weights),
+    ):
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert done.error_line == f"error: {weights}: is there and is no JSON, so it is not replaced; choose another -o"
+    assert weights.read_bytes() == before
+
+
 def test_a_revision_belongs_to_a_base_on_the_hub(run, llama_directory: Path) -> None:
     done = run("--base-revision", "main")
     assert (done.exit_code, done.stdout) == (1, "")

@@ -5,6 +5,7 @@ import enum
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ def test_what_others_wrote_cannot_act_on_the_terminal(capsys):
     out, error = capsys.readouterr()
     assert "\x1b" not in out + error
     assert "\\x1b[31mb" in out
+
+
+def test_a_hash_is_whole_on_the_narrowest_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    table = Table("name", "sha256")
+    table.add_row("a", "0123456789abcdef" * 4)
+    Output().report(REPORT, tables=lambda: [table])
+    assert "0123456789abcdef" * 4 in re.sub(r"[^0-9a-f]", "", capsys.readouterr().out.partition("sha256")[2])
 
 
 def test_notes_and_progress_go_to_stderr_unless_quiet(capsys):

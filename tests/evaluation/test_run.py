@@ -1,6 +1,7 @@
 """Rates, intervals and damage against independent computations."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,6 +310,24 @@ def test_a_sweep_of_files_along_one_vector_shares_no_reply(
         assert found == expected
     # The base's replies are those of one model.
     assert len(list(cache.iterdir())) == 3
+
+
+def test_a_base_that_reads_other_tokens_is_refused_before_any_is_answered(
+    llama_directory: Path, tmp_path: Path, options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GreedyDecoder, "replies", lambda *_arguments, **_rest: pytest.fail("something was answered"))
+    other = shutil.copytree(llama_directory, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = vocabulary["a"], vocabulary["e"]
+    vocabulary.update(a=second, e=first)
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match=r"make different tokens of '.*' and cannot be compared"):
+        evaluate_model(model=llama_directory, base=other, options=options)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    with pytest.raises(InputError, match="output tokens and cannot be compared"):
+        evaluate_model(model=llama_directory, base=other, options=options)
 
 
 def test_memory_running_out_changes_nothing_but_the_batches(

@@ -23,7 +23,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, command_line
+from abliterate.cli.output import Output, check_json_target, command_line
 from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
 from abliterate.models.options import ModelOptions
 
@@ -87,6 +87,7 @@ def evaluate(
     from abliterate.reports.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
+    check_json_target(output_file)
     if report_completions and (report_directory is None or save_completions is None):
         raise typer.BadParameter("--report-completions needs --report DIR and --save-completions FILE")
     report = evaluate_model(

@@ -1,6 +1,7 @@
 """Options and arguments that several commands share, so that one word means one thing everywhere."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,16 @@ def option(options: "type[DataclassInstance]", name: str) -> Any:
 def default_of(options: "type[DataclassInstance]", name: str) -> Any:
     """Return the default of a field, without making the options: that may look for the device that they name."""
     return next(field.default for field in dataclasses.fields(options) if field.name == name)
+
+
+def expand_home(value: Any) -> Any:
+    """Return a path, or several, with `~` as a shell expands it; anything else as it is.
+
+    A shell leaves `--output=~/x` alone, and would have a directory called `~` made.
+    """
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    return [expand_home(each) for each in value] if isinstance(value, list) else value
 
 
 CheckpointArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory or a Hub id.")]

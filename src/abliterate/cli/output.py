@@ -63,6 +63,19 @@ def check_report(directory: Path | None) -> None:
         raise InputError(f"{directory}: is no directory; give --report a directory to write")
 
 
+def check_json_target(file: Path | None) -> None:
+    """Check before hours of work that the file that `-o` names can be replaced without loss: it is JSON, or empty.
+
+    Raises:
+        InputError: It is something else, as a model's weights are.
+    """
+    if file is None or not file.is_file() or file.stat().st_size == 0:
+        return
+    with file.open("rb") as opened:
+        if opened.read(1) not in {b"{", b"["}:
+            raise InputError(f"{file}: is there and is no JSON, so it is not replaced; choose another -o")
+
+
 @contextmanager
 def writing_report(directory: Path) -> Iterator[None]:
     """Say in one line that what goes to `--report` cannot be written.
@@ -138,6 +151,10 @@ class Output:
             # A pipe or a file has no width: nothing is broken or cut.
             console = SafeConsole(highlight=False, width=_UNLIMITED)
         for part in tables():
+            if isinstance(part, Table):
+                # A name or a hash that finds no room goes on in the next line, whole.
+                for column in part.columns:
+                    column.overflow = "fold"
             # Text is for scripts too: nothing in it is markup, and no line of it is broken.
             is_text = isinstance(part, str | Text)
             console.print(part, markup=not is_text, soft_wrap=is_text)

@@ -252,7 +252,7 @@ def _question(prompt: str, tokenizer: "PreTrainedTokenizerBase", name: str) -> t
     if prompt == "yes-no":
         return "yes-no", YES_NO_PROMPT
     try:
-        template = Path(prompt).read_text(encoding="utf-8")
+        template = Path(prompt).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"--judge-prompt {prompt}: not auto, guard, yes-no, or a readable file ({error})") from error
     if "{reply}" not in template:

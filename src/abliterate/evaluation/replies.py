@@ -144,6 +144,8 @@ def answer_prompts(
     """
     # All of them first, so that what cannot be asked is found before anything is answered.
     rows = {kind: chat.encode(texts) for kind, texts in prompts.items()}
+    for kind, texts in prompts.items():
+        chat.check_tokens(rows[kind], texts, n_new=max_new_tokens)
     tokens: dict[str, list[list[int]]] = {}
     for kind, texts in prompts.items():
         with progress.task(f"Answering {kind} prompts ({label})", total=len(texts)) as advance:

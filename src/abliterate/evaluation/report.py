@@ -240,6 +240,7 @@ class EvaluationReport:
         judges: what each judge says, and its agreement with the substrings.
         capability: scores of lm-evaluation-harness, or None.
         excluded: kind -> prompts left out because the direction was found with them.
+        repeated: kind -> prompts left out because they repeat another one.
         prompt_sets: name, size and hash of each set as used.
         arguments: the arguments of `evaluate` that differ from its defaults.
         versions: of what computed this.
@@ -269,6 +270,7 @@ class EvaluationReport:
     judges: "tuple[JudgeReport, ...]" = ()
     capability: "CapabilityReport | None" = None
     excluded: dict[str, int] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
     prompt_sets: dict[str, dict[str, Any]]
     arguments: tuple[str, ...] = ()
     versions: dict[str, str]

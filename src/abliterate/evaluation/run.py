@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.arguments import cli_arguments
+from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.provenance import versions
 from abliterate.directions import Direction, load_direction
@@ -54,18 +55,21 @@ from abliterate.evaluation.steering import default_coefficient, steer, steering_
 from abliterate.extraction.reply_classes import Reply
 from abliterate.files import read_json_report, write_file
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.loading import open_model
+from abliterate.models.loading import load_tokenizer, open_model
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
 
+_COMPARED_PROMPTS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """A prompt set without the prompts used before, and how many those were."""
+    """A prompt set without the prompts used before, and how many those were; and how many repeated another one."""
 
     prompts: PromptSet
     excluded: int
+    repeated: int = 0
 
 
 def used_prompts(metadata: Mapping[str, Any]) -> frozenset[str]:
@@ -91,18 +95,19 @@ def _record_of(directory: Path) -> dict[str, Any]:
 
 
 def hold_out(prompts: PromptSet, used: frozenset[str]) -> HeldOut:
-    """Leave the prompts that were used out.
+    """Leave out the prompts that were used, and those that repeat another one: they say nothing new.
 
     Raises:
         PromptSetError: none is left.
     """
-    left = prompts.without(used)
+    once = prompts.distinct()
+    left = once.without(used)
     if len(prompts) and not len(left):
         raise PromptSetError(
             f"{prompts.name}: the direction was found with every one of its {len(prompts)} prompts, so rates on them "
             "would say nothing; evaluate on other prompts"
         )
-    return HeldOut(prompts=left, excluded=len(prompts) - len(left))
+    return HeldOut(prompts=left, excluded=len(once) - len(left), repeated=len(prompts) - len(once))
 
 
 def _hashes_in(value: Any) -> Iterable[str]:
@@ -167,6 +172,8 @@ def evaluate_model(
     used = used_for_checkpoint(source.path) | (used_prompts(loaded.metadata) if loaded else frozenset())
     held_out = {kind: hold_out(chosen, used) for kind, chosen in sets.items()}
     for kind, held in held_out.items():
+        if held.repeated:
+            progress.message(f"{kind}: {held.repeated} prompts left out, since they repeat another one")
         if held.excluded:
             progress.message(f"{kind}: {held.excluded} prompts left out, since the direction was found with them")
     return _Run(
@@ -223,6 +230,7 @@ class _Run:
             ) from error
 
     def _evaluate(self) -> EvaluationReport:
+        self._check_comparable()
         with ExitStack() as stack:
             open_model, open_base = self._openers(stack)
             base, distributions = None, None
@@ -243,6 +251,32 @@ class _Run:
         if self.options.save_completions is not None:
             _write_completions(self.options.save_completions, self._prompts, {"base": base, "model": model})
         return self._report(base, model, divergence, self._judge(base, model, device))
+
+    def _check_comparable(self) -> None:
+        """Find before hours of work that the two models do not read the same tokens.
+
+        Raises:
+            InputError: they do not.
+        """
+        base, model = self.base_source, self.source
+        if base is None or base == model:
+            return
+        sizes = {_vocabulary_size(source.path) for source in (base, model)} - {None}
+        if len(sizes) > 1:
+            raise InputError(
+                f"{model.name} and its base {base.name} have {' and '.join(map(str, sorted(sizes, key=str)))} output "
+                "tokens and cannot be compared; give --base the model that it was made from"
+            )
+        of_base, of_model = (
+            load_tokenizer(source.path, name=source.name, options=self.model_options) for source in (base, model)
+        )
+        for text in self._prompts["harmless"].texts[:_COMPARED_PROMPTS]:
+            rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (of_base, of_model)]
+            if rows[0] != rows[1]:
+                raise InputError(
+                    f"{model.name} and its base {base.name} make different tokens of {text[:60]!r} and cannot be "
+                    "compared; give --base the model that it was made from"
+                )
 
     @property
     def _prompts(self) -> dict[Kind, PromptSet]:
@@ -426,6 +460,7 @@ class _Run:
                 else None
             ),
             excluded={kind: held.excluded for kind, held in self.held_out.items()},
+            repeated={kind: held.repeated for kind, held in self.held_out.items()},
             prompt_sets={
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
                 for kind, chosen in prompts.items()
@@ -433,6 +468,16 @@ class _Run:
             arguments=tuple(cli_arguments(self.options) + cli_arguments(self.model_options)),
             versions=versions("abliterate", "torch", "transformers"),
         )
+
+
+def _vocabulary_size(path: Path) -> int | None:
+    """Return how many output tokens a model has by its config; None where that does not show, as of a GGUF file."""
+    if path.is_file():
+        return None
+    config = read_json_report(path / CONFIG_NAME)
+    thinker = config.get("thinker_config") or config
+    sizes = [part.get("vocab_size") for part in (thinker.get("text_config"), thinker) if isinstance(part, dict)]
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _check_options(options: EvaluationOptions, direction: Direction | None) -> None:
