@@ -219,6 +219,23 @@ def test_an_unexpected_error_is_one_line_too(call_main, monkeypatch: pytest.Monk
         call_main("-v", "demo", tmp_path / "x")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_succeeds_ends_well_whatever_stdout_is_encoded_in(
+    llama_directory: Path, tmp_path: Path, encoding: str
+) -> None:
+    make_direction(mean_difference=torch.randn(32)).save(tmp_path / "r.safetensors")
+    command = ["orthogonalize", llama_directory, "--direction", tmp_path / "r.safetensors", "-o", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "abliterate", *map(str, command)],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, b"error" in done.stderr) == (0, False), done.stderr
+    assert {"ascii": b"|r\\xb7W|", "latin-1": b"|r\xb7W|"}[encoding] in done.stdout
+    assert not any(not line.strip() for line in done.stderr.splitlines())
+
+
 def test_every_path_knows_the_home_directory(
     call_main, llama_directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

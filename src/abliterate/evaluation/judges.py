@@ -202,7 +202,7 @@ class _CausalJudge:
     def decide(self, pairs: Sequence[tuple[str, str]], *, advance: Advance = lambda _n: None) -> list[Verdict]:
         """See `Judge.decide`."""
         rows = [self._row(prompt, answer) for prompt, answer in pairs]
-        self._chat.check_tokens(rows, [answer for _, answer in pairs])
+        self._chat.check_tokens(rows, [answer for _, answer in pairs], n_new=self._max_new_tokens)
         directory = self._cache_directory
         cache = None if directory is None else ReplyCache(directory, self._conditions)
         outputs = generate_replies(self._chat, rows, max_new_tokens=self._max_new_tokens, cache=cache, advance=advance)

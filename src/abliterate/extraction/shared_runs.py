@@ -455,6 +455,10 @@ class RecordingRun:
 
     def _record(self, group: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         rows = {name: self.chat.encode(self._prompts(name).texts) for name in group}
+        if self.replying is not None:
+            for name in group:
+                n_new = self.replying.decoder.max_new_tokens
+                self.chat.check_tokens(rows[name], self._prompts(name).texts, n_new=n_new)
         if isinstance(self.chat, StreamedChat):
             recorded = self._record_rows([row for name in group for row in rows[name]])
         else:
