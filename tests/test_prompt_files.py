@@ -123,6 +123,36 @@ def test_an_empty_file(tmp_path: Path, suffix: str) -> None:
     assert failure(path) == f"{path}: there are no prompts in it"
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_cells_stand_between_what_divides_the_header(tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(delimiter.join(["prompt", "category"]) + f'\n"One{delimiter} two."{delimiter}x\n')
+    assert read_prompts(str(path)) == Prompts(texts=(f"One{delimiter} two.",), ids=("2",), categories=("x",))
+    path.write_text("text\nOne; two | three.\n")
+    assert read_prompts(str(path)).texts == ("One; two | three.",)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_the_marks_of_files_that_were_joined_are_no_part_of_a_prompt(tmp_path: Path, suffix: str) -> None:
+    lines = {
+        ".txt": ["One.", "Two."],
+        ".jsonl": ['{"text": "One."}', '{"text": "Two."}'],
+        ".csv": ["text", "One.", "Two."],
+    }
+    path = tmp_path / f"a{suffix}"
+    path.write_text("\ufeff" + "\n\ufeff".join(lines[suffix]), encoding="utf-8")
+    assert read_prompts(str(path)).texts == ("One.", "Two.")
+
+
+@pytest.mark.parametrize(("name", "where"), [("a.jsonl", "line 2"), ("a.json", "item 2")])
+def test_half_a_surrogate_pair_is_named_with_its_line(tmp_path: Path, name: str, where: str) -> None:
+    lines = ['{"text": "One."}', '{"text": "Two \\ud83d"}']
+    (tmp_path / name).write_text("\n".join(lines) if name == "a.jsonl" else f"[{','.join(lines)}]")
+    assert failure(tmp_path / name).startswith(
+        f"{tmp_path / name}, {where}: column 'text' holds half of a surrogate pair"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

@@ -130,7 +130,7 @@ def load_direction(path: Path, *, d_model: int | None = None) -> Direction:
     path = Path(path)
     if not path.is_file():
         hint = "it is a directory" if path.is_dir() else "there is no such file"
-        raise DirectionError(f"{path}: {hint}; make a direction file with `abliterate extract MODEL -o {path}`")
+        raise DirectionError(f"{path}: {hint}; make a direction file with `abliterate extract MODEL -o FILE`")
     tensors, raw_metadata = _read_tensors(path)
     if "direction" not in tensors:
         raise DirectionError(
@@ -155,6 +155,17 @@ def load_direction(path: Path, *, d_model: int | None = None) -> Direction:
     return direction
 
 
+def may_be_replaced(path: Path) -> bool:
+    """Return whether a direction can be written to `path` without loss: nothing, or a direction, is there."""
+    if not path.is_file():
+        return not path.is_dir()
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return "direction" in set(file.keys())
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError):
+        return path.stat().st_size == 0
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     wanted = {"direction", "mean_difference", "candidates", *(f"scores.{name}" for name in SCORE_NAMES)}
     try:
@@ -166,7 +177,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DirectionError(
-            f"{path}: not a readable safetensors file ({error}); make one with `abliterate extract MODEL -o {path}`"
+            f"{path}: not a readable safetensors file ({error}); make a direction file with "
+            "`abliterate extract MODEL -o FILE`"
         ) from error
 
 

@@ -85,6 +85,12 @@ class InterruptedRunError(AbliterateError):
         super().__init__(message)
         self.exit_code = exit_code
 
+    @classmethod
+    def of(cls, error: KeyboardInterrupt, left: str) -> "InterruptedRunError":
+        """Return the error for a signal that came, which says what is left of the work."""
+        reason, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        return cls(f"{reason}; {left}", exit_code=code)
+
 
 class NoDirectionError(AbliterateError):
     """No candidate direction passes the selection."""

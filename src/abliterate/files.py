@@ -17,6 +17,7 @@ import os
 import re
 import reprlib
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -28,7 +29,7 @@ _MAX_DEPTH = 64
 _MAX_DIGITS = 400
 _MAX_NAME = 1000
 MAX_BYTES = 100_000_000
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(data: bytes, *, infinities: bool = False) -> Any:
@@ -64,8 +65,15 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text with everything that a terminal might act on, but line breaks and tabs, written as an escape."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+    """Return a text with everything that a terminal might act on, but line breaks and tabs, written as an escape.
+
+    Spaces of any width stay, and so do the joiners that words of some languages and many emoji are written with.
+    """
+    return "".join(c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _is_plain(character: str) -> bool:
+    return character.isprintable() or character in "\n\t\u200c\u200d" or unicodedata.category(character) == "Zs"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def _check_values(value: Any) -> None:
     while pending:
         item, depth = pending.pop()
         if isinstance(item, str):
-            if _HALF_PAIR.search(item):
+            if HALF_PAIR.search(item):
                 raise ValueError(f"the text {item[:40]!a} holds half of a surrogate pair")
         elif isinstance(item, (dict, list)):
             if depth > _MAX_DEPTH:

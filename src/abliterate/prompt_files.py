@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.errors import PromptSetError
+from abliterate.files import HALF_PAIR
 
 DEFAULT_COLUMNS = (
     *("text", "prompt", "instruction", "goal", "question", "behavior", "forbidden_prompt", "query"),
@@ -22,6 +23,9 @@ DEFAULT_COLUMNS = (
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 SPEC_FORMS = "`bundled`, a file (" + ", ".join(SUFFIXES) + ") or a Hub dataset ID[@REVISION][:SPLIT[:COLUMN]]"
 
+# Files that were joined bring the marks that they began with.
+_BYTE_ORDER_MARKS = re.compile("(?:^|(?<=[\r\n]))\ufeff+")
+_DELIMITERS = ",;\t|"
 _FILE_WITH_COLUMN = re.compile(rf"(?i)(.+?(?:{'|'.join(map(re.escape, SUFFIXES))})):(.+)")
 # A split may be a slice, `train[:100]`, whose colon separates nothing.
 _HUB_SPEC = re.compile(r"([^@:]+)(?:@([^@:]+))?(?::([^:\[]*(?:\[[^\]]*\])?)(?::(.+))?)?")
@@ -86,6 +90,11 @@ def _to_prompts(table: _Table, column: str | None) -> Prompts:
             raise PromptSetError(
                 f"{table.where}, {label}: column {column!r} holds a {type(value).__name__} and no text; {_found(table)}"
             )
+        if half := HALF_PAIR.search(value):
+            raise PromptSetError(
+                f"{table.where}, {label}: column {column!r} holds half of a surrogate pair, {half[0]!a}, which stands "
+                "for no character; write the character itself"
+            )
         texts.append(value)
     numbers = [label.rpartition(" ")[2] for label in table.labels]
     return Prompts(
@@ -146,7 +155,7 @@ def _read_table(path: Path) -> _Table:
         if suffix not in SUFFIXES:
             raise PromptSetError(f"{path}: cannot read {suffix or 'a file without extension'}; give {SPEC_FORMS}")
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            text = stream.read()
+            text = _BYTE_ORDER_MARKS.sub("", stream.read())
     except UnicodeDecodeError as error:
         raise PromptSetError(f"{path}: not UTF-8 (byte {error.start}); convert it, as with `iconv -t UTF-8`") from error
     except OSError as error:
@@ -182,13 +191,15 @@ def _read_json(path: Path, text: str) -> _Table:
 
 
 def _read_csv(path: Path, text: str) -> _Table:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    delimiter = _delimiter_of(text)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     rows: list[tuple[str, object]] = []
     try:
         for row in reader:
             if None in row:
                 raise PromptSetError(
-                    f"{path}, line {reader.line_num}: more cells than the header names; quote cells that hold commas"
+                    f"{path}, line {reader.line_num}: more cells than the header names; quote cells that hold "
+                    f"{delimiter!r}"
                 )
             rows.append((f"line {reader.line_num}", row))
         columns = tuple(reader.fieldnames or ())
@@ -200,6 +211,16 @@ def _read_csv(path: Path, text: str) -> _Table:
             "add a first line `text`, or name the file .txt"
         )
     return _table_of(str(path), rows)
+
+
+def _delimiter_of(text: str) -> str:
+    """Return what stands between the cells: a comma, unless another divides the header into names of columns."""
+    header = re.split("[\r\n]", text, maxsplit=1)[0]
+    for delimiter in _DELIMITERS:
+        names = [name.strip().strip('"') for name in header.split(delimiter)]
+        if len(names) > 1 and all(name and " " not in name for name in names):
+            return delimiter
+    return ","
 
 
 def _table_of(where: str, rows: Sequence[tuple[str, object]]) -> _Table:

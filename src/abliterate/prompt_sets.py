@@ -77,6 +77,11 @@ class PromptSet:
         """Return the prompts whose `prompt_hash` is not among `hashes`."""
         return self._select(i for i, text in enumerate(self.texts) if prompt_hash(text) not in hashes)
 
+    def distinct(self) -> "PromptSet":
+        """Return the prompts without those that repeat an earlier one; see `fold`."""
+        first = {fold(text): i for i, text in reversed(list(enumerate(self.texts)))}
+        return self._select(sorted(first.values()))
+
     def _select(self, indices: Iterable[int]) -> "PromptSet":
         chosen = list(indices)
         return PromptSet(
@@ -232,8 +237,8 @@ def draw_borderline(spec: str, *, other: ExtractionPrompts, seed: int) -> Border
         parts = [_load_bundled("borderline", "train"), _load_bundled("borderline", "validation")]
     else:
         everything = load_prompt_set(spec, kind="borderline", part="train")
-        first = {fold(text): i for i, text in reversed(list(enumerate(everything.texts)))}
-        order = sorted(first.values())
+        everything = everything.distinct()
+        order = list(range(len(everything)))
         random.Random(seed).shuffle(order)
         n_validation = len(order) // 3
         parts = [everything._select(sorted(order[n_validation:])), everything._select(sorted(order[:n_validation]))]
@@ -263,8 +268,7 @@ def _load_pool(spec: str, kind: Kind, *, n_train: int, n_val: int) -> _Pool:
     if spec == BUNDLED:
         return _Pool(train=_load_bundled(kind, "train"), validation=_load_bundled(kind, "validation"))
     everything = load_prompt_set(spec, kind=kind, part="train")
-    first = {fold(text): i for i, text in reversed(list(enumerate(everything.texts)))}
-    different = everything._select(sorted(first.values()))
+    different = everything.distinct()
     dropped = len(everything) - len(different)
     note = f"{spec}: {dropped} of {len(everything)} prompts dropped: they repeat another one"
     if len(different) < n_train + n_val:

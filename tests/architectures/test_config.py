@@ -2,7 +2,7 @@
 
 import pytest
 
-from abliterate.architectures.config import read_text_model
+from abliterate.architectures.config import pipeline_tag, read_text_model
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3}
@@ -84,3 +84,16 @@ def test_a_type_that_is_cleaned_in_part_is_accepted_if_asked(tmp_path, top):
     assert (model.row.model_type, model.verified, model.d_model) == ("gemma3n_text", True, 32)
     with pytest.raises(UnsupportedArchitectureError, match="learned number"):
         read(tmp_path, partial=True, model_type="doge")
+
+
+@pytest.mark.parametrize(
+    ("config", "tag"),
+    [
+        ({"model_type": "llama"}, "text-generation"),
+        ({"model_type": "llava", "vision_config": {}, "text_config": {}}, "image-text-to-text"),
+        ({"model_type": "qwen2_audio", "audio_config": {}}, "audio-text-to-text"),
+        ({"model_type": "qwen2_5_omni", "thinker_config": {"audio_config": {}, "vision_config": {}}}, "any-to-any"),
+    ],
+)
+def test_the_task_is_what_a_model_takes(config, tag):
+    assert pipeline_tag(config) == tag

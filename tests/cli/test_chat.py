@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from abliterate.directions import make_direction
+from abliterate.files import printable
+from abliterate.models.chat_model import ChatModel
 from tests.support.command_line import CommandLine, Outcome
 
 COMMAND = [sys.executable, "-m", "abliterate"]
@@ -46,7 +48,7 @@ def test_a_pipe_gets_the_replies_alone(talk, llama_directory: Path, direction: P
     assert (second["user"], second["intervention"]) == ("Explain snow.", "ablate")
     replies = second["replies"]
     expected = f"{first['replies']['edited']}\n[base]\n{replies['base']}\n[edited]\n{replies['edited']}\n"
-    assert done.stdout == expected
+    assert done.stdout == printable(expected)
     assert "the direction is ablated" in done.stderr
     assert talk(lines, "-q", "chat", llama_directory, *options).stderr == ""
 
@@ -77,6 +79,26 @@ def test_a_script_ends_at_the_first_error(
     done = talk(lines, "chat", llama_directory, *arguments)
     assert (done.exit_code, done.stdout) == (1, "")
     assert message in done.error_line
+
+
+def test_what_a_reply_holds_for_a_terminal_is_written_as_escapes(
+    talk, llama_directory: Path, direction: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatModel, "decode", lambda *_arguments, **_options: "a\x1b]52;c;aGk=\x07\u3000b")
+    options = ("--direction", direction, "--max-new-tokens", 2)
+    done = talk("Explain rain.\n/ablate\n/both\nExplain snow.\n", "chat", llama_directory, *options)
+    reply = "a\\x1b]52;c;aGk=\\x07\u3000b\n"
+    assert done.stdout == f"{reply}[base]\n{reply}[edited]\n{reply}"
+
+
+def test_a_message_in_another_encoding_is_one_line(llama_directory: Path) -> None:
+    command = [*COMMAND, "chat", str(llama_directory), "--max-new-tokens", "2"]
+    for variables in ({"PYTHONIOENCODING": "utf-8:strict"}, {"PYTHONIOENCODING": "utf-8:surrogateescape"}):
+        done = subprocess.run(
+            command, input=b"Bonjour \xe9\n", capture_output=True, check=False, env={**os.environ, **variables}
+        )
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr.decode().splitlines()[-1].startswith("error: stdin, line 1: not utf-8 text")
 
 
 def test_an_interrupt_in_a_pipe_stops_the_reply_and_ends_with_130(llama_directory: Path) -> None:

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from abliterate.directions import make_direction
-from abliterate.models.chat_model import ChatModel
+from abliterate.editing.model_card import build_model_card
+from abliterate.models.greedy import GreedyDecoder
 from tests.support.command_line import CommandLine, Outcome
+from tests.support.fake_hub import FakeHub
+from tests.support.tiny_models import save_chat_model, tiny_llama
 
 
 @pytest.fixture
@@ -33,10 +36,10 @@ def test_the_report_is_a_page_and_its_data(run, tmp_path: Path) -> None:
 
 
 def test_replies_reach_the_page_only_when_asked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def generate(chat: ChatModel, rows, **_rest):
-        return [chat.tokenizer("A telling reply.")["input_ids"] for _ in rows]
+    def reply(decoder: GreedyDecoder, rows, **_rest):
+        return [decoder.chat.tokenizer("A telling reply.")["input_ids"] for _ in rows]
 
-    monkeypatch.setattr(ChatModel, "generate", generate)
+    monkeypatch.setattr(GreedyDecoder, "replies", reply)
     saved = ("--save-completions", tmp_path / "c.jsonl")
     assert run("--report", tmp_path / "a", *saved)[0] == 0
     assert "A telling reply" in (tmp_path / "c.jsonl").read_text()
@@ -79,3 +82,61 @@ def test_what_is_missing_is_said_in_one_line(
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")
     assert says in result.error_line
+
+
+def test_a_base_on_the_hub_is_the_commit_that_was_edited(
+    call_main: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files(n_layers: int) -> dict[str, bytes]:
+        saved = save_chat_model(tmp_path / f"{n_layers} layers", tiny_llama(n_layers=n_layers))
+        return {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    prompts, direction, out = tmp_path / "p.txt", tmp_path / "r.safetensors", tmp_path / "out"
+    prompts.write_text("How do locks work?\nExplain rain.\n")
+    make_direction(mean_difference=torch.randn(32)).save(direction)
+    sets = [word for kind in ("harmful", "harmless", "borderline", "text") for word in (f"--{kind}", str(prompts))]
+    with FakeHub() as hub:
+        hub.use(monkeypatch, tmp_path)
+        repo = hub.add_repo("org/base", files(3))
+        edited = repo.refs["main"]
+        assert call_main("orthogonalize", "org/base", "--direction", direction, "-o", out).exit_code == 0
+        today = repo.commit(files(4), message="retrained")
+        measure = ("evaluate", out, "--base", "org/base", *sets, "--max-new-tokens", "4", "--json")
+        done = call_main(*measure)
+        report = json.loads(done.stdout)
+        assert f"base: org/base at {edited}, the commit that abliteration.json names" in done.stderr
+        assert (report["base_revision"], report["revision"]) == (edited, None)
+        other = json.loads(call_main(*measure, "--base-revision", "main", "--report", tmp_path / "page").stdout)
+        assert other["base_revision"] == today
+        assert other["kl_harmless"] != report["kl_harmless"]
+        assert today in (tmp_path / "page" / "index.html").read_text()
+        chat = call_main("chat", out, "--base", "org/base")
+        assert f"base: org/base at {edited}" in chat.stderr
+    record = json.loads((out / "abliteration.json").read_text())
+    for measured, revision in ((report, edited), (other, today)):
+        card = build_model_card(record=record, evaluation=measured, facts=None, title="m")
+        assert f"abliterate evaluate OUT --base org/base --base-revision {revision} --output" in card
+
+
+def test_only_json_is_replaced_by_the_report(
+    run, call_main: CommandLine, llama_directory: Path, tmp_path: Path
+) -> None:
+    weights = llama_directory / "model.safetensors"
+    before = weights.read_bytes()
+    for done in (
+        run("-o", weights),
+        call_main("audit", llama_directory, "-o", weights),
+        call_main("refine", llama_directory, "--direction", "r.safetensors", "-o", weights),
+    ):
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert done.error_line == f"error: {weights}: is there and is no JSON, so it is not replaced; choose another -o"
+    assert weights.read_bytes() == before
+
+
+def test_a_revision_belongs_to_a_base_on_the_hub(run, llama_directory: Path) -> None:
+    done = run("--base-revision", "main")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "--base, which is not given" in done.error_line
+    done = run("--base", llama_directory, "--base-revision", "main")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "is on this machine" in done.error_line

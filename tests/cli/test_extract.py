@@ -208,6 +208,9 @@ def test_places_that_cannot_be_written_are_found_before_the_work(run, tmp_path: 
     for arguments, message in (
         (("-o", "results"), "error: results: is a directory; give -o a file"),
         (("-o", "r.safetensors", "--report", "notes.txt"), "error: notes.txt: is no directory"),
+        (("-o", "notes.txt"), "error: notes.txt: is there and is no direction file, so it is not replaced"),
+        (("-o", "tiny-llama/model.safetensors"), "error: tiny-llama/model.safetensors: is there and is no direction"),
+        (("-o", "notes.txt", "--goal", "repair"), "error: notes.txt: is there and is no direction file"),
     ):
         code, out, error = run(*arguments, *TINY, *ANY)
         assert (code, out) == (1, "")

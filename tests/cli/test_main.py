@@ -1,6 +1,9 @@
 """The command line as a whole: help, version, exit codes, one line an error, one document a report."""
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -214,6 +217,61 @@ def test_an_unexpected_error_is_one_line_too(call_main, monkeypatch: pytest.Monk
     )
     with pytest.raises(ZeroDivisionError):
         call_main("-v", "demo", tmp_path / "x")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_succeeds_ends_well_whatever_stdout_is_encoded_in(
+    llama_directory: Path, tmp_path: Path, encoding: str
+) -> None:
+    make_direction(mean_difference=torch.randn(32)).save(tmp_path / "r.safetensors")
+    command = ["orthogonalize", llama_directory, "--direction", tmp_path / "r.safetensors", "-o", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "abliterate", *map(str, command)],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, b"error" in done.stderr) == (0, False), done.stderr
+    assert {"ascii": b"|r\\xb7W|", "latin-1": b"|r\xb7W|"}[encoding] in done.stdout
+    assert not any(not line.strip() for line in done.stderr.splitlines())
+
+
+def test_every_path_knows_the_home_directory(
+    call_main, llama_directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A shell expands `--output ~/x`, and leaves `--output=~/x` alone."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for directory in (home, here):
+        directory.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    make_direction(mean_difference=torch.randn(32)).save(home / "r.safetensors")
+    model = Path(shutil.copytree(llama_directory, home / "model")).name
+    code, _, error = call_main("orthogonalize", f"~/{model}", "--direction=~/r.safetensors", "--output=~/out")
+    assert code == 0, error
+    assert call_main("verify", "~/out", "--quick").exit_code == 0
+    assert call_main("revert", "~/out", "-o~/restored").exit_code == 0
+    assert sorted(path.name for path in home.iterdir()) == ["model", "out", "r.safetensors", "restored"]
+    assert list(here.iterdir()) == []
+    # Whatever a command takes, this is on the way to it.
+    assert all(hasattr(command.callback, "__wrapped__") for command in app.registered_commands)
+
+
+def test_a_place_that_may_not_be_looked_into_is_no_unexpected_error(
+    call_main, llama_directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.is_relative_to(llama_directory):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    done = call_main("extract", llama_directory, "-o", tmp_path / "r.safetensors")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.error_line.endswith(": Permission denied; check the path and what you may do there")
+    assert "unexpected" not in done.error_line
 
 
 def test_an_interrupt_is_exit_code_130(call_main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ class TestFrontMatter:
             "tags": ["abliterate", "abliteration", "refusal-direction", "orthogonalization", "arxiv:2406.11717"],
         }
 
+    def test_the_task_is_the_recorded_one(self, record):
+        record["base"]["pipeline_tag"] = "image-text-to-text"
+        assert front_matter(card_of(record))["pipeline_tag"] == "image-text-to-text"
+
     def test_an_unknown_licence_is_left_out_and_said(self, record):
         card = card_of(record, facts=CardFacts(license_name="own"))
         assert not {"license", "license_name", "license_link"} & set(front_matter(card))
@@ -241,7 +245,10 @@ class TestCommands:
         assert commands(card_of(record, evaluation_report())) == [
             ["abliterate", "extract", *model, "-o", "refusal.safetensors", *thresholds],
             ["abliterate", "orthogonalize", *model, "--direction", "refusal.safetensors", *edit],
-            ["abliterate", "evaluate", "OUT", "--base", "org/base", "--output", "OUT/evaluation.json"],
+            [
+                *("abliterate", "evaluate", "OUT", "--base", "org/base", "--base-revision", "c" * 40),
+                *("--output", "OUT/evaluation.json"),
+            ],
         ]
 
     def test_of_options(self, record):

@@ -147,8 +147,9 @@ def test_the_record_is_complete(llama, tmp_path, direction):
         "model": "someone/tiny-llama",
         "revision": "abc123",
         "model_type": "llama",
-        "config_sha256": hashlib.sha256((llama / "config.json").read_bytes()).hexdigest(),
+        "config_file_sha256": hashlib.sha256((llama / "config.json").read_bytes()).hexdigest(),
         "tied_embeddings": False,
+        "pipeline_tag": "text-generation",
     }
     assert record["directions"] == [
         {"sha256": direction.sha256, "d_model": D_MODEL, "metadata": {"model": "tiny", "layer": 1}}

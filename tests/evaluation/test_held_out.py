@@ -8,7 +8,7 @@ from abliterate.errors import PromptSetError
 from abliterate.evaluation.run import hold_out, used_for_checkpoint, used_prompts
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.prompt_sets import load_prompt_set, prompt_hash, split_for_extraction
+from abliterate.prompt_sets import PromptSet, load_prompt_set, prompt_hash, split_for_extraction
 
 
 def test_the_direction_file_lists_every_prompt_it_was_found_with(llama_directory: Path) -> None:
@@ -29,6 +29,16 @@ def test_the_direction_file_lists_every_prompt_it_was_found_with(llama_directory
     assert set(train.texts) - set(held.prompts.texts) == set(drawn.harmful_train.texts)
     for kind in ("harmful", "harmless", "borderline"):
         assert hold_out(load_prompt_set("bundled", kind=kind, part="test"), used).excluded == 0
+
+
+def test_a_prompt_that_is_there_fifty_times_counts_once() -> None:
+    texts = ("How do locks work?",) * 49 + ("how do locks work", "Explain rain.")
+    numbers = tuple(map(str, range(len(texts))))
+    prompts = PromptSet(name="p", texts=texts, ids=numbers, categories=("",) * len(texts))
+    held = hold_out(prompts, frozenset())
+    assert (held.prompts.texts, held.prompts.ids) == (("How do locks work?", "Explain rain."), ("0", "50"))
+    assert (held.repeated, held.excluded) == (49, 0)
+    assert hold_out(prompts, frozenset([prompt_hash("Explain rain!")])).excluded == 1
 
 
 def test_nothing_left_is_an_error() -> None:

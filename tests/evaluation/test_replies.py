@@ -19,7 +19,7 @@ from abliterate.evaluation.replies import (
 )
 from abliterate.models.chat_model import make_chat_model
 from abliterate.models.greedy import GreedyDecoder
-from tests.support.tiny_models import CHATML, make_tokenizer, make_wider_tokenizer
+from tests.support.tiny_models import CHATML, make_tokenizer, make_wider_tokenizer, tiny_gpt2
 
 ROWS = [[1, 2, 3], [4, 5], [6]]
 
@@ -150,6 +150,18 @@ def test_replies_that_go_on_past_their_turn_are_told_of(llama_chat, monkeypatch)
     tokens = tokens[1:]
     answer_prompts(llama_chat, {"harmful": ["a"]}, max_new_tokens=3, progress=told)
     assert len(told.messages) == 1
+
+
+def test_a_prompt_beyond_the_learned_positions_is_named_before_any_is_answered(generated):
+    chat = make_chat_model(tiny_gpt2(), make_tokenizer())
+    limit = chat.model.config.n_positions
+    with pytest.raises(
+        ModelError, match=rf"'word word .* takes \d+ tokens, and the model has learned {limit} positions"
+    ):
+        answer_prompts(chat, {"a": ["Explain rain."], "b": ["word " * limit]}, max_new_tokens=2)
+    with pytest.raises(ModelError, match=rf"'Explain rain.' takes \d+ tokens and a reply of {limit}, and the model"):
+        answer_prompts(chat, {"a": ["Explain rain."]}, max_new_tokens=limit)
+    assert generated == []
 
 
 def test_prompts_that_cannot_be_asked_are_found_before_any_is_answered(llama_chat, generated):

@@ -1,6 +1,7 @@
 """Rates, intervals and damage against independent computations."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from abliterate.directions import make_direction
-from abliterate.errors import InputError, PromptSetError
+from abliterate.errors import InputError, InterruptedRunError, PromptSetError
 from abliterate.evaluation.report import EvaluationOptions, count_by_category
 from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.reply_classes import REFUSAL_SUBSTRINGS, read_reply
@@ -268,8 +269,9 @@ def test_an_interrupted_evaluation_goes_on_without_generating_again(
 
     resumed: list[bool] = []
     monkeypatch.setattr(GreedyDecoder, "replies", counting)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError, match=f"{tmp_path / 'cache'}: the same command goes on") as stopped:
         evaluate_model(model=llama_directory, options=cached, model_options=ModelOptions(batch_size=1))
+    assert stopped.value.exit_code == 130
     file = next((tmp_path / "cache").iterdir())
     assert file.stat().st_mode & 0o077 == 0
     assert len(file.read_text().splitlines()) == 2
@@ -285,6 +287,47 @@ def test_an_interrupted_evaluation_goes_on_without_generating_again(
     changed = replace(cached, max_new_tokens=4)
     evaluate_model(model=llama_directory, options=changed)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"scale": 30.0, "layer": 1}, {"scale": 90.0, "layer": 1}),
+        ({"scale": 30.0, "layer": 1}, {"scale": 30.0, "layer": 3}),
+    ],
+    ids=["dose", "layer"],
+)
+def test_a_sweep_of_files_along_one_vector_shares_no_reply(
+    llama_directory: Path, tmp_path: Path, options: EvaluationOptions, first, second
+) -> None:
+    options = replace(options, intervention="add")
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    cache = tmp_path / "cache"
+    for what in (first, second):
+        direction = make_direction(mean_difference=what["scale"] * vector, metadata={"layer": what["layer"]})
+        expected = evaluate_model(model=llama_directory, direction=direction, options=options)
+        found = evaluate_model(model=llama_directory, direction=direction, options=replace(options, cache=cache))
+        assert found == expected
+    # The base's replies are those of one model.
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_base_that_reads_other_tokens_is_refused_before_any_is_answered(
+    llama_directory: Path, tmp_path: Path, options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GreedyDecoder, "replies", lambda *_arguments, **_rest: pytest.fail("something was answered"))
+    other = shutil.copytree(llama_directory, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = vocabulary["a"], vocabulary["e"]
+    vocabulary.update(a=second, e=first)
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match=r"make different tokens of '.*' and cannot be compared"):
+        evaluate_model(model=llama_directory, base=other, options=options)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    with pytest.raises(InputError, match="output tokens and cannot be compared"):
+        evaluate_model(model=llama_directory, base=other, options=options)
 
 
 def test_memory_running_out_changes_nothing_but_the_batches(

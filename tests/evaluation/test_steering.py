@@ -1,5 +1,6 @@
 """Affine editing and doses, against the stream itself."""
 
+import json
 import random
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import InputError
-from abliterate.evaluation.steering import default_coefficient, reference_components, steer
+from abliterate.evaluation.steering import default_coefficient, reference_components, steer, steering_key
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, capture_inputs, set_component
 from abliterate.prompt_sets import load_prompt_set
@@ -68,6 +69,16 @@ def test_the_reference_is_the_harmless_mean_of_training_prompts(llama_chat: Chat
 )
 def test_doses(intervention: str, given: float | None, expected: float | None) -> None:
     assert default_coefficient(intervention, given) == expected
+
+
+def test_the_key_of_a_cache_changes_with_all_that_steering_takes() -> None:
+    def key(scale: float = 1.0, dose: float | None = None, intervention: str = "affine", **metadata: int) -> str:
+        direction = make_direction(mean_difference=scale * torch.arange(1.0, 5.0), metadata=metadata)
+        return json.dumps(steering_key(direction, intervention=intervention, coefficient=dose))
+
+    keys = [key(), key(2.0), key(dose=0.5), key(intervention="add"), key(layer=1), key(position=-1)]
+    assert len(set(keys)) == len(keys)
+    assert key(dose=0.0) == key()
 
 
 def test_addition_has_a_sign(llama_chat: ChatModel) -> None:

@@ -69,7 +69,7 @@ def test_the_file_holds_everything(llama_directory: Path, tmp_path: Path) -> Non
     assert metadata["prompt_sets"]["harmless_validation"]["sha256"]
     assert metadata["refusal_tokens"][0]["text"] == "I"
     assert metadata["thresholds"] == {"kl": 1e9, "induce": -1e9, "prune_layers": 0.2}
-    assert metadata["config_sha256"]
+    assert metadata["config_values_sha256"]
     json.dumps(metadata)
 
 
@@ -170,7 +170,7 @@ def test_a_loaded_model_is_taken_as_it_is() -> None:
     chat: ChatModel = make_chat_model(tiny_llama(), make_tokenizer())
     extraction = extract_direction(model=chat, options=options())
     assert extraction.direction.d_model == 32
-    assert extraction.direction.metadata["config_sha256"] is None
+    assert extraction.direction.metadata["config_values_sha256"] is None
 
 
 def test_finding_a_planted_direction() -> None:

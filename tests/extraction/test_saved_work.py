@@ -4,15 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from abliterate.errors import InputError, NoDirectionError
+from abliterate.errors import InputError, InterruptedRunError, NoDirectionError, Terminated
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.shared_runs import SavedWork
+from abliterate.extraction.shared_runs import SavedWork, working_in
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.options import ModelOptions
 from tests.support.paths import REPOSITORY
 
@@ -102,7 +104,7 @@ def test_streamed_layers_go_on_where_they_stopped(llama_directory: Path, tmp_pat
         return score(self, name, candidates)
 
     monkeypatch.setattr(StreamedScorer, "score", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError, match="the same command goes on from there"):
         extract_direction(**given, work_directory=tmp_path / "work")
     monkeypatch.setattr(StreamedScorer, "score", score)
     messages = Messages()
@@ -141,6 +143,39 @@ def test_a_changed_input_starts_anew_and_says_so(tmp_path: Path) -> None:
     assert anew.recording("x") is None
     assert anew.scores("bypass", (-1, 3)) is None
     assert messages.said[1].startswith("starting anew: model changed")
+
+
+def test_another_rendering_of_the_same_prompts_starts_anew(llama_directory: Path, tmp_path: Path, monkeypatch) -> None:
+    """A template may write today's date."""
+    strict = replace(OPTIONS, thresholds=Thresholds(kl=1e-9, induce=-1e9))
+    encode = ChatModel.encode
+    messages = Messages()
+    for date in (1, 2):
+        monkeypatch.setattr(ChatModel, "encode", lambda chat, texts, d=date: [[d, *row] for row in encode(chat, texts)])
+        with pytest.raises(NoDirectionError):
+            extract_direction(
+                model=llama_directory, options=strict, work_directory=tmp_path / "work", progress=messages
+            )
+    assert any(said.startswith("starting anew: rendered prompts changed") for said in messages.said)
+
+
+def test_two_runs_do_not_work_in_one_directory(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    with working_in(work):
+        SavedWork(work, key={"model": "a"}).save_scores([(-1, 3)], [{"induce": (1.0,)}])
+        with pytest.raises(InputError, match="another run works in it"), working_in(work):
+            pytest.fail("two are in it")
+        SavedWork(work, key={"model": "b"})
+    assert sorted(path.name for path in work.iterdir()) == ["KEY.json"]
+    with pytest.raises(InterruptedRunError, match=f"kept in {work}: the same command") as stopped, working_in(work):
+        raise Terminated
+    assert stopped.value.exit_code == 143
+    with working_in(work):
+        SavedWork(work, key={"model": "b"}).discard()
+    assert not work.exists()
+    with pytest.raises(KeyboardInterrupt), working_in(work):
+        raise KeyboardInterrupt
+    assert not work.exists()
 
 
 def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:

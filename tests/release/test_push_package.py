@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import AbliterateError, InputError, VerificationError
 from abliterate.progress import SILENT
 from abliterate.release.publishing import find_base_card_facts, read_push_package, stage_package
@@ -111,6 +112,20 @@ def test_an_evaluation_of_another_model(out, tmp_path):
     refused(InputError, f"measured {other}, not {out}", out)
     (other / "abliteration.json").unlink()
     refused(InputError, f"measured {other}, not {out}", out)
+
+
+def test_an_evaluation_says_which_weights_it_measured(out):
+    """What was measured may lie on another machine by now, or under another name."""
+    shards = json.loads((out / "abliteration.json").read_text())["shards"]
+    evaluation = evaluation_report(model="/gone/out", shards_sha256=values_sha256(shards))
+    (out / "evaluation.json").write_text(json.dumps(evaluation))
+    assert evaluated(out)
+    for other in ("0" * 64, None):
+        (out / "evaluation.json").write_text(json.dumps(evaluation | {"shards_sha256": other}))
+        refused(InputError, f"measured /gone/out, not {out}", out)
+    # Merged, an adapter has no record.
+    edit_record(out, lambda record: record.update(format="adapter"))
+    assert evaluated(out)
 
 
 def test_the_evaluation_of_the_base_is_not_taken_for_this_ones(out):

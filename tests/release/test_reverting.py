@@ -59,6 +59,16 @@ def test_a_checkpoint_comes_back_with_every_hash(tmp_path, base, direction, opti
     assert (report.format, report.base, report.base_revision) == ("checkpoint", str(base), None)
 
 
+def test_a_record_from_before_the_hash_of_the_config_had_its_name(tmp_path, base, direction):
+    orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
+    path = tmp_path / "out" / "abliteration.json"
+    record = json.loads(path.read_text())
+    record["base"]["config_sha256"] = record["base"].pop("config_file_sha256")
+    path.write_text(json.dumps(record))
+    revert_checkpoint(checkpoint=tmp_path / "out", output=tmp_path / "restored")
+    assert sha256s(tmp_path / "restored") == sha256s(base)
+
+
 def test_an_addition_comes_back(tmp_path, base):
     direction = make_direction(mean_difference=5 * random_direction(), metadata={"layer": 1})
     options = EditOptions(add=-1.0)

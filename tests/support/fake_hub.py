@@ -242,7 +242,7 @@ def write_checkpoint(
             "model": base,
             "revision": revision,
             "model_type": "llama",
-            "config_sha256": "a" * 64,
+            "config_file_sha256": "a" * 64,
             "tied_embeddings": False,
         },
         "directions": [

@@ -130,6 +130,16 @@ def read_loaded_row(*, config: Mapping[str, Any], d_model: int, name: str) -> tu
     return row, row.towers or bool(sections) or wrapper is not None
 
 
+def pipeline_tag(config: Mapping[str, Any]) -> str:
+    """Return what the Hub calls the task of a model with this config, by what it takes besides text."""
+    keys = {*config, *(config.get("thinker_config") or {})}
+    sees = any(key.startswith(("vision_", "visual", "image_token")) for key in keys)
+    hears = any(key.startswith("audio_") for key in keys)
+    if sees:
+        return "any-to-any" if hears else "image-text-to-text"
+    return "audio-text-to-text" if hears else "text-generation"
+
+
 def _by_common_rules(text_type: str) -> Architecture:
     return Architecture(model_type=text_type, post_norm=True, single=True, latent_experts=True, positions=True)
 

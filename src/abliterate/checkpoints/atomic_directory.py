@@ -22,7 +22,7 @@ from typing import Any
 
 from abliterate.checkpoints.file_ranges import can_share_blocks, hash_file
 from abliterate.checkpoints.json_lines import JsonLines
-from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated
+from abliterate.errors import CheckpointError, InputError, InterruptedRunError
 from abliterate.progress import ProgressReporter
 
 # What tells a checkpoint or an adapter, which may be replaced, from a directory that was named by mistake.
@@ -290,7 +290,6 @@ class PartialRun:
     def give_up(self, error: BaseException) -> BaseException:
         """Keep what a later run can resume from, or remove everything, and return the error that says so."""
         path = self.directory.path
-        stopped = isinstance(error, KeyboardInterrupt)
         if not is_worth_keeping(error):
             # What was read or computed is wrong, and would be again.
             self._remove()
@@ -301,10 +300,8 @@ class PartialRun:
         else:
             self._remove()
             left = "nothing was kept"
-        if stopped:
-            is_term = isinstance(error, Terminated)
-            reason, code = ("terminated", 143) if is_term else ("interrupted", 130)
-            return InterruptedRunError(f"{reason}; {self._output} was left as it was, and {left}", exit_code=code)
+        if isinstance(error, KeyboardInterrupt):
+            return InterruptedRunError.of(error, f"{self._output} was left as it was, and {left}")
         if isinstance(error, OSError):
             where = error.filename or self._output
             return CheckpointError(f"{where}: {error.strerror or error}; {self._output} was left as it was, and {left}")

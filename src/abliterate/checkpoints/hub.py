@@ -6,6 +6,7 @@ becomes one line that says what to do. No token is ever shown.
 """
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ class ModelSource:
 
     Attributes:
         path: The directory that holds them.
-        name: The Hub id, or the directory as it was given.
+        name: The Hub id, or the directory as it was given, `~` expanded.
         revision: The commit the Hub id resolved to; None for a local directory.
     """
 
@@ -288,17 +289,17 @@ def find_local_model(model: str, *, revision: str | None = None) -> ModelSource 
                 "`save_pretrained`), or orthogonalize the base without --format adapter"
             )
         if gguf := _only_gguf(local):
-            return ModelSource(path=gguf, name=model, revision=None)
+            return ModelSource(path=gguf, name=os.path.expanduser(model), revision=None)
         if not (local / constants.CONFIG_NAME).is_file():
             raise InputError(
                 f"{model}: no config.json in this directory; give a transformers model directory, a GGUF file, or a "
                 "Hub id"
             )
-        return ModelSource(path=local, name=model, revision=None)
+        return ModelSource(path=local, name=os.path.expanduser(model), revision=None)
     if is_gguf(local):
         if revision is not None:
             raise InputError(f"--revision {revision}: {model} is a local file; only Hub models have revisions")
-        return ModelSource(path=local, name=model, revision=None)
+        return ModelSource(path=local, name=os.path.expanduser(model), revision=None)
     if local.is_file():
         raise InputError(
             f"{model}: this is a file, and no GGUF file; give the directory that holds config.json, or a Hub id"

@@ -1,12 +1,13 @@
 """The command line: registration, `--version`, and the one error boundary."""
 
+import functools
 import inspect
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -18,7 +19,9 @@ from abliterate.cli.convert import convert
 from abliterate.cli.demo import demo
 from abliterate.cli.evaluate import evaluate
 from abliterate.cli.extract import extract
+from abliterate.cli.options import expand_home
 from abliterate.cli.orthogonalize import orthogonalize
+from abliterate.cli.output import accept_any_text
 from abliterate.cli.plan import plan
 from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
@@ -53,11 +56,21 @@ def _help_of(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
+def _with_expanded_paths(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose paths, all of them, know `~`."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        command(**{name: expand_home(value) for name, value in arguments.items()})
+
+    return run
+
+
 _COMMANDS = (
     extract, refine, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, convert, prompts, demo
 )  # fmt: skip
 for _command in _COMMANDS:
-    app.command(help=_help_of(_command), epilog=EXIT_CODES)(_command)
+    app.command(help=_help_of(_command), epilog=EXIT_CODES)(_with_expanded_paths(_command))
 
 
 def _print_version(value: bool) -> None:
@@ -88,6 +101,7 @@ def _global_options(
 def main() -> None:
     """Run the command line; each error becomes one line on stderr and its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    accept_any_text()
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -104,6 +118,9 @@ def main() -> None:
     except Exception as error:
         if verbose:
             raise
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            # What no command foresaw, such as a directory that may not be looked into.
+            _fail(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and what you may do there", 1)
         _fail(f"unexpected {type(error).__name__}: {error} (run again with `abliterate -v ...` for details)", 1)
 
 

@@ -22,7 +22,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, command_line
+from abliterate.cli.output import Output, check_json_target, command_line
 from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
 from abliterate.models.options import ModelOptions
 
@@ -88,6 +88,7 @@ def audit(
     from abliterate.reports.audit_page import write_audit_page
 
     output = Output.of(context, json_output=json_output)
+    check_json_target(output_file)
     report = audit_model(
         model=resolve_model(model, revision=revision),
         options=AuditOptions(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from abliterate.cli.options import (
     MODEL_DEFAULTS,
+    BaseRevisionOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -22,8 +22,10 @@ from abliterate.cli.options import (
     SystemPromptOption,
     TrustRemoteCodeOption,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, SafeConsole
+from abliterate.errors import InputError
 from abliterate.evaluation.report import MAX_NEW_TOKENS
+from abliterate.files import printable
 
 if TYPE_CHECKING:
     from abliterate.evaluation.chatting import ChatSession, Side
@@ -35,6 +37,7 @@ def chat(
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="What /both compares with: directory or Hub id.")
     ] = None,
+    base_revision: BaseRevisionOption = None,
     direction: Annotated[Path | None, typer.Option("--direction", help="Direction file for /ablate and /add.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Length of each reply.")
@@ -54,6 +57,7 @@ def chat(
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.directions import load_direction
+    from abliterate.editing.record import resolve_base
     from abliterate.evaluation.chatting import ChatSession
     from abliterate.models.loading import open_model
     from abliterate.models.options import ModelOptions
@@ -61,7 +65,11 @@ def chat(
     output = Output.of(context, json_output=json_output)
     loaded = load_direction(direction) if direction is not None else None
     options = ModelOptions(dtype=dtype, device=device, system_prompt=system_prompt, trust_remote_code=trust_remote_code)
-    sources = [resolve_model(model, revision=revision), *([resolve_model(base)] if base is not None else [])]
+    sources = [resolve_model(model, revision=revision)]
+    if base is not None:
+        sources.append(resolve_base(base, revision=base_revision, edited=sources[0], progress=output.progress))
+    elif base_revision is not None:
+        raise InputError(f"--base-revision {base_revision}: is of --base, which is not given")
     chats = [open_model(source, options=options, progress=output.progress).chat for source in sources]
     session = ChatSession(
         model=chats[0], base=chats[1] if len(chats) > 1 else None, direction=loaded, max_new_tokens=max_new_tokens
@@ -76,7 +84,8 @@ class _Conversation:
         self._session = session
         self._output = output
         self._interactive = sys.stdin.isatty()
-        self._console = Console(highlight=False)
+        self._n_lines = 0
+        self._console = SafeConsole(highlight=False)
 
     def run(self) -> None:
         interrupted = False
@@ -113,7 +122,14 @@ class _Conversation:
                 return None
         if self._interactive:
             self._output.stderr.print("> ", end="")
-        line = sys.stdin.readline()
+        self._n_lines += 1
+        try:
+            line = sys.stdin.readline()
+            line.encode()  # where Python lets other bytes pass, it stands for them with what no text may hold
+        except UnicodeError as error:
+            raise InputError(
+                f"stdin, line {self._n_lines}: not {sys.stdin.encoding} text; convert it, as with `iconv -t UTF-8`"
+            ) from error
         return line.rstrip("\n") if line else None
 
     def _handle(self, line: str) -> bool:
@@ -143,14 +159,12 @@ class _Conversation:
 
         def show(side: "Side", text: str) -> None:
             if len(session.sides) > 1 and side not in shown:
-                sys.stdout.write("\n" * bool(shown) + f"[{side}]\n")
+                self._output.write("\n" * bool(shown) + f"[{side}]\n")
             shown.add(side)
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            self._output.write(text)
 
         turn = session.reply(message, show)
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        self._output.write("\n")
         return turn.interrupted
 
     def _side_by_side(self, message: str) -> bool:
@@ -160,6 +174,6 @@ class _Conversation:
         with Live(table, console=self._console, refresh_per_second=8, vertical_overflow="visible"):
 
             def show(side: "Side", text: str) -> None:
-                texts[side].append(text)
+                texts[side].append(printable(text))
 
             return self._session.reply(message, show).interrupted

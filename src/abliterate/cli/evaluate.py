@@ -9,6 +9,7 @@ from rich.table import Table
 from abliterate.cli.options import (
     MODEL_DEFAULTS,
     PROMPT_DEFAULTS,
+    BaseRevisionOption,
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
@@ -22,7 +23,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, command_line
+from abliterate.cli.output import Output, check_json_target, command_line
 from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
 from abliterate.models.options import ModelOptions
 
@@ -41,6 +42,7 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="What to compare with: directory or Hub id.")
     ] = None,
+    base_revision: BaseRevisionOption = None,
     direction: Annotated[Path | None, typer.Option("--direction", help="Direction file for --intervention.")] = None,
     intervention: Annotated[Intervention, option(EvaluationOptions, "intervention")] = DEFAULTS.intervention,
     coefficient: Annotated[float | None, option(EvaluationOptions, "coefficient")] = DEFAULTS.coefficient,
@@ -85,11 +87,13 @@ def evaluate(
     from abliterate.reports.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
+    check_json_target(output_file)
     if report_completions and (report_directory is None or save_completions is None):
         raise typer.BadParameter("--report-completions needs --report DIR and --save-completions FILE")
     report = evaluate_model(
         model=resolve_model(model, revision=revision),
         base=base,
+        base_revision=base_revision,
         direction=direction,
         options=EvaluationOptions(
             harmful=harmful,

@@ -244,10 +244,14 @@ def _file_names(output_file: Path, rank: int) -> list[Path]:
 
 
 def _check_outputs(files: list[Path], report: Path | None) -> None:
-    """Check before hours of work what would be found after them."""
+    """Check before hours of work what would be found after them, and that nothing but a direction is replaced."""
+    from abliterate.directions import may_be_replaced
+
     for file in files:
         if file.is_dir():
             raise InputError(f"{file}: is a directory; give -o a file to write, such as {file / 'refusal.safetensors'}")
+        if not may_be_replaced(file):
+            raise InputError(f"{file}: is there and is no direction file, so it is not replaced; choose another -o")
     check_report(report)
 
 

@@ -1,6 +1,7 @@
 """Options and arguments that several commands share, so that one word means one thing everywhere."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,9 +35,26 @@ def default_of(options: "type[DataclassInstance]", name: str) -> Any:
     return next(field.default for field in dataclasses.fields(options) if field.name == name)
 
 
+def expand_home(value: Any) -> Any:
+    """Return a path, or several, with `~` as a shell expands it; anything else as it is.
+
+    A shell leaves `--output=~/x` alone, and would have a directory called `~` made.
+    """
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    return [expand_home(each) for each in value] if isinstance(value, list) else value
+
+
 CheckpointArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory or a Hub id.")]
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory, a .gguf file or a Hub id.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of MODEL on the Hub.")]
+BaseRevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base-revision",
+        help="Branch, tag or commit of --base on the Hub. Default: the commit in MODEL's record, if that names --base.",
+    ),
+]
 DirectionOption = Annotated[
     Path, typer.Option("--direction", help="Direction file (safetensors), as `extract` writes it.")
 ]

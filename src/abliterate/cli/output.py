@@ -7,13 +7,16 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,6 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +37,15 @@ from abliterate.processes import in_first_process
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 _UNLIMITED = 10_000
+SECONDS_BETWEEN_LINES = 30.0
+"""So long at least a log waits from one line about a task to the next."""
+
+
+def accept_any_text() -> None:
+    """Let stdout and stderr take every text: what their encoding has no character for is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def command_line() -> str:
@@ -48,6 +61,19 @@ def check_report(directory: Path | None) -> None:
     """
     if directory is not None and directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is no directory; give --report a directory to write")
+
+
+def check_json_target(file: Path | None) -> None:
+    """Check before hours of work that the file that `-o` names can be replaced without loss: it is JSON, or empty.
+
+    Raises:
+        InputError: It is something else, as a model's weights are.
+    """
+    if file is None or not file.is_file() or file.stat().st_size == 0:
+        return
+    with file.open("rb") as opened:
+        if opened.read(1) not in {b"{", b"["}:
+            raise InputError(f"{file}: is there and is no JSON, so it is not replaced; choose another -o")
 
 
 @contextmanager
@@ -85,11 +111,16 @@ def to_plain(value: Any) -> Any:
 
 
 class SafeConsole(Console):
-    """A console on which texts of others, as in a config or a direction file, cannot act on the terminal."""
+    """A console on which texts of others, as in a config, a direction file or a reply, cannot act on the terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Render a text, what a terminal acts on written as escapes."""
         return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render anything; what texts in it hold for a terminal is written as escapes."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 class Output:
@@ -111,13 +142,19 @@ class Output:
         if not in_first_process():
             return
         if self.json_output:
-            sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=False) + "\n")
+            # An escape of Python's would be none of JSON's.
+            is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+            sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=not is_unicode) + "\n")
             return
         console = SafeConsole(highlight=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:
             # A pipe or a file has no width: nothing is broken or cut.
             console = SafeConsole(highlight=False, width=_UNLIMITED)
         for part in tables():
+            if isinstance(part, Table):
+                # A name or a hash that finds no room goes on in the next line, whole.
+                for column in part.columns:
+                    column.overflow = "fold"
             # Text is for scripts too: nothing in it is markup, and no line of it is broken.
             is_text = isinstance(part, str | Text)
             console.print(part, markup=not is_text, soft_wrap=is_text)
@@ -129,12 +166,21 @@ class Output:
     def note(self, text: str) -> None:
         """Write one line to stderr unless quiet."""
         if not self.quiet:
-            self.stderr.print(text, markup=False)
+            self.stderr.print(text, markup=False, soft_wrap=True)
+
+    def write(self, text: str) -> None:
+        """Write a piece of text to stdout at once, as it comes; a terminal acts on nothing in it."""
+        sys.stdout.write(printable(text))
+        sys.stdout.flush()
 
     @property
     def progress(self) -> ProgressReporter:
-        """A reporter that draws on stderr, or a silent one."""
-        return SILENT if self.quiet or not in_first_process() else _BarProgress(self.stderr)
+        """A reporter that draws bars on a terminal and writes lines to a log, both on stderr; or a silent one."""
+        if self.quiet or not in_first_process():
+            return SILENT
+        # Some environments call for colours where there is no terminal; bars would fill their logs.
+        draws = self.stderr.is_terminal and self.stderr.file.isatty() and not self.stderr.is_dumb_terminal
+        return _BarProgress(self.stderr) if draws else _LineProgress(self.note)
 
 
 class _BarProgress:
@@ -146,9 +192,79 @@ class _BarProgress:
         columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
         columns += [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
         columns += [TextColumn("time left"), TimeRemainingColumn()]
-        with Progress(*columns, console=self._console, transient=not self._console.is_terminal) as progress:
+        with Progress(*columns, console=self._console) as progress:
             task_id = progress.add_task(description, total=total)
             yield lambda steps: progress.update(task_id, advance=steps)
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False)
+
+
+class _LineProgress:
+    """For a log: a line at the start of each task and one at its end, and few between."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.message = write
+
+    @contextmanager
+    def task(self, description: str, *, total: int | None, unit: str = "") -> Iterator[Advance]:
+        task = _LoggedTask(description, total=total, unit=unit, write=self.message)
+        try:
+            yield task.advance
+        except BaseException:
+            task.end("stopped at ")
+            raise
+        task.end()
+
+
+class _LoggedTask:
+    def __init__(self, description: str, *, total: int | None, unit: str, write: Callable[[str], None]) -> None:
+        self._description = description
+        self._total = total
+        self._unit = unit
+        self._write = write
+        self._done = 0
+        # Files are written by several threads.
+        self._lock = threading.Lock()
+        self._started = self._written = time.monotonic()
+        write(description if self._is_one else f"{description}: {self._amount(total or 0)} to do")
+
+    def advance(self, steps: int) -> None:
+        with self._lock:
+            self._done += steps
+            now = time.monotonic()
+            if now - self._written < SECONDS_BETWEEN_LINES:
+                return
+            self._written = now
+            line = f"{self._description}: {self._count()}"
+            if self._total is not None and 0 < self._done < self._total:
+                line += f", about {_duration((now - self._started) / self._done * (self._total - self._done))} left"
+            self._write(line)
+
+    def end(self, how: str = "") -> None:
+        with self._lock:
+            self._write(f"{self._description}: {how}{self._count()} in {_duration(time.monotonic() - self._started)}")
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether there is nothing to count."""
+        return self._total is None or (self._total == 1 and self._unit != "bytes")
+
+    def _count(self) -> str:
+        if self._is_one and self._done == self._total:
+            return "done"
+        if self._total is None or self._done == self._total:
+            return f"{self._amount(self._done)} done"
+        return f"{self._amount(self._done)} of {self._amount(self._total)} done"
+
+    def _amount(self, n: int) -> str:
+        if self._unit != "bytes":
+            return str(n)
+        return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

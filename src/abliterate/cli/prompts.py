@@ -71,7 +71,7 @@ def prompts(
 def _bundled_table(infos: tuple["PromptSetInfo", ...]) -> Table:
     table = Table("kind", "part", "prompts", "categories", "mean words", "sha256", title="Bundled prompt sets")
     for info in infos:
-        row = (str(info.count), str(len(info.categories)), f"{info.mean_words:.1f}", info.sha256[:12])
+        row = (str(info.count), str(len(info.categories)), f"{info.mean_words:.1f}", info.sha256)
         table.add_row(info.kind, info.part, *row)
     return table
 
@@ -80,7 +80,7 @@ def _set_tables(info: "PromptSetInfo", first: tuple[str, ...]) -> list[Table | s
     categories = f", {len(info.categories)} categories" if info.categories else ""
     summary = (
         f"{info.name}: {info.count} prompts, {info.mean_words:.1f} words on average, {info.duplicates} duplicates"
-        f"{categories}, sha256 {info.sha256[:12]}"
+        f"{categories}, sha256 {info.sha256}"
     )
     return [summary, *(f"  {_shorten(text)}" for text in first)]
 

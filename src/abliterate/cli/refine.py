@@ -23,7 +23,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, check_report, command_line, writing_report
+from abliterate.cli.output import Output, check_json_target, check_report, command_line, writing_report
 from abliterate.errors import InputError
 from abliterate.models.options import ModelOptions
 from abliterate.processes import in_first_process
@@ -81,6 +81,7 @@ def refine(
 
     if output_file.is_dir():
         raise InputError(f"{output_file}: is a directory; give -o a file to write, such as {output_file / 's.json'}")
+    check_json_target(output_file)
     check_report(report)
     output = Output.of(context, json_output=json_output)
     found = refine_edit(

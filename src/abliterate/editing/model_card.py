@@ -263,7 +263,9 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
     orthogonalize += ["--format", "adapter"] if record.get("format") == "adapter" else []
     commands: list[list[Any]] = [*extract, *([refine] if strengths else []), orthogonalize]
     if evaluation is not None:
-        evaluate = ["abliterate", "evaluate", "OUT", "--base", name, "--output", "OUT/evaluation.json"]
+        measured = evaluation.get("base_revision") or revision
+        base_words = ["--base", name, *(["--base-revision", measured] if revision else [])]
+        evaluate = ["abliterate", "evaluate", "OUT", *base_words, "--output", "OUT/evaluation.json"]
         commands.append([*evaluate, *(_words_of(evaluation) or [])])
     block = "\n".join(" ".join(map(shell_word, line)) for line in commands)
     tool = dict(record.get("tool", {}))
@@ -375,7 +377,7 @@ def build_model_card(
         license_name=facts.license_name if facts.license else None,
         license_link=facts.license_link if facts.license else None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=str(record["base"].get("pipeline_tag", "text-generation")),
         tags=[*_TAGS, "lora"] if is_adapter else _TAGS,
     )
     tool = code("abliterate " + str(record.get("tool", {}).get("version", "")))

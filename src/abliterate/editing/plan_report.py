@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate._version import __version__
+from abliterate.architectures.config import pipeline_tag
 from abliterate.architectures.writers import ROLES, LeftAlone, ResidualWriter, Role, StreamMap, map_stream
 from abliterate.checkpoints.atomic_directory import check_output_directory
 from abliterate.checkpoints.checkpoint import (
@@ -471,8 +472,9 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
         "model": plan.source.name,
         "revision": plan.source.revision,
         "model_type": plan.stream.model_type,
-        "config_sha256": hash_file(checkpoint.path / CONFIG_NAME),
+        "config_file_sha256": hash_file(checkpoint.path / CONFIG_NAME),
         "tied_embeddings": plan.stream.tied_embeddings,
+        "pipeline_tag": pipeline_tag(checkpoint.config),
     }
     if plan.stream.tied_embeddings:
         stored = {tensor.name for tensor in checkpoint.tensors()}

@@ -7,11 +7,13 @@ Reading it needs neither torch nor the base model.
 import dataclasses
 import errno
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.checkpoints.file_ranges import WrittenFile, hash_file
+from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import InputError, VerificationError
 from abliterate.files import read_json_report, write_json
 from abliterate.progress import SILENT, ProgressReporter
@@ -19,6 +21,7 @@ from abliterate.progress import SILENT, ProgressReporter
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from abliterate.checkpoints.hub import ModelSource
     from abliterate.editing.edits import TensorEdit
     from abliterate.editing.options import EditOptions
     from abliterate.editing.plan import PartialEdit
@@ -120,8 +123,9 @@ class OrthogonalizationReport:
             those that merging gives, `shards` is the adapter's weights, and `bytes_total` counts the base's.
         tool: Name and version of the tool and of the libraries that did the arithmetic.
         created: Time of writing, ISO 8601, UTC.
-        base: The model that was edited: model, revision, model_type, config_sha256, tied_embeddings; where they
-            are tied, `tied_tensor`, the stored one of the pair; for an adapter `auto_class`, the class of transformers
+        base: The model that was edited: model, revision, model_type, config_file_sha256 (of the bytes of config.json),
+            tied_embeddings, pipeline_tag (what the Hub calls models that take what it takes); where they are tied,
+            `tied_tensor`, the stored one of the pair; for an adapter `auto_class`, the class of transformers
             that loads it; and `abliteration`, the earlier edit, if it had been orthogonalized before.
         directions: sha256, d_model and metadata of each direction.
         subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
@@ -254,6 +258,43 @@ def read_record(directory: Path) -> AbliterationRecord:
     files = {name: _read_entry(path, name, entry) for name, entry in recorded.items()}
     base_evaluation = files.pop(EVALUATION_NAME, None)
     return AbliterationRecord(directory=directory, content=content, files=files, base_evaluation=base_evaluation)
+
+
+def resolve_base(
+    base: str, *, revision: str | None, edited: "ModelSource", progress: ProgressReporter = SILENT
+) -> "ModelSource":
+    """Find the base to compare an edited model with: of a Hub id the commit that was edited, if its record names one.
+
+    Args:
+        base: A directory, a GGUF file or a Hub id.
+        revision: Branch, tag or commit of a Hub id; None: what the record of the edited model names, else `main`.
+        edited: The model that is compared with it.
+        progress: Is told which commit is taken.
+
+    Raises:
+        InputError: `base` is not there, or is local and a revision is given, or the record cannot be read.
+        HubError: The Hub does not give it.
+    """
+    from abliterate.checkpoints.hub import find_local_model, resolve_model
+
+    local = find_local_model(base)
+    if local is not None:
+        if revision is not None:
+            raise InputError(f"--base-revision {revision}: {base} is on this machine; only Hub models have revisions")
+        return local
+    record = edited.path / RECORD_NAME
+    if revision is None and record.is_file():
+        recorded = read_json_report(record).get("base")
+        if isinstance(recorded, dict) and recorded.get("model") == base and recorded.get("revision"):
+            revision = str(recorded["revision"])
+            progress.message(f"base: {base} at {revision}, the commit that {RECORD_NAME} names")
+    return resolve_model(base, revision=revision)
+
+
+def shards_sha256(record: Mapping[str, Any]) -> str | None:
+    """Return a hash that stands for the weights a record vouches for; None for the content of no record."""
+    shards = record.get("shards")
+    return values_sha256(shards) if isinstance(shards, dict) and shards else None
 
 
 def check_sizes(record: AbliterationRecord) -> None:

@@ -95,7 +95,7 @@ def _check(options: AuditOptions) -> None:
 
 
 def _test_set(spec: str, kind: Kind, n: int, prompts: ExtractionPrompts) -> PromptSet:
-    left = load_prompt_set(spec, kind=kind, part="test").without(frozenset(prompts.hashes))
+    left = load_prompt_set(spec, kind=kind, part="test").distinct().without(frozenset(prompts.hashes))
     if not len(left):
         raise InputError(f"{spec}: directions are found with every one of these prompts; test on other ones")
     return replace(left, texts=left.texts[:n], ids=left.ids[:n], categories=left.categories[:n])

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.provenance import model_sha256
 from abliterate.errors import InputError, ModelError
-from abliterate.evaluation.replies import ReplyCache, generate_replies
+from abliterate.evaluation.replies import ReplyCache, generate_replies, reply_conditions
 from abliterate.evaluation.statistics import Agreement, PairedChange, cohens_kappa, paired_change, wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply
 from abliterate.models.chat_format import ChatFormat, find_chat_format, find_conversation_form
@@ -194,15 +193,16 @@ class _CausalJudge:
         self._name = source.name
         self._chat = replace(_bare_chat(model, tokenizer), chat_format=_judge_format(tokenizer, self.style))
         self._cache_directory = options.cache
-        self._conditions: dict[str, str | int] = {}
+        self._conditions: dict[str, Any] = {}
         if options.cache is not None:
-            fingerprint = model_sha256(source.path, progress=progress)
-            self._conditions = {"judge": fingerprint, "dtype": str(model.dtype), "max_new_tokens": self._max_new_tokens}
+            self._conditions = reply_conditions(
+                self._chat, source, max_new_tokens=self._max_new_tokens, progress=progress
+            )
 
     def decide(self, pairs: Sequence[tuple[str, str]], *, advance: Advance = lambda _n: None) -> list[Verdict]:
         """See `Judge.decide`."""
         rows = [self._row(prompt, answer) for prompt, answer in pairs]
-        self._chat.check_tokens(rows, [answer for _, answer in pairs])
+        self._chat.check_tokens(rows, [answer for _, answer in pairs], n_new=self._max_new_tokens)
         directory = self._cache_directory
         cache = None if directory is None else ReplyCache(directory, self._conditions)
         outputs = generate_replies(self._chat, rows, max_new_tokens=self._max_new_tokens, cache=cache, advance=advance)
@@ -252,7 +252,7 @@ def _question(prompt: str, tokenizer: "PreTrainedTokenizerBase", name: str) -> t
     if prompt == "yes-no":
         return "yes-no", YES_NO_PROMPT
     try:
-        template = Path(prompt).read_text(encoding="utf-8")
+        template = Path(prompt).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"--judge-prompt {prompt}: not auto, guard, yes-no, or a readable file ({error})") from error
     if "{reply}" not in template:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.json_lines import JsonLines
-from abliterate.checkpoints.provenance import values_sha256
+from abliterate.checkpoints.provenance import model_sha256, values_sha256
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
 from abliterate.extraction.reply_classes import Reply, read_completions
 from abliterate.models.chat_format import find_chat_format
-from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_model import ChatModel, conditions_of
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
@@ -55,6 +56,31 @@ class ReplyCache:
         key = _key(row)
         self._replies[key] = list(reply)
         self._lines.append({"prompt": key, "reply": list(reply)})
+
+
+def reply_conditions(
+    chat: ChatModel,
+    source: ModelSource,
+    *,
+    max_new_tokens: int,
+    steering: Mapping[str, Any] | None = None,
+    progress: ProgressReporter = SILENT,
+) -> dict[str, Any]:
+    """Return all that a model's greedy reply depends on but its prompt: the conditions of a `ReplyCache`.
+
+    Args:
+        chat: the model, loaded.
+        source: its files; they are read whole.
+        max_new_tokens: length limit of each reply.
+        steering: what hooks do, see `steering_key`; None: there are none.
+        progress: where to show progress.
+    """
+    return {
+        "model": model_sha256(source.path, progress=progress),
+        "max_new_tokens": max_new_tokens,
+        "steering": dict(steering) if steering is not None else None,
+        **conditions_of(chat),
+    }
 
 
 def _kept_reply(line: Any) -> tuple[str, list[int]]:
@@ -118,6 +144,8 @@ def answer_prompts(
     """
     # All of them first, so that what cannot be asked is found before anything is answered.
     rows = {kind: chat.encode(texts) for kind, texts in prompts.items()}
+    for kind, texts in prompts.items():
+        chat.check_tokens(rows[kind], texts, n_new=max_new_tokens)
     tokens: dict[str, list[list[int]]] = {}
     for kind, texts in prompts.items():
         with progress.task(f"Answering {kind} prompts ({label})", total=len(texts)) as advance:

@@ -218,6 +218,9 @@ class EvaluationReport:
     Attributes:
         model: what was evaluated.
         base: what it is compared with; None if nothing.
+        revision: commit of the model on the Hub; None for a local one.
+        base_revision: the same of the base.
+        shards_sha256: see `record.shards_sha256`, by which `push` knows the weights again; None of a model without one.
         intervention: see `EvaluationOptions`.
         coefficient: the one used; None where it plays no part.
         direction: sha256, position and layer of the direction, or None.
@@ -237,6 +240,7 @@ class EvaluationReport:
         judges: what each judge says, and its agreement with the substrings.
         capability: scores of lm-evaluation-harness, or None.
         excluded: kind -> prompts left out because the direction was found with them.
+        repeated: kind -> prompts left out because they repeat another one.
         prompt_sets: name, size and hash of each set as used.
         arguments: the arguments of `evaluate` that differ from its defaults.
         versions: of what computed this.
@@ -244,6 +248,9 @@ class EvaluationReport:
 
     model: str
     base: str | None
+    revision: str | None = None
+    base_revision: str | None = None
+    shards_sha256: str | None = None
     intervention: Intervention
     coefficient: float | None = None
     direction: dict[str, Any] | None = None
@@ -263,6 +270,7 @@ class EvaluationReport:
     judges: "tuple[JudgeReport, ...]" = ()
     capability: "CapabilityReport | None" = None
     excluded: dict[str, int] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
     prompt_sets: dict[str, dict[str, Any]]
     arguments: tuple[str, ...] = ()
     versions: dict[str, str]

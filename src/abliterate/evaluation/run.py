@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.arguments import cli_arguments
+from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.checkpoints.hub import ModelSource, as_source
-from abliterate.checkpoints.provenance import model_sha256, versions
+from abliterate.checkpoints.provenance import versions
 from abliterate.directions import Direction, load_direction
-from abliterate.editing.record import RECORD_NAME
-from abliterate.errors import InputError, PromptSetError
+from abliterate.editing.record import RECORD_NAME, resolve_base, shards_sha256
+from abliterate.errors import InputError, InterruptedRunError, PromptSetError
 from abliterate.evaluation.capability import TaskSamples, compare_tasks, require_harness, run_tasks
 from abliterate.evaluation.drift import (
     BaseDistributions,
@@ -38,6 +39,7 @@ from abliterate.evaluation.replies import (
     let_think,
     measure_surprise,
     read_replies,
+    reply_conditions,
 )
 from abliterate.evaluation.report import (
     KINDS,
@@ -49,22 +51,25 @@ from abliterate.evaluation.report import (
     count_replies,
     refusal_change,
 )
-from abliterate.evaluation.steering import default_coefficient, steer
+from abliterate.evaluation.steering import default_coefficient, steer, steering_key
 from abliterate.extraction.reply_classes import Reply
 from abliterate.files import read_json_report, write_file
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.loading import open_model
+from abliterate.models.loading import load_tokenizer, open_model
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
 
+_COMPARED_PROMPTS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """A prompt set without the prompts used before, and how many those were."""
+    """A prompt set without the prompts used before, and how many those were; and how many repeated another one."""
 
     prompts: PromptSet
     excluded: int
+    repeated: int = 0
 
 
 def used_prompts(metadata: Mapping[str, Any]) -> frozenset[str]:
@@ -81,23 +86,28 @@ def used_for_checkpoint(directory: Path) -> frozenset[str]:
     Raises:
         InputError: the record cannot be read.
     """
+    return frozenset(_hashes_in(_record_of(directory)))
+
+
+def _record_of(directory: Path) -> dict[str, Any]:
     path = directory / RECORD_NAME
-    return frozenset(_hashes_in(read_json_report(path))) if path.is_file() else frozenset()
+    return read_json_report(path) if path.is_file() else {}
 
 
 def hold_out(prompts: PromptSet, used: frozenset[str]) -> HeldOut:
-    """Leave the prompts that were used out.
+    """Leave out the prompts that were used, and those that repeat another one: they say nothing new.
 
     Raises:
         PromptSetError: none is left.
     """
-    left = prompts.without(used)
+    once = prompts.distinct()
+    left = once.without(used)
     if len(prompts) and not len(left):
         raise PromptSetError(
             f"{prompts.name}: the direction was found with every one of its {len(prompts)} prompts, so rates on them "
             "would say nothing; evaluate on other prompts"
         )
-    return HeldOut(prompts=left, excluded=len(prompts) - len(left))
+    return HeldOut(prompts=left, excluded=len(once) - len(left), repeated=len(prompts) - len(once))
 
 
 def _hashes_in(value: Any) -> Iterable[str]:
@@ -118,6 +128,7 @@ def evaluate_model(
     *,
     model: str | Path | ModelSource,
     base: str | Path | ModelSource | None = None,
+    base_revision: str | None = None,
     direction: Direction | Path | None = None,
     options: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
@@ -131,6 +142,8 @@ def evaluate_model(
     Args:
         model: a directory, a Hub id or a resolved source.
         base: what to compare with.
+        base_revision: branch, tag or commit of a base on the Hub; None: the commit that the model's record names, if
+            it names this base.
         direction: needed by the interventions; its prompts are left out of the evaluation.
         options: see `EvaluationOptions`.
         model_options: how to load and run the models.
@@ -149,11 +162,18 @@ def evaluate_model(
     sets = {kind: load_prompt_set(getattr(options, kind), kind=kind, part="test") for kind in KINDS}
     texts = {spec: load_plain_texts(spec) for spec in dict.fromkeys(options.texts)}
     source = as_source(model)
-    base_source = as_source(base) if base is not None else (source if options.intervention != "none" else None)
+    base_source = source if options.intervention != "none" else None
+    if base is not None:
+        found = base if isinstance(base, ModelSource) else None
+        base_source = found or resolve_base(str(base), revision=base_revision, edited=source, progress=progress)
+    elif base_revision is not None:
+        raise InputError(f"--base-revision {base_revision}: is of --base, which is not given")
     judges = tuple(as_source(judge) for judge in options.judges)
     used = used_for_checkpoint(source.path) | (used_prompts(loaded.metadata) if loaded else frozenset())
     held_out = {kind: hold_out(chosen, used) for kind, chosen in sets.items()}
     for kind, held in held_out.items():
+        if held.repeated:
+            progress.message(f"{kind}: {held.repeated} prompts left out, since they repeat another one")
         if held.excluded:
             progress.message(f"{kind}: {held.excluded} prompts left out, since the direction was found with them")
     return _Run(
@@ -195,7 +215,22 @@ class _Run:
     progress: ProgressReporter
 
     def evaluate(self) -> EvaluationReport:
-        """Run the base, the model, and the base again over the model's replies."""
+        """Run the base, the model, and the base again over the model's replies.
+
+        Raises:
+            InterruptedRunError: a signal came; what a cache holds is kept.
+        """
+        try:
+            return self._evaluate()
+        except KeyboardInterrupt as error:
+            cache = self.options.cache
+            left = f"replies are kept in {cache}: the same command goes on from there"
+            raise InterruptedRunError.of(
+                error, left if cache else "nothing is kept; --cache DIR keeps replies"
+            ) from error
+
+    def _evaluate(self) -> EvaluationReport:
+        self._check_comparable()
         with ExitStack() as stack:
             open_model, open_base = self._openers(stack)
             base, distributions = None, None
@@ -216,6 +251,32 @@ class _Run:
         if self.options.save_completions is not None:
             _write_completions(self.options.save_completions, self._prompts, {"base": base, "model": model})
         return self._report(base, model, divergence, self._judge(base, model, device))
+
+    def _check_comparable(self) -> None:
+        """Find before hours of work that the two models do not read the same tokens.
+
+        Raises:
+            InputError: they do not.
+        """
+        base, model = self.base_source, self.source
+        if base is None or base == model:
+            return
+        sizes = {_vocabulary_size(source.path) for source in (base, model)} - {None}
+        if len(sizes) > 1:
+            raise InputError(
+                f"{model.name} and its base {base.name} have {' and '.join(map(str, sorted(sizes, key=str)))} output "
+                "tokens and cannot be compared; give --base the model that it was made from"
+            )
+        of_base, of_model = (
+            load_tokenizer(source.path, name=source.name, options=self.model_options) for source in (base, model)
+        )
+        for text in self._prompts["harmless"].texts[:_COMPARED_PROMPTS]:
+            rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (of_base, of_model)]
+            if rows[0] != rows[1]:
+                raise InputError(
+                    f"{model.name} and its base {base.name} make different tokens of {text[:60]!r} and cannot be "
+                    "compared; give --base the model that it was made from"
+                )
 
     @property
     def _prompts(self) -> dict[Kind, PromptSet]:
@@ -277,17 +338,17 @@ class _Run:
     def _cache(self, chat: ChatModel, source: ModelSource, *, edited: bool) -> ReplyCache | None:
         if self.options.cache is None:
             return None
-        steering = edited and self.direction is not None
-        conditions = {
-            "model": model_sha256(source.path, progress=self.progress),
-            "dtype": str(chat.model.dtype),
-            "device": chat.device.type,
-            "max_new_tokens": self.options.max_new_tokens,
-            "intervention": self.options.intervention if edited else "none",
-            "coefficient": self._coefficient if steering else None,
-            "direction": self.direction.sha256 if steering and self.direction else None,
-            "versions": versions("abliterate", "torch", "transformers"),
-        }
+        steering = None
+        if edited and self.direction is not None:
+            intervention = self.options.intervention
+            steering = steering_key(self.direction, intervention=intervention, coefficient=self._coefficient)
+        conditions = reply_conditions(
+            chat,
+            source,
+            max_new_tokens=self.options.max_new_tokens,
+            steering=steering,
+            progress=self.progress,
+        )
         return ReplyCache(self.options.cache, conditions)
 
     @property
@@ -368,6 +429,9 @@ class _Run:
         return EvaluationReport(
             model=self.source.name,
             base=self.base_source.name if self.base_source else None,
+            revision=self.source.revision,
+            base_revision=self.base_source.revision if self.base_source else None,
+            shards_sha256=shards_sha256(_record_of(self.source.path)),
             intervention=self.options.intervention,
             coefficient=self._coefficient,
             direction=_describe(self.direction),
@@ -396,6 +460,7 @@ class _Run:
                 else None
             ),
             excluded={kind: held.excluded for kind, held in self.held_out.items()},
+            repeated={kind: held.repeated for kind, held in self.held_out.items()},
             prompt_sets={
                 kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
                 for kind, chosen in prompts.items()
@@ -403,6 +468,16 @@ class _Run:
             arguments=tuple(cli_arguments(self.options) + cli_arguments(self.model_options)),
             versions=versions("abliterate", "torch", "transformers"),
         )
+
+
+def _vocabulary_size(path: Path) -> int | None:
+    """Return how many output tokens a model has by its config; None where that does not show, as of a GGUF file."""
+    if path.is_file():
+        return None
+    config = read_json_report(path / CONFIG_NAME)
+    thinker = config.get("thinker_config") or config
+    sizes = [part.get("vocab_size") for part in (thinker.get("text_config"), thinker) if isinstance(part, dict)]
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _check_options(options: EvaluationOptions, direction: Direction | None) -> None:

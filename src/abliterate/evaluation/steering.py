@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import random
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from abliterate.directions import Direction
+from abliterate.directions import Direction, vector_sha256
 from abliterate.errors import InputError
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction, record, set_component
@@ -71,6 +71,25 @@ def steer(
     if direction.mean_difference is None or not isinstance(layer, int):
         raise InputError("--intervention add needs a direction file with its mean difference and layer")
     return add_direction(chat, direction.mean_difference, layer=layer, coefficient=dose)
+
+
+def steering_key(direction: Direction, *, intervention: str, coefficient: float | None) -> dict[str, Any]:
+    """Return all that `steer` takes from its arguments, as plain values for the key of a cache.
+
+    Args:
+        direction: see `steer`.
+        intervention: see `steer`.
+        coefficient: see `steer`.
+    """
+    added = direction.mean_difference
+    return {
+        "intervention": intervention,
+        "coefficient": default_coefficient(intervention, coefficient),
+        "vector": direction.sha256,
+        "mean_difference": None if added is None else vector_sha256(added),
+        "layer": direction.metadata.get("layer"),
+        "position": direction.metadata.get("position"),
+    }
 
 
 def reference_components(

@@ -241,8 +241,8 @@ def provenance(
         "model": model,
         "revision": source.revision if source else None,
         "model_type": chat.model.config.model_type,
-        # Of the values; a record's `base.config_sha256` is of the file's bytes.
-        "config_sha256": _config_hash(source),
+        # A record has `config_file_sha256`, of the file's bytes.
+        "config_values_sha256": _config_hash(source),
         "d_model": chat.d_model,
         "n_layers": chat.n_layers,
         "arguments": list(arguments),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.provenance import quick_model_sha256, versions
+from abliterate.checkpoints.provenance import quick_model_sha256, values_sha256
 from abliterate.directions import orthonormalize
 from abliterate.errors import InputError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun
@@ -28,8 +28,8 @@ from abliterate.extraction.report import (
     directions_of,
 )
 from abliterate.extraction.score_report import ScoreTable
-from abliterate.extraction.shared_runs import RecordingRun, SavedWork
-from abliterate.models.chat_model import ChatModel, find_response_prefix, with_response_prefix
+from abliterate.extraction.shared_runs import RecordingRun, SavedWork, working_in
+from abliterate.models.chat_model import ChatModel, conditions_of, find_response_prefix, with_response_prefix
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream_probe import StreamProbe, probe_stream
@@ -72,6 +72,7 @@ def extract_direction(
         RefusalBehaviourError: the model refuses nothing, or everything.
         PromptSetError: too few prompts, or a SPEC that cannot be read.
         ModelError: the model does not load as a chat model.
+        InterruptedRunError: a signal came; what was computed is kept.
     """
     options = options or ExtractionOptions()
     _check_options(options)
@@ -88,49 +89,57 @@ def extract_direction(
     # A small model of the kind has been looked at where layers are streamed.
     probe = None if isinstance(chat, StreamedChat) else probe_stream(chat)
     chat = force_response_prefix(chat, prompts, progress)
-    saved = SavedWork(
-        work_directory if source is not None and ranks.is_first else None,
-        key=_work_key(source, prompts, options, model_options),
-        progress=progress,
-    )
-    run = _Run(
-        chat=chat,
-        probe=probe,
-        prompts=prompts,
-        options=options,
-        arguments=(
-            *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
-            *cli_arguments(options),
-            *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
-        ),
-        progress=progress,
-        saved=saved,
-        ranks=ranks,
-    )
-    try:
-        extraction = run.extract(source)
-    except (InputError, RefusalBehaviourError):
-        # Nothing that is there would help the next attempt; after "no candidate passes" it would.
+    kept = work_directory if source is not None and ranks.is_first else None
+    with working_in(kept):
+        saved = SavedWork(
+            kept,
+            key=_work_key(source, chat, prompts, options, model_options),
+            progress=progress,
+        )
+        run = _Run(
+            chat=chat,
+            probe=probe,
+            prompts=prompts,
+            options=options,
+            arguments=(
+                *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
+                *cli_arguments(options),
+                *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
+            ),
+            progress=progress,
+            saved=saved,
+            ranks=ranks,
+        )
+        try:
+            extraction = run.extract(source)
+        except (InputError, RefusalBehaviourError):
+            # Nothing that is there would help the next attempt; after "no candidate passes" it would.
+            saved.discard()
+            raise
+        deliver(extraction)
         saved.discard()
-        raise
-    deliver(extraction)
-    saved.discard()
-    if isinstance(chat, StreamedChat):
-        progress.message(f"the weights were read {chat.weights.reads} times")
-    return extraction
+        if isinstance(chat, StreamedChat):
+            progress.message(f"the weights were read {chat.weights.reads} times")
+        return extraction
 
 
 def _work_key(
-    source: ModelSource | None, prompts: ExtractionPrompts, options: ExtractionOptions, model_options: ModelOptions
+    source: ModelSource | None,
+    chat: ChatModel,
+    prompts: ExtractionPrompts,
+    options: ExtractionOptions,
+    model_options: ModelOptions,
 ) -> dict[str, Any]:
     return {
         "model": None if source is None else {"files": quick_model_sha256(source.path), "revision": source.revision},
         "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
+        # A template may write more than the prompt, such as today's date.
+        "rendered prompts": {name: values_sha256(chat.encode(getattr(prompts, name).texts)) for name in PARTS},
         "refusal tokens": options.refusal_tokens,
         "filter": options.filter,
         "recipe": asdict(options.recipe),
         "model options": asdict(model_options),
-        "versions": versions("abliterate", "python", "torch", "transformers"),
+        **conditions_of(chat),
     }
 
 

@@ -11,7 +11,8 @@ Thresholds are no part of the key: they choose among scores and do not change th
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -22,8 +23,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from abliterate.checkpoints.atomic_directory import FileLock
 from abliterate.checkpoints.json_lines import JsonLines
-from abliterate.errors import InputError
+from abliterate.errors import InputError, InterruptedRunError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.racing import race
@@ -67,6 +69,52 @@ def able_candidates(candidates: Tensor, *, thresholds: Thresholds) -> list[Candi
 
 _KEY = "KEY.json"
 _SCORES = "scores.jsonl"
+_LOCK = "lock"
+
+
+@contextmanager
+def working_in(directory: Path | None) -> Iterator[None]:
+    """Keep other runs out of a directory of saved work; when a signal comes, say what is kept there.
+
+    Args:
+        directory: the directory; it is made if need be, and left if anything is in it. None: nothing is saved.
+
+    Raises:
+        InputError: another run works in it, or it cannot be made.
+        InterruptedRunError: a signal came.
+    """
+    if directory is None:
+        yield
+        return
+    lock = _lock(directory)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not (directory / _KEY).is_file():
+            raise
+        kept = f"what was computed is kept in {directory}: the same command goes on from there"
+        raise InterruptedRunError.of(error, kept) from error
+    finally:
+        lock.prepare_removal()
+        (directory / _LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # something is in it
+            directory.rmdir()
+
+
+def _lock(directory: Path) -> FileLock:
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(directory / _LOCK)
+        except BlockingIOError as error:
+            raise InputError(f"{directory}: another run works in it; wait for that one, or give another -o") from error
+        except OSError as error:
+            raise InputError(f"{directory}: cannot keep interim results here: {error.strerror or error}") from error
+        if lock.is_of(directory / _LOCK):
+            return lock
+        # The other run has ended between the two calls.
+        lock.release()
 
 
 class SavedWork:
@@ -101,13 +149,15 @@ class SavedWork:
             progress.message(f"continuing: {n_recordings} recordings and {len(self._scores)} scores are in {directory}")
             return
         if directory.exists():
-            if saved is None and any(directory.iterdir()):
+            inside = [path for path in directory.iterdir() if path.name != _LOCK]
+            if saved is None and inside:
                 raise InputError(f"{directory}: is there and holds no interim results; move it out of the way")
             changed = sorted(name for name in {*key, *(saved or {})} if key.get(name) != (saved or {}).get(name))
             if saved is not None:
                 progress.message(f"starting anew: {', '.join(changed)} changed since {directory} was written")
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
+            for path in inside:
+                path.unlink()
+        directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / _KEY, json.dumps(key, indent=1, sort_keys=True))
 
     def recording(self, name: str) -> dict[str, Tensor] | None:
@@ -405,6 +455,10 @@ class RecordingRun:
 
     def _record(self, group: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         rows = {name: self.chat.encode(self._prompts(name).texts) for name in group}
+        if self.replying is not None:
+            for name in group:
+                n_new = self.replying.decoder.max_new_tokens
+                self.chat.check_tokens(rows[name], self._prompts(name).texts, n_new=n_new)
         if isinstance(self.chat, StreamedChat):
             recorded = self._record_rows([row for name in group for row in rows[name]])
         else:

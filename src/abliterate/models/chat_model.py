@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from abliterate.checkpoints.provenance import versions
 from abliterate.errors import ModelError
 from abliterate.models.batching import BatchLimits, plan_batches
 from abliterate.models.chat_format import ChatFormat, find_chat_format
 from abliterate.models.chat_template import ThinkingMarkers, render, token_texts, tokenize
 from abliterate.models.options import ModelOptions
-from abliterate.models.stream import ResidualStream, find_blocks, find_stream
+from abliterate.models.stream import ResidualStream, find_blocks, find_stream, learned_positions
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -160,18 +161,25 @@ class ChatModel:
         self.check_tokens(rows, prompts)
         return rows
 
-    def check_tokens(self, rows: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
-        """Refuse token ids that the model has no embedding for.
+    def check_tokens(self, rows: Sequence[Sequence[int]], texts: Sequence[str], *, n_new: int = 0) -> None:
+        """Refuse token ids and positions that the model has no embedding for.
 
         Args:
             rows: token ids.
             texts: what each of them is the text of, for the message.
+            n_new: how many tokens may follow each row.
 
         Raises:
-            ModelError: the tokenizer gives such an id.
+            ModelError: the tokenizer gives such an id, or too many.
         """
-        n_rows = self.n_embeddings
+        n_rows, n_positions = self.n_embeddings, learned_positions(self.model)
         for row, text in zip(rows, texts, strict=True):
+            if n_positions is not None and len(row) + n_new > n_positions:
+                more = f" and a reply of {n_new}" if n_new else ""
+                raise ModelError(
+                    f"{text[:60]!r} takes {len(row)} tokens{more}, and the model has learned {n_positions} positions; "
+                    "leave it out, or ask for shorter replies"
+                )
             beyond = next((token for token in row if n_rows is not None and token >= n_rows), None)
             if beyond is not None:
                 shown = self.decode([beyond], skip_special_tokens=False)
@@ -522,6 +530,16 @@ def stop_tokens(chat: ChatModel) -> set[int]:
     configured = getattr(chat.model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {int(i) for i in [*ids, chat.tokenizer.eos_token_id, *chat.chat_format.turn_ends] if i is not None}
+
+
+def conditions_of(chat: ChatModel) -> dict[str, Any]:
+    """Return what replies and numbers depend on besides files, prompts and hooks, as plain values for a cache's key."""
+    return {
+        "dtype": str(chat.model.dtype),
+        "device": chat.device.type,
+        "ends": sorted(stop_tokens(chat)),
+        "versions": versions("abliterate", "python", "torch", "transformers"),
+    }
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from abliterate.architectures.config import read_loaded_row
 from abliterate.architectures.modules import ModuleWriter, StreamModules, map_modules
-from abliterate.architectures.vocabulary import LAYER_LISTS
+from abliterate.architectures.vocabulary import LAYER_LISTS, POSITION_EMBEDDINGS
 from abliterate.errors import ModelError
 
 if TYPE_CHECKING:
@@ -130,6 +130,16 @@ def _stream_of(
     ways = dict.fromkeys((writer.module, writer.output) for writer in writers)
     writes = tuple(Write(module=model.get_submodule(path), output=output) for path, output in ways)
     return BlockStream(block=block, writes=writes, writers=writers)
+
+
+def learned_positions(model: "PreTrainedModel") -> int | None:
+    """Return how many positions a model has learned embeddings for; None where it has none, and no such end."""
+    for name, module in model.named_modules():
+        is_of_text = not any(word in name for word in ("vision", "visual", "audio"))
+        if is_of_text and name.rpartition(".")[2] in POSITION_EMBEDDINGS and isinstance(module, nn.Embedding):
+            n: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            return n
+    return None
 
 
 def find_blocks(model: nn.Module, n_layers: int, name: str) -> tuple[nn.Module, ...]:

@@ -28,6 +28,7 @@ from abliterate.editing.record import (
     check_hashes,
     check_sizes,
     read_record,
+    shards_sha256,
 )
 from abliterate.errors import HubError, InputError, VerificationError
 from abliterate.files import read_json_report
@@ -162,6 +163,13 @@ def _read_evaluation(path: Path, *, record: AbliterationRecord) -> dict[str, Any
     if intervention != "none":
         raise InputError(f"{path}: measured the intervention {intervention!r}, not these weights; {again}")
     measured = Path(str(evaluation.get("model", "")))
+    hashed = evaluation.get("shards_sha256")
+    # What an adapter was measured as, merged, has no record; nor has an older evaluation its hash.
+    is_known = hashed is not None or ("shards_sha256" in evaluation and not record.is_adapter)
+    if is_known and hashed != shards_sha256(record.content):
+        raise InputError(f"{path}: measured {measured}, not {checkpoint}; {again}")
+    if is_known:
+        return evaluation
     if (measured / "config.json").is_file() and not measured.samefile(checkpoint):
         other = measured / RECORD_NAME
         if not other.is_file() or read_json_report(other).get("shards") != record.content["shards"]:

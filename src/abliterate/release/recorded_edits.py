@@ -232,5 +232,7 @@ def find_local_base(record: AbliterationRecord) -> Checkpoint | None:
 def is_base(path: Path, record: AbliterationRecord) -> bool:
     """Return whether the config.json in a directory is the one of the model that was edited."""
     config = path / CONFIG_NAME
-    recorded = record.content["base"].get("config_sha256")
+    base = record.content["base"]
+    # The first was its name until a direction's file had another hash by it.
+    recorded = base.get("config_sha256", base.get("config_file_sha256"))
     return config.is_file() and hash_file(config) == recorded

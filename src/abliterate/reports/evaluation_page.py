@@ -208,6 +208,8 @@ def _categories(report: EvaluationReport) -> Section:
 
 def _provenance(report: EvaluationReport, command: str) -> Section:
     pairs: list[tuple[str, object]] = [("Model", report.model), ("Base", report.base or "none")]
+    revisions = (("Model's revision", report.revision), ("Base's revision", report.base_revision))
+    pairs += [(name, revision) for name, revision in revisions if revision is not None]
     pairs.append(("Intervention by hooks", report.intervention))
     if report.coefficient is not None:
         pairs.append(("Coefficient", f"{report.coefficient:g}"))
