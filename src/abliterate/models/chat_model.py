@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from abliterate.architectures.table import feels_gaps, feels_padding
 from abliterate.errors import ModelError
 from abliterate.models.batching import BatchLimits, plan_batches
 from abliterate.models.chat_format import ChatFormat, find_chat_format
@@ -49,7 +50,7 @@ def empty_cache(config: "PretrainedConfig", *, longest: int) -> "Cache | None":
     """Return a cache to run a prefix into, or None where continuing one would not be exact.
 
     Padding stands between the prefix and a shorter row. Plain attention masks it; recurrent layers would take it in,
-    and a sliding window counts it, which matters as soon as a row is longer than the window.
+    a sliding window counts it, which matters as soon as a row is longer than the window, and so do some positions.
 
     Args:
         config: the model's.
@@ -57,6 +58,8 @@ def empty_cache(config: "PretrainedConfig", *, longest: int) -> "Cache | None":
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    if feels_padding(config) or feels_gaps(config):
+        return None
     cache = DynamicCache(config=config)
     if not cache.layers or any(type(layer) not in {DynamicLayer, DynamicSlidingWindowLayer} for layer in cache.layers):
         return None
@@ -355,18 +358,24 @@ class ChatModel:
         return ids.to(self.device), mask.to(self.device)
 
     def for_batches(
-        self, lengths: Sequence[int], run: Callable[[list[int]], None], *, generating: bool = False
+        self,
+        lengths: Sequence[int],
+        run: Callable[[list[int]], None],
+        *,
+        generating: bool = False,
+        widths: Sequence[int] | None = None,
     ) -> None:
         """Call `run` with the indices of one batch after another, longest rows first.
 
         Batches hold rows of like length and a bounded number of tokens, or `batch_size` rows. When memory runs out,
-        the bound is halved, for what follows too.
+        the bound is halved, for what follows too. `widths` says how many tokens rows have whose cost is another.
 
         Raises:
             ModelError: a single row does not fit.
         """
         key = "generate" if generating else "forward"
-        pending = plan_batches(lengths, limits=self.batch_limits(key))
+        widths = lengths if widths is None else widths
+        pending = plan_batches(lengths, limits=self.batch_limits(key), widths=widths)
         while pending:
             batch = pending[0]
             try:
@@ -380,7 +389,8 @@ class ChatModel:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 left = sorted(i for batch in pending for i in batch)
-                plan = plan_batches([lengths[i] for i in left], limits=self.batch_limits(key))
+                costs, tokens = ([values[i] for i in left] for values in (lengths, widths))
+                plan = plan_batches(costs, limits=self.batch_limits(key), widths=tokens)
                 pending = [[left[i] for i in batch] for batch in plan]
                 continue
             pending = pending[1:]
@@ -402,7 +412,12 @@ class ChatModel:
         tokens = TOKENS_PER_BATCH[kind] * (2 if key == "generate" else 1)
         if self.batch_size is not None:
             tokens = sys.maxsize
-        return BatchLimits(tokens=self._limit.get(key, tokens), rows=self.batch_size, overhead=BATCH_OVERHEAD[kind])
+        return BatchLimits(
+            tokens=self._limit.get(key, tokens),
+            rows=self.batch_size,
+            overhead=BATCH_OVERHEAD[kind],
+            equal=feels_padding(self.model.config),
+        )
 
     @torch.inference_mode()
     def run_prefix(self, prefix: Sequence[int], *, n_variants: int = 1) -> PrefixCache | None:
@@ -431,6 +446,8 @@ class ChatModel:
             rows: token ids.
             lengths: at how many of the last tokens of each row.
         """
+        if len(rows) > 1 and self.batch_limits().equal:
+            return [self.differentiable_logits([row], [n])[0] for row, n in zip(rows, lengths, strict=True)]
         n_cached = self.shareable_prefix(rows, keep=lengths)
         cache = self._run_prefix(rows[0][:n_cached]) if n_cached else None
         batch = [list(row[n_cached:]) for row in rows]
