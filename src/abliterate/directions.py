@@ -155,6 +155,15 @@ def load_direction(path: Path, *, d_model: int | None = None) -> Direction:
     return direction
 
 
+def is_direction_file(path: Path) -> bool:
+    """Return whether a file has a tensor named `direction`; no tensor is read."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return "direction" in file.keys()  # noqa: SIM118 - it is no dictionary
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     wanted = {"direction", "mean_difference", "candidates", *(f"scores.{name}" for name in SCORE_NAMES)}
     try:

@@ -133,7 +133,9 @@ def test_a_changed_input_starts_anew_and_says_so(tmp_path: Path) -> None:
     work = SavedWork(tmp_path / "w", key={"model": "a", "filter": True}, progress=messages)
     work.save_recording("x", {"t": torch.ones(2)})
     work.save_scores([(-1, 3)], [{"bypass": (1.0, 2.0), "kl": (0.5,)}])
+    work.release()
     again = SavedWork(tmp_path / "w", key={"model": "a", "filter": True}, progress=messages)
+    again.release()
     assert torch.equal(again.recording("x")["t"], torch.ones(2))
     assert again.scores("ablated", (-1, 3)) == {"bypass": (1.0, 2.0), "kl": (0.5,)}
     assert again.scores("induce", (-1, 3)) is None
@@ -148,9 +150,11 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
     work.save_scores([(-1, 3)], [{"induce": (1.0,)}])
     with (tmp_path / "w" / "scores.jsonl").open("a") as file:
         file.write('[[-1, 4, {"induce": [2.0')
+    work.release()
     again = SavedWork(tmp_path / "w", key={})
     assert again.scores("induce", (-1, 4)) is None
     again.save_scores([(-1, 5)], [{"induce": (3.0,)}])
+    again.release()
     third = SavedWork(tmp_path / "w", key={})
     assert third.scores("induce", (-1, 3)) == {"induce": (1.0,)}
     assert third.scores("induce", (-1, 5)) == {"induce": (3.0,)}
@@ -160,11 +164,26 @@ def test_a_damaged_line_before_the_last_is_an_error(tmp_path: Path) -> None:
     work = SavedWork(tmp_path / "w", key={})
     work.save_scores([(-1, 3)], [{"induce": (1.0,)}])
     work.save_scores([(-1, 4)], [{"induce": (float("nan"),)}])
+    work.release()
     scores = tmp_path / "w" / "scores.jsonl"
     assert scores.read_text() == '[[-1, 3, {"induce": [1.0]}]]\n[[-1, 4, {"induce": [NaN]}]]\n'
     scores.write_text(scores.read_text().replace("[[-1, 3", "[[-1"))
     with pytest.raises(InputError, match=r"scores\.jsonl, line 1: is damaged .*; delete the file"):
         SavedWork(tmp_path / "w", key={})
+
+
+def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
+    first = SavedWork(tmp_path / "w", key={"a": 1})
+    first.save_recording("x", {"t": torch.ones(2)})
+    for key in ({"a": 1}, {"a": 2}):
+        with pytest.raises(InputError, match="another extraction is working there; wait for that one"):
+            SavedWork(tmp_path / "w", key=key)
+    assert torch.equal(first.recording("x")["t"], torch.ones(2))
+    first.release()
+    anew = SavedWork(tmp_path / "w", key={"a": 2})
+    assert anew.recording("x") is None
+    anew.discard()
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from abliterate.checkpoints.file_ranges import can_share_blocks, hash_file
 from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated
+from abliterate.files import check_writable
 from abliterate.progress import ProgressReporter
 
 # What tells a checkpoint or an adapter, which may be replaced, from a directory that was named by mistake.
@@ -38,9 +39,11 @@ def check_output_directory(output: Path, *, overwrite: bool) -> None:
     """Check, before any work is done, that a checkpoint may be published as `output`.
 
     Raises:
-        InputError: It exists, and `overwrite` is false or it is neither a checkpoint nor an empty directory.
+        InputError: It exists, and `overwrite` is false or it is neither a checkpoint nor an empty directory; or
+            nothing can be written beside it.
     """
     if not output.exists() and not output.is_symlink():
+        check_writable(output.parent, flag="place", directory=True)
         return
     if not overwrite:
         raise InputError(f"{output}: exists; choose another directory, or replace it with --overwrite")
@@ -236,7 +239,7 @@ def _journal_line(value: Any) -> dict[str, Any]:
 
 
 _OWN = ".abliterate"
-_LOCK = "lock"
+LOCK = "lock"
 _JOURNAL = "journal-0.jsonl"
 # Older versions wrote one for each of several processes.
 _JOURNALS = "journal-*.jsonl"
@@ -415,8 +418,9 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = None
         flags = (getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY"))
-        self._descriptor: int | None = os.open(path, sum(flags, os.O_RDWR | os.O_CREAT), 0o666)
+        self._descriptor = os.open(path, sum(flags, os.O_RDWR | os.O_CREAT), 0o666)
         try:
             _lock_now(self._descriptor)
         except OSError:
@@ -437,10 +441,12 @@ class FileLock:
             self.release()
 
     def release(self) -> None:
-        """Let others have it."""
+        """Let others have it; so does letting go of this object, as of an open file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    __del__ = release
 
 
 def _lock_now(descriptor: int) -> None:
@@ -467,17 +473,27 @@ def _lock(path: Path, output: Path) -> FileLock:
     )
     if path.is_symlink() or is_foreign:
         raise InputError(f"{path}: is where {output} would be written, and is something else; move it away")
+    try:
+        return lock_in(path / _OWN)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{output}: another run is writing it, in {path}; wait for that one, or choose another directory"
+        ) from error
+
+
+def lock_in(directory: Path) -> FileLock:
+    """Make a directory if it is not there, and lock it: one process at a time works in it.
+
+    Raises:
+        BlockingIOError: Another does.
+        OSError: It cannot be made.
+    """
     while True:
-        (path / _OWN).mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(path / _OWN / _LOCK)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{output}: another run is writing it, in {path}; wait for that one, or choose another directory"
-            ) from error
-        if lock.is_of(path / _OWN / _LOCK):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK)
+        if lock.is_of(directory / LOCK):
             return lock
-        # The other run published or removed the directory between the two calls.
+        # The other process removed the directory between the two calls.
         lock.release()
 
 

@@ -22,7 +22,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, check_report, command_line, writing_report
+from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, writing
 from abliterate.errors import InputError
 from abliterate.extraction.options import (
     DirectionRecipe,
@@ -37,6 +37,7 @@ from abliterate.models.options import DeviceMap, ModelOptions
 from abliterate.prompt_sets import BUNDLED
 
 if TYPE_CHECKING:
+    from abliterate.checkpoints.hub import ModelSource
     from abliterate.extraction.repair import RepairReport
     from abliterate.extraction.report import Extraction, ExtractionReport, NoCandidatePassesError
     from abliterate.extraction.score_report import ScoreTable
@@ -114,7 +115,6 @@ def extract(
     the model answers to those that it refuses, without the true refusal direction. Ablating what is chosen leaves at
     most --max-lost of the harmful validation prompts answered; exit code 3 where nothing does.
     """
-    from abliterate.checkpoints.hub import resolve_model
     from abliterate.extraction.report import NoCandidatePassesError
     from abliterate.extraction.run import extract_direction
     from abliterate.extraction.score_report import require_plots, write_score_report
@@ -149,12 +149,12 @@ def extract(
     if goal == "repair":
         if report is not None:
             raise typer.BadParameter("cannot go with --goal repair", param_hint="'--report'")
-        _check_outputs([output_file], None)
+        _check_outputs([output_file], None, model)
         repair = RepairOptions(borderline=borderline, orthogonal=orthogonal, max_lost=max_lost)
         _repair(
             output,
             output_file,
-            model=resolve_model(model, revision=revision),
+            model=_resolved(model, revision, [output_file]),
             harmful=harmful,
             harmless=harmless,
             options=options,
@@ -167,12 +167,12 @@ def extract(
     if report is not None:
         require_plots()
     files = _file_names(output_file, rank)
-    _check_outputs(files, report)
+    _check_outputs(files, report, model)
 
     def write_report(table: "ScoreTable", found: "ExtractionReport | None" = None) -> None:
         if report is None:
             return
-        with writing_report(report):
+        with writing(report):
             write_score_report(table, report)
             write_extraction_page(table, report, command=command_line(), report=found)
 
@@ -184,7 +184,7 @@ def extract(
 
     try:
         extraction = extract_direction(
-            model=resolve_model(model, revision=revision),
+            model=_resolved(model, revision, files),
             harmful=harmful,
             harmless=harmless,
             options=options,
@@ -243,12 +243,36 @@ def _file_names(output_file: Path, rank: int) -> list[Path]:
     return [output_file.with_name(f"{output_file.stem}.{i}{output_file.suffix}") for i in range(1, rank + 1)]
 
 
-def _check_outputs(files: list[Path], report: Path | None) -> None:
-    """Check before hours of work what would be found after them."""
+def _check_outputs(files: list[Path], report: Path | None, model: str) -> None:
+    """Check before hours of work what would be found after them, or would lose something."""
+    from abliterate.directions import is_direction_file
+
     for file in files:
         if file.is_dir():
-            raise InputError(f"{file}: is a directory; give -o a file to write, such as {file / 'refusal.safetensors'}")
-    check_report(report)
+            beside = file if not (file / "config.json").exists() else file.absolute().parent
+            hint = beside / "refusal.safetensors"
+            raise InputError(f"{file}: is a directory; give -o a file to write, such as {hint}")
+    check_outputs(
+        *(OutputFile(path=file, what="direction file", is_own=is_direction_file) for file in files), report=report
+    )
+    _check_outside(files, Path(model))
+
+
+def _check_outside(files: list[Path], model: Path) -> None:
+    if not model.is_dir():
+        return
+    for file in files:
+        if file.resolve().is_relative_to(model.resolve()):
+            raise InputError(f"{file}: lies in the model's own directory {model}; choose another -o")
+
+
+def _resolved(model: str, revision: str | None, files: list[Path]) -> "ModelSource":
+    from abliterate.checkpoints.hub import resolve_model
+
+    source = resolve_model(model, revision=revision)
+    # Where the Hub's client put a model is known only now.
+    _check_outside(files, source.path)
+    return source
 
 
 def _tables(report: "ExtractionReport") -> list[Table]:

@@ -51,7 +51,7 @@ from abliterate.evaluation.report import (
 )
 from abliterate.evaluation.steering import default_coefficient, steer
 from abliterate.extraction.reply_classes import Reply
-from abliterate.files import read_json_report, write_file
+from abliterate.files import check_writable, read_json_report, write_file
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
@@ -432,6 +432,8 @@ def _check_options(options: EvaluationOptions, direction: Direction | None) -> N
         raise InputError(f"--intervention {options.intervention} needs --direction FILE")
     if options.intervention == "none" and direction is not None:
         raise InputError("--direction is given but --intervention is none; choose ablate, add or affine")
+    if options.save_completions is not None:
+        check_writable(options.save_completions, flag="--save-completions")
     if options.coefficient is not None and options.intervention not in {"add", "affine"}:
         raise InputError("--coefficient is the dose of --intervention add or affine; leave it out otherwise")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.provenance import quick_model_sha256, versions
+from abliterate.checkpoints.provenance import quick_model_sha256, values_sha256, versions
 from abliterate.directions import orthonormalize
 from abliterate.errors import InputError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun
@@ -90,7 +90,7 @@ def extract_direction(
     chat = force_response_prefix(chat, prompts, progress)
     saved = SavedWork(
         work_directory if source is not None and ranks.is_first else None,
-        key=_work_key(source, prompts, options, model_options),
+        key=_work_key(source, chat, prompts, options, model_options),
         progress=progress,
     )
     run = _Run(
@@ -108,24 +108,33 @@ def extract_direction(
         ranks=ranks,
     )
     try:
-        extraction = run.extract(source)
-    except (InputError, RefusalBehaviourError):
-        # Nothing that is there would help the next attempt; after "no candidate passes" it would.
+        try:
+            extraction = run.extract(source)
+        except (InputError, RefusalBehaviourError):
+            # Nothing that is there would help the next attempt; after "no candidate passes" it would.
+            saved.discard()
+            raise
+        deliver(extraction)
         saved.discard()
-        raise
-    deliver(extraction)
-    saved.discard()
+    finally:
+        saved.release()
     if isinstance(chat, StreamedChat):
         progress.message(f"the weights were read {chat.weights.reads} times")
     return extraction
 
 
 def _work_key(
-    source: ModelSource | None, prompts: ExtractionPrompts, options: ExtractionOptions, model_options: ModelOptions
+    source: ModelSource | None,
+    chat: ChatModel,
+    prompts: ExtractionPrompts,
+    options: ExtractionOptions,
+    model_options: ModelOptions,
 ) -> dict[str, Any]:
     return {
         "model": None if source is None else {"files": quick_model_sha256(source.path), "revision": source.revision},
         "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
+        # A template may put in what changes from day to day, as the date.
+        "rendered prompts": {name: values_sha256(chat.encode(getattr(prompts, name).texts)) for name in PARTS},
         "refusal tokens": options.refusal_tokens,
         "filter": options.filter,
         "recipe": asdict(options.recipe),

@@ -5,6 +5,7 @@ An interrupted extraction goes on where it stopped, from a directory of what is 
     KEY.json               what the values depend on: model files, prompts, options, versions
     NAME.safetensors       one recording: activations and logits of one set of prompts
     scores.jsonl           one line per group of candidates, written when the group is done
+    lock                   held by the process that works in it
 
 Thresholds are no part of the key: they choose among scores and do not change them.
 """
@@ -22,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from abliterate.checkpoints.atomic_directory import LOCK, FileLock, lock_in
 from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import InputError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply
@@ -78,21 +80,38 @@ class SavedWork:
         progress: is told when saved work is used, or cannot be.
 
     Raises:
-        InputError: the directory holds something else, or cannot be written.
+        InputError: the directory holds something else, or cannot be written, or another process works in it.
     """
 
     def __init__(self, directory: Path | None, *, key: Mapping[str, Any], progress: ProgressReporter = SILENT) -> None:
         self._directory = directory
         self._scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = {}
+        self._lock: FileLock | None = None
         if directory is None:
             return
         self._lines = JsonLines(directory / _SCORES, remedy="delete the file, and its scores are computed again")
         try:
             self._open(directory, dict(json.loads(json.dumps(key))), progress)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{directory}: another extraction is working there; wait for that one, or choose another -o"
+            ) from error
         except OSError as error:
             raise InputError(f"{directory}: cannot keep interim results here: {error.strerror or error}") from error
 
     def _open(self, directory: Path, key: dict[str, Any], progress: ProgressReporter) -> None:
+        saved = _read_key(directory)
+        if saved is None and directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
+            raise InputError(f"{directory}: is there and holds no interim results; move it out of the way")
+        self._lock = lock_in(directory)
+        try:
+            self._fill(directory, key, progress)
+        except BaseException:
+            self.release()
+            raise
+
+    def _fill(self, directory: Path, key: dict[str, Any], progress: ProgressReporter) -> None:
+        # Read again: until now another process may have worked here.
         saved = _read_key(directory)
         if saved == key:
             for scores in self._lines.resume(_scores_of):
@@ -100,14 +119,12 @@ class SavedWork:
             n_recordings = len(list(directory.glob("*.safetensors")))
             progress.message(f"continuing: {n_recordings} recordings and {len(self._scores)} scores are in {directory}")
             return
-        if directory.exists():
-            if saved is None and any(directory.iterdir()):
-                raise InputError(f"{directory}: is there and holds no interim results; move it out of the way")
-            changed = sorted(name for name in {*key, *(saved or {})} if key.get(name) != (saved or {}).get(name))
-            if saved is not None:
-                progress.message(f"starting anew: {', '.join(changed)} changed since {directory} was written")
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
+        if saved is not None:
+            changed = sorted(name for name in {*key, *saved} if key.get(name) != saved.get(name))
+            progress.message(f"starting anew: {', '.join(changed)} changed since {directory} was written")
+        for path in directory.iterdir():
+            if path.name != LOCK:
+                path.unlink()
         write_file(directory / _KEY, json.dumps(key, indent=1, sort_keys=True))
 
     def recording(self, name: str) -> dict[str, Tensor] | None:
@@ -138,7 +155,15 @@ class SavedWork:
     def discard(self) -> None:
         """Delete the directory: the work is done."""
         if self._directory is not None:
+            if self._lock is not None:
+                self._lock.prepare_removal()
             shutil.rmtree(self._directory, ignore_errors=True)
+            self.release()
+
+    def release(self) -> None:
+        """Let other processes work in the directory."""
+        if self._lock is not None:
+            self._lock.release()
 
 
 def _read_key(directory: Path) -> dict[str, Any] | None:
