@@ -543,4 +543,6 @@ def stop_tokens(chat: ChatModel) -> set[int]:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an error says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error).lower()
+    said = str(error).lower()
+    # In order: the GPU's; the CPU's on Windows; the CPU's elsewhere.
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in said or "can't allocate memory" in said
