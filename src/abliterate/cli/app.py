@@ -1,6 +1,7 @@
 """The command line: registration, `--version`, and the one error boundary."""
 
 import inspect
+import io
 import os
 import signal
 import sys
@@ -88,6 +89,10 @@ def _global_options(
 def main() -> None:
     """Run the command line; each error becomes one line on stderr and its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or file that takes fewer characters than we write must not fail a run that has done its work.
+            stream.reconfigure(errors="backslashreplace")
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)

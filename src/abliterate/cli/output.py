@@ -164,7 +164,9 @@ class Output:
         if not in_first_process():
             return
         if self.json_output:
-            sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=False) + "\n")
+            # Elsewhere what the stream cannot write is written as JSON writes it.
+            is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-") in {"utf-8", "utf8"}
+            sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=not is_utf8) + "\n")
             return
         console = SafeConsole(highlight=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:
