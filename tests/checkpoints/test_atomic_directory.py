@@ -146,6 +146,11 @@ def test_a_published_directory_has_ordinary_permissions(tmp_path):
 
 def test_what_is_not_there_may_be_made(tmp_path):
     check_output_directory(tmp_path / "out", overwrite=False)
+    check_output_directory(tmp_path / "a" / "b" / "out", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written: Not a directory; choose another place"):
+        check_output_directory(tmp_path / "file" / "below" / "out", overwrite=False)
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "stale.txt"]])

@@ -12,7 +12,7 @@ import torch
 from abliterate.errors import InputError, NoDirectionError
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.shared_runs import SavedWork
+from abliterate.extraction.shared_runs import SavedWork, working_in
 from abliterate.models.options import ModelOptions
 from tests.support.paths import REPOSITORY
 
@@ -184,6 +184,19 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
     assert anew.recording("x") is None
     anew.discard()
     assert not (tmp_path / "w").exists()
+
+
+def test_where_nothing_is_kept_others_are_kept_out_too(tmp_path: Path) -> None:
+    with working_in(tmp_path / "w"):
+        with pytest.raises(InputError, match="another extraction is working there"):
+            SavedWork(tmp_path / "w", key={})
+    assert not (tmp_path / "w").exists()
+    saved = SavedWork(tmp_path / "w", key={"a": 1})
+    saved.save_recording("x", {"t": torch.ones(2)})
+    saved.release()
+    with working_in(tmp_path / "w"):
+        pass
+    assert SavedWork(tmp_path / "w", key={"a": 1}).recording("x") is not None
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:

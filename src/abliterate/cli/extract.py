@@ -1,5 +1,6 @@
 """`abliterate extract`: find the refusal direction of a model."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,7 +191,7 @@ def extract(
             options=options,
             model_options=model_options,
             progress=output.progress,
-            work_directory=output_file.with_name(output_file.name + ".work"),
+            work_directory=_work_directory(output_file),
             deliver=deliver,
         )
     except NoCandidatePassesError as error:
@@ -205,13 +206,19 @@ def extract(
     )
 
 
+def _work_directory(output_file: Path) -> Path:
+    return output_file.with_name(output_file.name + ".work")
+
+
 def _repair(output: Output, output_file: Path, **what: Any) -> None:
     from abliterate.extraction.repair import extract_repair
+    from abliterate.extraction.shared_runs import working_in
     from abliterate.processes import in_first_process
 
-    found = extract_repair(**what, progress=output.progress)
-    if in_first_process():
-        found.direction.save(output_file)
+    with working_in(_work_directory(output_file)) if in_first_process() else nullcontext():
+        found = extract_repair(**what, progress=output.progress)
+        if in_first_process():
+            found.direction.save(output_file)
     output.report(
         {"direction_file": output_file, **output.plain(found.report)},
         tables=lambda: [*_repair_tables(found.report), f"direction written to {output_file}"],

@@ -12,7 +12,8 @@ Thresholds are no part of the key: they choose among scores and do not change th
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -71,6 +72,35 @@ _KEY = "KEY.json"
 _SCORES = "scores.jsonl"
 
 
+def _working_in(directory: Path) -> FileLock:
+    try:
+        return lock_in(directory)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{directory}: another extraction is working there; wait for that one, or choose another -o"
+        ) from error
+
+
+@contextmanager
+def working_in(directory: Path) -> Iterator[None]:
+    """Keep other extractions out of a directory of interim results, where this one keeps none itself.
+
+    Raises:
+        InputError: another one works there, or it cannot be made.
+    """
+    try:
+        lock = _working_in(directory)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be made: {error.strerror or error}; choose another -o") from error
+    try:
+        yield
+    finally:
+        lock.prepare_removal()
+        if [path.name for path in directory.iterdir()] == [LOCK]:
+            shutil.rmtree(directory, ignore_errors=True)
+        lock.release()
+
+
 class SavedWork:
     """A directory of finished parts, or nothing at all when there is no directory.
 
@@ -92,10 +122,6 @@ class SavedWork:
         self._lines = JsonLines(directory / _SCORES, remedy="delete the file, and its scores are computed again")
         try:
             self._open(directory, dict(json.loads(json.dumps(key))), progress)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{directory}: another extraction is working there; wait for that one, or choose another -o"
-            ) from error
         except OSError as error:
             raise InputError(f"{directory}: cannot keep interim results here: {error.strerror or error}") from error
 
@@ -103,7 +129,7 @@ class SavedWork:
         saved = _read_key(directory)
         if saved is None and directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
             raise InputError(f"{directory}: is there and holds no interim results; move it out of the way")
-        self._lock = lock_in(directory)
+        self._lock = _working_in(directory)
         try:
             self._fill(directory, key, progress)
         except BaseException:
