@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.files import write_csv, write_file, write_json
+from abliterate.errors import InputError
+from abliterate.files import check_writable, write_csv, write_file, write_json
 
 
 def names(directory: Path) -> list[str]:
@@ -77,12 +78,35 @@ def test_links_are_followed_and_what_is_no_regular_file_is_written_to(tmp_path: 
     assert names(tmp_path) == ["link", "pipe", "real", "to-pipe"]
 
 
+def test_what_can_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = names(tmp_path)
+    for name in ("file", "new", "a/b/new", "link", "pipe"):
+        check_writable(tmp_path / name, flag="-o")
+    for name in (".", "a/b"):
+        check_writable(tmp_path / name, flag="--report", directory=True)
+    for name, directory, message in (
+        (".", False, "is a directory; give -o a file"),
+        ("file/new", False, "Not a directory; choose another -o"),
+        ("n" * 256, False, "File name too long; choose another -o"),
+        ("file", True, "is no directory; give -o a directory"),
+        ("file/new", True, "Not a directory; choose another -o"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_writable(tmp_path / name, flag="-o", directory=directory)
+    assert names(tmp_path) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_documents_and_tables(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": "é", "b": [1.5, float("nan")]})
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert text.startswith('{\n  "a": "é",')
     assert text.endswith("}\n")
-    assert json.loads(text)["a"] == "é"
+    assert json.loads(text) == {"a": "é", "b": [1.5, None]}
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "y.json", float("nan"), allow_nan=False)
     write_csv(tmp_path / "x.csv", ("a", "b"), [(1, None), ("x,y", 0.5)])

@@ -155,15 +155,13 @@ def load_direction(path: Path, *, d_model: int | None = None) -> Direction:
     return direction
 
 
-def may_be_replaced(path: Path) -> bool:
-    """Return whether a direction can be written to `path` without loss: nothing, or a direction, is there."""
-    if not path.is_file():
-        return not path.is_dir()
+def is_direction_file(path: Path) -> bool:
+    """Return whether a file has a tensor named `direction`; no tensor is read."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            return "direction" in set(file.keys())
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError):
-        return path.stat().st_size == 0
+            return "direction" in file.keys()  # noqa: SIM118 - it is no dictionary
+    except (OSError, safetensors.SafetensorError):
+        return False
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

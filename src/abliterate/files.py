@@ -202,6 +202,35 @@ def regular_files(directory: Path) -> Iterator[tuple[str, bool]]:
                 yield path.relative_to(directory).as_posix(), stays_inside(directory, path)
 
 
+def check_writable(path: Path, *, flag: str, directory: bool = False) -> None:
+    """Check before hours of work that something can be written, and leave nothing behind.
+
+    Args:
+        path: A file; where something that is no regular file has its name (`/dev/null`, a pipe), that is not opened.
+        flag: The option that names it, for the message.
+        directory: It is a directory that files will be written to, and need not be there.
+
+    Raises:
+        InputError: It cannot be.
+    """
+    try:
+        mode = path.stat().st_mode if path.exists() else None
+        if directory and mode is not None and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: is no directory; give {flag} a directory to write")
+        if not directory and mode is not None and stat.S_ISDIR(mode):
+            raise InputError(f"{path}: is a directory; give {flag} a file to write")
+        if mode is not None and not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            return
+        real = Path(os.path.realpath(path))
+        candidates = (real, *real.parents) if directory else real.parents
+        place = next(each for each in candidates if os.path.lexists(each))
+        trial = place / f".abliterate-trial-{os.getpid()}"
+        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}; choose another {flag}") from error
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a file; text in UTF-8, its line breaks as they are.
 
@@ -238,13 +267,22 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     Args:
         path: The file.
         value: What JSON can hold.
-        allow_nan: Write NaN and the infinities, which strict parsers refuse, by their names.
+        allow_nan: Write null for NaN and the infinities, which are no JSON.
 
     Raises:
         OSError: It cannot be written.
         ValueError: A number is not finite, and `allow_nan` is false.
     """
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
+    content = _with_null(value) if allow_nan else value
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _with_null(item) for key, item in value.items()}
+    return [_with_null(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,17 @@ from abliterate.checkpoints.atomic_directory import check_output_directory, publ
 from abliterate.errors import CheckpointError, InputError
 
 
-def publish(output: Path, content: str, *, error: BaseException | None = None) -> None:
-    with published_directory(output) as partial:
+def publish(
+    output: Path,
+    content: str,
+    *,
+    error: BaseException | None = None,
+    overwrite: bool = True,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    with published_directory(output, overwrite=overwrite) as partial:
         (partial / "config.json").write_text(content)
+        meanwhile()
         if error is not None:
             raise error
 
@@ -21,7 +30,7 @@ def tree(path: Path) -> dict[str, str]:
 
 def test_it_appears_with_its_parents_when_it_is_whole(tmp_path):
     out = tmp_path / "a" / "b" / "out"
-    with published_directory(out) as partial:
+    with published_directory(out, overwrite=False) as partial:
         (partial / "config.json").write_text("{}")
         assert not out.exists()
         assert partial.parent == out.parent
@@ -32,7 +41,7 @@ def test_it_appears_with_its_parents_when_it_is_whole(tmp_path):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_it_replaces_the_older_one_as_a_whole(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(abliterate.checkpoints.atomic_directory, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(abliterate.checkpoints.atomic_directory, "_rename_at", lambda *_: False)
     out = tmp_path / "out"
     publish(out, "old")
     (out / "stale.txt").write_text("x")
@@ -65,9 +74,44 @@ def test_two_directories_change_places_at_once(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert abliterate.checkpoints.atomic_directory._exchange(tmp_path / "one", tmp_path / "other")
+    assert abliterate.checkpoints.atomic_directory._rename_at(tmp_path / "one", tmp_path / "other", 2)
     assert tree(tmp_path) == {"one/other": "", "other/one": ""}
-    assert not abliterate.checkpoints.atomic_directory._exchange(tmp_path / "one", tmp_path / "none")
+    with pytest.raises(FileNotFoundError):
+        abliterate.checkpoints.atomic_directory._rename_at(tmp_path / "one", tmp_path / "none", 2)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("appears", ["checkpoint", "empty", "file"])
+def test_what_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, can_exchange, appears):
+    if not can_exchange:
+        monkeypatch.setattr(abliterate.checkpoints.atomic_directory, "_rename_at", lambda *_: False)
+    out = tmp_path / "out"
+
+    def meanwhile() -> None:
+        if appears == "file":
+            out.write_text("theirs")
+            return
+        out.mkdir()
+        if appears == "checkpoint":
+            (out / "config.json").write_text("theirs")
+
+    with pytest.raises(CheckpointError, match="appeared while this run was going on") as error:
+        publish(out, "mine", overwrite=False, meanwhile=meanwhile)
+    assert "\n" not in str(error.value)
+    assert tree(tmp_path) == {"checkpoint": {"out/config.json": "theirs"}, "file": {"out": "theirs"}}.get(appears, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_with_overwrite_too_only_a_checkpoint_that_appears_meanwhile_is_replaced(tmp_path):
+    out = tmp_path / "out"
+
+    def meanwhile() -> None:
+        out.mkdir()
+        (out / "thesis.tex").write_text("x")
+
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        publish(out, "mine", meanwhile=meanwhile)
+    assert tree(tmp_path) == {"out/thesis.tex": "x"}
 
 
 def test_a_failed_rename_brings_the_older_one_back(tmp_path, monkeypatch):
@@ -81,7 +125,7 @@ def test_a_failed_rename_brings_the_older_one_back(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_to_publish)
-    monkeypatch.setattr(abliterate.checkpoints.atomic_directory, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(abliterate.checkpoints.atomic_directory, "_rename_at", lambda *_: False)
     with pytest.raises(CheckpointError, match="Input/output error"):
         publish(out, "new")
     assert tree(tmp_path) == {"out/config.json": "old"}
@@ -102,6 +146,11 @@ def test_a_published_directory_has_ordinary_permissions(tmp_path):
 
 def test_what_is_not_there_may_be_made(tmp_path):
     check_output_directory(tmp_path / "out", overwrite=False)
+    check_output_directory(tmp_path / "a" / "b" / "out", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written: Not a directory; choose another place"):
+        check_output_directory(tmp_path / "file" / "below" / "out", overwrite=False)
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "stale.txt"]])

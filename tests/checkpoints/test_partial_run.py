@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import abliterate.checkpoints.atomic_directory
-from abliterate.checkpoints.atomic_directory import Journal, PartialRun, partial_path, read_journals
+from abliterate.checkpoints.atomic_directory import Journal, PartialRun, partial_path, partial_run, read_journals
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated, VerificationError
 
@@ -236,3 +236,24 @@ class TestJournal:
         assert read_journals(tmp_path, pattern="journal-*.jsonl")[0] == KEY
         Journal(tmp_path / "journal-2.jsonl", key=KEY | {"model": "z"})
         assert read_journals(tmp_path, pattern="journal-*.jsonl") == (None, {})
+
+
+def test_what_is_finished_is_kept_when_something_takes_the_name_meanwhile(tmp_path):
+    out = tmp_path / "out"
+
+    def overtaken() -> None:
+        with partial_run(out, key=KEY, resume=False, workers=1, progress=Messages()) as run:
+            finish(run, "config.json", "{}")
+            out.mkdir()
+            (out / "config.json").write_text("theirs")
+
+    with pytest.raises(CheckpointError, match=r"appeared while .*is kept in .*goes on from there with --resume"):
+        overtaken()
+    assert names(out) == {"config.json"}
+    assert (out / "config.json").read_text() == "theirs"
+    (out / "config.json").unlink()
+    out.rmdir()
+    run, _ = start(out, resume=True)
+    assert set(run.directory.kept) == {"config.json"}
+    run.publish()
+    assert names(out) == {"config.json"}

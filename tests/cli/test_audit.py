@@ -33,6 +33,17 @@ def test_json_is_one_document_and_the_file_holds_the_same(run, tmp_path: Path) -
     assert document["lowest_refusal"] == 1
 
 
+@pytest.mark.parametrize("flag", ["-o", "--report"])
+def test_places_that_cannot_be_written_are_found_before_the_work(run, tmp_path: Path, monkeypatch, flag: str) -> None:
+    monkeypatch.setattr("abliterate.evaluation.auditing.audit_model", lambda **_: pytest.fail("the work was begun"))
+    (tmp_path / "notes.txt").write_text("mine")
+    for place in ("notes.txt", "notes.txt/below"):
+        result = run(flag, tmp_path / place)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert f"error: {tmp_path / place}: " in result.error_line
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_the_page_is_written_with_its_command_and_no_reply(run, tmp_path: Path) -> None:
     code, _, _ = run("--report", tmp_path / "page")
     assert code == 0

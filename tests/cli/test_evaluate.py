@@ -36,10 +36,10 @@ def test_the_report_is_a_page_and_its_data(run, tmp_path: Path) -> None:
 
 
 def test_replies_reach_the_page_only_when_asked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reply(decoder: GreedyDecoder, rows, **_rest):
+    def replies(decoder: GreedyDecoder, rows, **_rest):
         return [decoder.chat.tokenizer("A telling reply.")["input_ids"] for _ in rows]
 
-    monkeypatch.setattr(GreedyDecoder, "replies", reply)
+    monkeypatch.setattr(GreedyDecoder, "replies", replies)
     saved = ("--save-completions", tmp_path / "c.jsonl")
     assert run("--report", tmp_path / "a", *saved)[0] == 0
     assert "A telling reply" in (tmp_path / "c.jsonl").read_text()
@@ -62,6 +62,37 @@ def test_affine_has_a_dose_and_ablation_has_none(run, tmp_path: Path) -> None:
     code, _, error = run("--direction", direction, "--intervention", "ablate", "--coefficient", "1")
     assert code == 1
     assert "--coefficient is the dose" in error
+
+
+@pytest.mark.parametrize("flag", ["-o", "--save-completions", "--report"])
+def test_places_that_cannot_be_written_are_found_before_the_work(run, tmp_path: Path, monkeypatch, flag: str) -> None:
+    monkeypatch.setattr("abliterate.evaluation.run.evaluate_model", lambda **_: pytest.fail("the work was begun"))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    places = ["notes.txt", "notes.txt/below", *(["."] if flag != "--report" else []), "config.json"]
+    for place in places:
+        result = run(flag, tmp_path / place)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert f"error: {tmp_path / place}: " in result.error_line
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+    both = run("-o", tmp_path / "x.json", "--save-completions", tmp_path / "x.json")
+    assert "is given for -o and --save-completions" in both.error_line
+
+
+def test_what_the_disk_does_not_take_is_on_stdout(run, tmp_path: Path, monkeypatch) -> None:
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    saved = ("-o", tmp_path / "x.json", "--save-completions", tmp_path / "c.jsonl", "--report", tmp_path / "report")
+    assert run(*saved).exit_code == 0
+    assert run(*saved).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("abliterate.evaluation.report.write_json", full)
+        result = run(*saved, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["rates"]["harmful"]["n"] == 2
+    assert "x.json: cannot be written: No space left on device; choose another -o" in result.error_line
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from abliterate.directions import load_direction
+from abliterate.directions import load_direction, make_direction
+from abliterate.extraction.choosing import Chooser
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import split_for_extraction
@@ -208,14 +211,80 @@ def test_places_that_cannot_be_written_are_found_before_the_work(run, tmp_path: 
     for arguments, message in (
         (("-o", "results"), "error: results: is a directory; give -o a file"),
         (("-o", "r.safetensors", "--report", "notes.txt"), "error: notes.txt: is no directory"),
-        (("-o", "notes.txt"), "error: notes.txt: is there and is no direction file, so it is not replaced"),
-        (("-o", "tiny-llama/model.safetensors"), "error: tiny-llama/model.safetensors: is there and is no direction"),
-        (("-o", "notes.txt", "--goal", "repair"), "error: notes.txt: is there and is no direction file"),
+        (("-o", "notes.txt"), "error: notes.txt: exists and is no direction file"),
+        (("-o", "tiny-llama/model.safetensors"), "error: tiny-llama/model.safetensors: exists and is no direction"),
+        (("-o", "notes.txt", "--goal", "repair"), "error: notes.txt: exists and is no direction file"),
+        (("-o", "notes.txt/r.safetensors"), "error: notes.txt/r.safetensors: cannot be written: Not a directory"),
+        (("-o", "notes.txt/r.safetensors", "--goal", "repair"), "error: notes.txt/r.safetensors: cannot be written"),
+        (("-o", "r.safetensors", "--report", "notes.txt/report"), "error: notes.txt/report: cannot be written"),
     ):
         code, out, error = run(*arguments, *TINY, *ANY)
         assert (code, out) == (1, "")
         assert error.startswith(message)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("goal", ["remove", "repair"])
+def test_nothing_but_a_direction_file_is_replaced(
+    run, llama_directory: Path, tmp_path: Path, monkeypatch, goal
+) -> None:
+    for name in ("run.extract_direction", "repair.extract_repair"):
+        monkeypatch.setattr(f"abliterate.extraction.{name}", lambda **_: pytest.fail("the work was begun"))
+    weights = llama_directory / "model.safetensors"
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(weights)
+    before = {path: path.read_bytes() for path in (weights, tmp_path / "notes.txt")}
+    for name, message in (
+        (weights, "exists and is no direction file, so it is not replaced; choose another -o"),
+        ("link", "exists and is no direction file"),
+        ("notes.txt", "exists and is no direction file"),
+        (llama_directory / "r.safetensors", "lies in the model's own directory"),
+        (llama_directory / "new" / "r.safetensors", "lies in the model's own directory"),
+        (llama_directory, f"give -o a file to write, such as {tmp_path / 'refusal.safetensors'}"),
+    ):
+        result = run("-o", name, *TINY, *ANY, "--goal", goal)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert message in result.error_line
+    assert before == {path: path.read_bytes() for path in before}
+    assert not (llama_directory / "new").exists()
+
+
+def test_an_older_direction_file_is_replaced(run, tmp_path: Path) -> None:
+    make_direction(mean_difference=torch.ones(7)).save(tmp_path / "r.safetensors")
+    code, _, error = run("-o", "r.safetensors", *TINY, *ANY)
+    assert code == 0, error
+    assert load_direction(tmp_path / "r.safetensors").d_model == 32
+
+
+def test_a_second_extraction_to_one_file_is_refused_in_one_line(run, tmp_path: Path, monkeypatch) -> None:
+    results = []
+    choose = Chooser.choose
+
+    def meanwhile(self):
+        if not results:
+            results.append(None)
+            results[0] = run("-o", "r.safetensors", *TINY, *ANY, "--seed", "7")
+        return choose(self)
+
+    monkeypatch.setattr(Chooser, "choose", meanwhile)
+    code, _, error = run("-o", "r.safetensors", *TINY, *ANY)
+    assert code == 0, error
+    assert (results[0].exit_code, results[0].stdout) == (1, "")
+    assert "r.safetensors.work: another extraction is working there; wait for that one" in results[0].error_line
+    assert load_direction(tmp_path / "r.safetensors").metadata["seed"] == 42
+    assert not (tmp_path / "r.safetensors.work").exists()
+
+
+def test_prompts_that_are_rendered_otherwise_are_recorded_anew(run, llama_directory: Path) -> None:
+    """As by a template that writes today's date."""
+    impossible = ("--kl-threshold", "1e-9", "--induce-threshold", "-1e9")
+    assert run("-o", "r.safetensors", *TINY, *impossible)[0] == 3
+    assert "continuing: 4 recordings" in run("-o", "r.safetensors", *TINY, *impossible)[2]
+    render = ChatModel.encode
+    dated = mock.patch.object(ChatModel, "encode", lambda chat, prompts: [[5, *row] for row in render(chat, prompts)])
+    with dated:
+        error = run("-o", "r.safetensors", *TINY, *impossible)[2]
+    assert "starting anew: rendered prompts changed" in error
 
 
 @pytest.mark.parametrize("what", ["direction", "report"])

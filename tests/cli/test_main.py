@@ -14,6 +14,7 @@ import torch
 
 from abliterate.cli.app import app
 from abliterate.directions import make_direction
+from tests.support.paths import SOURCES
 
 TINY = ["--n-train", "8", "--n-val", "2", "--no-filter", "--refusal-token", "I"]
 ANY = ["--kl-threshold", "1e9", "--induce-threshold", "-1e9"]
@@ -293,3 +294,22 @@ def test_a_termination_has_its_own_exit_code_in_every_command():
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert done.returncode == 143
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_stream_that_takes_only_ascii_fails_no_run(llama_directory: Path, tmp_path: Path, options) -> None:
+    name = tmp_path / "modèle·"
+    llama_directory.rename(name)
+    make_direction(mean_difference=torch.ones(32)).save(tmp_path / "r.safetensors")
+    command = ["orthogonalize", name, "--direction", tmp_path / "r.safetensors", "-o", tmp_path / "é", *options]
+    done = subprocess.run(
+        [sys.executable, "-m", "abliterate", *map(str, command)],
+        env=os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(SOURCES)},
+        check=False,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert (tmp_path / "é" / "abliteration.json").is_file()
+    if options:
+        assert json.loads(done.stdout)["output"] == str(tmp_path / "é")

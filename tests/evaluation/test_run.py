@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, InterruptedRunError, PromptSetError
+from abliterate.evaluation import judges
 from abliterate.evaluation.report import EvaluationOptions, count_by_category
 from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.reply_classes import REFUSAL_SUBSTRINGS, read_reply
 from abliterate.extraction.scoring import kl_divergence
+from abliterate.models import loading
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.loading import load_chat_model
@@ -67,6 +70,29 @@ def test_without_a_base_there_is_nothing_to_compare(llama_directory: Path, optio
     assert (report.base, report.base_rates, report.kl_harmless, report.cross_entropy) == (None, None, None, None)
     assert (report.divergence, report.changes) == (None, {})
     assert [(entropy.base, entropy.model > 0) for entropy in report.text_cross_entropy.values()] == [(None, True)]
+
+
+@pytest.mark.parametrize("compared", ["another base", "itself", "nothing"])
+def test_only_one_model_is_in_memory_at_a_time(
+    llama_directory: Path, tmp_path: Path, options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch, compared: str
+) -> None:
+    base = {"another base": save_chat_model(tmp_path / "other", tiny_llama()), "itself": llama_directory}.get(compared)
+    judge = save_chat_model(tmp_path / "judge", tiny_llama())
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    held: list[int] = []
+    load = loading.load_weights
+
+    def counting(*arguments, **given):
+        held.append(sum(model() is not None for model in loaded))
+        model = load(*arguments, **given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "load_weights", counting)
+    monkeypatch.setattr(judges, "load_weights", counting)
+    asked = replace(options, judges=(str(judge), str(judge)), judge_prompt="yes-no")
+    evaluate_model(model=llama_directory, base=base, options=asked)
+    assert held == [0] * (5 if compared == "another base" else 3)
 
 
 def test_another_model_differs_by_the_kl_of_its_logits(

@@ -8,12 +8,13 @@ import torch
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import (
     ChatModel,
-    find_response_prefix,
+    is_out_of_memory,
     make_chat_model,
     shared_prefix_length,
     stop_tokens,
     with_response_prefix,
 )
+from abliterate.models.greedy import find_response_prefix
 from abliterate.models.loading import load_chat_model, open_model
 from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import CHATML, SYSTEM, make_tokenizer, make_wider_tokenizer, save_chat_model, tiny_llama
@@ -144,6 +145,14 @@ def test_batches_are_halved_when_memory_runs_out(llama_chat: ChatModel) -> None:
     padded.clear()
     chat.for_batches(lengths, run)
     assert max(padded) <= 20  # what was learned is kept
+
+
+def test_memory_that_a_cpu_does_not_have_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.int8)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_one_prompt_that_does_not_fit_is_an_error(llama_chat: ChatModel) -> None:

@@ -72,6 +72,33 @@ def test_what_is_free_is_less_than_what_there_is() -> None:
     assert free_bytes(torch.device("meta")) is None
 
 
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        ("0::/", {}, 9216),
+        ("0::/", {"memory.max": "max", "memory.swap.max": "max"}, 9216),
+        ("0::/", {"memory.max": "3000", "memory.current": "1024", "memory.swap.max": "0"}, 1976),
+        ("0::/", {"memory.max": "3000", "memory.current": "2024", "memory.stat": "anon 9\ninactive_file 1024"}, 3024),
+        ("0::/a/b", {"a/memory.max": "2000", "a/memory.current": "500", "a/b/memory.max": "max"}, 2524),
+        ("4:cpu:/x\n3:memory:/y", {"memory/memory.limit_in_bytes": "99", "memory/memory.usage_in_bytes": "9"}, 1114),
+        ("0::/", {"memory.max": "10", "memory.current": "20", "memory.swap.max": "0"}, 0),
+    ],
+)
+def test_a_container_has_what_its_control_groups_leave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, files: dict[str, str], expected: int
+) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text(f"{group}\n")
+    (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\nSwapFree: 1 kB\n")
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(f"{text}\n")
+    monkeypatch.setattr(loading, "_PROC", proc)
+    monkeypatch.setattr(loading, "_CGROUPS", groups)
+    assert free_bytes(CPU) == expected
+
+
 def test_a_model_partly_on_disk_gives_the_same_direction(tmp_path: Path) -> None:
     save(tmp_path, torch.float32)
     whole = extract_direction(model=tmp_path, options=OPTIONS)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from abliterate.checkpoints import hub as hub_module
 from abliterate.directions import make_direction
+from abliterate.editing.adapter import write_adapter
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import AbliterateError, CheckpointError, HubError, InputError, VerificationError
 from abliterate.release import publishing
@@ -108,6 +109,45 @@ class TestPush:
         assert (report.base_model, report.license, report.evaluated) == ("org/base", "apache-2.0", False)
         assert (report.left_out, report.remote_only) == ((), ())
         assert repo.messages[-1] == report.commit_message
+
+    @pytest.mark.parametrize("model", ["/home/someone/private/my-model", "someone/private/my-model/"])
+    def test_no_folder_of_this_machine_goes(self, hub, out, model):
+        def of_this_machine(record: dict) -> None:
+            record["base"].update(model=model, revision=None)
+            record["base"]["abliteration"] = {"base": {"model": model, "revision": None}}
+            metadata = {"model": model, "revision": None, "arguments": ["--harmful", "/home/someone/h.txt"]}
+            record["directions"][0]["metadata"].update(metadata)
+
+        edit_record(out, of_this_machine)
+        report = evaluation_report() | {"model": str(out), "base": "/home/someone/private/my-model"}
+        (out / "evaluation.json").write_text(json.dumps(report))
+        before = hashes(out)
+        pushed = push(out)
+        files = hub.repos["org/pushed"].files
+        for name in ("abliteration.json", "evaluation.json", "README.md"):
+            assert b"someone" not in files[name]
+            assert str(out.parent).encode() not in files[name]
+        record = json.loads(files["abliteration.json"])
+        assert record["base"]["model"] == record["directions"][0]["metadata"]["model"] == "my-model"
+        assert record["directions"][0]["metadata"]["arguments"] == ["--harmful", "h.txt"]
+        assert record["tensors"] == json.loads((out / "abliteration.json").read_text())["tensors"]
+        assert json.loads(files["evaluation.json"])["base"] == "my-model"
+        assert {file.path: file.bytes for file in pushed.files} == {
+            name: len(content) for name, content in files.items() if name != ".gitattributes"
+        }
+        assert hashes(out) == before
+
+    def test_an_adapter_names_its_base_without_the_folder(self, hub, tmp_path):
+        base = save_tiny_model(tmp_path / "folder" / "base")
+        direction = make_direction(mean_difference=random_direction())
+        write_adapter(source=base, direction=direction, output=tmp_path / "adapter")
+        push(tmp_path / "adapter")
+        files = hub.repos["org/pushed"].files
+        config = files["adapter_config.json"]
+        assert json.loads(config)["base_model_name_or_path"] == "base"
+        entry = json.loads(files["abliteration.json"])["side_files"]["adapter_config.json"]
+        assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(config).hexdigest(), len(config))
+        assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
     def test_the_client_of_the_hub_can_load_it_again(self, hub, out):
         push(out)

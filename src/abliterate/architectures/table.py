@@ -48,6 +48,10 @@ class Architecture:
         towers: It has vision or audio towers though its config has no text section.
         embedding: What the token embedding is called where only the tied head is stored, so that the files do not tell.
         out_proj_bypassed: A fast path reads `out_proj`'s weight past its module, so that PEFT does not adapt it.
+        feels_padding: Padding before a row changes what the row gives (a recurrent layer takes it in, or tokens are
+            compressed by their places), so rows are run beside others of their length only.
+        feels_gaps: Padding between tokens that are cached and a row does (positions are counted through it), so rows
+            share no cache of what they begin with.
         not_extracted: Why its blocks have no one input each, so that no direction can be extracted; None where one can.
         conditions: What the config must say.
         remains: Why no edit of weights can clean all of the stream, so that the type is accepted with --partial only;
@@ -70,6 +74,8 @@ class Architecture:
     towers: bool = False
     embedding: str = "embed_tokens"
     out_proj_bypassed: bool = False
+    feels_padding: bool = False
+    feels_gaps: bool = False
     not_extracted: str | None = None
     conditions: tuple[Condition, ...] = ()
     remains: str | None = None
@@ -84,7 +90,7 @@ aria_text             fused_axis=2
 axk1                  post_norm
 axk2
 bailing_hybrid        never_tied
-bamba
+bamba                 feels_padding
 beam                  post_norm
 biogpt                tied positions
 bitnet
@@ -99,7 +105,7 @@ dbrx
 deepseek_v2
 deepseek_v3
 deepseek_v32
-deepseek_v4
+deepseek_v4           feels_padding
 diffllama
 dots1
 ernie4_5              tied
@@ -107,8 +113,8 @@ ernie4_5_moe          tied
 exaone4               post_norm
 exaone_moe
 falcon                tied embedding=word_embeddings
-falcon_h1             out_proj_bypassed
-falcon_mamba          tied single out_proj_bypassed
+falcon_h1             out_proj_bypassed feels_padding
+falcon_mamba          tied single out_proj_bypassed feels_padding
 flex_olmo             post_norm
 flint
 gemma                 tied
@@ -129,7 +135,7 @@ glm_ocr_text          post_norm
 gpt-sw3               tied positions conv1d embedding=wte
 gpt2                  tied positions conv1d embedding=wte
 gpt_bigcode           tied positions embedding=wte
-gpt_neo               tied positions embedding=wte
+gpt_neo               tied positions embedding=wte feels_gaps
 gpt_neox              embedding=embed_in
 gpt_neox_japanese     tied embedding=embed_in
 gpt_oss               fused_axis=2
@@ -139,7 +145,7 @@ granite_docling_text
 granite_swa           tied
 granitemoe
 granitemoe_swa
-granitemoehybrid
+granitemoehybrid      feels_padding
 granitemoeshared
 helium
 hrm_text              depth_key=num_layers_per_stack stacks=2
@@ -154,20 +160,20 @@ inkling_text          never_tied
 internlm3
 iquestcoder
 jais2
-jamba
+jamba                 feels_padding
 jetmoe                tied
 kimi_k2
 kimi_linear           never_tied
 kolibri1              post_norm
 laguna
-lfm2                  tied
-lfm2_moe              tied
-lfm3                  tied post_norm
+lfm2                  tied feels_padding
+lfm2_moe              tied feels_padding
+lfm3                  tied post_norm feels_padding
 llama
 llama4_text           fused_axis=2
 longcat_flash
-mamba                 tied single out_proj_bypassed
-mamba2                single out_proj_bypassed
+mamba                 tied single out_proj_bypassed feels_padding
+mamba2                single out_proj_bypassed feels_padding
 mellum
 mimo_v2_flash
 minicpm3              tied
@@ -177,15 +183,15 @@ ministral
 ministral3
 mistral
 mistral4
-mistral_large4_text
+mistral_large4_text   feels_padding
 mixtral
 mllama_text_model
 modernbert-decoder    tied
-mpt                   tied embedding=wte
+mpt                   tied embedding=wte feels_gaps
 muse_glimmer_text     post_norm plus_one
 nanochat
 nemotron
-nemotron_h            never_tied single latent_experts out_proj_bypassed
+nemotron_h            never_tied single latent_experts out_proj_bypassed feels_padding
 olmo
 olmo2                 post_norm
 olmo3                 post_norm
@@ -211,7 +217,7 @@ qwen3_omni_moe_text
 qwen3_vl_moe_text     fused_axis=2
 qwen3_vl_text
 qwen4_exp_text
-recurrent_gemma       tied
+recurrent_gemma       tied feels_padding
 seed_oss
 smollm3               tied
 solar_open
@@ -219,10 +225,10 @@ stablelm
 starcoder2            tied
 step3p5
 vaultgemma            tied
-xlstm                 never_tied
+xlstm                 never_tied feels_padding
 youtu                 tied
-zamba                 tied single
-zamba2                tied single
+zamba                 tied single feels_padding
+zamba2                tied single feels_padding
 """
 
 # What does not fit into a word of a row.
@@ -313,6 +319,7 @@ class Wrapper:
         tie: Where a tie is declared: at the top alone, in the text section alone, in either of them (the top's
             false then does not undo the section's true), or nowhere, because the model never ties.
         within: The section that holds all of it, where it is a part of a larger model.
+        feels_gaps: As of an `Architecture`: a prompt's tokens see one another, and those behind a cache do not.
     """
 
     model_type: str
@@ -320,6 +327,7 @@ class Wrapper:
     tied: bool = False
     tie: Tie = "top"
     within: str | None = None
+    feels_gaps: bool = False
 
 
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
@@ -369,7 +377,7 @@ mllama                  mllama_text_model     tie=never
 muse_glimmer            muse_glimmer_text
 ovis2                   qwen2                 tied
 paddleocr_vl            paddleocr_vl_text     tied tie=either
-paligemma               gemma                 tied
+paligemma               gemma                 tied feels_gaps
 pp_chart2table          qwen2                 tied
 qianfan_ocr             qwen3
 qwen2_5_omni            qwen2_5_omni_text     within=thinker_config
@@ -393,11 +401,35 @@ vipllava                llama
 
 def _wrapper(line: str) -> Wrapper:
     model_type, text_type, *words = line.split()
-    values = dict(word.split("=") for word in words if "=" in word)
-    return Wrapper(model_type=model_type, text_type=text_type, tied="tied" in words, **cast(Any, values))
+    values = {name: value or True for name, _, value in (word.partition("=") for word in words)}
+    return Wrapper(model_type=model_type, text_type=text_type, **cast(Any, values))
 
 
 WRAPPERS: Mapping[str, Wrapper] = {row.model_type: row for row in map(_wrapper, _WRAPPER_ROWS.strip().splitlines())}
+
+
+def feels_padding(config: Any) -> bool:
+    """Return whether rows of a model give other results beside longer ones.
+
+    Args:
+        config: The model's, as transformers holds it.
+    """
+    return any(row.feels_padding for name in _types(config) if (row := ARCHITECTURES.get(name)))
+
+
+def feels_gaps(config: Any) -> bool:
+    """Return whether rows of a model that go on from a cache that they share give other results.
+
+    Args:
+        config: The model's, as transformers holds it.
+    """
+    known: list[Mapping[str, Architecture | Wrapper]] = [cast(Any, ARCHITECTURES), cast(Any, WRAPPERS)]
+    return any(row.feels_gaps for rows in known for name in _types(config) if (row := rows.get(name)))
+
+
+def _types(config: Any) -> set[str]:
+    return {str(config.model_type), str(config.get_text_config(decoder=True).model_type)}
+
 
 UNKNOWN = "its residual writers are not known to be complete"
 

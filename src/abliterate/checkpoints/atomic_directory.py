@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all, and takes the place of an older one only then.
+"""A directory that appears whole or not at all, and takes the place of an older one only then, and only if asked to.
 
 It is written beside its target under a hidden name and gets its own name by one rename. `published_directory` leaves
 nothing behind when something goes wrong. `partial_run` is for what takes long: it writes `.NAME.partial`, which it
@@ -23,22 +23,27 @@ from typing import Any
 from abliterate.checkpoints.file_ranges import can_share_blocks, hash_file
 from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError
+from abliterate.files import check_writable
 from abliterate.progress import ProgressReporter
 
 # What tells a checkpoint or an adapter, which may be replaced, from a directory that was named by mistake.
 MARKERS = ("config.json", "adapter_config.json")
 
 # Of the system call renameat2, which Python does not have.
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+# What it says where kernel or file system have no such rename.
+_NOT_THERE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
 def check_output_directory(output: Path, *, overwrite: bool) -> None:
     """Check, before any work is done, that a checkpoint may be published as `output`.
 
     Raises:
-        InputError: It exists, and `overwrite` is false or it is neither a checkpoint nor an empty directory.
+        InputError: It exists, and `overwrite` is false or it is neither a checkpoint nor an empty directory; or
+            nothing can be written beside it.
     """
     if not output.exists() and not output.is_symlink():
+        check_writable(output.parent, flag="place", directory=True)
         return
     if not overwrite:
         raise InputError(f"{output}: exists; choose another directory, or replace it with --overwrite")
@@ -52,14 +57,16 @@ def check_output_directory(output: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def published_directory(output: Path) -> Iterator[Path]:
+def published_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a hidden directory that becomes `output` if the body succeeds, and vanishes if it does not.
 
-    A directory that is there already is replaced: ask `check_output_directory` first.
+    Args:
+        output: The directory to be; ask `check_output_directory` before any work is done.
+        overwrite: Replace what `check_output_directory` lets be replaced; else what appears there meanwhile is kept.
 
     Raises:
         InputError: Nothing can be written beside `output`.
-        CheckpointError: Writing failed, as on a full disk; `output` is as it was.
+        CheckpointError: Writing failed, as on a full disk, or `output` appeared meanwhile; it is as it was.
     """
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     new_parents = [parent for parent in output.parents if not parent.exists()]
@@ -70,7 +77,7 @@ def published_directory(output: Path) -> Iterator[Path]:
         raise InputError(f"{partial}: cannot be made: {error.strerror or error}; choose another place") from error
     try:
         yield partial
-        publish(partial, output)
+        publish(partial, output, overwrite=overwrite)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or output}: {error.strerror or error}; {output} was left as it was"
@@ -82,33 +89,69 @@ def published_directory(output: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def publish(partial: Path, output: Path) -> None:
-    """Give a whole directory its name by one rename; an older one of that name is gone afterwards.
+def publish(partial: Path, output: Path, *, overwrite: bool) -> None:
+    """Give a whole directory its name by one rename.
+
+    Args:
+        partial: The directory.
+        output: Its name to be.
+        overwrite: Replace an older checkpoint of that name, which is gone afterwards; else nothing is replaced.
 
     Raises:
-        OSError: It could not be done, and the older one is as it was.
+        OSError: It could not be done, and what has that name is as it was.
+        CheckpointError: What has that name by now is nothing that may be replaced.
     """
     for directory, _, _ in os.walk(partial):
         _sync_directory(Path(directory))
-    if not output.exists():
-        partial.rename(output)
-    elif _exchange(partial, output):
-        _sync_directory(output.parent)
-        shutil.rmtree(partial, ignore_errors=True)
+    if not overwrite or not os.path.lexists(output):
+        _rename_to_new(partial, output)
     else:
-        _replace(partial, output)
+        try:
+            check_output_directory(output, overwrite=True)
+        except InputError as error:
+            raise CheckpointError(str(error)) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if _rename_at(partial, output, _RENAME_EXCHANGE):
+            _sync_directory(output.parent)
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            _replace(partial, output)
     _sync_directory(output.parent)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places at once; False where kernel or file system cannot do that."""
+def _rename_to_new(partial: Path, output: Path) -> None:
+    appeared = FileExistsError(
+        errno.EEXIST, "appeared while this run was going on, and is not replaced; move it away", str(output)
+    )
+    try:
+        if _rename_at(partial, output, _RENAME_NOREPLACE):
+            return
+        if os.path.lexists(output):
+            raise appeared
+        # No system puts a directory in the place of one that holds anything.
+        partial.rename(output)
+    except OSError as error:
+        if error.errno in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR} and os.path.lexists(output):
+            raise appeared from error
+        raise
+
+
+def _rename_at(one: Path, other: Path, how: int) -> bool:
+    """Rename by renameat2; False where kernel or file system cannot do that.
+
+    Raises:
+        OSError: They can, and it failed.
+    """
     if sys.platform != "linux":
         return False
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
-    answer = library.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return bool(answer == 0)
+    if library.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), how) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_THERE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _replace(partial: Path, output: Path) -> None:
@@ -196,7 +239,7 @@ def _journal_line(value: Any) -> dict[str, Any]:
 
 
 _OWN = ".abliterate"
-_LOCK = "lock"
+LOCK = "lock"
 _JOURNAL = "journal-0.jsonl"
 # Older versions wrote one for each of several processes.
 _JOURNALS = "journal-*.jsonl"
@@ -233,13 +276,24 @@ class PartialRun:
         resume: Keep what an earlier run with the same key has finished.
         workers: Threads that hash what is there.
         progress: Told what is found and removed.
+        overwrite: See `publish`.
 
     Raises:
         InputError: Nothing can be written beside `output`, or another run is writing it.
     """
 
-    def __init__(self, output: Path, *, key: Key, resume: bool, workers: int, progress: ProgressReporter) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        key: Key,
+        resume: bool,
+        workers: int,
+        progress: ProgressReporter,
+        overwrite: bool = False,
+    ) -> None:
         self._output = output
+        self._overwrite = overwrite
         self._new_parents = [parent for parent in output.parents if not parent.exists()]
         path = partial_path(output)
         try:
@@ -281,10 +335,12 @@ class PartialRun:
 
         Raises:
             OSError: It cannot be; what is finished is kept.
+            CheckpointError: Something else has its name by now; what is finished is kept.
         """
         self._lock.prepare_removal()
-        shutil.rmtree(self.directory.path / _OWN)
-        publish(self.directory.path, self._output)
+        publish(self.directory.path, self._output, overwrite=self._overwrite)
+        # Not before: until the directory has its name, the journal is what a later run can go on from.
+        shutil.rmtree(self._output / _OWN)
         self._lock.release()
 
     def give_up(self, error: BaseException) -> BaseException:
@@ -318,7 +374,7 @@ class PartialRun:
 
 @contextmanager
 def partial_run(
-    output: Path, *, key: Key, resume: bool, workers: int, progress: ProgressReporter
+    output: Path, *, key: Key, resume: bool, workers: int, progress: ProgressReporter, overwrite: bool = False
 ) -> Iterator[PartialRun]:
     """Yield a run whose directory appears if the body succeeds; see `PartialRun` for the arguments.
 
@@ -326,7 +382,7 @@ def partial_run(
         InputError: Nothing can be written beside `output`, or another run is writing it.
         AbliterateError: The body failed; the message says what is kept (see `PartialRun.give_up`).
     """
-    run = PartialRun(output, key=key, resume=resume, workers=workers, progress=progress)
+    run = PartialRun(output, key=key, resume=resume, workers=workers, progress=progress, overwrite=overwrite)
     try:
         yield run
         run.publish()
@@ -359,8 +415,9 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = None
         flags = (getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY"))
-        self._descriptor: int | None = os.open(path, sum(flags, os.O_RDWR | os.O_CREAT), 0o666)
+        self._descriptor = os.open(path, sum(flags, os.O_RDWR | os.O_CREAT), 0o666)
         try:
             _lock_now(self._descriptor)
         except OSError:
@@ -381,10 +438,12 @@ class FileLock:
             self.release()
 
     def release(self) -> None:
-        """Let others have it."""
+        """Let others have it; so does letting go of this object, as of an open file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    __del__ = release
 
 
 def _lock_now(descriptor: int) -> None:
@@ -411,17 +470,27 @@ def _lock(path: Path, output: Path) -> FileLock:
     )
     if path.is_symlink() or is_foreign:
         raise InputError(f"{path}: is where {output} would be written, and is something else; move it away")
+    try:
+        return lock_in(path / _OWN)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{output}: another run is writing it, in {path}; wait for that one, or choose another directory"
+        ) from error
+
+
+def lock_in(directory: Path) -> FileLock:
+    """Make a directory if it is not there, and lock it: one process at a time works in it.
+
+    Raises:
+        BlockingIOError: Another does.
+        OSError: It cannot be made.
+    """
     while True:
-        (path / _OWN).mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(path / _OWN / _LOCK)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{output}: another run is writing it, in {path}; wait for that one, or choose another directory"
-            ) from error
-        if lock.is_of(path / _OWN / _LOCK):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK)
+        if lock.is_of(directory / LOCK):
             return lock
-        # The other run published or removed the directory between the two calls.
+        # The other process removed the directory between the two calls.
         lock.release()
 
 

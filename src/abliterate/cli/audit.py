@@ -22,7 +22,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, check_json_target, command_line
+from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, holds_json, writing
 from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
 from abliterate.models.options import ModelOptions
 
@@ -88,7 +88,9 @@ def audit(
     from abliterate.reports.audit_page import write_audit_page
 
     output = Output.of(context, json_output=json_output)
-    check_json_target(output_file)
+    check_outputs(
+        OutputFile(path=output_file, what="report of `audit`", is_own=holds_json("verdict")), report=report_directory
+    )
     report = audit_model(
         model=resolve_model(model, revision=revision),
         options=AuditOptions(
@@ -120,11 +122,14 @@ def audit(
         ),
         progress=output.progress,
     )
-    if output_file is not None:
-        report.save(output_file)
-    if report_directory is not None:
-        write_audit_page(report, report_directory, command=command_line())
+    # First: what the disk does not take is not lost.
     output.report(report, tables=lambda: [_table(report), *_lines(report)])
+    if output_file is not None:
+        with writing(output_file, "-o"):
+            report.save(output_file)
+    if report_directory is not None:
+        with writing(report_directory):
+            write_audit_page(report, report_directory, command=command_line())
     if fail_if_brittle is not None:
         report.require_robust(fail_if_brittle)
 

@@ -23,7 +23,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, check_json_target, command_line
+from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, holds_json, writing
 from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
 from abliterate.models.options import ModelOptions
 
@@ -87,9 +87,18 @@ def evaluate(
     from abliterate.reports.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
-    check_json_target(output_file)
     if report_completions and (report_directory is None or save_completions is None):
         raise typer.BadParameter("--report-completions needs --report DIR and --save-completions FILE")
+    check_outputs(
+        OutputFile(path=output_file, what="report of `evaluate`", is_own=holds_json("rates")),
+        OutputFile(
+            path=save_completions,
+            what="file of completions",
+            is_own=holds_json("completion"),
+            flag="--save-completions",
+        ),
+        report=report_directory,
+    )
     report = evaluate_model(
         model=resolve_model(model, revision=revision),
         base=base,
@@ -124,12 +133,15 @@ def evaluate(
         ),
         progress=output.progress,
     )
+    # First: what the disk does not take is not lost.
+    output.report(report, tables=lambda: report_tables(report))
     if output_file is not None:
-        report.save(output_file)
+        with writing(output_file, "-o"):
+            report.save(output_file)
     if report_directory is not None:
         completions = save_completions if report_completions else None
-        write_evaluation_page(report, report_directory, command=command_line(), completions=completions)
-    output.report(report, tables=lambda: report_tables(report))
+        with writing(report_directory):
+            write_evaluation_page(report, report_directory, command=command_line(), completions=completions)
 
 
 def report_tables(report: "EvaluationReport") -> list[Table | str]:

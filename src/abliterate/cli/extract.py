@@ -1,5 +1,6 @@
 """`abliterate extract`: find the refusal direction of a model."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, check_report, command_line, writing_report
+from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, writing
 from abliterate.errors import InputError
 from abliterate.extraction.options import (
     DirectionRecipe,
@@ -37,6 +38,7 @@ from abliterate.models.options import DeviceMap, ModelOptions
 from abliterate.prompt_sets import BUNDLED
 
 if TYPE_CHECKING:
+    from abliterate.checkpoints.hub import ModelSource
     from abliterate.extraction.repair import RepairReport
     from abliterate.extraction.report import Extraction, ExtractionReport, NoCandidatePassesError
     from abliterate.extraction.score_report import ScoreTable
@@ -114,7 +116,6 @@ def extract(
     the model answers to those that it refuses, without the true refusal direction. Ablating what is chosen leaves at
     most --max-lost of the harmful validation prompts answered; exit code 3 where nothing does.
     """
-    from abliterate.checkpoints.hub import resolve_model
     from abliterate.extraction.report import NoCandidatePassesError
     from abliterate.extraction.run import extract_direction
     from abliterate.extraction.score_report import require_plots, write_score_report
@@ -149,12 +150,12 @@ def extract(
     if goal == "repair":
         if report is not None:
             raise typer.BadParameter("cannot go with --goal repair", param_hint="'--report'")
-        _check_outputs([output_file], None)
+        _check_outputs([output_file], None, model)
         repair = RepairOptions(borderline=borderline, orthogonal=orthogonal, max_lost=max_lost)
         _repair(
             output,
             output_file,
-            model=resolve_model(model, revision=revision),
+            model=_resolved(model, revision, [output_file]),
             harmful=harmful,
             harmless=harmless,
             options=options,
@@ -167,12 +168,12 @@ def extract(
     if report is not None:
         require_plots()
     files = _file_names(output_file, rank)
-    _check_outputs(files, report)
+    _check_outputs(files, report, model)
 
     def write_report(table: "ScoreTable", found: "ExtractionReport | None" = None) -> None:
         if report is None:
             return
-        with writing_report(report):
+        with writing(report):
             write_score_report(table, report)
             write_extraction_page(table, report, command=command_line(), report=found)
 
@@ -184,13 +185,13 @@ def extract(
 
     try:
         extraction = extract_direction(
-            model=resolve_model(model, revision=revision),
+            model=_resolved(model, revision, files),
             harmful=harmful,
             harmless=harmless,
             options=options,
             model_options=model_options,
             progress=output.progress,
-            work_directory=output_file.with_name(output_file.name + ".work"),
+            work_directory=_work_directory(output_file),
             deliver=deliver,
         )
     except NoCandidatePassesError as error:
@@ -205,13 +206,19 @@ def extract(
     )
 
 
+def _work_directory(output_file: Path) -> Path:
+    return output_file.with_name(output_file.name + ".work")
+
+
 def _repair(output: Output, output_file: Path, **what: Any) -> None:
     from abliterate.extraction.repair import extract_repair
+    from abliterate.extraction.shared_runs import working_in
     from abliterate.processes import in_first_process
 
-    found = extract_repair(**what, progress=output.progress)
-    if in_first_process():
-        found.direction.save(output_file)
+    with working_in(_work_directory(output_file)) if in_first_process() else nullcontext():
+        found = extract_repair(**what, progress=output.progress)
+        if in_first_process():
+            found.direction.save(output_file)
     output.report(
         {"direction_file": output_file, **output.plain(found.report)},
         tables=lambda: [*_repair_tables(found.report), f"direction written to {output_file}"],
@@ -243,16 +250,36 @@ def _file_names(output_file: Path, rank: int) -> list[Path]:
     return [output_file.with_name(f"{output_file.stem}.{i}{output_file.suffix}") for i in range(1, rank + 1)]
 
 
-def _check_outputs(files: list[Path], report: Path | None) -> None:
-    """Check before hours of work what would be found after them, and that nothing but a direction is replaced."""
-    from abliterate.directions import may_be_replaced
+def _check_outputs(files: list[Path], report: Path | None, model: str) -> None:
+    """Check before hours of work what would be found after them, or would lose something."""
+    from abliterate.directions import is_direction_file
 
     for file in files:
         if file.is_dir():
-            raise InputError(f"{file}: is a directory; give -o a file to write, such as {file / 'refusal.safetensors'}")
-        if not may_be_replaced(file):
-            raise InputError(f"{file}: is there and is no direction file, so it is not replaced; choose another -o")
-    check_report(report)
+            beside = file if not (file / "config.json").exists() else file.absolute().parent
+            hint = beside / "refusal.safetensors"
+            raise InputError(f"{file}: is a directory; give -o a file to write, such as {hint}")
+    check_outputs(
+        *(OutputFile(path=file, what="direction file", is_own=is_direction_file) for file in files), report=report
+    )
+    _check_outside(files, Path(model))
+
+
+def _check_outside(files: list[Path], model: Path) -> None:
+    if not model.is_dir():
+        return
+    for file in files:
+        if file.resolve().is_relative_to(model.resolve()):
+            raise InputError(f"{file}: lies in the model's own directory {model}; choose another -o")
+
+
+def _resolved(model: str, revision: str | None, files: list[Path]) -> "ModelSource":
+    from abliterate.checkpoints.hub import resolve_model
+
+    source = resolve_model(model, revision=revision)
+    # Where the Hub's client put a model is known only now.
+    _check_outside(files, source.path)
+    return source
 
 
 def _tables(report: "ExtractionReport") -> list[Table]:

@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from abliterate.errors import InputError
-from abliterate.files import printable
+from abliterate.files import check_writable, printable
 from abliterate.processes import in_first_process
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
@@ -53,32 +53,72 @@ def command_line() -> str:
     return shlex.join(["abliterate", *sys.argv[1:]])
 
 
-def check_report(directory: Path | None) -> None:
-    """Check before hours of work that `--report` names no file.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """A file that a command writes.
+
+    Attributes:
+        path: The file; None where the option is not given.
+        what: What it will hold, for messages.
+        is_own: Tells whether a file holds that, so that it may be replaced.
+        flag: The option that names it.
+    """
+
+    path: Path | None
+    what: str
+    is_own: Callable[[Path], bool]
+    flag: str = "-o"
+
+
+def check_outputs(*files: OutputFile, report: Path | None = None) -> None:
+    """Check before hours of work that all outputs can be written, and replace nothing but what was written so before.
+
+    Args:
+        files: The files.
+        report: What `--report` names.
 
     Raises:
-        InputError: It does.
+        InputError: One cannot be written, is something else already, or is given twice.
     """
-    if directory is not None and directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: is no directory; give --report a directory to write")
+    taken: dict[str, str] = {}
+    for file in files:
+        if file.path is None:
+            continue
+        check_writable(file.path, flag=file.flag)
+        if file.path.is_file() and not file.is_own(file.path):
+            raise InputError(
+                f"{file.path}: exists and is no {file.what}, so it is not replaced; choose another {file.flag}"
+            )
+        real = os.path.realpath(file.path)
+        if real in taken and (file.path.is_file() or not file.path.exists()):
+            raise InputError(f"{file.path}: is given for {taken[real]} and {file.flag}; choose another for one of them")
+        taken[real] = file.flag
+    if report is not None:
+        check_writable(report, flag="--report", directory=True)
 
 
-def check_json_target(file: Path | None) -> None:
-    """Check before hours of work that the file that `-o` names can be replaced without loss: it is JSON, or empty.
+def holds_json(*keys: str) -> Callable[[Path], bool]:
+    """Return what tells a JSON file, or one of JSON lines, whose (first) object has some keys."""
 
-    Raises:
-        InputError: It is something else, as a model's weights are.
-    """
-    if file is None or not file.is_file() or file.stat().st_size == 0:
-        return
-    with file.open("rb") as opened:
-        if opened.read(1) not in {b"{", b"["}:
-            raise InputError(f"{file}: is there and is no JSON, so it is not replaced; choose another -o")
+    def is_own(path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                first = file.readline()
+                content = json.loads(first if first.rstrip().endswith(b"}") else first + file.read())
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(content, dict) and content.keys() >= set(keys)
+
+    return is_own
 
 
 @contextmanager
-def writing_report(directory: Path) -> Iterator[None]:
-    """Say in one line that what goes to `--report` cannot be written.
+def writing(place: Path, flag: str = "--report") -> Iterator[None]:
+    """Say in one line that what goes to a file or directory cannot be written.
+
+    Args:
+        place: The file or directory.
+        flag: The option that names it.
 
     Raises:
         InputError: It cannot.
@@ -87,7 +127,7 @@ def writing_report(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{error.filename or directory}: cannot be written: {error.strerror or error}; choose another --report"
+            f"{error.filename or place}: cannot be written: {error.strerror or error}; choose another {flag}"
         ) from error
 
 

@@ -23,8 +23,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, check_json_target, check_report, command_line, writing_report
-from abliterate.errors import InputError
+from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, holds_json, writing
 from abliterate.models.options import ModelOptions
 from abliterate.processes import in_first_process
 from abliterate.refinement.options import RefinementOptions
@@ -79,10 +78,7 @@ def refine(
     from abliterate.refinement.run import refine_edit
     from abliterate.reports.refinement_page import write_refinement_page
 
-    if output_file.is_dir():
-        raise InputError(f"{output_file}: is a directory; give -o a file to write, such as {output_file / 's.json'}")
-    check_json_target(output_file)
-    check_report(report)
+    check_outputs(OutputFile(path=output_file, what="file of strengths", is_own=holds_json("strengths")), report=report)
     output = Output.of(context, json_output=json_output)
     found = refine_edit(
         model=resolve_model(model, revision=revision),
@@ -111,13 +107,13 @@ def refine(
     )
     if in_first_process():
         found.save(output_file)
-        if report is not None:
-            with writing_report(report):
-                write_refinement_page(found.report, report, command=command_line())
     output.report(
         {"strengths_file": output_file, **output.plain(found.report)},
         tables=lambda: [_table(found.report), f"strengths written to {output_file}"],
     )
+    if in_first_process() and report is not None:
+        with writing(report):
+            write_refinement_page(found.report, report, command=command_line())
 
 
 def _table(report: "RefinementReport") -> Table:

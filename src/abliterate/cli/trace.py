@@ -21,7 +21,7 @@ from abliterate.cli.options import (
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, check_outputs, writing
 from abliterate.evaluation.trace_report import TraceOptions
 from abliterate.models.options import ModelOptions
 
@@ -66,6 +66,7 @@ def trace(
     output = Output.of(context, json_output=json_output)
     if report is not None:
         require_plots()
+    check_outputs(report=report)
     traced = trace_direction(
         model=resolve_model(model, revision=revision),
         direction=direction,
@@ -87,9 +88,10 @@ def trace(
         ),
         progress=output.progress,
     )
-    if report is not None:
-        write_trace_report(traced, report)
     output.report(traced, tables=lambda: _tables(traced))
+    if report is not None:
+        with writing(report):
+            write_trace_report(traced, report)
 
 
 def _tables(report: "TraceReport") -> list[Table | Text | str]:

@@ -323,7 +323,7 @@ def write_adapter(
         return report
     for note in report.notes:
         progress.message(note)
-    with published_directory(target) as partial:
+    with published_directory(target, overwrite=overwrite) as partial:
         return _write(plan, layout, report, partial, progress)
 
 

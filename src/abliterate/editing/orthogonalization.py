@@ -110,7 +110,7 @@ def orthogonalize_checkpoint(
         return report
     for note in report.notes:
         progress.message(note)
-    return _write(plan, report, target, writing or WriteOptions(), progress)
+    return _write(plan, report, target, writing or WriteOptions(), progress, overwrite=overwrite)
 
 
 def _write(
@@ -119,11 +119,15 @@ def _write(
     target: Path,
     writing: WriteOptions,
     progress: ProgressReporter,
+    *,
+    overwrite: bool,
 ) -> OrthogonalizationReport:
     started, cpu = time.perf_counter(), time.process_time()
     files, workers = EditedFiles(plan, device=writing.device), writing.n_workers
     key = plan_key(plan, device=writing.device)
-    with partial_run(target, key=key, resume=writing.resume, workers=workers, progress=progress) as run:
+    with partial_run(
+        target, key=key, resume=writing.resume, workers=workers, progress=progress, overwrite=overwrite
+    ) as run:
         run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited)
         finished, traffic = files.write(run.directory, target=target, workers=workers, progress=progress)
         partial = run.directory.path

@@ -120,7 +120,7 @@ def completion_surprise(
         if advance is not None:
             advance(len(indices))
 
-    chat.for_batches([len(row) + 4 * n for row, n in zip(rows, counts, strict=True)], run)
+    _for_batches(chat, rows, completions, run)
     return Surprise(nats=tuple(nats), tokens=tuple(counts))
 
 
@@ -233,7 +233,18 @@ class BaseDistributions:
             if advance is not None:
                 advance(len(indices))
 
-        chat.for_batches([len(row) + 4 * len(given) for row, given in zip(self._rows, self._given, strict=True)], run)
+        _for_batches(chat, self._rows, self._given, run)
+
+
+def _for_batches(
+    chat: ChatModel,
+    rows: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    run: Callable[[list[int]], None],
+) -> None:
+    """See `ChatModel.for_batches`; logits over the completions take more memory than what stands before them."""
+    pairs = [(len(row), len(completion)) for row, completion in zip(rows, completions, strict=True)]
+    chat.for_batches([n + 4 * m for n, m in pairs], run, widths=[n + m for n, m in pairs])
 
 
 def _last_logits(chat: ChatModel, sequences: list[list[int]], n_positions: int) -> Float[Tensor, "n n_positions vocab"]:

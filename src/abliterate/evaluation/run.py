@@ -7,11 +7,11 @@ Replies are greedy and are written only on request.
 
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
@@ -53,7 +53,7 @@ from abliterate.evaluation.report import (
 )
 from abliterate.evaluation.steering import default_coefficient, steer, steering_key
 from abliterate.extraction.reply_classes import Reply
-from abliterate.files import read_json_report, write_file
+from abliterate.files import check_writable, read_json_report, write_file
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_tokenizer, open_model
 from abliterate.models.options import ModelOptions
@@ -61,6 +61,8 @@ from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
 
 _COMPARED_PROMPTS = 64
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +217,7 @@ class _Run:
     progress: ProgressReporter
 
     def evaluate(self) -> EvaluationReport:
-        """Run the base, the model, and the base again over the model's replies.
+        """Run the base, the model, the base again over the model's replies, and the judges: one at a time in memory.
 
         Raises:
             InterruptedRunError: a signal came; what a cache holds is kept.
@@ -231,23 +233,8 @@ class _Run:
 
     def _evaluate(self) -> EvaluationReport:
         self._check_comparable()
-        with ExitStack() as stack:
-            open_model, open_base = self._openers(stack)
-            base, distributions = None, None
-            if self.base_source is not None:
-                with open_base() as chat:
-                    base, distributions = self._measure_base(chat, stack)
-            with open_model() as chat, self._steered(chat):
-                answers = self._answers(chat, self.source, "model", edited=True)
-                divergence = self._divergence(chat, distributions)
-                own = self._own_answers(chat, base.answers if base else answers, "model")
-                texts = self._text_surprise(chat, "model")
-                tasks = self._tasks(chat, "model")
-                replies, device = read_replies(chat, answers), chat.device.type
-            if base is not None:
-                with open_base() as chat:
-                    replies = read_replies(chat, answers, surprise=self._surprise(chat, answers))
-            model = _Side(answers=answers, replies=replies, own_answers=own, texts=texts, tasks=tasks)
+        base, model, divergence, device = self._measure()
+        gc.collect()
         if self.options.save_completions is not None:
             _write_completions(self.options.save_completions, self._prompts, {"base": base, "model": model})
         return self._report(base, model, divergence, self._judge(base, model, device))
@@ -278,30 +265,42 @@ class _Run:
                     "compared; give --base the model that it was made from"
                 )
 
+    def _measure(self) -> tuple[_Side | None, _Side, Divergence | None, str]:
+        source, base_source = self.source, self.base_source
+        # If they are one, it is loaded once.
+        shared = self._load(source) if base_source == source else None
+        with ExitStack() as stack:
+            base, distributions = None, None
+            if base_source is not None:
+                base, distributions = self._on(base_source, lambda chat: self._measure_base(chat, stack), shared)
+            model, divergence, device = self._on(
+                source, lambda chat: self._measure_model(chat, base, distributions), shared
+            )
+            if base_source is not None:
+                replies = self._on(base_source, lambda chat: self._read_as_base(chat, model.answers), shared)
+                model = replace(model, replies=replies)
+        return base, model, divergence, device
+
     @property
     def _prompts(self) -> dict[Kind, PromptSet]:
         return {kind: held.prompts for kind, held in self.held_out.items()}
 
-    def _openers(
-        self, stack: ExitStack
-    ) -> "tuple[Callable[[], AbstractContextManager[ChatModel]], Callable[[], AbstractContextManager[ChatModel]]]":
-        """Return what opens the model and what opens the base; if they are one, it is loaded once."""
-        base_source = self.base_source
-        if base_source is not None and base_source == self.source:
-            shared = stack.enter_context(self._loaded(base_source))
-            return (lambda: nullcontext(shared)), (lambda: nullcontext(shared))
-        return (lambda: self._loaded(self.source)), (lambda: self._loaded(base_source or self.source))
+    def _on(self, source: ModelSource, measure: Callable[[ChatModel], Found], shared: ChatModel | None) -> Found:
+        """Measure a model and let it go: no name, here or in a caller, may hold it while the next one is loaded."""
+        if shared is not None:
+            return measure(shared)
+        try:
+            return measure(self._load(source))
+        finally:
+            gc.collect()
 
-    @contextmanager
-    def _loaded(self, source: ModelSource) -> Iterator[ChatModel]:
+    def _load(self, source: ModelSource) -> ChatModel:
         chat = open_model(source, options=self.model_options, progress=self.progress).chat
         if self.options.thinking:
             plain, chat = chat.chat_format, let_think(chat)
             if chat.chat_format.form == plain.form and chat.chat_format.response_prefix == plain.response_prefix:
                 self.progress.message(f"{source.name}: --thinking changes nothing; its chat template has no such form")
-        yield chat
-        del chat
-        gc.collect()
+        return chat
 
     def _measure_base(self, chat: ChatModel, stack: ExitStack) -> tuple[_Side, BaseDistributions]:
         assert self.base_source is not None
@@ -320,6 +319,21 @@ class _Run:
             tasks=self._tasks(chat, "base"),
         )
         return side, distributions
+
+    def _measure_model(
+        self, chat: ChatModel, base: _Side | None, distributions: BaseDistributions | None
+    ) -> tuple[_Side, Divergence | None, str]:
+        with self._steered(chat):
+            answers = self._answers(chat, self.source, "model", edited=True)
+            divergence = self._divergence(chat, distributions)
+            side = _Side(
+                answers=answers,
+                own_answers=self._own_answers(chat, base.answers if base else answers, "model"),
+                texts=self._text_surprise(chat, "model"),
+                tasks=self._tasks(chat, "model"),
+                replies=read_replies(chat, answers),
+            )
+        return side, divergence, chat.device.type
 
     def _answers(self, chat: ChatModel, source: ModelSource, label: str, *, edited: bool) -> Answers:
         cache = self._cache(chat, source, edited=edited)
@@ -388,6 +402,9 @@ class _Run:
         options = self.options.tasks
         return run_tasks(chat, options=options, label=label, progress=self.progress) if options.tasks else {}
 
+    def _read_as_base(self, chat: ChatModel, answers: Answers) -> dict[str, list[Reply]]:
+        return read_replies(chat, answers, surprise=self._surprise(chat, answers))
+
     def _surprise(self, chat: ChatModel, answers: Answers) -> dict[str, Surprise]:
         return measure_surprise(chat, answers, progress=self.progress)
 
@@ -398,17 +415,20 @@ class _Run:
             device=device,
             cache=self.options.cache,
         )
-        return tuple(
-            judge_replies(
-                load_judge(source, options=options, progress=self.progress),
-                name=source.name,
-                prompts={kind: chosen.texts for kind, chosen in self._prompts.items()},
-                replies=model.replies,
-                base_replies=base.replies if base else None,
-                progress=self.progress,
+        reports = []
+        for source in self.judges:
+            reports.append(
+                judge_replies(
+                    load_judge(source, options=options, progress=self.progress),
+                    name=source.name,
+                    prompts={kind: chosen.texts for kind, chosen in self._prompts.items()},
+                    replies=model.replies,
+                    base_replies=base.replies if base else None,
+                    progress=self.progress,
+                )
             )
-            for source in self.judges
-        )
+            gc.collect()
+        return tuple(reports)
 
     def _report(
         self, base: _Side | None, model: _Side, divergence: Divergence | None, judges: tuple[JudgeReport, ...]
@@ -487,6 +507,8 @@ def _check_options(options: EvaluationOptions, direction: Direction | None) -> N
         raise InputError(f"--intervention {options.intervention} needs --direction FILE")
     if options.intervention == "none" and direction is not None:
         raise InputError("--direction is given but --intervention is none; choose ablate, add or affine")
+    if options.save_completions is not None:
+        check_writable(options.save_completions, flag="--save-completions")
     if options.coefficient is not None and options.intervention not in {"add", "affine"}:
         raise InputError("--coefficient is the dose of --intervention add or affine; leave it out otherwise")
 

@@ -28,8 +28,9 @@ from abliterate.extraction.report import (
     directions_of,
 )
 from abliterate.extraction.score_report import ScoreTable
-from abliterate.extraction.shared_runs import RecordingRun, SavedWork, working_in
-from abliterate.models.chat_model import ChatModel, conditions_of, find_response_prefix, with_response_prefix
+from abliterate.extraction.shared_runs import RecordingRun, SavedWork, kept_in
+from abliterate.models.chat_model import ChatModel, conditions_of, with_response_prefix
+from abliterate.models.greedy import find_response_prefix
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream_probe import StreamProbe, probe_stream
@@ -68,11 +69,11 @@ def extract_direction(
         deliver: given the result before that directory is deleted: if it cannot be saved, the work is not lost.
 
     Raises:
+        InterruptedRunError: a signal came; what was computed is kept.
         NoDirectionError: no candidate passes the selection.
         RefusalBehaviourError: the model refuses nothing, or everything.
         PromptSetError: too few prompts, or a SPEC that cannot be read.
         ModelError: the model does not load as a chat model.
-        InterruptedRunError: a signal came; what was computed is kept.
     """
     options = options or ExtractionOptions()
     _check_options(options)
@@ -89,38 +90,40 @@ def extract_direction(
     # A small model of the kind has been looked at where layers are streamed.
     probe = None if isinstance(chat, StreamedChat) else probe_stream(chat)
     chat = force_response_prefix(chat, prompts, progress)
-    kept = work_directory if source is not None and ranks.is_first else None
-    with working_in(kept):
-        saved = SavedWork(
-            kept,
-            key=_work_key(source, chat, prompts, options, model_options),
-            progress=progress,
-        )
-        run = _Run(
-            chat=chat,
-            probe=probe,
-            prompts=prompts,
-            options=options,
-            arguments=(
-                *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
-                *cli_arguments(options),
-                *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
-            ),
-            progress=progress,
-            saved=saved,
-            ranks=ranks,
-        )
-        try:
-            extraction = run.extract(source)
-        except (InputError, RefusalBehaviourError):
-            # Nothing that is there would help the next attempt; after "no candidate passes" it would.
-            saved.discard()
-            raise
-        deliver(extraction)
+    saved = SavedWork(
+        work_directory if source is not None and ranks.is_first else None,
+        key=_work_key(source, chat, prompts, options, model_options),
+        progress=progress,
+    )
+    run = _Run(
+        chat=chat,
+        probe=probe,
+        prompts=prompts,
+        options=options,
+        arguments=(
+            *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
+            *cli_arguments(options),
+            *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
+        ),
+        progress=progress,
+        saved=saved,
+        ranks=ranks,
+    )
+    try:
+        with kept_in(saved.directory):
+            try:
+                extraction = run.extract(source)
+            except (InputError, RefusalBehaviourError):
+                # Nothing that is there would help the next attempt; after "no candidate passes" it would.
+                saved.discard()
+                raise
+            deliver(extraction)
         saved.discard()
-        if isinstance(chat, StreamedChat):
-            progress.message(f"the weights were read {chat.weights.reads} times")
-        return extraction
+    finally:
+        saved.release()
+    if isinstance(chat, StreamedChat):
+        progress.message(f"the weights were read {chat.weights.reads} times")
+    return extraction
 
 
 def _work_key(
@@ -133,7 +136,7 @@ def _work_key(
     return {
         "model": None if source is None else {"files": quick_model_sha256(source.path), "revision": source.revision},
         "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
-        # A template may write more than the prompt, such as today's date.
+        # A template may put in what changes from day to day, as the date.
         "rendered prompts": {name: values_sha256(chat.encode(getattr(prompts, name).texts)) for name in PARTS},
         "refusal tokens": options.refusal_tokens,
         "filter": options.filter,

@@ -5,6 +5,7 @@ An interrupted extraction goes on where it stopped, from a directory of what is 
     KEY.json               what the values depend on: model files, prompts, options, versions
     NAME.safetensors       one recording: activations and logits of one set of prompts
     scores.jsonl           one line per group of candidates, written when the group is done
+    lock                   held by the process that works in it
 
 Thresholds are no part of the key: they choose among scores and do not change them.
 """
@@ -12,7 +13,7 @@ Thresholds are no part of the key: they choose among scores and do not change th
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.atomic_directory import FileLock
+from abliterate.checkpoints.atomic_directory import LOCK, FileLock, lock_in
 from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import InputError, InterruptedRunError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply
@@ -69,52 +70,54 @@ def able_candidates(candidates: Tensor, *, thresholds: Thresholds) -> list[Candi
 
 _KEY = "KEY.json"
 _SCORES = "scores.jsonl"
-_LOCK = "lock"
+
+
+def _working_in(directory: Path) -> FileLock:
+    try:
+        return lock_in(directory)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{directory}: another extraction is working there; wait for that one, or choose another -o"
+        ) from error
 
 
 @contextmanager
-def working_in(directory: Path | None) -> Iterator[None]:
-    """Keep other runs out of a directory of saved work; when a signal comes, say what is kept there.
-
-    Args:
-        directory: the directory; it is made if need be, and left if anything is in it. None: nothing is saved.
+def working_in(directory: Path) -> Iterator[None]:
+    """Keep other extractions out of a directory of interim results, where this one keeps none itself.
 
     Raises:
-        InputError: another run works in it, or it cannot be made.
-        InterruptedRunError: a signal came.
+        InputError: another one works there, or it cannot be made.
     """
-    if directory is None:
+    try:
+        lock = _working_in(directory)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be made: {error.strerror or error}; choose another -o") from error
+    try:
         yield
-        return
-    lock = _lock(directory)
+    finally:
+        lock.prepare_removal()
+        if [path.name for path in directory.iterdir()] == [LOCK]:
+            shutil.rmtree(directory, ignore_errors=True)
+        lock.release()
+
+
+@contextmanager
+def kept_in(directory: Path | None) -> Iterator[None]:
+    """When a signal comes, say what is kept in a directory of interim results.
+
+    Args:
+        directory: the directory; None: nothing is kept.
+
+    Raises:
+        InterruptedRunError: a signal came, and something is kept.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
-        if not (directory / _KEY).is_file():
+        if directory is None or not (directory / _KEY).is_file():
             raise
         kept = f"what was computed is kept in {directory}: the same command goes on from there"
         raise InterruptedRunError.of(error, kept) from error
-    finally:
-        lock.prepare_removal()
-        (directory / _LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # something is in it
-            directory.rmdir()
-
-
-def _lock(directory: Path) -> FileLock:
-    while True:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(directory / _LOCK)
-        except BlockingIOError as error:
-            raise InputError(f"{directory}: another run works in it; wait for that one, or give another -o") from error
-        except OSError as error:
-            raise InputError(f"{directory}: cannot keep interim results here: {error.strerror or error}") from error
-        if lock.is_of(directory / _LOCK):
-            return lock
-        # The other run has ended between the two calls.
-        lock.release()
 
 
 class SavedWork:
@@ -126,12 +129,13 @@ class SavedWork:
         progress: is told when saved work is used, or cannot be.
 
     Raises:
-        InputError: the directory holds something else, or cannot be written.
+        InputError: the directory holds something else, or cannot be written, or another process works in it.
     """
 
     def __init__(self, directory: Path | None, *, key: Mapping[str, Any], progress: ProgressReporter = SILENT) -> None:
         self._directory = directory
         self._scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = {}
+        self._lock: FileLock | None = None
         if directory is None:
             return
         self._lines = JsonLines(directory / _SCORES, remedy="delete the file, and its scores are computed again")
@@ -142,23 +146,36 @@ class SavedWork:
 
     def _open(self, directory: Path, key: dict[str, Any], progress: ProgressReporter) -> None:
         saved = _read_key(directory)
+        if saved is None and directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
+            raise InputError(f"{directory}: is there and holds no interim results; move it out of the way")
+        self._lock = _working_in(directory)
+        try:
+            self._fill(directory, key, progress)
+        except BaseException:
+            self.release()
+            raise
+
+    def _fill(self, directory: Path, key: dict[str, Any], progress: ProgressReporter) -> None:
+        # Read again: until now another process may have worked here.
+        saved = _read_key(directory)
         if saved == key:
             for scores in self._lines.resume(_scores_of):
                 self._scores |= scores
             n_recordings = len(list(directory.glob("*.safetensors")))
             progress.message(f"continuing: {n_recordings} recordings and {len(self._scores)} scores are in {directory}")
             return
-        if directory.exists():
-            inside = [path for path in directory.iterdir() if path.name != _LOCK]
-            if saved is None and inside:
-                raise InputError(f"{directory}: is there and holds no interim results; move it out of the way")
-            changed = sorted(name for name in {*key, *(saved or {})} if key.get(name) != (saved or {}).get(name))
-            if saved is not None:
-                progress.message(f"starting anew: {', '.join(changed)} changed since {directory} was written")
-            for path in inside:
+        if saved is not None:
+            changed = sorted(name for name in {*key, *saved} if key.get(name) != saved.get(name))
+            progress.message(f"starting anew: {', '.join(changed)} changed since {directory} was written")
+        for path in directory.iterdir():
+            if path.name != LOCK:
                 path.unlink()
-        directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / _KEY, json.dumps(key, indent=1, sort_keys=True))
+
+    @property
+    def directory(self) -> Path | None:
+        """Where it lies; None where nothing is saved."""
+        return self._directory
 
     def recording(self, name: str) -> dict[str, Tensor] | None:
         """Return the tensors saved under this name, or None."""
@@ -188,7 +205,15 @@ class SavedWork:
     def discard(self) -> None:
         """Delete the directory: the work is done."""
         if self._directory is not None:
+            if self._lock is not None:
+                self._lock.prepare_removal()
             shutil.rmtree(self._directory, ignore_errors=True)
+            self.release()
+
+    def release(self) -> None:
+        """Let other processes work in the directory."""
+        if self._lock is not None:
+            self._lock.release()
 
 
 def _read_key(directory: Path) -> dict[str, Any] | None:
@@ -455,10 +480,6 @@ class RecordingRun:
 
     def _record(self, group: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         rows = {name: self.chat.encode(self._prompts(name).texts) for name in group}
-        if self.replying is not None:
-            for name in group:
-                n_new = self.replying.decoder.max_new_tokens
-                self.chat.check_tokens(rows[name], self._prompts(name).texts, n_new=n_new)
         if isinstance(self.chat, StreamedChat):
             recorded = self._record_rows([row for name in group for row in rows[name]])
         else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,11 +13,13 @@ class BatchLimits:
         tokens: most tokens of one batch, padding included; a single longer row is a batch of its own.
         rows: most rows of one batch, or None.
         overhead: cost of one more batch, in tokens of computation.
+        equal: rows of one batch have one width: the model would take padding in.
     """
 
     tokens: int
     rows: int | None = None
     overhead: int = 0
+    equal: bool = False
 
     def most_rows(self, length: int) -> int:
         """Return how many rows of this length fit into one batch."""
@@ -25,16 +27,27 @@ class BatchLimits:
         return fitting if self.rows is None else min(fitting, self.rows)
 
 
-def plan_batches(lengths: Sequence[int], *, limits: BatchLimits) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], *, limits: BatchLimits, widths: Sequence[int] | None = None
+) -> list[list[int]]:
     """Return batches of row indices, longest rows first, of least cost: padded tokens plus overhead per batch.
 
     Rows are cut where their length changes, by dynamic programming over the distinct lengths; a part that is larger
     than one batch is divided evenly.
 
     Args:
-        lengths: tokens of each row.
+        lengths: what each row costs, in tokens.
         limits: see `BatchLimits`.
+        widths: tokens of each row, where what it costs is something else.
     """
+    batches = _plan(lengths, limits)
+    if not limits.equal:
+        return batches
+    width = (lengths if widths is None else widths).__getitem__
+    return [list(rows) for batch in batches for _, rows in groupby(sorted(batch, key=width, reverse=True), key=width)]
+
+
+def _plan(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     cuts = [i for i in range(len(order)) if i == 0 or lengths[order[i]] != lengths[order[i - 1]]]
     cuts.append(len(order))

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from abliterate.architectures.table import feels_gaps, feels_padding
 from abliterate.checkpoints.provenance import versions
 from abliterate.errors import ModelError
 from abliterate.models.batching import BatchLimits, plan_batches
 from abliterate.models.chat_format import ChatFormat, find_chat_format
-from abliterate.models.chat_template import ThinkingMarkers, render, token_texts, tokenize
+from abliterate.models.chat_template import render, token_texts, tokenize
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import ResidualStream, find_blocks, find_stream, learned_positions
 
@@ -50,7 +51,7 @@ def empty_cache(config: "PretrainedConfig", *, longest: int) -> "Cache | None":
     """Return a cache to run a prefix into, or None where continuing one would not be exact.
 
     Padding stands between the prefix and a shorter row. Plain attention masks it; recurrent layers would take it in,
-    and a sliding window counts it, which matters as soon as a row is longer than the window.
+    a sliding window counts it, which matters as soon as a row is longer than the window, and so do some positions.
 
     Args:
         config: the model's.
@@ -58,6 +59,8 @@ def empty_cache(config: "PretrainedConfig", *, longest: int) -> "Cache | None":
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    if feels_padding(config) or feels_gaps(config):
+        return None
     cache = DynamicCache(config=config)
     if not cache.layers or any(type(layer) not in {DynamicLayer, DynamicSlidingWindowLayer} for layer in cache.layers):
         return None
@@ -363,18 +366,24 @@ class ChatModel:
         return ids.to(self.device), mask.to(self.device)
 
     def for_batches(
-        self, lengths: Sequence[int], run: Callable[[list[int]], None], *, generating: bool = False
+        self,
+        lengths: Sequence[int],
+        run: Callable[[list[int]], None],
+        *,
+        generating: bool = False,
+        widths: Sequence[int] | None = None,
     ) -> None:
         """Call `run` with the indices of one batch after another, longest rows first.
 
         Batches hold rows of like length and a bounded number of tokens, or `batch_size` rows. When memory runs out,
-        the bound is halved, for what follows too.
+        the bound is halved, for what follows too. `widths` says how many tokens rows have whose cost is another.
 
         Raises:
             ModelError: a single row does not fit.
         """
         key = "generate" if generating else "forward"
-        pending = plan_batches(lengths, limits=self.batch_limits(key))
+        widths = lengths if widths is None else widths
+        pending = plan_batches(lengths, limits=self.batch_limits(key), widths=widths)
         while pending:
             batch = pending[0]
             try:
@@ -388,7 +397,8 @@ class ChatModel:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 left = sorted(i for batch in pending for i in batch)
-                plan = plan_batches([lengths[i] for i in left], limits=self.batch_limits(key))
+                costs, tokens = ([values[i] for i in left] for values in (lengths, widths))
+                plan = plan_batches(costs, limits=self.batch_limits(key), widths=tokens)
                 pending = [[left[i] for i in batch] for batch in plan]
                 continue
             pending = pending[1:]
@@ -410,7 +420,12 @@ class ChatModel:
         tokens = TOKENS_PER_BATCH[kind] * (2 if key == "generate" else 1)
         if self.batch_size is not None:
             tokens = sys.maxsize
-        return BatchLimits(tokens=self._limit.get(key, tokens), rows=self.batch_size, overhead=BATCH_OVERHEAD[kind])
+        return BatchLimits(
+            tokens=self._limit.get(key, tokens),
+            rows=self.batch_size,
+            overhead=BATCH_OVERHEAD[kind],
+            equal=feels_padding(self.model.config),
+        )
 
     @torch.inference_mode()
     def run_prefix(self, prefix: Sequence[int], *, n_variants: int = 1) -> PrefixCache | None:
@@ -439,6 +454,8 @@ class ChatModel:
             rows: token ids.
             lengths: at how many of the last tokens of each row.
         """
+        if len(rows) > 1 and self.batch_limits().equal:
+            return [self.differentiable_logits([row], [n])[0] for row, n in zip(rows, lengths, strict=True)]
         n_cached = self.shareable_prefix(rows, keep=lengths)
         cache = self._run_prefix(rows[0][:n_cached]) if n_cached else None
         batch = [list(row[n_cached:]) for row in rows]
@@ -495,36 +512,6 @@ def with_response_prefix(chat: ChatModel, response_prefix: str) -> ChatModel:
     return replace(chat, chat_format=chat_format)
 
 
-def find_response_prefix(chat: ChatModel, prompts: Sequence[str]) -> str:
-    """Return the text that starts every one of the model's own answers, with a thinking part closed; else "".
-
-    Args:
-        chat: the model.
-        prompts: harmful and harmless prompts together.
-    """
-    rows = chat.encode(prompts)
-    starts = chat.generate(rows, max_new_tokens=1)
-    thoughts = _thoughts_begun(chat, starts)
-    if len(set(map(tuple, starts))) > 1 and not thoughts:
-        return ""
-    # An opening may be spelled out, each letter a token.
-    spelled = [len(chat.tokenizer(one.opening, add_special_tokens=False)["input_ids"]) for one in thoughts]
-    answers = chat.generate(rows, max_new_tokens=max([4, *spelled]))
-    decoded = [chat.decode(answer, skip_special_tokens=False) for answer in answers]
-    for one in thoughts:
-        if all(text.lstrip().startswith(one.opening) for text in decoded):
-            return one.opening + one.shut
-    shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*answers, strict=False)))
-    return chat.decode([column[0] for column in shared[:4]], skip_special_tokens=False)
-
-
-def _thoughts_begun(chat: ChatModel, starts: Sequence[Sequence[int]]) -> list[ThinkingMarkers]:
-    # A first token may be the first byte of a letter.
-    texts = [chat.decode(start, skip_special_tokens=False).lstrip().rstrip("\ufffd") for start in starts]
-    known = [one for one in chat.chat_format.markers if one.opening]
-    return [one for one in known if all(t.startswith(one.opening) or one.opening.startswith(t) for t in texts)]
-
-
 def stop_tokens(chat: ChatModel) -> set[int]:
     """Return the tokens that end an answer: those that are configured so, and what the template ends a turn with."""
     configured = getattr(chat.model.generation_config, "eos_token_id", None)
@@ -544,4 +531,6 @@ def conditions_of(chat: ChatModel) -> dict[str, Any]:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an error says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error).lower()
+    said = str(error).lower()
+    # In order: the GPU's; the CPU's on Windows; the CPU's elsewhere.
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in said or "can't allocate memory" in said

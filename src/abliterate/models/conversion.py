@@ -86,7 +86,7 @@ def convert_gguf(
     with progress.task(f"Converting {source.name}", total=2) as advance:
         model, tokenizer = load_for_checkpoint(source, name=label, dtype=dtype)
         advance(1)
-        with published_directory(output) as partial:
+        with published_directory(output, overwrite=overwrite) as partial:
             try:
                 model.save_pretrained(partial, max_shard_size=shard_size)
                 tokenizer.save_pretrained(partial)

@@ -88,7 +88,7 @@ def build_demo_model(
         rank = int(cast(Any, adapted.peft_config["default"]).r)
         model = adapted.merge_and_unload()
         advance(1)
-        with published_directory(output) as partial:
+        with published_directory(output, overwrite=overwrite) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(_card(rank, hardened=adapter == HARDENED_ADAPTER_DIRECTORY))

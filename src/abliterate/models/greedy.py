@@ -6,6 +6,7 @@ decoded together, and a row leaves as soon as it ends or its reader has seen eno
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel, PrefixCache, empty_cache, is_out_of_memory, stop_tokens
+from abliterate.models.chat_template import ThinkingMarkers
 
 ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 """So many rows are decoded together at most: what keeps a device busy."""
@@ -308,3 +310,33 @@ def _of_length(tensor: Tensor, length: int, dim: int = -2) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = missing
     return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
+
+
+def find_response_prefix(chat: ChatModel, prompts: Sequence[str]) -> str:
+    """Return the text that starts every one of the model's own answers, with a thinking part closed; else "".
+
+    Args:
+        chat: the model.
+        prompts: harmful and harmless prompts together.
+    """
+    rows = chat.encode(prompts)
+    starts = chat.generate(rows, max_new_tokens=1)
+    thoughts = _thoughts_begun(chat, starts)
+    if len(set(map(tuple, starts))) > 1 and not thoughts:
+        return ""
+    # An opening may be spelled out, each letter a token.
+    spelled = [len(chat.tokenizer(one.opening, add_special_tokens=False)["input_ids"]) for one in thoughts]
+    answers = chat.generate(rows, max_new_tokens=max([4, *spelled]))
+    decoded = [chat.decode(answer, skip_special_tokens=False) for answer in answers]
+    for one in thoughts:
+        if all(text.lstrip().startswith(one.opening) for text in decoded):
+            return one.opening + one.shut
+    shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*answers, strict=False)))
+    return chat.decode([column[0] for column in shared[:4]], skip_special_tokens=False)
+
+
+def _thoughts_begun(chat: ChatModel, starts: Sequence[Sequence[int]]) -> list[ThinkingMarkers]:
+    # A first token may be the first byte of a letter.
+    texts = [chat.decode(start, skip_special_tokens=False).lstrip().rstrip("\ufffd") for start in starts]
+    known = [one for one in chat.chat_format.markers if one.opening]
+    return [one for one in known if all(t.startswith(one.opening) or one.opening.startswith(t) for t in texts)]

@@ -6,6 +6,7 @@ has shown that this gives the logits of the whole.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -487,17 +488,41 @@ def estimate_bytes(path: Path, *, dtype: str, device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return how much memory can be had on a device, swap and what the system can free included; None if unknown."""
+    """Return how much memory a device or container has left, swap and what can be freed included; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
         kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        return 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
+        memory, swap = 1024 * kilobytes["MemAvailable"], 1024 * kilobytes["SwapFree"]
+        groups = [line.split(":", 2)[1:] for line in (_PROC / "self/cgroup").read_text().splitlines()]
     except (OSError, KeyError, ValueError, IndexError):
         return None
+    for controllers, path in groups:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = _CGROUPS / "memory" if controllers else _CGROUPS
+        limit, used = _NAMES_1 if controllers else _NAMES_2
+        group = top / path.lstrip("/")
+        for each in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
+            left = _value(each / limit) - _value(each / used, 0) + _value(each / "memory.stat", 0, "inactive_file")
+            memory = int(min(left, memory))
+            left = _value(each / "memory.swap.max") - _value(each / "memory.swap.current", 0)
+            swap = int(min(left, swap))
+    return max(0, memory) + max(0, swap)
+
+
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_NAMES_1, _NAMES_2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+
+
+def _value(file: Path, otherwise: float = math.inf, name: str = "") -> float:
+    try:
+        return next(float(line.split()[-1]) for line in file.read_text().splitlines() if line.startswith(name))
+    except (OSError, ValueError, IndexError, StopIteration):  # "max" is no number
+        return otherwise
 
 
 def _weight_files(path: Path) -> list[Path]:

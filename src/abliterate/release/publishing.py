@@ -1,9 +1,12 @@
 """Pushing an orthogonalized checkpoint to the Hub: what its record vouches for, its measurements, and a card."""
 
+import hashlib
+import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from abliterate._version import __version__
@@ -37,6 +40,7 @@ from abliterate.release.file_checks import verify_files
 from abliterate.release.recorded_edits import find_local_base
 
 CARD_NAME = "README.md"
+_ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".npz"}
 )
@@ -69,6 +73,47 @@ class PushPackage:
             sources[EVALUATION_NAME] = self.evaluation_path
         sources[CARD_NAME] = None
         return sources
+
+    def rewritten(self) -> dict[str, bytes]:
+        """Return what goes in other words than it lies here: files that name folders of this machine, without them."""
+        found: dict[str, bytes] = {}
+        content = _without_folders(self.record.content)
+        for name, source in self.sources().items():
+            if source is None or name not in {_ADAPTER_CONFIG, EVALUATION_NAME}:
+                continue
+            before = read_json_report(source)
+            if (after := _without_folders(before)) != before:
+                found[name] = _as_json(after)
+                if name in content["side_files"]:
+                    digest = hashlib.sha256(found[name]).hexdigest()
+                    content["side_files"][name] |= {"sha256": digest, "bytes": len(found[name])}
+        return found if content == self.record.content else {**found, RECORD_NAME: _as_json(content)}
+
+
+_FOLDER_KEYS = {"model", "base", "name", "judge", "arguments", "base_model_name_or_path"}
+
+
+def _without_folders(value: Any, *, named: bool = False) -> Any:
+    """Return JSON values in which what names a folder or file of this machine is its last part alone."""
+    if isinstance(value, dict):
+        plain = {key: _without_folders(item, named=key in _FOLDER_KEYS) for key, item in value.items()}
+        if isinstance(value.get("model"), str) and "revision" in value and not value["revision"]:
+            # No Hub id, so it is a directory, whether or not it is still there.
+            plain["model"] = PurePath(value["model"]).name or value["model"]
+        return plain
+    if isinstance(value, list):
+        return [_without_folders(item, named=named) for item in value]
+    if not (named and isinstance(value, str) and ("/" in value or os.sep in value)):
+        return value
+    try:
+        is_here = PurePath(value).is_absolute() or value.startswith(("~", ".")) or Path(value).exists()
+    except (OSError, ValueError):
+        return value
+    return PurePath(value).name or value if is_here else value
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_push_package(checkpoint: Path, *, evaluation: Path | None = None) -> PushPackage:
@@ -127,9 +172,13 @@ def find_base_card_facts(package: PushPackage, *, online: bool, progress: Progre
 def stage_package(package: PushPackage, *, card: str, staging: Path) -> None:
     """Lay out what goes in the directory `staging`, by links where they can be made."""
     # The client uploads folders; with links the card replaces README.md there and not in the checkpoint.
+    rewritten = package.rewritten()
     for name, source in package.sources().items():
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if name in rewritten:
+            target.write_bytes(rewritten[name])
+            continue
         if source is None:
             target.write_text(card, encoding="utf-8", newline="\n")
             continue
@@ -240,7 +289,8 @@ def push_checkpoint(
     Every file is checked against `abliteration.json` first: its hash; what is left of the direction in each
     edited tensor, reread; and, where the base is a directory that is still there, that nothing else differs. An
     adapter was merged and measured when it was written, so of it the hashes are checked.
-    Nothing else of the directory goes, except `evaluation.json`; the card takes the place of the base model's
+    Nothing else of the directory goes, except `evaluation.json`; of folders of this machine that the JSON files name
+    only the last part goes; the card takes the place of the base model's
     README.md in what is sent, not on disk. Nothing is deleted on the Hub, and the visibility of a repository that
     exists is never changed.
     An interrupted push goes on where it stopped when it is repeated.
@@ -273,9 +323,11 @@ def push_checkpoint(
             raise VerificationError(f"{check.failures[0]} (nothing was sent)")
     facts = find_base_card_facts(package, online=not dry_run, progress=progress)
     title = repo_id.rpartition("/")[2]
-    card = build_model_card(record=package.record.content, evaluation=package.evaluation, facts=facts, title=title)
+    told, measured = _without_folders(package.record.content), _without_folders(package.evaluation)
+    card = build_model_card(record=told, evaluation=measured, facts=facts, title=title)
+    texts = {CARD_NAME: card.encode(), **package.rewritten()}
     files = tuple(
-        PushFile(path=path, bytes=source.stat().st_size if source else len(card.encode()))
+        PushFile(path=path, bytes=len(texts[path]) if source is None or path in texts else source.stat().st_size)
         for path, source in sorted(package.sources().items())
     )
     report = PushReport(
@@ -350,6 +402,7 @@ def _check_arrival(report: PushReport, commit: str, *, package: PushPackage) -> 
     repo_id, files = report.repo_id, report.files
     remote = list_remote_files(repo_id, revision=commit)
     hashes = {path: file.sha256 for path, file in package.record.files.items() if path != CARD_NAME}
+    hashes |= {path: hashlib.sha256(content).hexdigest() for path, content in package.rewritten().items()}
     for file in files:
         there = remote.get(file.path)
         if there is None:
