@@ -68,7 +68,7 @@ def test_where_all_points_leave_too_many_refusals_harder_ones_are_tried(
     monkeypatch.setattr(run, "PRESSURES", (1e-6,))
     report = refine_edit(model=model.chat, direction=direction, **files, options=OPTIONS).report
     assert [point.pressure for point in report.frontier] == [3.0, 1.0, 1e-6]
-    assert report.frontier[-1].share_unanswered > OPTIONS.max_refusals
+    assert report.frontier[-1].share_unanswered > run.MAX_REFUSALS["remove"]
     assert report.chosen.unanswered == 0
 
 

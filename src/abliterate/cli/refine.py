@@ -42,7 +42,7 @@ def refine(
     output_file: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help="File of strengths (JSON) to write.")
     ],
-    max_refusals: Annotated[float, option(RefinementOptions, "max_refusals")] = DEFAULTS.max_refusals,
+    max_refusals: Annotated[float | None, option(RefinementOptions, "max_refusals")] = DEFAULTS.max_refusals,
     max_kl: Annotated[float | None, option(RefinementOptions, "max_kl")] = DEFAULTS.max_kl,
     harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
     harmless: HarmlessOption = PROMPT_DEFAULTS.harmless,

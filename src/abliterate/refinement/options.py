@@ -18,7 +18,8 @@ class RefinementOptions:
         seed: Of the draw of prompts.
         steps: Steps of the optimisation for the first point of the frontier; each further one begins at the one before
             and takes half as many.
-        max_refusals: Largest share of the harmful validation prompts that may still be refused.
+        max_refusals: Largest share of the validation prompts that are to be answered which may still be refused; None:
+            0.05, and 0.3 for a direction of false refusals, of which no edit takes as many without true ones.
         max_kl: Largest mean KL over harmless replies in nats a token; None: any. Where nothing within it gets along
             with `max_refusals`, the fewest refusals within it are taken.
         reply_tokens: Length of the replies, in tokens.
@@ -39,14 +40,16 @@ class RefinementOptions:
         ),
     ] = 16
     max_refusals: Annotated[
-        float,
+        float | None,
         Argument(
             flag="--max-refusals",
+            metavar="SHARE",
             minimum=0.0,
             maximum=1.0,
-            help="Largest share of harmful validation prompts that may still be refused.",
+            help="Largest share of the validation prompts that are to be answered which may still be refused. Default: "
+            "0.05; 0.3 for a direction of false refusals.",
         ),
-    ] = 0.05
+    ] = None
     max_kl: Annotated[
         float | None,
         Argument(
@@ -82,9 +85,6 @@ class RefinementOptions:
     def __post_init__(self) -> None:
         if min(self.n_train, self.n_val) < 8 or self.steps < 4 or self.reply_tokens < 4:
             raise InputError("refining takes at least 8 prompts of each kind, 4 steps and replies of 4 tokens")
-        if (
-            not 0 <= self.max_refusals <= 1
-            or not 0 <= self.max_lost <= 1
-            or (self.max_kl is not None and not self.max_kl >= 0)
-        ):
+        given = [share for share in (self.max_refusals, self.max_lost) if share is not None]
+        if not all(0 <= share <= 1 for share in given) or (self.max_kl is not None and not self.max_kl >= 0):
             raise InputError("the largest shares are between 0 and 1, and the largest KL at least 0")

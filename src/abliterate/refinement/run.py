@@ -47,6 +47,7 @@ PRESSURES = (0.3, 0.1, 0.03, 0.01)
 """Weights of the refusal score against the KL, from the strongest: the points of the frontier."""
 HARDER = (3.0, 1.0)
 """What is tried besides where all of these leave too many refusals."""
+MAX_REFUSALS: Mapping[Goal, float] = {"remove": 0.05, "repair": 0.3}
 POSITION = -1
 """Where each layer's own direction is read: at the last token, from which the reply is predicted."""
 
@@ -221,6 +222,13 @@ class _Run:
     progress: ProgressReporter
 
     @property
+    def max_refusals(self) -> float:
+        """Largest share of the prompts that are to be answered which may still be refused."""
+        if self.options.max_refusals is not None:
+            return self.options.max_refusals
+        return MAX_REFUSALS[self.goal]
+
+    @property
     def replies(self) -> ReplyRun:
         """What generates the replies."""
         return ReplyRun(chat=self.chat, ranks=self.ranks, max_new_tokens=self.options.reply_tokens)
@@ -258,7 +266,7 @@ class _Run:
         plain = measure.point(SoftEdit(chat, vector.expand(chat.n_layers, -1)), everywhere, None)
         frontier: list[FrontierPoint] = []
         for pressures in (PRESSURES, HARDER):
-            if any(point.share_unanswered <= options.max_refusals for point in frontier):
+            if any(point.share_unanswered <= self.max_refusals for point in frontier):
                 break
             n_steps = options.steps + (len(pressures) - 1) * (options.steps // 2)
             with self.progress.task("Refining", total=n_steps) as advance:
@@ -271,9 +279,7 @@ class _Run:
             goal=self.goal,
             position=POSITION,
             refusal_tokens=tuple(chat.decode([token], skip_special_tokens=False) for token in token_ids),
-            chosen=choose(
-                frontier, max_refusals=options.max_refusals, max_kl=options.max_kl, max_lost=options.max_lost
-            ),
+            chosen=choose(frontier, max_refusals=self.max_refusals, max_kl=options.max_kl, max_lost=options.max_lost),
             frontier=tuple(frontier),
             plain=plain,
             counts=kept.counts,
