@@ -12,7 +12,8 @@ from tests.support.tiny_models import make_tokenizer, random_direction
 def test_it_says_what_was_written(call_main, tmp_path):
     source, out = write(tmp_path, kind=Q8_0), tmp_path / "out"
     result = call_main("convert", source, out)
-    assert (result.exit_code, result.stderr.strip()) == (0, "")
+    assert result.exit_code == 0
+    assert all(line.startswith("Converting model.gguf") for line in result.stderr.splitlines())
     assert result.stdout.startswith(f"{out}: llama, 0 M parameters in float32, ")
     assert result.stdout.endswith("MB in 1 file of weights; answers end at 2\n")
 

@@ -154,13 +154,17 @@ def test_only_json_is_replaced_by_the_report(
 ) -> None:
     weights = llama_directory / "model.safetensors"
     before = weights.read_bytes()
-    for done in (
-        run("-o", weights),
-        call_main("audit", llama_directory, "-o", weights),
-        call_main("refine", llama_directory, "--direction", "r.safetensors", "-o", weights),
+    for what, done in (
+        ("report of `evaluate`", run("-o", weights)),
+        ("report of `audit`", call_main("audit", llama_directory, "-o", weights)),
+        (
+            "file of strengths",
+            call_main("refine", llama_directory, "--direction", "r.safetensors", "-o", weights),
+        ),
     ):
         assert (done.exit_code, done.stdout) == (1, "")
-        assert done.error_line == f"error: {weights}: is there and is no JSON, so it is not replaced; choose another -o"
+        said = f"error: {weights}: exists and is no {what}, so it is not replaced; choose another -o"
+        assert done.error_line == said
     assert weights.read_bytes() == before
 
 
