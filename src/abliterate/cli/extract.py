@@ -93,7 +93,7 @@ def extract(
 ) -> None:
     """Find the direction in the residual stream that mediates refusal, and write it to a file.
 
-    SPEC is `bundled`, a .txt/.jsonl/.json/.csv/.parquet file, or a Hub dataset ID[@rev][:split[:column]].
+    SPEC is `bundled`, a .txt/.jsonl/.json/.csv/.parquet file, or a Hub dataset ID or ID@rev, with [:split[:column]].
     When no candidate passes the selection, the nearest ones are shown and the exit code is 3.
 
     Short replies show which prompts the model refuses. Where the paper's rule (a refusal token is more likely than not
