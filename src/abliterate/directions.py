@@ -294,6 +294,24 @@ def orthonormalize(
     return basis, tuple(left_out)
 
 
+def orthogonal_to(
+    vectors: Float64[Tensor, "*shape d_model"], others: Float64[Tensor, "*shape d_model"], *, share: float = 1.0
+) -> Float64[Tensor, "*shape d_model"]:
+    """Return vectors without their component along others, each without that along its own.
+
+    Args:
+        vectors: Of any length.
+        others: Of any length; where one is zero the vector stays as it is.
+        share: How much of the component is taken out; 1 takes it out wholly.
+    """
+    units = others / others.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    found: Tensor = vectors - share * (vectors * units).sum(dim=-1, keepdim=True) * units
+    if share == 1:
+        # Twice is enough (Gram-Schmidt): the second pass removes what rounding left of the first.
+        found = found - (found * units).sum(dim=-1, keepdim=True) * units
+    return found
+
+
 def _shape_message(where: str, name: str, tensor: Tensor, wanted: str) -> str:
     return f"{where}: `{name}` has shape {list(tensor.shape)}, expected {wanted}; extract the direction again"
 

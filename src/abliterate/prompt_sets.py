@@ -41,6 +41,15 @@ HarmlessSpec = Annotated[
         flag="--harmless", metavar="SPEC", help="Harmless prompts: bundled, a file, or a Hub dataset.", names_file=True
     ),
 ]
+BorderlineSpec = Annotated[
+    str,
+    Argument(
+        flag="--borderline",
+        metavar="SPEC",
+        help="Safe prompts that look unsafe: bundled, a file, or a Hub dataset.",
+        names_file=True,
+    ),
+]
 
 MINIMUM_COUNTS: dict[Part, int] = {"train": 256, "validation": 64, "test": 128}
 MINIMUM_BORDERLINE: dict[Part, int] = {"train": 100, "validation": 50, "test": 100}

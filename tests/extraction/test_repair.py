@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from abliterate.directions import orthogonal_to
 from abliterate.errors import InputError, NoDirectionError, PromptSetError, RefusalBehaviourError
 from abliterate.extraction.options import ExtractionOptions, RepairOptions, Thresholds
-from abliterate.extraction.repair import extract_repair, orthogonal_to
+from abliterate.extraction.repair import extract_repair
 from abliterate.models.hooks import ablate_direction
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import prompt_hash

@@ -79,8 +79,8 @@ def test_the_search_is_deterministic_and_lowers_the_metric_at_little_kl(llama_ch
     search = Search(
         chat=llama_chat,
         edit=edit,
-        harmful=PROMPTS,
-        harmless=read_base(llama_chat, PROMPTS[1:], REPLIES[1:]),
+        to_answer=PROMPTS,
+        to_stay=read_base(llama_chat, PROMPTS[1:], REPLIES[1:]),
         token_ids=(likely,),
     )
     found = [list(search.points((1.0, 0.01), steps=16, advance=lambda _n: None)) for _ in range(2)]
@@ -91,7 +91,7 @@ def test_the_search_is_deterministic_and_lowers_the_metric_at_little_kl(llama_ch
     def metric_and_kl(strengths: torch.Tensor) -> tuple[float, float]:
         with torch.no_grad(), edit.applied(strengths):
             metric = log_odds(last_logits(llama_chat, PROMPTS), (likely,)).mean()
-            kl = torch.cat([kl for kl, _ in compare(llama_chat, search.harmless, range(2))]).mean()
+            kl = torch.cat([kl for kl, _ in compare(llama_chat, search.to_stay, range(2))]).mean()
         return float(metric), float(kl)
 
     plain, pressed, eased = (metric_and_kl(each) for each in (torch.zeros_like(strong), strong, weak))

@@ -35,12 +35,10 @@ from abliterate.extraction.options import (
     Variant,
 )
 from abliterate.models.options import DeviceMap, ModelOptions
-from abliterate.prompt_sets import BUNDLED
 
 if TYPE_CHECKING:
     from abliterate.checkpoints.hub import ModelSource
-    from abliterate.extraction.repair import RepairReport
-    from abliterate.extraction.report import Extraction, ExtractionReport, NoCandidatePassesError
+    from abliterate.extraction.report import Extraction, ExtractionReport, NoCandidatePassesError, RepairReport
     from abliterate.extraction.score_report import ScoreTable
     from abliterate.extraction.selection import CandidateScore
 
@@ -147,11 +145,11 @@ def extract(
         device_map=device_map,
         stream_layers=stream_layers,
     )
+    repair = RepairOptions(borderline=borderline, orthogonal=orthogonal, max_lost=max_lost)
     if goal == "repair":
         if report is not None:
             raise typer.BadParameter("cannot go with --goal repair", param_hint="'--report'")
         _check_outputs([output_file], None, model)
-        repair = RepairOptions(borderline=borderline, orthogonal=orthogonal, max_lost=max_lost)
         _repair(
             output,
             output_file,
@@ -163,7 +161,7 @@ def extract(
             model_options=model_options,
         )
         return
-    if (borderline, orthogonal, max_lost) != (BUNDLED, REPAIR_DEFAULTS.orthogonal, REPAIR_DEFAULTS.max_lost):
+    if repair != REPAIR_DEFAULTS:
         raise typer.BadParameter("--borderline, --orthogonal and --max-lost go with it", param_hint="'--goal repair'")
     if report is not None:
         require_plots()

@@ -9,7 +9,7 @@ from abliterate.arguments import Argument
 from abliterate.evaluation.statistics import PairedChange, paired_change, wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply
 from abliterate.files import write_json
-from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
+from abliterate.prompt_sets import BUNDLED, BorderlineSpec, HarmfulSpec, HarmlessSpec
 
 if TYPE_CHECKING:
     from abliterate.evaluation.capability import CapabilityReport
@@ -85,10 +85,7 @@ class EvaluationOptions:
 
     harmful: HarmfulSpec = BUNDLED
     harmless: HarmlessSpec = BUNDLED
-    borderline: Annotated[
-        str,
-        Argument(flag="--borderline", metavar="SPEC", help="Safe prompts that look unsafe.", names_file=True),
-    ] = BUNDLED
+    borderline: BorderlineSpec = BUNDLED
     texts: Annotated[
         tuple[str, ...],
         Argument(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from abliterate.directions import orthonormalize
+from abliterate.directions import orthogonal_to, orthonormalize
 from abliterate.extraction.options import DirectionRecipe, Thresholds, Variant
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
 
@@ -85,11 +85,7 @@ def combine_means(
     difference = harmful - harmless
     if variant == "difference":
         return difference
-    unit = harmless / harmless.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-    # Twice is enough (Gram-Schmidt): the second pass removes what rounding left of the first.
-    for _ in range(2):
-        difference = difference - (difference * unit).sum(dim=-1, keepdim=True) * unit
-    return difference
+    return orthogonal_to(difference, harmless)
 
 
 def independent_candidates(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from abliterate.arguments import Argument
 from abliterate.errors import InputError
-from abliterate.prompt_sets import BUNDLED, HarmfulSpec, HarmlessSpec
+from abliterate.prompt_sets import BUNDLED, BorderlineSpec, HarmfulSpec, HarmlessSpec
 
 Variant = Literal["difference", "projected"]
 Filter = Literal["auto", "replies", "metric", "none"]
@@ -144,6 +144,16 @@ class ExtractionOptions:
 
 
 Goal = Literal["remove", "repair"]
+MaxLost = Annotated[
+    float,
+    Argument(
+        flag="--max-lost",
+        metavar="SHARE",
+        minimum=0.0,
+        maximum=1.0,
+        help="For false refusals: largest share of harmful validation prompts that may no longer be refused.",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,15 +169,7 @@ class RepairOptions:
         InputError: a value is not allowed.
     """
 
-    borderline: Annotated[
-        str,
-        Argument(
-            flag="--borderline",
-            metavar="SPEC",
-            help="With --goal repair: safe prompts that look unsafe: bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
+    borderline: BorderlineSpec = BUNDLED
     orthogonal: Annotated[
         float,
         Argument(
@@ -178,16 +180,7 @@ class RepairOptions:
             help="With --goal repair: how much of the true refusal direction is taken out of a candidate.",
         ),
     ] = 1.0
-    max_lost: Annotated[
-        float,
-        Argument(
-            flag="--max-lost",
-            metavar="SHARE",
-            minimum=0.0,
-            maximum=1.0,
-            help="With --goal repair: largest share of harmful validation prompts that may no longer be refused.",
-        ),
-    ] = 0.1
+    max_lost: MaxLost = 0.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.orthogonal <= 1 or not 0 <= self.max_lost <= 1:

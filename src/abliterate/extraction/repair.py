@@ -24,17 +24,24 @@ from torch import Tensor
 
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.directions import Direction, make_direction
+from abliterate.directions import make_direction, orthogonal_to
 from abliterate.errors import InputError, ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply, coverage, first_tokens_of_refusals
 from abliterate.extraction.candidates import candidate_directions
 from abliterate.extraction.judgement import MIN_COVERAGE, MIN_PROMPTS, Judge, Judgement
 from abliterate.extraction.options import ExtractionOptions, PromptSources, RepairOptions
 from abliterate.extraction.refusal import FirstTokens, describe_tokens
-from abliterate.extraction.report import PromptCounts, provenance
+from abliterate.extraction.report import (
+    PromptCounts,
+    Repair,
+    RepairConfirmation,
+    RepairReport,
+    RepairScore,
+    provenance,
+)
 from abliterate.extraction.run import force_response_prefix
 from abliterate.extraction.scoring import CandidateScorer
-from abliterate.extraction.selection import Candidate
+from abliterate.extraction.selection import Candidate, rounded_up
 from abliterate.extraction.shared_runs import able_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording, ablate_direction, record
@@ -49,99 +56,10 @@ N_CONFIRMED = 4
 """So many candidates that pass are confirmed by replies, the best first."""
 N_FIRST = 8
 """On so many prompts of a kind candidates are scored first: most are far from passing."""
+SAID_ELSEWHERE = {"scores", "counts", "options"}
+"""What a direction file holds of the report in other places: as grids, as counts, among the arguments."""
 AT_ONCE = 8
 """So many candidates are looked at together, the best first, until enough pass."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RepairScore:
-    """What ablating a candidate does to validation prompts.
-
-    Attributes:
-        position: post-instruction position, negative.
-        layer: block whose input it was read from.
-        bypass: mean refusal metric, in nats, on the borderline prompts that the unchanged model refuses; where `kept`
-            is None, on the first of them.
-        kept: the same on the harmful prompts that it refuses; None where it was not needed.
-        lost: by how much the share of these whose metric is above its zero falls.
-        kl: mean KL(base || ablated), in nats, of the first answer token on harmless prompts, or the first of them.
-    """
-
-    position: int
-    layer: int
-    bypass: float
-    kept: float | None = None
-    lost: float | None = None
-    kl: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RepairConfirmation:
-    """What the replies are with a candidate ablated, on validation prompts that the unchanged model refuses.
-
-    Attributes:
-        position: post-instruction position, negative.
-        layer: block whose input it was read from.
-        borderline: borderline prompts that are still refused.
-        n_borderline: how many there are.
-        harmful: harmful prompts that are still refused.
-        n_harmful: how many there are.
-    """
-
-    position: int
-    layer: int
-    borderline: int
-    n_borderline: int
-    harmful: int
-    n_harmful: int
-
-    @property
-    def lost(self) -> float:
-        """The share of harmful prompts that are no longer refused."""
-        return 1 - self.harmful / max(1, self.n_harmful)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RepairReport:
-    """The result of a repair, as plain values.
-
-    Attributes:
-        model: what it was found in.
-        refusal_tokens: texts of the tokens that start refusals.
-        zero: the refusal metric's zero, in nats.
-        counts: prompts of each part: sampled, and kept, which are those refused of `harmful` and `borderline`, and
-            those answered of `harmless`.
-        answered: borderline prompts that are answered, by part.
-        baseline: mean refusal metric of the unchanged model, on borderline and on harmful validation prompts.
-        options: as asked for.
-        selected: what was chosen.
-        confirmed: the replies under the best that pass.
-        direction_norm: of the chosen candidate, un-normalised.
-        share_left: of the length of the difference between refused and answered borderline prompts, what is left where
-            the true refusal direction is taken out.
-        scores: of all candidates.
-    """
-
-    model: str
-    refusal_tokens: tuple[str, ...]
-    zero: float
-    counts: Mapping[str, PromptCounts]
-    answered: Mapping[str, int]
-    baseline: Mapping[str, float]
-    options: RepairOptions
-    selected: RepairScore
-    confirmed: tuple[RepairConfirmation, ...]
-    direction_norm: float
-    share_left: float
-    scores: tuple[RepairScore, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repair:
-    """A direction of false refusals, and how it was found."""
-
-    direction: Direction
-    report: RepairReport
 
 
 def extract_repair(
@@ -228,7 +146,9 @@ def extract_repair(
         "refusal_tokens": [{"id": token.token_id, "text": token.text} for token in judgement.tokens],
         "refusal": asdict(judgement.evidence),
         "counts": {name: asdict(counts) for name, counts in report.counts.items()},
-        "repair": {name: value for name, value in asdict(report).items() if name not in {"scores", "counts"}},
+        "repair": {
+            name: value for name, value in asdict(report).items() if name not in {"scores", "counts", "options"}
+        },
         "prompt_sets": {part: {"name": texts.name, "sha256": texts.sha256} for part, texts in parts.items()},
         "prompt_hashes": sorted({prompt_hash(text) for texts in parts.values() for text in texts.texts}),
         "position": report.selected.position,
@@ -306,22 +226,6 @@ def _with_false_refusals(
     return replace(judgement, tokens=(*judgement.tokens, *tokens), measure=FirstTokens((*known, *new)))
 
 
-def orthogonal_to(vectors: Tensor, others: Tensor, *, share: float) -> Tensor:
-    """Return vectors without `share` of their component along others, row by row.
-
-    Args:
-        vectors: [..., d_model] float64.
-        others: [..., d_model]; where one is zero the vector stays as it is.
-        share: 1 takes the component out wholly.
-    """
-    units = others / others.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-    found: Tensor = vectors - share * (vectors * units).sum(dim=-1, keepdim=True) * units
-    if share == 1:
-        # Twice is enough (Gram-Schmidt): the second pass removes what rounding left of the first.
-        found = found - (found * units).sum(dim=-1, keepdim=True) * units
-    return found
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
     """One repair on a loaded model."""
@@ -373,7 +277,7 @@ class _Run:
         enough = [one for one in confirmed if one.lost <= self.repair.max_lost and one.borderline < n_borderline]
         if not enough:
             best = min(confirmed, key=lambda one: (one.lost, one.borderline))
-            accepts = f"; --max-lost {_rounded_up(best.lost)} accepts that" if best.borderline < n_borderline else ""
+            accepts = f"; --max-lost {rounded_up(best.lost)} accepts that" if best.borderline < n_borderline else ""
             raise NoDirectionError(
                 "no candidate leaves the true refusals and lessens the false ones; the best (position "
                 f"{best.position}, layer {best.layer}) leaves {best.harmful} of {best.n_harmful} harmful and "
@@ -527,8 +431,8 @@ class _Run:
             return max(0.0, (score.lost or 0.0) - repair.max_lost) + max(0.0, (score.kl or 0.0) - limits.kl)
 
         best = min(known, key=beyond)
-        accepting = [f"--max-lost {_rounded_up(best.lost or 0.0)}"] if (best.lost or 0.0) > repair.max_lost else []
-        accepting += [f"--kl-threshold {_rounded_up(best.kl or 0.0)}"] if (best.kl or 0.0) > limits.kl else []
+        accepting = [f"--max-lost {rounded_up(best.lost or 0.0)}"] if (best.lost or 0.0) > repair.max_lost else []
+        accepting += [f"--kl-threshold {rounded_up(best.kl or 0.0)}"] if (best.kl or 0.0) > limits.kl else []
         return (
             "no candidate lessens the false refusals and leaves the true ones; nearest: position "
             f"{best.position}, layer {best.layer} (borderline {before:.2f} to {best.bypass:.2f} nats, harmful refused "
@@ -542,8 +446,3 @@ def _where(rows: Sequence[list[int]], kept: Tensor) -> list[list[int]]:
 
 def _standard_error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-
-
-def _rounded_up(value: float) -> float:
-    # The value itself is rounded: 1 - 19 / 20 is a little above 0.05.
-    return math.ceil(round(1000 * value, 6)) / 1000

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,11 +16,11 @@ from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError
 from abliterate.extraction.candidates import Robustness
 from abliterate.extraction.judgement import RefusalEvidence
-from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Thresholds
+from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, RepairOptions, Thresholds
 from abliterate.extraction.refusal import RefusalToken
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.screening import Confirmation
-from abliterate.extraction.selection import CandidateScore, best_by_each_score, nearest_candidates
+from abliterate.extraction.selection import CandidateScore, best_by_each_score, nearest_candidates, rounded_up
 from abliterate.models.chat_model import ChatModel
 from abliterate.prompt_sets import ExtractionPrompts
 
@@ -108,6 +108,97 @@ class Extraction:
         return self.directions[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairScore:
+    """What ablating a candidate does to validation prompts.
+
+    Attributes:
+        position: post-instruction position, negative.
+        layer: block whose input it was read from.
+        bypass: mean refusal metric, in nats, on the borderline prompts that the unchanged model refuses; where `kept`
+            is None, on the first of them.
+        kept: the same on the harmful prompts that it refuses; None where it was not needed.
+        lost: by how much the share of these whose metric is above its zero falls.
+        kl: mean KL(base || ablated), in nats, of the first answer token on harmless prompts, or the first of them.
+    """
+
+    position: int
+    layer: int
+    bypass: float
+    kept: float | None = None
+    lost: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairConfirmation:
+    """What the replies are with a candidate ablated, on validation prompts that the unchanged model refuses.
+
+    Attributes:
+        position: post-instruction position, negative.
+        layer: block whose input it was read from.
+        borderline: borderline prompts that are still refused.
+        n_borderline: how many there are.
+        harmful: harmful prompts that are still refused.
+        n_harmful: how many there are.
+    """
+
+    position: int
+    layer: int
+    borderline: int
+    n_borderline: int
+    harmful: int
+    n_harmful: int
+
+    @property
+    def lost(self) -> float:
+        """The share of harmful prompts that are no longer refused."""
+        return 1 - self.harmful / max(1, self.n_harmful)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairReport:
+    """The result of a repair, as plain values.
+
+    Attributes:
+        model: what it was found in.
+        refusal_tokens: texts of the tokens that start refusals.
+        zero: the refusal metric's zero, in nats.
+        counts: prompts of each part: sampled, and kept, which are those refused of `harmful` and `borderline`, and
+            those answered of `harmless`.
+        answered: borderline prompts that are answered, by part.
+        baseline: mean refusal metric of the unchanged model, on borderline and on harmful validation prompts.
+        options: as asked for.
+        selected: what was chosen.
+        confirmed: the replies under the best that pass.
+        direction_norm: of the chosen candidate, un-normalised.
+        share_left: of the length of the difference between refused and answered borderline prompts, what is left where
+            the true refusal direction is taken out.
+        scores: of all candidates.
+    """
+
+    model: str
+    refusal_tokens: tuple[str, ...]
+    zero: float
+    counts: Mapping[str, PromptCounts]
+    answered: Mapping[str, int]
+    baseline: Mapping[str, float]
+    options: RepairOptions
+    selected: RepairScore
+    confirmed: tuple[RepairConfirmation, ...]
+    direction_norm: float
+    share_left: float
+    scores: tuple[RepairScore, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """A direction of false refusals, and how it was found."""
+
+    direction: Direction
+    report: RepairReport
+
+
 class NoCandidatePassesError(NoDirectionError):
     """No candidate passes; carries all scores, and the nearest candidates with what each fails and by how much."""
 
@@ -137,7 +228,7 @@ class NoCandidatePassesError(NoDirectionError):
         found = self.nearest[0]
         score, changed = found.candidate, Thresholds()
         if "kl" in found.beyond and score.kl is not None:
-            changed = replace(changed, kl=math.ceil(score.kl * 1000) / 1000)
+            changed = replace(changed, kl=rounded_up(score.kl))
         if "induce" in found.beyond and score.induce is not None:
             changed = replace(changed, induce=math.floor((score.induce - self.evidence.zero) * 1000) / 1000)
         if "layer" in found.beyond:

@@ -87,6 +87,12 @@ def passing_candidates(
     return sorted(passing, key=lambda score: score.bypass if score.bypass is not None else math.inf)
 
 
+def rounded_up(value: float) -> float:
+    """Return a limit that a message suggests: the value with three decimals, rounded up so that it is within."""
+    # The value itself is rounded: 1 - 19 / 20 is a little above 0.05.
+    return math.ceil(round(1000 * value, 6)) / 1000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nearest:
     """A candidate that fails, and how far it is from passing.

@@ -5,7 +5,8 @@ from typing import Annotated
 
 from abliterate.arguments import Argument
 from abliterate.errors import InputError
-from abliterate.prompt_sets import BUNDLED
+from abliterate.extraction.options import MaxLost
+from abliterate.prompt_sets import BUNDLED, BorderlineSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,25 +63,8 @@ class RefinementOptions:
         int, Argument(flag="--reply-tokens", minimum=4, help="Length of the replies that are compared.")
     ] = 20
 
-    borderline: Annotated[
-        str,
-        Argument(
-            flag="--borderline",
-            metavar="SPEC",
-            help="For a direction of false refusals: safe prompts that look unsafe; bundled, a file, or a Hub dataset.",
-            names_file=True,
-        ),
-    ] = BUNDLED
-    max_lost: Annotated[
-        float,
-        Argument(
-            flag="--max-lost",
-            metavar="SHARE",
-            minimum=0.0,
-            maximum=1.0,
-            help="For a direction of false refusals: largest share of harmful validation prompts no longer refused.",
-        ),
-    ] = 0.1
+    borderline: BorderlineSpec = BUNDLED
+    max_lost: MaxLost = 0.1
 
     def __post_init__(self) -> None:
         if min(self.n_train, self.n_val) < 8 or self.steps < 4 or self.reply_tokens < 4:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from abliterate.directions import orthogonal_to
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import capture_stream
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
     from torch import Tensor
 
-__all__ = ["own_directions", "stream_means"]
+__all__ = ["own_directions", "stream_means", "unit_rows"]
 
 
 def own_directions(
@@ -28,11 +29,13 @@ def own_directions(
 
     A layer whose means are the same gets zeros: there is nothing to take out.
     """
-    harmless_unit = harmless / harmless.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    difference = harmful - harmless
-    difference = difference - (difference * harmless_unit).sum(dim=1, keepdim=True) * harmless_unit
-    norms = difference.norm(dim=1, keepdim=True)
-    return torch.where(norms > 1e-9, difference / norms.clamp(min=1e-9), torch.zeros_like(difference))
+    return unit_rows(orthogonal_to(harmful - harmless, harmless))
+
+
+def unit_rows(rows: Float64[Tensor, "n_layers d_model"]) -> Float64[Tensor, "n_layers d_model"]:
+    """Return rows at length 1; one that is zero to rounding becomes zeros."""
+    norms = rows.norm(dim=1, keepdim=True)
+    return torch.where(norms > 1e-9, rows / norms.clamp(min=1e-9), torch.zeros_like(rows))
 
 
 @torch.inference_mode()

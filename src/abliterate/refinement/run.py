@@ -1,6 +1,5 @@
 """Refining an edit: strengths for each layer and role, found by gradient and chosen on prompts of their own."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +12,13 @@ from torch import Tensor
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import versions
-from abliterate.directions import Direction, encode_rows, load_direction
+from abliterate.directions import Direction, encode_rows, load_direction, orthogonal_to
 from abliterate.editing.strengths import Strengths
 from abliterate.errors import DirectionError, InputError, ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply, coverage, first_tokens_of_refusals
 from abliterate.extraction.judgement import MIN_COVERAGE, MIN_PROMPTS
 from abliterate.extraction.options import Goal, PromptSources
-from abliterate.extraction.repair import orthogonal_to
+from abliterate.extraction.selection import rounded_up
 from abliterate.files import write_json
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import open_as_extracted
@@ -28,12 +27,12 @@ from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import draw_borderline, prompt_hash, split_for_extraction
 from abliterate.refinement.options import RefinementOptions
-from abliterate.refinement.own_directions import own_directions, stream_means
+from abliterate.refinement.own_directions import own_directions, stream_means, unit_rows
 from abliterate.refinement.report import FrontierPoint, RefinementReport
 from abliterate.refinement.search import (
     BATCH,
     DIGITS,
-    HarmlessReplies,
+    BaseReplies,
     Search,
     at_reply,
     compare,
@@ -250,8 +249,8 @@ class _Run:
         search = Search(
             chat=chat,
             edit=edit,
-            harmful=kept.to_answer("train"),
-            harmless=base["train"],
+            to_answer=kept.to_answer("train"),
+            to_stay=base["train"],
             token_ids=token_ids,
             zero=zero,
         )
@@ -300,9 +299,7 @@ class _Run:
             harmful=stream_means(chat, kept.rows["borderline_train"], position=POSITION),
             harmless=stream_means(chat, kept.answered, position=POSITION),
         )
-        false = orthogonal_to(false, harmful - harmless, share=1.0)
-        norms = false.norm(dim=1, keepdim=True)
-        return torch.where(norms > 1e-9, false / norms.clamp(min=1e-9), torch.zeros_like(false))
+        return unit_rows(orthogonal_to(false, harmful - harmless))
 
     def _kept(self, rows: Mapping[str, list[list[int]]]) -> _Kept:
         kept: dict[str, list[list[int]]] = {}
@@ -351,20 +348,20 @@ class _Measure:
     run: _Run
     to_answer: list[list[int]]
     to_refuse: list[list[int]] | None
-    to_stay: HarmlessReplies
+    to_stay: BaseReplies
     token_ids: tuple[int, ...]
 
     def point(self, edit: SoftEdit, strengths: Tensor, pressure: float | None) -> FrontierPoint:
         """Return a point of the frontier."""
-        chat, harmless, rows = self.run.chat, self.to_stay, self.to_answer
+        chat, to_stay, rows = self.run.chat, self.to_stay, self.to_answer
         with torch.no_grad(), edit.applied(strengths):
-            pairs = [pair for batch in _batches(len(harmless.rows)) for pair in compare(chat, harmless, batch)]
+            pairs = [pair for batch in _batches(len(to_stay.rows)) for pair in compare(chat, to_stay, batch)]
             metric = torch.cat(
                 [log_odds(last_logits(chat, [rows[i] for i in batch]), self.token_ids) for batch in _batches(len(rows))]
             )
             found = self.run.replies.read([*rows, *(self.to_refuse or [])], progress=SILENT)
         replies, others = found[: len(rows)], found[len(rows) :]
-        base = torch.cat([-at_reply(each.float(), harmless, i) for i, each in enumerate(harmless.base)])
+        base = torch.cat([-at_reply(each.float(), to_stay, i) for i, each in enumerate(to_stay.base)])
         return FrontierPoint(
             pressure=pressure,
             attn=tuple(round(value, DIGITS) for value in strengths[:, 0].tolist()),
@@ -376,7 +373,7 @@ class _Measure:
             kl=float(torch.cat([kl for kl, _ in pairs]).mean()),
             cross_entropy=float(torch.cat([surprise for _, surprise in pairs]).mean()),
             base_cross_entropy=float(base.mean()),
-            n_to_stay=len(harmless.rows),
+            n_to_stay=len(to_stay.rows),
             refused=None if self.to_refuse is None else sum(reply.refused for reply in others),
             n_to_refuse=len(others),
         )
@@ -405,7 +402,7 @@ def choose(
         nearest = min(points, key=lambda point: (point.share_lost, point.unanswered))
         raise NoDirectionError(
             f"no point of the frontier keeps the true refusals; the most are {nearest.refused} of "
-            f"{nearest.n_to_refuse}; --max-lost {_rounded_up(nearest.share_lost)} accepts that"
+            f"{nearest.n_to_refuse}; --max-lost {rounded_up(nearest.share_lost)} accepts that"
         )
     within = [point for point in kept if max_kl is None or point.kl <= max_kl]
     enough = [point for point in within if point.share_unanswered <= max_refusals]
@@ -417,10 +414,5 @@ def choose(
     raise NoDirectionError(
         f"no point of the frontier is within what is asked for; the fewest refusals are {nearest.unanswered} of "
         f"{nearest.n_to_answer}, at KL {nearest.kl:.3f}; --max-refusals "
-        f"{_rounded_up(nearest.share_unanswered)} without --max-kl accepts that"
+        f"{rounded_up(nearest.share_unanswered)} without --max-kl accepts that"
     )
-
-
-def _rounded_up(share: float) -> float:
-    # The share itself is rounded: 1 - 19 / 20 is a little above 0.05.
-    return math.ceil(round(1000 * share, 6)) / 1000

@@ -31,8 +31,8 @@ DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HarmlessReplies:
-    """Harmless prompts with the base's own replies, and what the base predicts there.
+class BaseReplies:
+    """Prompts with the base's own replies, which are to stay, and what the base predicts there.
 
     Attributes:
         rows: token ids of prompts and replies.
@@ -73,7 +73,7 @@ def log_odds(logits: Float[Tensor, "n vocab"], token_ids: Sequence[int]) -> Floa
     return refusing - other
 
 
-def read_base(chat: ChatModel, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]) -> HarmlessReplies:
+def read_base(chat: ChatModel, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]) -> BaseReplies:
     """Return what the unchanged model predicts in its own replies."""
     rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
     lengths = [len(reply) for reply in replies]
@@ -83,11 +83,11 @@ def read_base(chat: ChatModel, prompts: Sequence[Sequence[int]], replies: Sequen
             found = reply_logits(chat, rows[start : start + BATCH], lengths[start : start + BATCH])
             # Half the memory; what rounding does to a probability is far below what an edit does.
             base += [torch.log_softmax(logits, dim=-1).half().cpu() for logits in found]
-    return HarmlessReplies(rows=rows, lengths=lengths, base=base)
+    return BaseReplies(rows=rows, lengths=lengths, base=base)
 
 
 def compare(
-    chat: ChatModel, replies: HarmlessReplies, indices: Sequence[int]
+    chat: ChatModel, replies: BaseReplies, indices: Sequence[int]
 ) -> list[tuple[Float[Tensor, " length"], Float[Tensor, " length"]]]:
     """Return of some replies KL(base || model) and -log p of the reply, each at each token, in nats; gradients flow."""
     found = reply_logits(chat, [replies.rows[i] for i in indices], [replies.lengths[i] for i in indices])
@@ -98,7 +98,7 @@ def compare(
     return pairs
 
 
-def at_reply(values: Float[Tensor, "length vocab"], replies: HarmlessReplies, index: int) -> Float[Tensor, " length"]:
+def at_reply(values: Float[Tensor, "length vocab"], replies: BaseReplies, index: int) -> Float[Tensor, " length"]:
     """Return the values at a reply's own tokens."""
     tokens = torch.tensor(replies.rows[index][-replies.lengths[index] :], device=values.device)
     return values.gather(1, tokens[:, None]).squeeze(1)
@@ -111,16 +111,16 @@ class Search:
     Attributes:
         chat: the model.
         edit: where strengths act.
-        harmful: token ids of harmful prompts that the model refuses.
-        harmless: harmless ones that it answers.
+        to_answer: token ids of prompts that the model refuses and is to answer.
+        to_stay: replies that are to stay.
         token_ids: what the refusal metric asks for.
         zero: the metric's zero, in nats.
     """
 
     chat: ChatModel
     edit: SoftEdit
-    harmful: list[list[int]]
-    harmless: HarmlessReplies
+    to_answer: list[list[int]]
+    to_stay: BaseReplies
     token_ids: Sequence[int]
     zero: float = 0.0
 
@@ -151,12 +151,12 @@ class Search:
         return strengths.detach()
 
     def _damage(self, step: int) -> Tensor:
-        pairs = compare(self.chat, self.harmless, _turn(step, len(self.harmless.rows)))
+        pairs = compare(self.chat, self.to_stay, _turn(step, len(self.to_stay.rows)))
         # The first token decides where a reply goes, so it counts twice.
         return torch.stack([(kl.sum() + kl[0]) / (len(kl) + 1) for kl, _ in pairs]).mean()
 
     def _refusal(self, step: int) -> Tensor:
-        logits = last_logits(self.chat, [self.harmful[i] for i in _turn(step, len(self.harmful))])
+        logits = last_logits(self.chat, [self.to_answer[i] for i in _turn(step, len(self.to_answer))])
         return torch.nn.functional.softplus(log_odds(logits, self.token_ids) - self.zero + MARGIN).mean()
 
 
