@@ -19,7 +19,7 @@ from abliterate.evaluation.audit_report import AuditOptions
 from abliterate.evaluation.auditing import audit_model
 from abliterate.models.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
 from abliterate.models.options import ModelOptions
-from abliterate.reports.audit_page import write_audit_page
+from abliterate.release.audit_page import write_audit_page
 
 N_TEST = 64
 REPOSITORY = Path(__file__).parents[2]

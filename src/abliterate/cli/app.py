@@ -14,16 +14,15 @@ from typer.exceptions import TyperException
 
 from abliterate._version import __version__
 from abliterate.cli.audit import audit
+from abliterate.cli.bundled import demo, prompts
 from abliterate.cli.chat import chat
 from abliterate.cli.convert import convert
-from abliterate.cli.demo import demo
 from abliterate.cli.evaluate import evaluate
 from abliterate.cli.extract import extract
 from abliterate.cli.options import expand_home
 from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.cli.output import accept_any_text
 from abliterate.cli.plan import plan
-from abliterate.cli.prompts import prompts
 from abliterate.cli.push import push
 from abliterate.cli.refine import refine
 from abliterate.cli.revert import revert

@@ -85,7 +85,7 @@ def audit(
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.evaluation.auditing import audit_model
-    from abliterate.reports.audit_page import write_audit_page
+    from abliterate.release.audit_page import write_audit_page
 
     output = Output.of(context, json_output=json_output)
     check_outputs(

@@ -84,7 +84,7 @@ def evaluate(
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.evaluation.run import evaluate_model
-    from abliterate.reports.evaluation_page import write_evaluation_page
+    from abliterate.release.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
     if report_completions and (report_directory is None or save_completions is None):

@@ -118,7 +118,7 @@ def extract(
     from abliterate.extraction.run import extract_direction
     from abliterate.extraction.score_report import require_plots, write_score_report
     from abliterate.processes import in_first_process
-    from abliterate.reports.extraction_page import write_extraction_page
+    from abliterate.release.extraction_page import write_extraction_page
 
     if stream_layers and device_map:
         raise typer.BadParameter("cannot go with --stream-layers", param_hint="'--device-map'")

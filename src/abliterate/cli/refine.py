@@ -76,7 +76,7 @@ def refine(
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.refinement.run import refine_edit
-    from abliterate.reports.refinement_page import write_refinement_page
+    from abliterate.release.refinement_page import write_refinement_page
 
     check_outputs(OutputFile(path=output_file, what="file of strengths", is_own=holds_json("strengths")), report=report)
     output = Output.of(context, json_output=json_output)

@@ -1,1 +1,1 @@
-"""What is done with an edited checkpoint: it is proved, published, undone."""
+"""What leaves the house: pages that show a result, an edited checkpoint proved, published, undone."""

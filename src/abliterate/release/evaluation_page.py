@@ -6,8 +6,8 @@ from pathlib import Path
 from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.evaluation.judges import JudgedRate
 from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
-from abliterate.reports.charts import Interval, Part, interval_chart, share_chart
-from abliterate.reports.page import (
+from abliterate.release.charts import Interval, Part, interval_chart, share_chart
+from abliterate.release.page import (
     Section,
     commands,
     facts,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from abliterate.evaluation.audit_report import AuditedIntervention, AuditReport
 from abliterate.evaluation.report import RefusalRate
-from abliterate.reports.charts import Interval, interval_chart
-from abliterate.reports.page import (
+from abliterate.release.charts import Interval, interval_chart
+from abliterate.release.page import (
     Section,
     commands,
     facts,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.reports.audit_page import write_audit_page
-from abliterate.reports.charts import Interval, Line, Threshold, interval_chart, line_chart, tick_values
-from abliterate.reports.evaluation_page import write_evaluation_page
-from abliterate.reports.extraction_page import write_extraction_page
-from abliterate.reports.page import Section, build_page, commands, facts, paragraph, quoted, table
+from abliterate.release.audit_page import write_audit_page
+from abliterate.release.charts import Interval, Line, Threshold, interval_chart, line_chart, tick_values
+from abliterate.release.evaluation_page import write_evaluation_page
+from abliterate.release.extraction_page import write_extraction_page
+from abliterate.release.page import Section, build_page, commands, facts, paragraph, quoted, table
 from tests.support.pages import Page, audit_report, evaluation_report, score_table
 
 NASTY = "<script>alert(1)</script>\"'&<img src=http://evil.example/x>"

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abliterate.refinement.report import FrontierPoint, RefinementReport
-from abliterate.reports.charts import Line, Threshold, line_chart
-from abliterate.reports.page import Section, commands, facts, headline, paragraph, table, write_page
+from abliterate.release.charts import Line, Threshold, line_chart
+from abliterate.release.page import Section, commands, facts, headline, paragraph, table, write_page
 
 
 def write_refinement_page(report: RefinementReport, directory: Path, *, command: str) -> Path:

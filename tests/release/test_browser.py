@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.reports.audit_page import write_audit_page
-from abliterate.reports.evaluation_page import write_evaluation_page
-from abliterate.reports.extraction_page import write_extraction_page
+from abliterate.release.audit_page import write_audit_page
+from abliterate.release.evaluation_page import write_evaluation_page
+from abliterate.release.extraction_page import write_extraction_page
 from tests.support.pages import audit_report, evaluation_report, score_table
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")

@@ -7,8 +7,8 @@ from abliterate.extraction.judgement import RefusalEvidence
 from abliterate.extraction.report import ExtractionReport
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.selection import CandidateScore, failed_thresholds, nearest_candidates
-from abliterate.reports.charts import Line, Threshold, line_chart
-from abliterate.reports.page import Section, commands, facts, folded, headline, paragraph, table, write_page
+from abliterate.release.charts import Line, Threshold, line_chart
+from abliterate.release.page import Section, commands, facts, folded, headline, paragraph, table, write_page
 
 _CAPTIONS = {
     "bypass": "Bypass: refusal metric on harmful prompts with the candidate ablated (lower is better)",
