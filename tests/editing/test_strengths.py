@@ -94,3 +94,44 @@ def test_what_is_no_such_file_says_what_to_give(tmp_path: Path, content: str | N
     assert "`abliterate refine" in str(caught.value)
     with pytest.raises(InputError, match="no such file"):
         read_strengths(tmp_path)
+
+
+FRONTIER = [
+    {"pressure": 0.3, "attn": [0.1, 0.6, 1.0], "mlp": [1.9, -0.4, 0.0]},
+    {"pressure": 0.01, "attn": [0.0, 0.5, 1.0], "mlp": [1.7, -0.4, 0.0]},
+]
+
+
+def test_another_point_of_the_frontier_is_named_by_its_pressure(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.json", frontier=FRONTIER)
+    found = read_strengths(tmp_path / "s.json@0.3")
+    assert (found.attn, found.mlp, found.pressure) == ((0.1, 0.6, 1.0), (1.9, -0.4, 0.0), 0.3)
+    assert (found.directions, found.prompt_hashes) == (GOOD.directions, GOOD.prompt_hashes)
+    assert str(found) == "s.json@0.3"
+    assert read_strengths(path) == GOOD
+
+
+def test_a_file_may_hold_the_sign_in_its_name(tmp_path: Path) -> None:
+    for name in ("s@0.3", "s@home.json"):
+        assert str(read_strengths(write(tmp_path / name, frontier=FRONTIER))) == name
+
+
+@pytest.mark.parametrize(
+    ("named", "frontier", "message"),
+    [
+        ("s.json@0.5", FRONTIER, r"s.json: has no point of pressure 0.5 on its frontier; there are 0.3, 0.01$"),
+        ("s.json@nan", FRONTIER, "no point of pressure nan"),
+        ("s.json@0.3", None, "is no file of strengths"),
+        ("s.json@0.3", [{"pressure": 0.3}], "it has no 'attn'"),
+        ("s.json@0.3", [{"pressure": None}], "is no file of strengths"),
+        ("other.json@0.3", FRONTIER, "other.json: no such file"),
+        ("s.json@much", FRONTIER, "s.json@much: no such file"),
+    ],
+)
+def test_a_point_that_is_not_there_is_refused_in_one_line(
+    tmp_path: Path, named: str, frontier: object, message: str
+) -> None:
+    write(tmp_path / "s.json", frontier=frontier)
+    with pytest.raises(InputError, match=message) as caught:
+        read_strengths(tmp_path / named)
+    assert "\n" not in str(caught.value)

@@ -71,7 +71,8 @@ class EditOptions:
         Argument(
             flag="--strengths",
             metavar="FILE",
-            help="Edit each layer and role as far as this file of `abliterate refine` says.",
+            help="Edit each layer and role as far as this file of `abliterate refine` says; FILE@PRESSURE: another "
+            "point of its frontier.",
             names_file=True,
         ),
     ] = None

@@ -9,8 +9,9 @@ One JSON object holds
                        direction itself
     arguments          those of the command that found them
     prompt_hashes      of the prompts that they were found with, so that `evaluate` can leave those out
+    frontier           all points that it was chosen from, each with pressure, attn, mlp
 
-and what else the finder has to say. Reading it needs no torch.
+and what else the finder has to say. FILE@PRESSURE names another point of the frontier. Reading it needs no torch.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Strengths:
             that is given.
         arguments: Those of the command that found them.
         prompt_hashes: Of the prompts that they were found and chosen with.
+        pressure: Which point of the file's frontier they are, by its weight of the refusal score; None: the chosen one.
 
     Raises:
         InputError: A share is not finite, all are 0, or the roles have different numbers of layers.
@@ -60,6 +62,7 @@ class Strengths:
     directions: Mapping[str, Any] | None = None
     arguments: tuple[str, ...] = ()
     prompt_hashes: tuple[str, ...] = ()
+    pressure: float | None = None
 
     def __post_init__(self) -> None:
         shares = (self.embed, *self.attn, *self.mlp)
@@ -70,7 +73,7 @@ class Strengths:
 
     def __str__(self) -> str:
         """Return what the command line calls them by."""
-        return self.file
+        return self.file if self.pressure is None else f"{self.file}@{self.pressure:g}"
 
     def of(self, role: str, layer: int | None) -> float:
         """Return the share that is removed of what a writer of this role and layer writes."""
@@ -116,32 +119,59 @@ class Strengths:
 def read_strengths(path: Path) -> Strengths:
     """Read what `abliterate refine` wrote.
 
+    Args:
+        path: the file; FILE@PRESSURE takes that point of its frontier in the place of the chosen one.
+
     Raises:
-        InputError: The file is not there, cannot be read, or is no file of strengths.
+        InputError: The file is not there, cannot be read, is no file of strengths, or has no such point.
     """
+    path, pressure = _file_and_pressure(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; make one with `abliterate refine MODEL --direction F -o {path}`")
     try:
         content = read_json_report(path)
+    except InputError as error:
+        raise InputError(f"{error}; {_GIVE}") from error
+    try:
         if content["strengths_version"] != STRENGTHS_VERSION:
             raise ValueError(f"version {content['strengths_version']!r} is not {STRENGTHS_VERSION}")
-        given, directions = content["strengths"], content["directions"]
+        chosen, directions = content["strengths"], content["directions"]
         if directions is not None and not isinstance(directions, dict):
             raise TypeError("directions is no object")
+        given = chosen if pressure is None else _point(content["frontier"], pressure, file=path)
         values: dict[str, Any] = {
             "file": path.name,
             "direction_sha256": str(content["direction_sha256"]),
-            "embed": float(given["embed"]),
+            "embed": float(chosen["embed"]),
             "attn": tuple(float(share) for share in given["attn"]),
             "mlp": tuple(float(share) for share in given["mlp"]),
             "directions": directions,
             "arguments": tuple(str(word) for word in content["arguments"]),
             "prompt_hashes": tuple(str(each) for each in content["prompt_hashes"]),
+            "pressure": pressure,
         }
     except KeyError as error:
         raise InputError(f"{path}: is no file of strengths, it has no {error}; {_GIVE}") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: is no file of strengths ({error}); {_GIVE}") from error
-    except InputError as error:
-        raise InputError(f"{error}; {_GIVE}") from error
     return Strengths(**values)
+
+
+def _file_and_pressure(path: Path) -> tuple[Path, float | None]:
+    """Return what FILE@PRESSURE holds; a file of that very name, or what is no number behind the @, is a file."""
+    name, found, pressure = path.name.rpartition("@")
+    if not found or not name or path.is_file():
+        return path, None
+    try:
+        return path.with_name(name), float(pressure)
+    except ValueError:
+        return path, None
+
+
+def _point(frontier: Any, pressure: float, *, file: Path) -> Mapping[str, Any]:
+    points = {float(point["pressure"]): point for point in frontier}
+    if pressure not in points:
+        listed = ", ".join(f"{each:g}" for each in points)
+        raise InputError(f"{file}: has no point of pressure {pressure:g} on its frontier; there are {listed}")
+    found: Mapping[str, Any] = points[pressure]
+    return found
