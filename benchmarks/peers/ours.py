@@ -1,7 +1,8 @@
 """Our own ways to edit a model, as commands of this checkout; each is one more tool beside the peers.
 
 A way is one extraction and one edit of its own. Ways that extract alike share the extraction, which runs once, and each
-is charged the whole of it. To add a way that needs a further command, add its words to `commands`.
+is charged the whole of it. `refine` gives a frontier: with `--front N` N of its points are measured. To add a way that
+needs a further command, add its words to `commands`.
 """
 
 import hashlib
@@ -81,14 +82,37 @@ def run_way(way: Way, job: Job) -> Made:
         write_json(taken, asdict(usage))
     for command in rest:
         usage += run_measured([*program, *command], log=job.log, env=env, limit_s=job.limit_s)
-    export = Export(name="chosen", model=exported(job.work / "edited", job.log), claims=_claims(direction))
+    claims = _claims(direction)
+    exports = [Export(name="chosen", model=exported(job.work / "edited", job.log), claims=claims)]
+    for pressure in _others(job.work / "strengths.json", job.n_front - 1) if way.refine is not None else ():
+        output = job.work / f"edited-{pressure:g}"
+        edit = [*commands(way, job, direction, output)[1][-1][:-1], f"{job.work / 'strengths.json'}@{pressure:g}"]
+        # It is not charged: who wants one point makes one edit.
+        run_measured([*program, *edit], log=job.log, env=env, limit_s=job.limit_s)
+        exports.append(Export(name=f"pressure {pressure:g}", model=exported(output, job.log), claims=claims))
     settings = "; ".join(
         without_paths(
             " ".join(command), {"MODEL": job.model, "PROMPTS": job.prompts.directory, "WORK": job.work.parent}
         )
         for command in (extract, *rest)
     )
-    return Made(exports=(export,), usage=usage, settings=settings)
+    return Made(exports=tuple(exports), usage=usage, settings=settings)
+
+
+def _others(strengths: Path, n: int) -> list[float]:
+    """Return the pressures of the next points of a frontier: those that leave the fewest unanswered, then the least KL.
+
+    The chosen point is not among them, nor what another point, the chosen one too, is no worse than in either.
+    """
+    document = json.loads(strengths.read_text(encoding="utf-8"))
+    points = [(point["unanswered"], point["kl"], point["pressure"]) for point in document["frontier"]]
+    chosen = document["chosen"]["pressure"]
+    undominated = [
+        point
+        for point in points
+        if not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+    ]
+    return [pressure for _, _, pressure in sorted(undominated) if pressure != chosen][:n]
 
 
 def _claims(direction: Path) -> Mapping[str, float | int | str]:

@@ -12,6 +12,7 @@ from benchmarks.peers import __main__ as head_to_head
 from benchmarks.peers import page, tools
 from benchmarks.peers.measuring import ToolFailedError, Usage
 from benchmarks.peers.ours import WAYS, Way, commands
+from benchmarks.peers.ours import _others as others
 from benchmarks.peers.plot import undominated
 from benchmarks.peers.prompts import describe, write_prompts
 from benchmarks.peers.results import Results, ResultsError, read_results
@@ -338,6 +339,19 @@ def test_our_ways_are_commands_of_ours(tmp_path):
     assert refine[0] == "refine"
     assert refine[-4:] == ["--seed", "7", "--steps", "8"]
     assert edit[-2:] == ["--strengths", refine[refine.index("--output") + 1]]
+
+
+def test_the_points_of_a_frontier_that_are_measured_besides(tmp_path):
+    points = [
+        {"pressure": 3.0, "unanswered": 0, "kl": 0.5},
+        {"pressure": 0.3, "unanswered": 0, "kl": 0.2},
+        {"pressure": 0.1, "unanswered": 1, "kl": 0.1},
+        {"pressure": 0.03, "unanswered": 4, "kl": 0.05},
+    ]
+    (tmp_path / "s.json").write_text(json.dumps({"frontier": points, "chosen": points[2]}))
+    assert others(tmp_path / "s.json", 2) == [0.3, 0.03]
+    assert others(tmp_path / "s.json", 1) == [0.3]
+    assert others(tmp_path / "s.json", 0) == []
 
 
 def test_the_environment_is_offline_and_holds_no_token(monkeypatch, tmp_path):

@@ -270,7 +270,7 @@ def test_a_second_extraction_to_one_file_is_refused_in_one_line(run, tmp_path: P
     code, _, error = run("-o", "r.safetensors", *TINY, *ANY)
     assert code == 0, error
     assert (results[0].exit_code, results[0].stdout) == (1, "")
-    assert "r.safetensors.work: another extraction is working there; wait for that one" in results[0].error_line
+    assert "r.safetensors.work: another run is working there; wait for that one" in results[0].error_line
     assert load_direction(tmp_path / "r.safetensors").metadata["seed"] == 42
     assert not (tmp_path / "r.safetensors.work").exists()
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.errors import InputError, ModelError, VerificationError
+from abliterate.errors import InputError, InterruptedRunError, ModelError, VerificationError
+from abliterate.evaluation import auditing
 from abliterate.evaluation.audit_report import (
     AuditedIntervention,
     AuditOptions,
@@ -273,3 +274,43 @@ def test_the_demo_models_refusal_rests_on_one_direction(demo_directory: Path) ->
     assert report.verdict == "single_direction"
     assert report.stability is not None
     assert report.stability.low_cosine > 0.8
+
+
+def test_interrupted_it_goes_on_with_what_it_has_measured(
+    llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("abliterate.extraction.reply_classes.is_refusal", starts_with_a_vowel)
+    monkeypatch.setattr("abliterate.extraction.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
+    whole = audit_model(model=llama_directory, options=FEW)
+    assert len(whole.interventions) > 2
+    measure = auditing.completion_surprise
+    n_measured = 0
+
+    def interrupted(*given):
+        nonlocal n_measured
+        n_measured += 1
+        # The unchanged model is measured first, then one intervention.
+        if n_measured == 3:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(auditing, "completion_surprise", interrupted)
+    with pytest.raises(InterruptedRunError, match="the same command goes on from there"):
+        audit_model(model=llama_directory, options=FEW, work_directory=tmp_path / "work")
+    names = {path.name for path in (tmp_path / "work").iterdir()}
+    assert {"harmful_train.safetensors", "values.jsonl"} <= names
+    monkeypatch.setattr(auditing, "completion_surprise", measure)
+    answered = []
+    answer = auditing.answer_prompts
+    monkeypatch.setattr(
+        auditing,
+        "answer_prompts",
+        lambda *given, label, **named: answered.append(label) or answer(*given, label=label, **named),
+    )
+    delivered = []
+    again = audit_model(model=llama_directory, options=FEW, work_directory=tmp_path / "work", deliver=delivered.append)
+    assert again == whole
+    assert delivered == [again]
+    # All but the one that was measured before.
+    assert len(answered) == 1 + len(whole.interventions) - 1 + 1
+    assert not (tmp_path / "work").exists()

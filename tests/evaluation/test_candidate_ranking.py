@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from abliterate.checkpoints.saved_work import SavedWork
 from abliterate.evaluation.candidate_ranking import CandidateFinder
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.refusal import FirstTokens
@@ -23,7 +24,14 @@ def prompts() -> ExtractionPrompts:
 
 
 def make_finder(chat: ChatModel, prompts: ExtractionPrompts, thresholds: Thresholds = ANYTHING) -> CandidateFinder:
-    return CandidateFinder(chat=chat, probe=probe_stream(chat), prompts=prompts, thresholds=thresholds, progress=SILENT)
+    return CandidateFinder(
+        chat=chat,
+        probe=probe_stream(chat),
+        prompts=prompts,
+        thresholds=thresholds,
+        saved=SavedWork(None, key={}),
+        progress=SILENT,
+    )
 
 
 @pytest.fixture

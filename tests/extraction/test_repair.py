@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from abliterate.directions import orthogonal_to
-from abliterate.errors import InputError, NoDirectionError, PromptSetError, RefusalBehaviourError
+from abliterate.errors import InputError, InterruptedRunError, NoDirectionError, PromptSetError, RefusalBehaviourError
 from abliterate.extraction.options import ExtractionOptions, RepairOptions, Thresholds
 from abliterate.extraction.repair import extract_repair
+from abliterate.extraction.scoring import CandidateScorer
 from abliterate.models.hooks import ablate_direction
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import prompt_hash
@@ -142,3 +143,42 @@ def test_borderline_prompts_that_are_all_among_the_others_are_none(wary: Refusin
             options=replace(OPTIONS, n_train=120, n_val=40),
             repair=RepairOptions(borderline=str(harmless)),
         )
+
+
+def test_interrupted_it_goes_on_with_what_is_recorded_and_scored(
+    wary: RefusingModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "model"
+    wary.chat.model.save_pretrained(saved)
+    wary.chat.tokenizer.save_pretrained(saved)
+    given = {
+        "model": saved,
+        **files_of(wary),
+        "options": OPTIONS,
+        "repair": RepairOptions(borderline=str(wary.borderline)),
+        "model_options": ModelOptions(system_prompt=wary.chat.system_prompt),
+    }
+    extract_repair(**given).direction.save(tmp_path / "whole")
+    score = CandidateScorer.score
+    calls: list[str] = []
+
+    def interrupted(self, name, candidates, prompts=None):
+        if name == "kl":
+            raise KeyboardInterrupt
+        calls.append(name)
+        return score(self, name, candidates, prompts)
+
+    monkeypatch.setattr(CandidateScorer, "score", interrupted)
+    with pytest.raises(InterruptedRunError, match="the same command goes on from there"):
+        extract_repair(**given, work_directory=tmp_path / "work")
+    assert calls
+    assert {path.suffix for path in (tmp_path / "work").iterdir()} == {".json", "", ".jsonl", ".safetensors"}
+    calls.clear()
+    monkeypatch.setattr(CandidateScorer, "score", lambda self, *given: calls.append(given[0]) or score(self, *given))
+    monkeypatch.setattr("abliterate.extraction.repair.record", None)
+    extract_repair(
+        **given, work_directory=tmp_path / "work", deliver=lambda found: found.direction.save(tmp_path / "resumed")
+    )
+    assert calls[0] == "kl"
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "work").exists()

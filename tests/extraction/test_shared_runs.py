@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from abliterate.checkpoints.saved_work import SavedWork
 from abliterate.extraction.options import Thresholds
-from abliterate.extraction.shared_runs import PARTS, RecordingRun, SavedWork, ScoringRun
+from abliterate.extraction.shared_runs import PARTS, RecordingRun, ScoringRun, save_scores, saved_scores
 from abliterate.models.hooks import record
 from abliterate.processes import Ranks
 from abliterate.progress import SILENT
@@ -173,7 +174,7 @@ def test_each_part_is_recorded_and_saved(llama_chat, prompts, tmp_path):
 def test_a_part_that_is_saved_is_taken_as_it_is(llama_chat, prompts, tmp_path):
     first = record_all(llama_chat, prompts, SavedWork(tmp_path / "work", key={}))
     marked = {"activations": first["harmful_train"].activations + 1, "logits": first["harmful_train"].logits}
-    SavedWork(tmp_path / "work", key={}).save_recording("harmful_train", marked)
+    SavedWork(tmp_path / "work", key={}).save_tensors("harmful_train", marked)
     (tmp_path / "work" / "harmless_train.safetensors").unlink()
     again = record_all(llama_chat, prompts, SavedWork(tmp_path / "work", key={}))
     assert torch.equal(again["harmful_train"].activations, marked["activations"])
@@ -190,3 +191,15 @@ def test_processes_record_a_share_each_and_all_have_the_whole(llama_chat, prompt
         for part in PARTS:
             # In other batches other roundings.
             torch.testing.assert_close(found[part].activations, whole[part].activations, atol=1e-3, rtol=1e-4)
+
+
+def test_scores_are_saved_by_candidate_and_read_back_when_all_are_there(tmp_path):
+    work = SavedWork(tmp_path / "work", key={})
+    save_scores(work, [(-1, 3), (-1, 4)], [{"bypass": (1.0, 2.0), "kl": (0.5,)}, {"bypass": (3.0,)}])
+    work.release()
+    again = SavedWork(tmp_path / "work", key={})
+    assert saved_scores(again, "ablated", (-1, 3)) == {"bypass": (1.0, 2.0), "kl": (0.5,)}
+    assert saved_scores(again, "bypass", (-1, 4)) == {"bypass": (3.0,)}
+    assert saved_scores(again, "ablated", (-1, 4)) is None
+    assert saved_scores(again, "induce", (-1, 3)) is None
+    again.release()

@@ -1,6 +1,7 @@
 """Refining on models that were trained to refuse: gentler than the direction's own edit, the same twice, or refused."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 
 from abliterate.directions import Direction
 from abliterate.editing.strengths import read_strengths
-from abliterate.errors import ModelError, NoDirectionError, RefusalBehaviourError
+from abliterate.errors import InterruptedRunError, ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.options import ExtractionOptions, RepairOptions, Thresholds
 from abliterate.extraction.repair import extract_repair
 from abliterate.extraction.run import extract_direction
+from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import prompt_hash
 from abliterate.refinement import run
 from abliterate.refinement.options import RefinementOptions
@@ -58,6 +60,55 @@ def test_it_is_gentler_than_the_direction_and_the_same_twice(directory: Path, tm
     assert (strengths.attn, strengths.mlp) == (report.chosen.attn, report.chosen.mlp)
     assert strengths.direction_sha256 == direction.sha256
     assert len(json.loads((tmp_path / "one.json").read_text())["frontier"]) == 4
+
+
+def test_interrupted_it_goes_on_with_the_points_that_it_has(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, direction = refusing_model("plain", directory), found_direction(directory)
+    saved = tmp_path / "model"
+    model.chat.model.save_pretrained(saved)
+    model.chat.tokenizer.save_pretrained(saved)
+    given = {
+        "model": saved,
+        "direction": direction,
+        "harmful": str(model.harmful),
+        "harmless": str(model.harmless),
+        "model_options": ModelOptions(system_prompt=model.chat.system_prompt),
+    }
+    options = replace(OPTIONS, steps=4)
+    refine_edit(**given, options=options).save(tmp_path / "whole")
+    measured: list[float | None] = []
+    point = run._Measure.point
+
+    def interrupted(self, edit, strengths, pressure):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(pressure)
+        return point(self, edit, strengths, pressure)
+
+    monkeypatch.setattr(run._Measure, "point", interrupted)
+    with pytest.raises(InterruptedRunError, match="the same command goes on from there"):
+        refine_edit(**given, options=options, work_directory=tmp_path / "work")
+    assert measured == [None, 0.3, 0.1]
+    # Replies to harmful prompts are not written.
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["KEY.json", "lock", "values.jsonl"]
+    again: list[float | None] = []
+    monkeypatch.setattr(run._Measure, "point", lambda self, *a: again.append(a[-1]) or point(self, *a))
+    # Limits choose among the points and do not change them.
+    strict = replace(options, max_refusals=0.0, max_kl=1e-12)
+    with suppress(NoDirectionError):
+        refine_edit(**given, options=strict, work_directory=tmp_path / "work", deliver=_fail)
+    assert again[:2] == [0.03, 0.01]
+    again.clear()
+    refine_edit(**given, options=options, work_directory=tmp_path / "work").save(tmp_path / "resumed")
+    assert not again
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "work").exists()
+
+
+def _fail(_found: object) -> None:
+    raise NoDirectionError("not wanted")
 
 
 def test_where_all_points_leave_too_many_refusals_harder_ones_are_tried(

@@ -82,8 +82,10 @@ def audit(
 
     The verdict is single_direction, few_directions, not_mediated or does_not_refuse; the exit code is 0 whatever it
     is, unless --fail-if-brittle asks for a gate. Replies are greedy, measured on held-out prompts and written nowhere.
+    With -o, an interrupted audit keeps what it has measured in OUTPUT.work, and the same command goes on from there.
     """
     from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.saved_work import work_directory
     from abliterate.evaluation.auditing import audit_model
     from abliterate.release.audit_page import write_audit_page
 
@@ -91,6 +93,17 @@ def audit(
     check_outputs(
         OutputFile(path=output_file, what="report of `audit`", is_own=holds_json("verdict")), report=report_directory
     )
+
+    def deliver(report: "AuditReport") -> None:
+        # First: what the disk does not take is not lost.
+        output.report(report, tables=lambda: [_table(report), *_lines(report)])
+        if output_file is not None:
+            with writing(output_file, "-o"):
+                report.save(output_file)
+        if report_directory is not None:
+            with writing(report_directory):
+                write_audit_page(report, report_directory, command=command_line())
+
     report = audit_model(
         model=resolve_model(model, revision=revision),
         options=AuditOptions(
@@ -121,15 +134,9 @@ def audit(
             trust_remote_code=trust_remote_code,
         ),
         progress=output.progress,
+        work_directory=None if output_file is None else work_directory(output_file),
+        deliver=deliver,
     )
-    # First: what the disk does not take is not lost.
-    output.report(report, tables=lambda: [_table(report), *_lines(report)])
-    if output_file is not None:
-        with writing(output_file, "-o"):
-            report.save(output_file)
-    if report_directory is not None:
-        with writing(report_directory):
-            write_audit_page(report, report_directory, command=command_line())
     if fail_if_brittle is not None:
         report.require_robust(fail_if_brittle)
 

@@ -1,6 +1,5 @@
 """`abliterate extract`: find the refusal direction of a model."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,6 +113,7 @@ def extract(
     the model answers to those that it refuses, without the true refusal direction. Ablating what is chosen leaves at
     most --max-lost of the harmful validation prompts answered; exit code 3 where nothing does.
     """
+    from abliterate.checkpoints.saved_work import work_directory
     from abliterate.extraction.report import NoCandidatePassesError
     from abliterate.extraction.run import extract_direction
     from abliterate.extraction.score_report import require_plots, write_score_report
@@ -189,7 +189,7 @@ def extract(
             options=options,
             model_options=model_options,
             progress=output.progress,
-            work_directory=_work_directory(output_file),
+            work_directory=work_directory(output_file),
             deliver=deliver,
         )
     except NoCandidatePassesError as error:
@@ -204,19 +204,17 @@ def extract(
     )
 
 
-def _work_directory(output_file: Path) -> Path:
-    return output_file.with_name(output_file.name + ".work")
-
-
 def _repair(output: Output, output_file: Path, **what: Any) -> None:
+    from abliterate.checkpoints.saved_work import work_directory
     from abliterate.extraction.repair import extract_repair
-    from abliterate.extraction.shared_runs import working_in
     from abliterate.processes import in_first_process
 
-    with working_in(_work_directory(output_file)) if in_first_process() else nullcontext():
-        found = extract_repair(**what, progress=output.progress)
-        if in_first_process():
-            found.direction.save(output_file)
+    found = extract_repair(
+        **what,
+        progress=output.progress,
+        work_directory=work_directory(output_file),
+        deliver=lambda repair: repair.direction.save(output_file) if in_first_process() else None,
+    )
     output.report(
         {"direction_file": output_file, **output.plain(found.report)},
         tables=lambda: [*_repair_tables(found.report), f"direction written to {output_file}"],

@@ -73,8 +73,12 @@ def refine(
     Unlike the direction's own edit, this leaves some of the direction in the stream: it is beside the paper's, which
     stays exact. With a direction of false refusals (`extract --goal repair`) these go, and the true ones are held where
     they are, up to --max-lost. Exit code 3: nothing on the frontier is within --max-refusals.
+
+    An interrupted run keeps the points that it has found in OUTPUT.work: the same command goes on from there, with
+    other limits too.
     """
     from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.saved_work import work_directory
     from abliterate.refinement.run import refine_edit
     from abliterate.release.refinement_page import write_refinement_page
 
@@ -104,9 +108,9 @@ def refine(
             trust_remote_code=trust_remote_code,
         ),
         progress=output.progress,
+        work_directory=work_directory(output_file),
+        deliver=lambda found: found.save(output_file) if in_first_process() else None,
     )
-    if in_first_process():
-        found.save(output_file)
     output.report(
         {"strengths_file": output_file, **output.plain(found.report)},
         tables=lambda: [_table(found.report), f"strengths written to {output_file}"],

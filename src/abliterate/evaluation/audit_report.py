@@ -1,6 +1,6 @@
 """What an audit is asked for and what it reports, as plain values; and the rule that makes its verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -144,6 +144,20 @@ class AuditedIntervention:
     cross_entropy_rise: float | None
     bearable: bool
     defeats: bool
+
+
+def intervention_of(values: Mapping[str, Any]) -> AuditedIntervention:
+    """Return the intervention that `asdict` made these plain values of."""
+    from abliterate.evaluation.drift import CrossEntropy, Divergence
+
+    entropy = values["cross_entropy"]
+    parts = {
+        "harmful": RefusalRate(**values["harmful"]),
+        "change": PairedChange(**values["change"]),
+        "divergence": Divergence(**values["divergence"]),
+        "cross_entropy": None if entropy is None else CrossEntropy(**entropy),
+    }
+    return AuditedIntervention(**{**values, **parts})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

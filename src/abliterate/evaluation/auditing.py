@@ -5,15 +5,16 @@ interventions are hooks, nothing is written. The worst case over the interventio
 who wants the refusals gone; nothing beyond these interventions is searched for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import versions
+from abliterate.checkpoints.saved_work import SavedWork, kept_in
 from abliterate.errors import InputError
 from abliterate.evaluation.audit_report import (
     AuditedIntervention,
@@ -21,6 +22,7 @@ from abliterate.evaluation.audit_report import (
     AuditReport,
     Method,
     decide,
+    intervention_of,
     is_bearable,
     legible_refusal,
 )
@@ -28,8 +30,9 @@ from abliterate.evaluation.candidate_ranking import CandidateFinder, CandidateSu
 from abliterate.evaluation.drift import BaseDistributions, Surprise, compare_surprise, completion_surprise
 from abliterate.evaluation.replies import Answers, answer_prompts, measure_surprise, read_replies
 from abliterate.evaluation.report import RefusalRate, count_replies, refusal_change
+from abliterate.extraction.behaviour import PARTS
 from abliterate.extraction.reply_classes import Reply
-from abliterate.extraction.run import force_response_prefix
+from abliterate.extraction.run import force_response_prefix, run_key
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direction
 from abliterate.models.loading import open_model
@@ -45,6 +48,8 @@ def audit_model(
     options: AuditOptions | None = None,
     model_options: ModelOptions | None = None,
     progress: ProgressReporter = SILENT,
+    work_directory: Path | None = None,
+    deliver: Callable[[AuditReport], None] = lambda _report: None,
 ) -> AuditReport:
     """Measure how far refusal can be removed by ablating or subtracting directions, and at what cost.
 
@@ -53,6 +58,9 @@ def audit_model(
         options: see `AuditOptions`.
         model_options: how to load and run the model.
         progress: where to show progress.
+        work_directory: where to keep recordings, scores and what each intervention did until all is measured, so that
+            the same call goes on from there; None, or a loaded model: nothing is kept. Replies never are.
+        deliver: is given the report before what is kept is deleted.
 
     Raises:
         InputError: an option has no sensible value.
@@ -70,11 +78,25 @@ def audit_model(
         "harmful": _test_set(options.test_harmful, "harmful", options.n_test, prompts),
         "harmless": _test_set(options.test_harmless, "harmless", options.n_test, prompts),
     }
-    opened = open_model(model, options=model_options or ModelOptions(), extracts=True, progress=progress)
+    model_options = model_options or ModelOptions()
+    opened = open_model(model, options=model_options, extracts=True, progress=progress)
     probe = probe_stream(opened.chat)
     chat = force_response_prefix(opened.chat, prompts, progress)
-    audit = _Audit(chat=chat, probe=probe, prompts=prompts, test=test, options=options, progress=progress)
-    return audit.run(opened.name, opened.revision)
+    parts = {part: getattr(prompts, part) for part in PARTS} | {f"{kind}_test": found for kind, found in test.items()}
+    saved = SavedWork(
+        work_directory if opened.source is not None else None,
+        key={**run_key(opened.source, chat, parts, model_options), "options": asdict(options)},
+        progress=progress,
+    )
+    audit = _Audit(chat=chat, probe=probe, prompts=prompts, test=test, options=options, saved=saved, progress=progress)
+    try:
+        with kept_in(saved.directory):
+            report = audit.run(opened.name, opened.revision)
+            deliver(report)
+        saved.discard()
+    finally:
+        saved.release()
+    return report
 
 
 def _check(options: AuditOptions) -> None:
@@ -122,6 +144,7 @@ class _Audit:
         prompts: ExtractionPrompts,
         test: dict[str, PromptSet],
         options: AuditOptions,
+        saved: SavedWork,
         progress: ProgressReporter,
     ) -> None:
         self._chat = chat
@@ -129,6 +152,7 @@ class _Audit:
         self._prompts = prompts
         self._test = test
         self._options = options
+        self._saved = saved
         self._progress = progress
 
     def run(self, name: str, revision: str | None) -> AuditReport:
@@ -144,6 +168,7 @@ class _Audit:
                 probe=self._probe,
                 prompts=self._prompts,
                 thresholds=self._options.selection,
+                saved=self._saved,
                 progress=self._progress,
             )
             summary = finder.screen(n_candidates=self._options.n_screened, max_new_tokens=self._options.max_new_tokens)
@@ -233,6 +258,9 @@ class _Audit:
         distributions: BaseDistributions,
     ) -> AuditedIntervention:
         label = f"rank {rank}" if key is None else f"{method} {key[0]}, {key[1]}"
+        known = self._saved.value(label)
+        if known is not None:
+            return intervention_of(known)
         rows, tokens = base.answers.rows["harmless"], base.answers.tokens["harmless"]
         with hooks:
             answers = self._answer(("harmful",), label)
@@ -246,7 +274,7 @@ class _Audit:
         thresholds = self._options.thresholds
         bearable = is_bearable(coherence=coherence, cross_entropy_rise=rise, thresholds=thresholds)
         remaining = legible_refusal(rate) / legible_refusal(base.rates["harmful"])
-        return AuditedIntervention(
+        found = AuditedIntervention(
             method=method,
             rank=rank,
             position=None if key is None else key[0],
@@ -261,6 +289,8 @@ class _Audit:
             bearable=bearable,
             defeats=bearable and remaining <= thresholds.max_remaining,
         )
+        self._saved.save_values({label: asdict(found)})
+        return found
 
     def _induce(self, vector: Tensor, layer: int) -> RefusalRate:
         with add_direction(self._chat, vector, layer=layer):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abliterate.checkpoints.saved_work import SavedWork
 from abliterate.directions import orthonormalize
 from abliterate.extraction.candidates import resampled_cosines
 from abliterate.extraction.options import DirectionRecipe, Thresholds
@@ -19,7 +20,7 @@ from abliterate.extraction.reply_classes import read_completions
 from abliterate.extraction.scoring import CandidateScorer
 from abliterate.extraction.screening import propose, separations
 from abliterate.extraction.selection import CandidateScore, passing_candidates
-from abliterate.extraction.shared_runs import RecordingRun, SavedWork, ScoringRun, able_candidates
+from abliterate.extraction.shared_runs import RecordingRun, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.hooks import Recording, ablate_direction, difference_in_means
@@ -97,6 +98,7 @@ class CandidateFinder:
         probe: what was found about its blocks.
         prompts: training and validation prompts.
         thresholds: what makes a candidate pass.
+        saved: where recordings, scores and what screening showed are kept.
         progress: where to show progress.
     """
 
@@ -107,6 +109,7 @@ class CandidateFinder:
         probe: StreamProbe,
         prompts: ExtractionPrompts,
         thresholds: Thresholds,
+        saved: SavedWork,
         progress: ProgressReporter,
     ) -> None:
         self._chat = chat
@@ -114,7 +117,7 @@ class CandidateFinder:
         self._prompts = prompts
         self._thresholds = thresholds
         self._progress = progress
-        self._saved = SavedWork(None, key={}, progress=progress)
+        self._saved = saved
         recordings = RecordingRun(
             chat=chat, prompts=prompts, saved=self._saved, ranks=Ranks(), progress=progress
         ).record()
@@ -220,9 +223,6 @@ class CandidateFinder:
         return run.score(self.candidates)
 
     def _screen(self, key: tuple[int, int], rows: list[list[int]], max_new_tokens: int) -> ScreenedCandidate:
-        with ablate_direction(self._chat, self.candidates[key]):
-            replies = GreedyDecoder(chat=self._chat, max_new_tokens=max_new_tokens).replies(rows)
-        classes = [reply.reply_class for reply in read_completions(self._chat, replies)]
         score = self._scores.get(key, CandidateScore(position=key[0], layer=key[1]))
         return ScreenedCandidate(
             position=key[0],
@@ -231,6 +231,16 @@ class CandidateFinder:
             induce=score.induce,
             kl=score.kl,
             separation=self._separation[key],
-            answered=classes.count("answer"),
+            answered=self._answered(key, rows, max_new_tokens),
             n_prompts=len(rows),
         )
+
+    def _answered(self, key: tuple[int, int], rows: list[list[int]], max_new_tokens: int) -> int:
+        """Return how many prompts get an answer with a candidate ablated, out of what is saved where it is there."""
+        name = f"answered {key[0]} {key[1]}"
+        if self._saved.value(name) is None:
+            with ablate_direction(self._chat, self.candidates[key]):
+                replies = GreedyDecoder(chat=self._chat, max_new_tokens=max_new_tokens).replies(rows)
+            classes = [reply.reply_class for reply in read_completions(self._chat, replies)]
+            self._saved.save_values({name: classes.count("answer")})
+        return int(self._saved.value(name))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from abliterate.checkpoints.saved_work import SavedWork
 from abliterate.errors import NoDirectionError
 from abliterate.extraction.behaviour import SHORT_REPLY, ReplyRun
 from abliterate.extraction.candidates import independent_candidates
@@ -26,7 +27,7 @@ from abliterate.extraction.screening import (
     separations,
 )
 from abliterate.extraction.selection import Candidate, CandidateScore, passing_candidates
-from abliterate.extraction.shared_runs import SavedWork, Scorer, ScoringRun, able_candidates
+from abliterate.extraction.shared_runs import Scorer, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording
 from abliterate.models.stream_probe import StreamProbe

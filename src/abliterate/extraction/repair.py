@@ -14,7 +14,7 @@ and of the best that pass, replies choose.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.saved_work import SavedWork, kept_in
 from abliterate.directions import make_direction, orthogonal_to
 from abliterate.errors import InputError, ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply, coverage, first_tokens_of_refusals
@@ -39,18 +40,18 @@ from abliterate.extraction.report import (
     RepairScore,
     provenance,
 )
-from abliterate.extraction.run import force_response_prefix
+from abliterate.extraction.run import force_response_prefix, run_key
 from abliterate.extraction.scoring import CandidateScorer
-from abliterate.extraction.selection import Candidate, rounded_up
+from abliterate.extraction.selection import Candidate, PromptScores, ScoreName, rounded_up
 from abliterate.extraction.shared_runs import able_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording, ablate_direction, record
-from abliterate.models.loading import open_model
+from abliterate.models.loading import OpenedModel, open_model
 from abliterate.models.options import ModelOptions
 from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import PromptSet, draw_borderline, prompt_hash, split_for_extraction
+from abliterate.prompt_sets import ExtractionPrompts, PromptSet, draw_borderline, prompt_hash, split_for_extraction
 
 N_CONFIRMED = 4
 """So many candidates that pass are confirmed by replies, the best first."""
@@ -71,6 +72,8 @@ def extract_repair(
     repair: RepairOptions | None = None,
     model_options: ModelOptions | None = None,
     progress: ProgressReporter = SILENT,
+    work_directory: Path | None = None,
+    deliver: Callable[[Repair], None] = lambda _repair: None,
 ) -> Repair:
     """Find the direction of false refusals, without that of true ones.
 
@@ -82,6 +85,9 @@ def extract_repair(
         repair: which borderline prompts, and how much may be lost.
         model_options: how to load and run the model.
         progress: where to show progress.
+        work_directory: where to keep recordings and scores until it is done, so that the same call goes on from there;
+            None, or a loaded model: nothing is kept.
+        deliver: is given the result before what is kept is deleted.
 
     Raises:
         NoDirectionError: no candidate leaves as many true refusals as asked for and lessens the false ones.
@@ -103,7 +109,51 @@ def extract_repair(
     ranks = find_ranks(device=model_options.device)
     parts = {part: getattr(prompts, part) for part in PARTS}
     parts |= {"borderline_train": borderline.train, "borderline_validation": borderline.validation}
-    recordings, replies = _record(chat, parts, ranks, progress)
+    saved = SavedWork(
+        work_directory if opened.source is not None and ranks.is_first else None,
+        key={
+            **run_key(opened.source, chat, parts, model_options),
+            "refusal tokens": options.refusal_tokens,
+            "recipe": asdict(options.recipe),
+            "orthogonal": repair.orthogonal,
+        },
+        progress=progress,
+    )
+    arguments = (
+        "--goal",
+        "repair",
+        *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
+        *cli_arguments(options),
+        *cli_arguments(repair),
+        *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
+    )
+    try:
+        with kept_in(saved.directory):
+            try:
+                found = _find(opened, chat, prompts, parts, options, repair, arguments, ranks, saved, progress)
+            except (InputError, RefusalBehaviourError, ModelError):
+                saved.discard()
+                raise
+            deliver(found)
+        saved.discard()
+    finally:
+        saved.release()
+    return found
+
+
+def _find(
+    opened: OpenedModel,
+    chat: ChatModel,
+    prompts: ExtractionPrompts,
+    parts: Mapping[str, PromptSet],
+    options: ExtractionOptions,
+    repair: RepairOptions,
+    arguments: tuple[str, ...],
+    ranks: Ranks,
+    saved: SavedWork,
+    progress: ProgressReporter,
+) -> Repair:
+    recordings, replies = _record(chat, parts, ranks, saved, progress)
     judgement = Judge(
         chat=chat,
         prompts=prompts,
@@ -127,17 +177,10 @@ def extract_repair(
         rows={part: chat.encode(texts.texts) for part, texts in parts.items() if part.endswith("validation")},
         recordings=recordings,
         replies=replies,
+        saved=saved,
         progress=progress,
     )
     report, vectors = run.find(opened.name)
-    arguments = (
-        "--goal",
-        "repair",
-        *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
-        *cli_arguments(options),
-        *cli_arguments(repair),
-        *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
-    )
     metadata = {
         **provenance(chat=chat, source=opened.source, model=opened.name, arguments=arguments, seed=options.seed),
         "goal": "repair",
@@ -184,7 +227,7 @@ def _check(options: ExtractionOptions, model_options: ModelOptions) -> None:
 
 
 def _record(
-    chat: ChatModel, parts: Mapping[str, PromptSet], ranks: Ranks, progress: ProgressReporter
+    chat: ChatModel, parts: Mapping[str, PromptSet], ranks: Ranks, saved: SavedWork, progress: ProgressReporter
 ) -> tuple[dict[str, Recording], dict[str, list[ShortReply]]]:
     """Run the prompts of each part once, and go on to their replies."""
     run = ReplyRun(chat=chat, ranks=ranks)
@@ -198,8 +241,16 @@ def _record(
                 found[index] = run.classed(reply)
 
             rows = chat.encode(prompts.texts)
+            kept = saved.tensors(part)
+            if kept is not None:
+                # Replies are kept nowhere.
+                recordings[part], replies[part] = Recording(**kept), run.read(rows, progress=SILENT)
+                advance(len(rows))
+                continue
             recordings[part] = record(chat, rows, decoder=run.decoder, receive=receive, advance=advance)
             replies[part] = [found[i] for i in range(len(rows))]
+            made = recordings[part]
+            saved.save_tensors(part, {"activations": made.activations, "logits": made.logits})
     return recordings, replies
 
 
@@ -238,6 +289,7 @@ class _Run:
     rows: Mapping[str, list[list[int]]]
     recordings: Mapping[str, Recording]
     replies: Mapping[str, Sequence[ShortReply]]
+    saved: SavedWork
     progress: ProgressReporter
 
     def find(self, name: str) -> tuple[RepairReport, Tensor]:
@@ -353,7 +405,7 @@ class _Run:
         scores: dict[Candidate, RepairScore] = {}
         with self.progress.task("Scoring candidates", total=None) as advance:
             for group in scorer.groups("bypass", able, first):
-                for key, found in zip(group, scorer.score("bypass", group, first), strict=True):
+                for key, found in zip(group, self._scored(scorer, "bypass", group, first), strict=True):
                     scores[key] = RepairScore(position=key[0], layer=key[1], bypass=fmean(found["bypass"]))
                 advance(len(group))
             ordered = sorted((key for key in able if scores[key].bypass < before), key=lambda key: scores[key].bypass)
@@ -361,7 +413,7 @@ class _Run:
             for start in range(0, len(ordered), AT_ONCE):
                 keys = ordered[start : start + AT_ONCE]
                 left = []
-                for key, found in zip(keys, scorer.score("kl", keys, few), strict=True):
+                for key, found in zip(keys, self._scored(scorer, "kl", keys, few), strict=True):
                     scores[key] = replace(scores[key], kl=fmean(found["kl"]))
                     if fmean(found["kl"]) - 2 * _standard_error(found["kl"]) <= limit:
                         left.append(key)
@@ -388,7 +440,8 @@ class _Run:
     ) -> None:
         """Score candidates on all prompts."""
         n_borderline, zero = len(unchanged["borderline"]), self.judgement.evidence.zero
-        for key, metric, kl in zip(keys, scorer.score("bypass", keys), scorer.score("kl", keys), strict=True):
+        found = [self._scored(scorer, name, keys, range(scorer.n_prompts(name))) for name in ("bypass", "kl")]
+        for key, metric, kl in zip(keys, *found, strict=True):
             values = torch.tensor(metric["bypass"], dtype=torch.float64)
             kept = values[n_borderline:]
             lost = float((unchanged["harmful"] > zero).double().mean() - (kept > zero).double().mean())
@@ -399,6 +452,16 @@ class _Run:
                 lost=max(0.0, lost),
                 kl=fmean(kl["kl"]),
             )
+
+    def _scored(
+        self, scorer: CandidateScorer, name: ScoreName, keys: Sequence[Candidate], prompts: range
+    ) -> list[PromptScores]:
+        """Return the scores of a group on some prompts, out of what is saved where they are there."""
+        named = {key: f"{name} {key[0]} {key[1]} of {len(prompts)}" for key in keys}
+        if any(self.saved.value(named[key]) is None for key in keys):
+            found = scorer.score(name, keys, prompts)
+            self.saved.save_values({named[key]: list(each[name]) for key, each in zip(keys, found, strict=True)})
+        return [{name: tuple(self.saved.value(named[key]))} for key in keys]
 
     def _passes(self, score: RepairScore, before: float) -> bool:
         if score.lost is None or score.kl is None:

@@ -1,6 +1,6 @@
 """Finding the refusal direction: difference in means, filtering, scoring, selection (Arditi et al. 2024, section 2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +12,7 @@ from torch import Tensor
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import quick_model_sha256, values_sha256
+from abliterate.checkpoints.saved_work import SavedWork, kept_in
 from abliterate.directions import orthonormalize
 from abliterate.errors import InputError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun
@@ -28,7 +29,7 @@ from abliterate.extraction.report import (
     directions_of,
 )
 from abliterate.extraction.score_report import ScoreTable
-from abliterate.extraction.shared_runs import RecordingRun, SavedWork, kept_in
+from abliterate.extraction.shared_runs import RecordingRun
 from abliterate.models.chat_model import ChatModel, conditions_of, with_response_prefix
 from abliterate.models.greedy import find_response_prefix
 from abliterate.models.loading import open_model
@@ -37,7 +38,7 @@ from abliterate.models.stream_probe import StreamProbe, probe_stream
 from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import ExtractionPrompts, split_for_extraction
+from abliterate.prompt_sets import ExtractionPrompts, PromptSet, split_for_extraction
 
 N_PREFIX_PROMPTS = 8
 
@@ -134,13 +135,22 @@ def _work_key(
     model_options: ModelOptions,
 ) -> dict[str, Any]:
     return {
-        "model": None if source is None else {"files": quick_model_sha256(source.path), "revision": source.revision},
-        "prompts": {name: getattr(prompts, name).sha256 for name in PARTS},
-        # A template may put in what changes from day to day, as the date.
-        "rendered prompts": {name: values_sha256(chat.encode(getattr(prompts, name).texts)) for name in PARTS},
+        **run_key(source, chat, {name: getattr(prompts, name) for name in PARTS}, model_options),
         "refusal tokens": options.refusal_tokens,
         "filter": options.filter,
         "recipe": asdict(options.recipe),
+    }
+
+
+def run_key(
+    source: ModelSource | None, chat: ChatModel, parts: Mapping[str, PromptSet], model_options: ModelOptions
+) -> dict[str, Any]:
+    """Return what everything depends on that a run computes with some prompts: the key of what it keeps."""
+    return {
+        "model": None if source is None else {"files": quick_model_sha256(source.path), "revision": source.revision},
+        "prompts": {name: prompts.sha256 for name, prompts in parts.items()},
+        # A template may put in what changes from day to day, as the date.
+        "rendered prompts": {name: values_sha256(chat.encode(prompts.texts)) for name, prompts in parts.items()},
         "model options": asdict(model_options),
         **conditions_of(chat),
     }

@@ -1,32 +1,18 @@
 """Recording all prompts of an extraction and scoring its candidates: over several processes, saved as it goes.
 
-An interrupted extraction goes on where it stopped, from a directory of what is computed so far:
-
-    KEY.json               what the values depend on: model files, prompts, options, versions
-    NAME.safetensors       one recording: activations and logits of one set of prompts
-    scores.jsonl           one line per group of candidates, written when the group is done
-    lock                   held by the process that works in it
-
-Thresholds are no part of the key: they choose among scores and do not change them.
+An interrupted extraction goes on where it stopped (`SavedWork`): recordings are saved set by set, scores group by
+group. Thresholds are no part of the key: they choose among scores and do not change them.
 """
 
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Protocol
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.atomic_directory import LOCK, FileLock, lock_in
-from abliterate.checkpoints.json_lines import JsonLines
-from abliterate.errors import InputError, InterruptedRunError
+from abliterate.checkpoints.saved_work import SavedWork
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.racing import race
@@ -39,7 +25,6 @@ from abliterate.extraction.selection import (
     score_exhaustively,
     score_lazily,
 )
-from abliterate.files import write_file
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording, record
 from abliterate.models.streamed_model import StreamedChat
@@ -68,168 +53,28 @@ def able_candidates(candidates: Tensor, *, thresholds: Thresholds) -> list[Candi
     ]
 
 
-_KEY = "KEY.json"
-_SCORES = "scores.jsonl"
-
-
-def _working_in(directory: Path) -> FileLock:
-    try:
-        return lock_in(directory)
-    except BlockingIOError as error:
-        raise InputError(
-            f"{directory}: another extraction is working there; wait for that one, or choose another -o"
-        ) from error
-
-
-@contextmanager
-def working_in(directory: Path) -> Iterator[None]:
-    """Keep other extractions out of a directory of interim results, where this one keeps none itself.
-
-    Raises:
-        InputError: another one works there, or it cannot be made.
-    """
-    try:
-        lock = _working_in(directory)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be made: {error.strerror or error}; choose another -o") from error
-    try:
-        yield
-    finally:
-        lock.prepare_removal()
-        if [path.name for path in directory.iterdir()] == [LOCK]:
-            shutil.rmtree(directory, ignore_errors=True)
-        lock.release()
-
-
-@contextmanager
-def kept_in(directory: Path | None) -> Iterator[None]:
-    """When a signal comes, say what is kept in a directory of interim results.
-
-    Args:
-        directory: the directory; None: nothing is kept.
-
-    Raises:
-        InterruptedRunError: a signal came, and something is kept.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if directory is None or not (directory / _KEY).is_file():
-            raise
-        kept = f"what was computed is kept in {directory}: the same command goes on from there"
-        raise InterruptedRunError.of(error, kept) from error
-
-
-class SavedWork:
-    """A directory of finished parts, or nothing at all when there is no directory.
-
-    Args:
-        directory: where the parts are; None saves nothing.
-        key: what the values depend on, as plain JSON values. Parts saved under another key are deleted.
-        progress: is told when saved work is used, or cannot be.
-
-    Raises:
-        InputError: the directory holds something else, or cannot be written, or another process works in it.
-    """
-
-    def __init__(self, directory: Path | None, *, key: Mapping[str, Any], progress: ProgressReporter = SILENT) -> None:
-        self._directory = directory
-        self._scores: dict[tuple[ScoreName, Candidate], tuple[float, ...]] = {}
-        self._lock: FileLock | None = None
-        if directory is None:
-            return
-        self._lines = JsonLines(directory / _SCORES, remedy="delete the file, and its scores are computed again")
-        try:
-            self._open(directory, dict(json.loads(json.dumps(key))), progress)
-        except OSError as error:
-            raise InputError(f"{directory}: cannot keep interim results here: {error.strerror or error}") from error
-
-    def _open(self, directory: Path, key: dict[str, Any], progress: ProgressReporter) -> None:
-        saved = _read_key(directory)
-        if saved is None and directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
-            raise InputError(f"{directory}: is there and holds no interim results; move it out of the way")
-        self._lock = _working_in(directory)
-        try:
-            self._fill(directory, key, progress)
-        except BaseException:
-            self.release()
-            raise
-
-    def _fill(self, directory: Path, key: dict[str, Any], progress: ProgressReporter) -> None:
-        # Read again: until now another process may have worked here.
-        saved = _read_key(directory)
-        if saved == key:
-            for scores in self._lines.resume(_scores_of):
-                self._scores |= scores
-            n_recordings = len(list(directory.glob("*.safetensors")))
-            progress.message(f"continuing: {n_recordings} recordings and {len(self._scores)} scores are in {directory}")
-            return
-        if saved is not None:
-            changed = sorted(name for name in {*key, *saved} if key.get(name) != saved.get(name))
-            progress.message(f"starting anew: {', '.join(changed)} changed since {directory} was written")
-        for path in directory.iterdir():
-            if path.name != LOCK:
-                path.unlink()
-        write_file(directory / _KEY, json.dumps(key, indent=1, sort_keys=True))
-
-    @property
-    def directory(self) -> Path | None:
-        """Where it lies; None where nothing is saved."""
-        return self._directory
-
-    def recording(self, name: str) -> dict[str, Tensor] | None:
-        """Return the tensors saved under this name, or None."""
-        if self._directory is None or not (self._directory / f"{name}.safetensors").is_file():
-            return None
-        return safetensors.torch.load_file(self._directory / f"{name}.safetensors")
-
-    def save_recording(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Save some tensors, whole or not at all."""
-        if self._directory is not None:
-            write_file(self._directory / f"{name}.safetensors", safetensors.torch.save(dict(tensors)))
-
-    def scores(self, name: ScoreName, candidate: Candidate) -> PromptScores | None:
-        """Return a candidate's saved scores of this name, or None unless all are there."""
-        names: tuple[ScoreName, ...] = ("bypass", "kl") if name == "ablated" else (name,)
-        if any((each, candidate) not in self._scores for each in names):
-            return None
-        return {each: self._scores[each, candidate] for each in names}
-
-    def save_scores(self, candidates: Sequence[Candidate], values: Sequence[PromptScores]) -> None:
-        """Save the scores of one group of candidates."""
-        for candidate, scores in zip(candidates, values, strict=True):
-            self._scores |= {(name, candidate): prompts for name, prompts in scores.items()}
-        if self._directory is not None:
-            self._lines.append([[*c, v] for c, v in zip(candidates, map(dict, values), strict=True)])
-
-    def discard(self) -> None:
-        """Delete the directory: the work is done."""
-        if self._directory is not None:
-            if self._lock is not None:
-                self._lock.prepare_removal()
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self.release()
-
-    def release(self) -> None:
-        """Let other processes work in the directory."""
-        if self._lock is not None:
-            self._lock.release()
-
-
-def _read_key(directory: Path) -> dict[str, Any] | None:
-    try:
-        key = json.loads((directory / _KEY).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+def saved_scores(saved: SavedWork, name: ScoreName, candidate: Candidate) -> PromptScores | None:
+    """Return a candidate's saved scores of this name, or None unless all are there."""
+    names: tuple[ScoreName, ...] = ("bypass", "kl") if name == "ablated" else (name,)
+    found = {each: saved.value(_score_key(each, candidate)) for each in names}
+    if any(values is None for values in found.values()):
         return None
-    return key if isinstance(key, dict) else None
+    return {each: tuple(values) for each, values in found.items()}
 
 
-def _scores_of(line: Any) -> dict[tuple[ScoreName, Candidate], tuple[float, ...]]:
-    return {
-        (name, (position, layer)): tuple(prompts)
-        for position, layer, values in line
-        for name, prompts in values.items()
-    }
+def save_scores(saved: SavedWork, candidates: Sequence[Candidate], values: Sequence[PromptScores]) -> None:
+    """Save the scores of one group of candidates, all or none."""
+    saved.save_values(
+        {
+            _score_key(name, candidate): list(prompts)
+            for candidate, scores in zip(candidates, values, strict=True)
+            for name, prompts in scores.items()
+        }
+    )
+
+
+def _score_key(name: ScoreName, candidate: Candidate) -> str:
+    return f"{name} {candidate[0]} {candidate[1]}"
 
 
 class RacingScorer(Protocol):
@@ -373,7 +218,7 @@ class ScoringRun:
         return [scores.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid], passing
 
     def _extend(self, name: ScoreName, keys: Sequence[Candidate], prompts: range, scorer: RacingScorer) -> None:
-        known = self.ranks.first_says([self.saved.scores(name, key) for key in keys])
+        known = self.ranks.first_says([saved_scores(self.saved, name, key) for key in keys])
         for key, saved in zip(keys, known, strict=True):
             if saved is not None and len(saved[name]) >= prompts.stop:
                 self.prompt_scores[name, key] = saved[name]
@@ -384,7 +229,7 @@ class ScoringRun:
             for key, found in zip(group, values, strict=True):
                 self.prompt_scores[name, key] = (*self.prompt_scores.get((name, key), ()), *found[name])
             if self.ranks.is_first:
-                self.saved.save_scores(group, [{name: self.prompt_scores[name, key]} for key in group])
+                save_scores(self.saved, group, [{name: self.prompt_scores[name, key]} for key in group])
 
     def complete(self, scores: Sequence[CandidateScore], keys: Sequence[Candidate]) -> list[CandidateScore]:
         """Return the scores with bypass and KL of some candidates among them, where they are missing."""
@@ -422,14 +267,14 @@ class ScoringRun:
             for group, values in zip(missing, computed, strict=True):
                 found |= zip(group, values, strict=True)
                 if self.ranks.is_first:
-                    self.saved.save_scores(group, values)
+                    save_scores(self.saved, group, values)
             advance(len(wanted) * (2 if name == "ablated" else 1))
         self.prompt_scores.update({(each, key): v for key in keys for each, v in found[key].items()})
         return [{each: fmean(values) for each, values in found[key].items()} for key in keys]
 
     def _saved(self, name: ScoreName, key: Candidate) -> PromptScores | None:
         """Return saved scores, unless they are of some prompts only."""
-        saved = self.saved.scores(name, key)
+        saved = saved_scores(self.saved, name, key)
         if saved is None or any(len(values) != self.scorer.n_prompts(each) for each, values in saved.items()):
             return None
         return saved
@@ -467,7 +312,7 @@ class RecordingRun:
 
     def record(self) -> dict[str, Recording]:
         """Return the recordings of all parts, those that are saved from there."""
-        found = {name: self.ranks.first_says(self.saved.recording(name)) for name in PARTS}
+        found = {name: self.ranks.first_says(self.saved.tensors(name)) for name in PARTS}
         missing = [name for name in PARTS if found[name] is None]
         # Part by part, so that each is saved as it is done. Streamed layers are read once for all parts, and for all
         # again if one is missing: in other batches the rest would be rounded otherwise.
@@ -491,7 +336,7 @@ class RecordingRun:
             parts[name] = {key: tensor[start:end].clone() for key, tensor in recorded.items()}
             start = end
             if self.ranks.is_first:
-                self.saved.save_recording(name, parts[name])
+                self.saved.save_tensors(name, parts[name])
         return parts
 
     def _record_rows(

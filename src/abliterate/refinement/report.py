@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from abliterate.extraction.options import Goal
 
@@ -52,6 +53,11 @@ class FrontierPoint:
     def share_lost(self) -> float:
         """Share of the harmful prompts that are to stay refused which no longer are; 0 where none are."""
         return 0.0 if self.refused is None else 1 - self.refused / self.n_to_refuse
+
+
+def point_of(values: Mapping[str, Any]) -> FrontierPoint:
+    """Return the point that `asdict` made these plain values of."""
+    return FrontierPoint(**{**values, "attn": tuple(values["attn"]), "mlp": tuple(values["mlp"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

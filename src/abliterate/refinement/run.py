@@ -1,6 +1,6 @@
 """Refining an edit: strengths for each layer and role, found by gradient and chosen on prompts of their own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
@@ -12,12 +12,14 @@ from torch import Tensor
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import versions
+from abliterate.checkpoints.saved_work import SavedWork, kept_in
 from abliterate.directions import Direction, encode_rows, load_direction, orthogonal_to
 from abliterate.editing.strengths import Strengths
 from abliterate.errors import DirectionError, InputError, ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply, coverage, first_tokens_of_refusals
 from abliterate.extraction.judgement import MIN_COVERAGE, MIN_PROMPTS
 from abliterate.extraction.options import Goal, PromptSources
+from abliterate.extraction.run import run_key
 from abliterate.extraction.selection import rounded_up
 from abliterate.files import write_json
 from abliterate.models.chat_model import ChatModel
@@ -28,7 +30,7 @@ from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import draw_borderline, prompt_hash, split_for_extraction
 from abliterate.refinement.options import RefinementOptions
 from abliterate.refinement.own_directions import own_directions, stream_means, unit_rows
-from abliterate.refinement.report import FrontierPoint, RefinementReport
+from abliterate.refinement.report import FrontierPoint, RefinementReport, point_of
 from abliterate.refinement.search import (
     BATCH,
     DIGITS,
@@ -36,9 +38,11 @@ from abliterate.refinement.search import (
     Search,
     at_reply,
     compare,
+    further_steps,
     last_logits,
     log_odds,
     read_base,
+    rounded,
 )
 from abliterate.refinement.soft_edit import SoftEdit
 
@@ -99,6 +103,8 @@ def refine_edit(
     options: RefinementOptions | None = None,
     model_options: ModelOptions | None = None,
     progress: ProgressReporter = SILENT,
+    work_directory: Path | None = None,
+    deliver: Callable[[Refinement], None] = lambda _refinement: None,
 ) -> Refinement:
     """Find how far each layer and role has to be edited so that the model no longer refuses, at the least damage.
 
@@ -118,6 +124,9 @@ def refine_edit(
         options: see `RefinementOptions`.
         model_options: how to load and run the model.
         progress: where to show progress.
+        work_directory: where to keep each point of the frontier until all are there, so that the same call goes on from
+            there; None, or a loaded model: nothing is kept. Replies never are.
+        deliver: is given the result before what is kept is deleted.
 
     Raises:
         NoDirectionError: no point of the frontier leaves as few refusals, at as little KL, as is asked for.
@@ -148,6 +157,17 @@ def refine_edit(
         borderline = draw_borderline(options.borderline, other=prompts, seed=options.seed)
         parts |= {"borderline_train": borderline.train, "borderline_validation": borderline.validation}
     rows = {part: chat.encode(found.texts) for part, found in parts.items()}
+    ranks = find_ranks(device=str(chat.device))
+    wanted = replace(options, max_refusals=None, max_kl=None, max_lost=defaults.max_lost)
+    saved = SavedWork(
+        work_directory if opened.source is not None and ranks.is_first else None,
+        key={
+            **run_key(opened.source, chat, parts, model_options),
+            "direction": loaded.sha256,
+            "options": asdict(wanted),
+        },
+        progress=progress,
+    )
     run = _Run(
         chat=chat,
         goal=goal,
@@ -157,13 +177,25 @@ def refine_edit(
             *cli_arguments(options),
             *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
         ),
-        ranks=find_ranks(device=str(chat.device)),
+        ranks=ranks,
+        saved=saved,
         progress=progress,
     )
-    with _frozen(chat):
-        report, directions = run.refine(name, loaded, rows)
-    hashes = tuple(sorted({prompt_hash(text) for found in parts.values() for text in found.texts}))
-    return Refinement(report=report, directions=directions, prompt_hashes=hashes)
+    try:
+        with kept_in(saved.directory), _frozen(chat):
+            try:
+                report, directions = run.refine(name, loaded, rows)
+            except (InputError, ModelError, RefusalBehaviourError):
+                # Nothing that is there would help the next attempt; where no point is within the limits it would.
+                saved.discard()
+                raise
+            hashes = tuple(sorted({prompt_hash(text) for found in parts.values() for text in found.texts}))
+            found = Refinement(report=report, directions=directions, prompt_hashes=hashes)
+            deliver(found)
+        saved.discard()
+    finally:
+        saved.release()
+    return found
 
 
 @contextmanager
@@ -218,6 +250,7 @@ class _Run:
     options: RefinementOptions
     arguments: tuple[str, ...]
     ranks: Ranks
+    saved: SavedWork
     progress: ProgressReporter
 
     @property
@@ -262,15 +295,17 @@ class _Run:
             token_ids=token_ids,
         )
         everywhere = torch.ones(chat.n_layers, 2)
-        plain = measure.point(SoftEdit(chat, vector.expand(chat.n_layers, -1)), everywhere, None)
+        plain = self._point(measure, SoftEdit(chat, vector.expand(chat.n_layers, -1)), everywhere, None)
         frontier: list[FrontierPoint] = []
         for pressures in (PRESSURES, HARDER):
             if any(point.share_unanswered <= self.max_refusals for point in frontier):
                 break
-            n_steps = options.steps + (len(pressures) - 1) * (options.steps // 2)
+            n_steps = options.steps + (len(pressures) - 1) * further_steps(options.steps)
+            saved = {pressure: self.saved.value(_strengths_key(pressure)) for pressure in pressures}
+            known = {pressure: torch.tensor(found) for pressure, found in saved.items() if found is not None}
             with self.progress.task("Refining", total=n_steps) as advance:
-                for pressure, strengths in search.points(pressures, steps=options.steps, advance=advance):
-                    frontier.append(measure.point(edit, strengths, pressure))
+                for pressure, strengths in search.points(pressures, steps=options.steps, advance=advance, known=known):
+                    frontier.append(self._point(measure, edit, strengths, pressure))
         frontier.sort(key=lambda point: -(point.pressure or 0.0))
         report = RefinementReport(
             model=name,
@@ -286,6 +321,15 @@ class _Run:
             versions=versions("abliterate", "python", "torch", "transformers"),
         )
         return report, own
+
+    def _point(self, measure: "_Measure", edit: SoftEdit, strengths: Tensor, pressure: float | None) -> FrontierPoint:
+        """Return a point of the frontier, out of what is saved where it is there."""
+        key = f"point {pressure}"
+        if self.saved.value(key) is None:
+            point = measure.point(edit, rounded(strengths), pressure)
+            self.saved.save_values({_strengths_key(pressure): strengths.tolist(), key: asdict(point)})
+        # What is saved, even if it was just now: so that both ways give the same.
+        return point_of(self.saved.value(key))
 
     def _own_directions(self, kept: _Kept) -> Tensor:
         """Return each layer's own direction, [n_layers, d_model], unit vectors or zeros."""
@@ -377,6 +421,10 @@ class _Measure:
             refused=None if self.to_refuse is None else sum(reply.refused for reply in others),
             n_to_refuse=len(others),
         )
+
+
+def _strengths_key(pressure: float | None) -> str:
+    return f"strengths {pressure}"
 
 
 def _batches(n: int) -> list[range]:

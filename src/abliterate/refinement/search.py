@@ -6,7 +6,7 @@ the same model and prompts give the same strengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,13 +125,31 @@ class Search:
     zero: float = 0.0
 
     def points(
-        self, pressures: Sequence[float], *, steps: int, advance: Callable[[int], None]
+        self,
+        pressures: Sequence[float],
+        *,
+        steps: int,
+        advance: Callable[[int], None],
+        known: Mapping[float, Float[Tensor, "n_layers 2"]] | None = None,
     ) -> Iterator[tuple[float, Float[Tensor, "n_layers 2"]]]:
-        """Yield the strengths of one pressure after another, each begun at the one before."""
+        """Yield the strengths of one pressure after another, each begun at the one before; not rounded.
+
+        Args:
+            pressures: weights of the refusal score, from the strongest.
+            steps: of the first; see `further_steps`.
+            advance: is told of steps.
+            known: strengths that an interrupted search had found.
+        """
         strengths = torch.full((self.edit.n_layers, 2), START)
         for number, pressure in enumerate(pressures):
-            strengths = self._minimise(strengths, pressure, steps=steps if number == 0 else steps // 2, advance=advance)
-            yield pressure, strengths.mul(10**DIGITS).round().div(10**DIGITS)
+            n = steps if number == 0 else further_steps(steps)
+            found = (known or {}).get(pressure)
+            if found is None:
+                strengths = self._minimise(strengths, pressure, steps=n, advance=advance)
+            else:
+                strengths = found
+                advance(n)
+            yield pressure, strengths
 
     def _minimise(
         self, start: Tensor, pressure: float, *, steps: int, advance: Callable[[int], None]
@@ -158,6 +176,16 @@ class Search:
     def _refusal(self, step: int) -> Tensor:
         logits = last_logits(self.chat, [self.to_answer[i] for i in _turn(step, len(self.to_answer))])
         return torch.nn.functional.softplus(log_odds(logits, self.token_ids) - self.zero + MARGIN).mean()
+
+
+def further_steps(steps: int) -> int:
+    """Return how many steps a point takes that begins at the one before: a third of those of the first."""
+    return max(1, steps // 3)
+
+
+def rounded(strengths: Float[Tensor, "n_layers 2"]) -> Float[Tensor, "n_layers 2"]:
+    """Return strengths as the file says them."""
+    return strengths.mul(10**DIGITS).round().div(10**DIGITS)
 
 
 def _turn(step: int, n: int) -> list[int]:

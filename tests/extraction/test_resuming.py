@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from abliterate.errors import InputError, InterruptedRunError, NoDirectionError, Terminated
+from abliterate.errors import InterruptedRunError, NoDirectionError
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.extraction.shared_runs import SavedWork, kept_in, working_in
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.options import ModelOptions
 from tests.support.paths import REPOSITORY
@@ -27,8 +25,8 @@ import os, signal, sys
 from pathlib import Path
 from abliterate.extraction.run import extract_direction
 from abliterate.models.options import ModelOptions
-from abliterate.extraction.shared_runs import SavedWork
-from tests.extraction.test_saved_work import OPTIONS
+from abliterate.checkpoints.saved_work import SavedWork
+from tests.extraction.test_resuming import OPTIONS
 
 def dying(method):
     def call(self, *args):
@@ -39,8 +37,8 @@ def dying(method):
     return call
 
 dying.left = int(sys.argv[3])
-SavedWork.save_scores = dying(SavedWork.save_scores)
-SavedWork.save_recording = dying(SavedWork.save_recording)
+SavedWork.save_values = dying(SavedWork.save_values)
+SavedWork.save_tensors = dying(SavedWork.save_tensors)
 model, work, _, streamed = sys.argv[1:]
 ways = ModelOptions(stream_layers=streamed == "True")
 extract_direction(model=Path(model), options=OPTIONS, model_options=ways, work_directory=Path(work))
@@ -130,23 +128,6 @@ def test_other_thresholds_go_on_with_the_same_scores(llama_directory: Path, tmp_
     extract_direction(model=llama_directory, options=OPTIONS, work_directory=tmp_path / "work")
 
 
-def test_a_changed_input_starts_anew_and_says_so(tmp_path: Path) -> None:
-    messages = Messages()
-    work = SavedWork(tmp_path / "w", key={"model": "a", "filter": True}, progress=messages)
-    work.save_recording("x", {"t": torch.ones(2)})
-    work.save_scores([(-1, 3)], [{"bypass": (1.0, 2.0), "kl": (0.5,)}])
-    work.release()
-    again = SavedWork(tmp_path / "w", key={"model": "a", "filter": True}, progress=messages)
-    again.release()
-    assert torch.equal(again.recording("x")["t"], torch.ones(2))
-    assert again.scores("ablated", (-1, 3)) == {"bypass": (1.0, 2.0), "kl": (0.5,)}
-    assert again.scores("induce", (-1, 3)) is None
-    anew = SavedWork(tmp_path / "w", key={"model": "b", "filter": True}, progress=messages)
-    assert anew.recording("x") is None
-    assert anew.scores("bypass", (-1, 3)) is None
-    assert messages.said[1].startswith("starting anew: model changed")
-
-
 def test_another_rendering_of_the_same_prompts_starts_anew(llama_directory: Path, tmp_path: Path, monkeypatch) -> None:
     """A template may write today's date."""
     strict = replace(OPTIONS, thresholds=Thresholds(kl=1e-9, induce=-1e9))
@@ -159,75 +140,3 @@ def test_another_rendering_of_the_same_prompts_starts_anew(llama_directory: Path
                 model=llama_directory, options=strict, work_directory=tmp_path / "work", progress=messages
             )
     assert any(said.startswith("starting anew: rendered prompts changed") for said in messages.said)
-
-
-def test_a_signal_says_what_is_kept(tmp_path: Path) -> None:
-    work = tmp_path / "w"
-    SavedWork(work, key={"model": "b"}).release()
-    with pytest.raises(InterruptedRunError, match=f"kept in {work}: the same command") as stopped, kept_in(work):
-        raise Terminated
-    assert stopped.value.exit_code == 143
-    for nothing in (None, tmp_path / "other"):
-        with pytest.raises(KeyboardInterrupt), kept_in(nothing):
-            raise KeyboardInterrupt
-
-
-def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
-    work = SavedWork(tmp_path / "w", key={})
-    work.save_scores([(-1, 3)], [{"induce": (1.0,)}])
-    with (tmp_path / "w" / "scores.jsonl").open("a") as file:
-        file.write('[[-1, 4, {"induce": [2.0')
-    work.release()
-    again = SavedWork(tmp_path / "w", key={})
-    assert again.scores("induce", (-1, 4)) is None
-    again.save_scores([(-1, 5)], [{"induce": (3.0,)}])
-    again.release()
-    third = SavedWork(tmp_path / "w", key={})
-    assert third.scores("induce", (-1, 3)) == {"induce": (1.0,)}
-    assert third.scores("induce", (-1, 5)) == {"induce": (3.0,)}
-
-
-def test_a_damaged_line_before_the_last_is_an_error(tmp_path: Path) -> None:
-    work = SavedWork(tmp_path / "w", key={})
-    work.save_scores([(-1, 3)], [{"induce": (1.0,)}])
-    work.save_scores([(-1, 4)], [{"induce": (float("nan"),)}])
-    work.release()
-    scores = tmp_path / "w" / "scores.jsonl"
-    assert scores.read_text() == '[[-1, 3, {"induce": [1.0]}]]\n[[-1, 4, {"induce": [NaN]}]]\n'
-    scores.write_text(scores.read_text().replace("[[-1, 3", "[[-1"))
-    with pytest.raises(InputError, match=r"scores\.jsonl, line 1: is damaged .*; delete the file"):
-        SavedWork(tmp_path / "w", key={})
-
-
-def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
-    first = SavedWork(tmp_path / "w", key={"a": 1})
-    first.save_recording("x", {"t": torch.ones(2)})
-    for key in ({"a": 1}, {"a": 2}):
-        with pytest.raises(InputError, match="another extraction is working there; wait for that one"):
-            SavedWork(tmp_path / "w", key=key)
-    assert torch.equal(first.recording("x")["t"], torch.ones(2))
-    first.release()
-    anew = SavedWork(tmp_path / "w", key={"a": 2})
-    assert anew.recording("x") is None
-    anew.discard()
-    assert not (tmp_path / "w").exists()
-
-
-def test_where_nothing_is_kept_others_are_kept_out_too(tmp_path: Path) -> None:
-    with working_in(tmp_path / "w"):
-        with pytest.raises(InputError, match="another extraction is working there"):
-            SavedWork(tmp_path / "w", key={})
-    assert not (tmp_path / "w").exists()
-    saved = SavedWork(tmp_path / "w", key={"a": 1})
-    saved.save_recording("x", {"t": torch.ones(2)})
-    saved.release()
-    with working_in(tmp_path / "w"):
-        pass
-    assert SavedWork(tmp_path / "w", key={"a": 1}).recording("x") is not None
-
-
-def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="holds no interim results"):
-        SavedWork(tmp_path, key={})
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
