@@ -13,6 +13,7 @@ from tests.support.paths import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "ci" / "nightly.sh"
 EXTRACT = "--n-train 8 --n-val 2 --no-filter --refusal-token I --kl-threshold 1e9 --induce-threshold -1e9"
+EVALUATE = "--max-new-tokens 3 --harmful {0} --harmless {0} --borderline {0}"
 AUDIT = "--n-train 8 --n-val 2 --n-test 4 --screen 2 --candidates 1 --bootstrap 3 --max-new-tokens 3"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the example is a bash script")
@@ -23,7 +24,15 @@ def job(tmp_path: Path, llama_directory: Path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     def run(**changes: str) -> subprocess.CompletedProcess[str]:
-        settings = {"MODEL": str(llama_directory), "EXTRACT_OPTIONS": EXTRACT, "AUDIT_OPTIONS": AUDIT, **changes}
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("How do locks work?\nExplain rain.\n")
+        settings = {
+            "MODEL": str(llama_directory),
+            "EXTRACT_OPTIONS": EXTRACT,
+            "EVALUATE_OPTIONS": EVALUATE.format(prompts),
+            "AUDIT_OPTIONS": AUDIT,
+            **changes,
+        }
         scratch = tmp_path / "scratch"
         scratch.mkdir(exist_ok=True)
         environment = {**os.environ, "PATH": path, "TMPDIR": str(scratch), **settings}
@@ -37,16 +46,21 @@ def job(tmp_path: Path, llama_directory: Path):
 
 
 def test_a_first_run_a_cached_one_and_a_changed_model(job, tmp_path: Path, llama_directory: Path) -> None:
-    first = job()
+    first = job(GATES="harmful_refusal_rate>1 kl_first_token<0")
     assert first.returncode == 0, first.stderr
     assert "direction: extracted" in first.stdout
     assert "weights: orthogonalized" in first.stdout
+    assert "weights: evaluated" in first.stdout
     artefacts = tmp_path / "artefacts"
     reports = {path.stem: json.loads(path.read_text()) for path in artefacts.glob("*.json")}
     assert set(reports) >= {"extract", "orthogonalize", "audit"}
     assert reports["audit"]["verdict"] == "does_not_refuse"
     assert reports["orthogonalize"]["counts"] == {"embed": 1, "attn": 5, "mlp": 5}
     assert (artefacts / "summary.txt").read_text().startswith("audit: does_not_refuse - it refuses 0 of 4")
+    assert [gate["failed"] for gate in reports["evaluate"]["gates"]] == [False, False]
+    assert (artefacts / "gates.xml").read_text().count("<testcase") == 2
+    assert (artefacts / "evaluate.md").read_text().startswith("## Refusals of ")
+    assert (artefacts / "audit.md").read_text().startswith("## Audit of ")
     second = job(RATE="0.5")
     assert second.returncode == 1
     assert "direction: cached" in second.stdout
@@ -70,6 +84,15 @@ def test_without_a_direction_the_model_is_audited_all_the_same(job, tmp_path: Pa
     assert message in done.stdout
     assert "audit: does_not_refuse" in done.stdout
     assert not (tmp_path / "artefacts" / "orthogonalize.json").exists()
+
+
+def test_a_gate_that_fails_fails_the_job_after_the_audit(job, tmp_path: Path) -> None:
+    done = job(GATES="harmful_refusal_rate<=1")
+    assert done.returncode == 1
+    assert "1 of 1 gates fail: harmful_refusal_rate<=1: it is 0" in done.stderr
+    assert "audit: does_not_refuse" in done.stdout
+    assert "<failure" in (tmp_path / "artefacts" / "gates.xml").read_text()
+    assert "| harmful_refusal_rate&lt;=1 | 0 | fails |" in (tmp_path / "artefacts" / "evaluate.md").read_text()
 
 
 def test_what_is_wrong_fails_the_job(job, tmp_path: Path) -> None:

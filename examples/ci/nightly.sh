@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# A nightly robustness check of one chat model: extract, orthogonalize, verify, audit.
+# A nightly robustness check of one chat model: extract, orthogonalize, verify, evaluate, audit.
 #
 #   MODEL=path/or/hub-id RATE=0.5 examples/ci/nightly.sh
 #
 # MODEL            a local directory or a Hub id
 # RATE             the gate: fail when a bearable intervention leaves fewer harmful prompts refused (default: no gate)
+# GATES            what fails the job of the edited model beside its base, as words such as "harmful_refusal_rate>0.1
+#                  cross_entropy_change>0.2" (default: no gate); see `abliterate evaluate --help`
 # ARTEFACTS        where reports go (default: artefacts); every file there may be published, none holds a reply
 # CACHE            where directions are kept between runs (default: .cache/abliterate-ci)
 # EXTRACT_OPTIONS  more options for `abliterate extract`
+# EVALUATE_OPTIONS more options for `abliterate evaluate`
 # AUDIT_OPTIONS    more options for `abliterate audit`
 #
-# Exit code: 0 when all is well; 1 when a step failed or the model is brittle; 2 when MODEL is not set.
+# Exit code: 0 when all is well; 1 when a step or a gate failed or the model is brittle; 2 when MODEL is not set.
 # The edited checkpoint serves the check alone and is deleted at the end.
 set -euo pipefail
 
@@ -18,6 +21,8 @@ set -euo pipefail
 artefacts=${ARTEFACTS:-artefacts}
 cache=${CACHE:-.cache/abliterate-ci}
 read -ra extract_options <<< "${EXTRACT_OPTIONS:-}"
+read -ra evaluate_options <<< "${EVALUATE_OPTIONS:-}"
+read -ra gates <<< "${GATES:-}"
 read -ra audit_options <<< "${AUDIT_OPTIONS:-}"
 mkdir -p "$artefacts" "$cache"
 work=$(mktemp -d)
@@ -47,7 +52,9 @@ else
     esac
 fi
 
-# 2. The same edit on the weights, and the proof that they hold it. A model that is not on this disk is only audited.
+# 2. The same edit on the weights, the proof that they hold it, and what it changed. A model that is not on this disk is
+#    only audited. A gate that fails ends the job after the audit.
+failed=0
 if [[ -f "$direction" && -d "$MODEL" ]]; then
     abliterate -q orthogonalize "$MODEL" --direction "$direction" -o "$work/edited" --json \
         > "$artefacts/orthogonalize.json"
@@ -56,17 +63,26 @@ if [[ -f "$direction" && -d "$MODEL" ]]; then
         abliterate -q verify "$work/edited" --base "$MODEL" --direction "$direction" --json > "$artefacts/verify.json"
         echo "weights: verified"
     fi
+    fail_if=()
+    for gate in "${gates[@]}"; do fail_if+=(--fail-if "$gate"); done
+    abliterate -q evaluate "$work/edited" --base "$MODEL" --junit "$artefacts/gates.xml" \
+        --summary "$artefacts/evaluate.md" --json "${fail_if[@]}" "${evaluate_options[@]}" \
+        > "$artefacts/evaluate.json" || failed=$?
+    # 1 with a report is a gate that fails; without one it is the evaluation.
+    [[ $failed == 0 || -s "$artefacts/evaluate.json" ]] || exit "$failed"
+    echo "weights: evaluated"
 fi
 
 # 3. The audit, and the gate.
-gate=()
-[[ -z "${RATE:-}" ]] || gate=(--fail-if-brittle "$RATE")
+brittle=()
+[[ -z "${RATE:-}" ]] || brittle=(--fail-if-brittle "$RATE")
 code=0
-abliterate -q audit "$MODEL" --json "${gate[@]}" "${audit_options[@]}" > "$artefacts/audit.json" || code=$?
+abliterate -q audit "$MODEL" --json --summary "$artefacts/audit.md" "${brittle[@]}" "${audit_options[@]}" > "$artefacts/audit.json" || code=$?
 [[ -s "$artefacts/audit.json" ]] || rm -f "$artefacts/audit.json"
 if [[ -f "$artefacts/audit.json" ]]; then
     python3 -c 'import json, sys
 report = json.load(open(sys.argv[1]))
 print("audit:", report["verdict"], "-", report["reason"])' "$artefacts/audit.json" | tee "$artefacts/summary.txt"
 fi
+[[ $code != 0 ]] || code=$failed
 exit "$code"

@@ -86,3 +86,25 @@ def test_bad_input(run, arguments: tuple[str, ...], code: int) -> None:
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.error_line
+
+
+def test_gates_are_judged_after_all_is_written(run, tmp_path: Path) -> None:
+    files = ("-o", tmp_path / "audit.json", "--junit", tmp_path / "j.xml", "--summary", tmp_path / "s.md")
+    passing = run("--fail-if", "harmful_refusal_rate<0.5", *files, "--json")
+    assert passing.exit_code == 0
+    assert json.loads(passing.stdout)["gates"] == [{"gate": "harmful_refusal_rate<0.5", "found": 1.0, "failed": False}]
+    failing = run("--fail-if", "verdict==not_mediated", "--fail-if", "lowest_refusal<2", *files)
+    assert failing.exit_code == 1
+    assert "2 of 2 gates fail: verdict==not_mediated: it is not_mediated; lowest_refusal<2: it is 1" in failing.stderr
+    assert "gate lowest_refusal<2: 1, fails" in failing.stdout
+    assert json.loads((tmp_path / "audit.json").read_text())["verdict"] == "not_mediated"
+    assert (tmp_path / "j.xml").read_text().count("<failure") == 2
+    assert (tmp_path / "s.md").read_text().startswith("## Audit of ")
+
+
+@pytest.mark.parametrize("text", ["refusals<1", "harmful_refusal_rate", "kl_first_token<1", "verdict<x"])
+def test_a_gate_that_is_none_is_found_before_the_work(run, monkeypatch, text: str) -> None:
+    monkeypatch.setattr("abliterate.evaluation.auditing.audit_model", lambda **_: pytest.fail("the work was begun"))
+    result = run("--fail-if", text)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"--fail-if {text!r}" in result.error_line

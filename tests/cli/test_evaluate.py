@@ -175,3 +175,47 @@ def test_a_revision_belongs_to_a_base_on_the_hub(run, llama_directory: Path) -> 
     done = run("--base", llama_directory, "--base-revision", "main")
     assert (done.exit_code, done.stdout) == (1, "")
     assert "is on this machine" in done.error_line
+
+
+def test_a_report_is_compared_with_an_earlier_one_and_gates_are_judged_after_all_is_written(run, tmp_path) -> None:
+    earlier = tmp_path / "earlier.json"
+    assert run("-o", earlier).exit_code == 0
+    files = ("-o", tmp_path / "now.json", "--junit", tmp_path / "j.xml", "--summary", tmp_path / "s.md")
+    same = run("--against", earlier, "--fail-if", "harmful_refusal_change<0", *files, "--json")
+    assert same.exit_code == 0, same.stderr
+    document = json.loads(same.stdout)
+    assert [one["kind"] for one in document["against"]] == list(document["rates"])
+    assert all(one["paired"]["n"] == one["n"] and one["difference"] == 0 for one in document["against"])
+    assert document["gates"] == [{"gate": "harmful_refusal_change<0", "found": 0.0, "failed": False}]
+    failing = run(
+        "--against", earlier, "--fail-if", "harmful_refusal_p>=1", "--fail-if", "harmful_refusal_rate>1", *files
+    )
+    assert failing.exit_code == 1
+    assert failing.error_line.startswith("error: 1 of 2 gates fail: harmful_refusal_p>=1: it is 1")
+    assert "gate harmful_refusal_rate>1: " in failing.stdout
+    assert json.loads((tmp_path / "now.json").read_text())["outcomes"]
+    assert (tmp_path / "j.xml").read_text().count("<failure") == 1
+    assert (tmp_path / "s.md").read_text().startswith("## Refusals of ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--fail-if", "refusals<1"), "'refusals' is not among"),
+        (("--fail-if", "kl_first_token>1"), "give it with --base"),
+        (("--fail-if", "harmless_refusal_p<1"), "give it with --against"),
+        (("--against", "missing.json"), "--against missing.json: no such file"),
+        (("--summary", "notes.txt"), "notes.txt: exists and is no summary"),
+        (("--junit", "notes.txt"), "notes.txt: exists and is no JUnit file"),
+        (("--junit", "new.xml", "--summary", "new.xml"), "is given for --junit and --summary"),
+    ],
+)
+def test_what_is_wrong_with_gates_is_found_before_the_work(run, tmp_path, monkeypatch, options, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("abliterate.evaluation.run.evaluate_model", lambda **_: pytest.fail("the work was begun"))
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run(*options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert said in result.error_line
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in {".txt", ".xml"}] == ["notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -12,18 +12,31 @@ from abliterate.cli.options import (
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
+    FailIfOption,
     HarmfulOption,
     HarmlessOption,
     JsonOption,
+    JunitOption,
     ModelArg,
     RevisionOption,
+    SummaryOption,
     SystemPromptOption,
     TrustRemoteCodeOption,
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, holds_json, writing
+from abliterate.cli.output import (
+    Output,
+    OutputFile,
+    check_outputs,
+    command_line,
+    gate_tables,
+    holds_json,
+    starts_with,
+    writing,
+)
 from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
+from abliterate.files import write_file
 from abliterate.models.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -47,6 +60,9 @@ def audit(
             help="Exit 1 when a bearable intervention leaves fewer harmful prompts refused than this share.",
         ),
     ] = None,
+    fail_if: FailIfOption = None,
+    junit: JunitOption = None,
+    summary: SummaryOption = None,
     output_file: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON report here.")] = None,
     report_directory: Annotated[
         Path | None,
@@ -81,29 +97,46 @@ def audit(
     """Say in numbers how much of a model's refusal rests on one direction, and at what cost it goes.
 
     The verdict is single_direction, few_directions, not_mediated or does_not_refuse; the exit code is 0 whatever it
-    is, unless --fail-if-brittle asks for a gate. Replies are greedy, measured on held-out prompts and written nowhere.
-    With -o, an interrupted audit keeps what it has measured in OUTPUT.work, and the same command goes on from there.
+    is, unless --fail-if-brittle or --fail-if asks for a gate (of harmful_refusal_rate, _low, _high, _degenerate_rate,
+    the same of harmless, lowest_refusal, and verdict==WORD). Replies are greedy, measured on held-out prompts
+    and written nowhere. With -o, an interrupted audit keeps what it has measured in OUTPUT.work, and the same command
+    goes on from there.
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.checkpoints.saved_work import work_directory
     from abliterate.evaluation.auditing import audit_model
+    from abliterate.release import gates
     from abliterate.release.audit_page import write_audit_page
 
     output = Output.of(context, json_output=json_output)
     check_outputs(
-        OutputFile(path=output_file, what="report of `audit`", is_own=holds_json("verdict")), report=report_directory
+        OutputFile(path=output_file, what="report of `audit`", is_own=holds_json("verdict")),
+        OutputFile(path=junit, what="JUnit file", is_own=starts_with("<?xml"), flag="--junit"),
+        OutputFile(path=summary, what="summary", is_own=starts_with("## "), flag="--summary"),
+        report=report_directory,
     )
 
     def deliver(report: "AuditReport") -> None:
+        results = gates.judge_gates(conditions, gates.audit_numbers(report))
         # First: what the disk does not take is not lost.
-        output.report(report, tables=lambda: [_table(report), *_lines(report)])
+        output.report(
+            {**output.plain(report), **({"gates": output.plain(results)} if results else {})},
+            tables=lambda: [_table(report), *_lines(report), *gate_tables((), results)],
+        )
         if output_file is not None:
             with writing(output_file, "-o"):
                 report.save(output_file)
         if report_directory is not None:
             with writing(report_directory):
                 write_audit_page(report, report_directory, command=command_line())
+        if junit is not None:
+            with writing(junit, "--junit"):
+                gates.write_junit(junit, command="audit", model=report.model, results=results)
+        if summary is not None:
+            with writing(summary, "--summary"):
+                write_file(summary, gates.audit_summary(report, results))
 
+    conditions = [gates.parse_gate(text, gates.AUDIT_NAMES) for text in fail_if or ()]
     report = audit_model(
         model=resolve_model(model, revision=revision),
         options=AuditOptions(
@@ -139,6 +172,7 @@ def audit(
     )
     if fail_if_brittle is not None:
         report.require_robust(fail_if_brittle)
+    gates.require(gates.judge_gates(conditions, gates.audit_numbers(report)))
 
 
 def _rate(rate: "RefusalRate") -> str:

@@ -13,18 +13,31 @@ from abliterate.cli.options import (
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
+    FailIfOption,
     HarmfulOption,
     HarmlessOption,
     JsonOption,
+    JunitOption,
     ModelArg,
     RevisionOption,
+    SummaryOption,
     SystemPromptOption,
     TrustRemoteCodeOption,
     option,
     parse_batch_size,
 )
-from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, holds_json, writing
+from abliterate.cli.output import (
+    Output,
+    OutputFile,
+    check_outputs,
+    command_line,
+    gate_tables,
+    holds_json,
+    starts_with,
+    writing,
+)
 from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
+from abliterate.files import write_file
 from abliterate.models.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -69,6 +82,13 @@ def evaluate(
         typer.Option("--report-completions", help="Put the replies that --save-completions writes into the page too."),
     ] = False,
     cache: Annotated[Path | None, option(EvaluationOptions, "cache")] = DEFAULTS.cache,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="REPORT", help="Compare with an earlier JSON report, paired by prompt."),
+    ] = None,
+    fail_if: FailIfOption = None,
+    junit: JunitOption = None,
+    summary: SummaryOption = None,
     system_prompt: SystemPromptOption = MODEL_DEFAULTS.system_prompt,
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
@@ -81,9 +101,15 @@ def evaluate(
 
     Replies are greedy and are not written anywhere unless --save-completions or --cache asks for it. Prompts that the
     direction was found with are left out.
+
+    For CI: --against compares the refusal rates with those of an earlier report, prompt by prompt; --fail-if ends with
+    exit code 1 where a condition holds, of KIND_refusal_rate, _refusal_low, _refusal_high, _degenerate_rate, and
+    against that report _refusal_change and _refusal_p, for KIND harmful, harmless or borderline; with --base also of
+    kl_first_token, kl_continuation and cross_entropy_change.
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.evaluation.run import evaluate_model
+    from abliterate.release import gates
     from abliterate.release.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
@@ -97,8 +123,14 @@ def evaluate(
             is_own=holds_json("completion"),
             flag="--save-completions",
         ),
+        OutputFile(path=junit, what="JUnit file", is_own=starts_with("<?xml"), flag="--junit"),
+        OutputFile(path=summary, what="summary", is_own=starts_with("## "), flag="--summary"),
         report=report_directory,
     )
+    conditions = [gates.parse_gate(text, gates.EVALUATION_NAMES) for text in fail_if or ()]
+    gates.check_measured(conditions, has_base=base is not None, has_earlier=against is not None)
+    if against is not None:
+        gates.read_earlier(against)
     report = evaluate_model(
         model=resolve_model(model, revision=revision),
         base=base,
@@ -133,8 +165,14 @@ def evaluate(
         ),
         progress=output.progress,
     )
+    comparisons = () if against is None else gates.compare_reports(report, against)
+    results = gates.judge_gates(conditions, gates.evaluation_numbers(report, comparisons))
+    more = {name: found for name, found in (("against", comparisons), ("gates", results)) if found}
     # First: what the disk does not take is not lost.
-    output.report(report, tables=lambda: report_tables(report))
+    output.report(
+        {**output.plain(report), **output.plain(more)},
+        tables=lambda: [*report_tables(report), *gate_tables(comparisons, results)],
+    )
     if output_file is not None:
         with writing(output_file, "-o"):
             report.save(output_file)
@@ -142,6 +180,13 @@ def evaluate(
         completions = save_completions if report_completions else None
         with writing(report_directory):
             write_evaluation_page(report, report_directory, command=command_line(), completions=completions)
+    if junit is not None:
+        with writing(junit, "--junit"):
+            gates.write_junit(junit, command="evaluate", model=report.model, results=results)
+    if summary is not None:
+        with writing(summary, "--summary"):
+            write_file(summary, gates.evaluation_summary(report, comparisons, results))
+    gates.require(results)
 
 
 def report_tables(report: "EvaluationReport") -> list[Table | str]:

@@ -72,6 +72,20 @@ HarmlessOption = Annotated[str, option(PromptSources, "harmless")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print exactly one JSON document on stdout instead of tables.")
 ]
+FailIfOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if",
+        metavar="CONDITION",
+        help="End with exit code 1 if this holds of the report, such as 'harmful_refusal_rate<0.9'; may be repeated.",
+    ),
+]
+JunitOption = Annotated[
+    Path | None, typer.Option("--junit", metavar="FILE", help="Write the gates of --fail-if as JUnit XML here.")
+]
+SummaryOption = Annotated[
+    Path | None, typer.Option("--summary", metavar="FILE", help="Write the result as Markdown here, for CI.")
+]
 DtypeOption = Annotated[Dtype, option(ModelOptions, "dtype")]
 DeviceOption = Annotated[str, option(ModelOptions, "device")]
 BatchSizeOption = Annotated[str, option(ModelOptions, "batch_size")]

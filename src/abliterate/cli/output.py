@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -35,6 +35,9 @@ from abliterate.errors import InputError
 from abliterate.files import check_writable, printable
 from abliterate.processes import in_first_process
 from abliterate.progress import SILENT, Advance, ProgressReporter
+
+if TYPE_CHECKING:
+    from abliterate.release.gates import Comparison, GateResult
 
 _UNLIMITED = 10_000
 SECONDS_BETWEEN_LINES = 30.0
@@ -108,6 +111,20 @@ def holds_json(*keys: str) -> Callable[[Path], bool]:
         except (OSError, ValueError, RecursionError):
             return False
         return isinstance(content, dict) and content.keys() >= set(keys)
+
+    return is_own
+
+
+def starts_with(*beginnings: str) -> Callable[[Path], bool]:
+    """Return what tells a file that is empty or begins in one of some ways."""
+
+    def is_own(path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                content = file.read(1000)
+        except OSError:
+            return False
+        return not content or content.startswith(tuple(each.encode() for each in beginnings))
 
     return is_own
 
@@ -221,6 +238,21 @@ class Output:
         # Some environments call for colours where there is no terminal; bars would fill their logs.
         draws = self.stderr.is_terminal and self.stderr.file.isatty() and not self.stderr.is_dumb_terminal
         return _BarProgress(self.stderr) if draws else _LineProgress(self.note)
+
+
+def gate_tables(comparisons: "Sequence[Comparison]", results: "Sequence[GateResult]") -> list[Table | str]:
+    """Return what an earlier report says beside this one, and what each gate found."""
+    tables: list[Table | str] = []
+    if comparisons:
+        table = Table("prompts", "earlier", "now", "difference", "in both", "p (McNemar)", title="Against REPORT")
+        for one in comparisons:
+            paired = ("0", "") if one.paired is None else (str(one.paired.n), f"{one.paired.p_value:.2g}")
+            table.add_row(one.kind, f"{one.earlier_rate:.1%}", f"{one.rate:.1%}", f"{one.difference:+.1%}", *paired)
+        tables.append(table)
+    for result in results:
+        found = result.found if isinstance(result.found, str) else f"{result.found:.4g}"
+        tables.append(f"gate {result.gate}: {found}, {'fails' if result.failed else 'passes'}")
+    return tables
 
 
 class _BarProgress:

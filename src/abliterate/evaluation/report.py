@@ -238,6 +238,7 @@ class EvaluationReport:
         capability: scores of lm-evaluation-harness, or None.
         excluded: kind -> prompts left out because the direction was found with them.
         repeated: kind -> prompts left out because they repeat another one.
+        outcomes: kind -> hash of each prompt -> class of the reply, by which `--against` pairs two reports.
         prompt_sets: name, size and hash of each set as used.
         arguments: the arguments of `evaluate` that differ from its defaults.
         versions: of what computed this.
@@ -268,6 +269,7 @@ class EvaluationReport:
     capability: "CapabilityReport | None" = None
     excluded: dict[str, int] = field(default_factory=dict)
     repeated: dict[str, int] = field(default_factory=dict)
+    outcomes: dict[str, dict[str, str]] = field(default_factory=dict)
     prompt_sets: dict[str, dict[str, Any]]
     arguments: tuple[str, ...] = ()
     versions: dict[str, str]

@@ -58,7 +58,7 @@ from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_tokenizer, open_model
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set
+from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set, prompt_hash
 
 _COMPARED_PROMPTS = 64
 
@@ -466,6 +466,13 @@ class _Run:
             },
             categories={
                 kind: count_by_category(chosen.categories, model.replies[kind], base.replies[kind] if base else None)
+                for kind, chosen in prompts.items()
+            },
+            outcomes={
+                kind: {
+                    prompt_hash(text): reply.reply_class
+                    for text, reply in zip(chosen.texts, model.replies[kind], strict=True)
+                }
                 for kind, chosen in prompts.items()
             },
             kl_harmless=divergence.first_token if divergence else None,
