@@ -127,6 +127,16 @@ def test_nothing_is_changed_in_the_model(llama_chat: ChatModel, spec: str) -> No
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama_chat.model.modules())
 
 
+def test_a_prompt_that_is_repeated_counts_once(llama_chat: ChatModel, spec: str, tmp_path: Path) -> None:
+    (tmp_path / "again.txt").write_text("\n".join([*PROMPTS, *PROMPTS, PROMPTS[0]]))
+    reports = [
+        trace_direction(model=llama_chat, direction=direction(), options=TraceOptions(prompts=(each,)))
+        for each in (spec, str(tmp_path / "again.txt"))
+    ]
+    once, repeated = (asdict(report)["sets"][0] for report in reports)
+    assert {**once, "name": ""} == {**repeated, "name": ""}
+
+
 def test_one_prompt_token_by_token(llama_chat: ChatModel, spec: str) -> None:
     made = direction()
     options = TraceOptions(prompts=(spec,), prompt=PROMPTS[0])

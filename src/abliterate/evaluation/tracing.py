@@ -105,7 +105,7 @@ def _load_set(spec: str, n_prompts: int) -> PromptSet:
     if spec in DEFAULT_SETS:
         prompts = load_prompt_set("bundled", kind=cast(Kind, spec), part="test")
     else:
-        prompts = load_prompt_set(spec, kind="harmful", part="test")
+        prompts = load_prompt_set(spec, kind="harmful", part="test").distinct()
     n = min(n_prompts, len(prompts))
     return replace(prompts, name=spec, texts=prompts.texts[:n], ids=prompts.ids[:n], categories=prompts.categories[:n])
 
