@@ -224,18 +224,24 @@ def check_writable(path: Path, *, flag: str, directory: bool = False) -> None:
         real = Path(os.path.realpath(path))
         candidates = (real, *real.parents) if directory else real.parents
         place = next(each for each in candidates if os.path.lexists(each))
-        trial = place / f".abliterate-trial-{os.getpid()}"
+        # By chance and not by the process: in a container every run may have the same number.
+        trial = place / f".abliterate-trial-{os.urandom(6).hex()}"
         os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         trial.unlink()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}; choose another {flag}") from error
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, content: bytes | str, *, parents: bool = True) -> None:
     """Write a file; text in UTF-8, its line breaks as they are.
 
     A new file gets the permissions that the umask leaves, an older one keeps its own. A link is followed, and what is
-    no regular file (`/dev/null`, a pipe) is written to in place. Directories that lead to it are made.
+    no regular file (`/dev/null`, a pipe) is written to in place.
+
+    Args:
+        path: The file.
+        content: What it will hold.
+        parents: Make the directories that lead to it.
 
     Raises:
         OSError: It cannot be written.
@@ -246,7 +252,8 @@ def write_file(path: Path, content: bytes | str) -> None:
         path.write_bytes(data)
         return
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     # Not the whole name: one of the greatest length must still find room.
     partial = path.with_name(f".{path.name[:50]}.partial-{os.getpid()}")
     try:

@@ -71,14 +71,19 @@ class JsonLines:
         """Write one line; it is on the disk when this returns.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: It cannot be written; the file is as it was, so that another line can follow.
         """
         line = memoryview(json.dumps(value).encode() + b"\n")
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, self._mode)
         try:
-            while line:
-                line = line[os.write(descriptor, line) :]
-            os.fsync(descriptor)
+            before = os.fstat(descriptor).st_size
+            try:
+                while line:
+                    line = line[os.write(descriptor, line) :]
+                os.fsync(descriptor)
+            except BaseException:
+                os.ftruncate(descriptor, before)
+                raise
         finally:
             os.close(descriptor)
 

@@ -16,10 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.atomic_directory import (
-    Entry,
-    PartialDirectory,
-)
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
 from abliterate.checkpoints.file_assembly import (
     GivenSegment,
@@ -30,6 +26,7 @@ from abliterate.checkpoints.file_assembly import (
     copied_segments,
 )
 from abliterate.checkpoints.file_ranges import PlainFile, WrittenFile, became_shorter, open_file
+from abliterate.checkpoints.partial_run import Entry, PartialDirectory
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     Shard,

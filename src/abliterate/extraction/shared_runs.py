@@ -24,8 +24,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.atomic_directory import LOCK, FileLock, lock_in
 from abliterate.checkpoints.json_lines import JsonLines
+from abliterate.checkpoints.work_folder import LOCK, FileLock, lock_in
 from abliterate.errors import InputError, InterruptedRunError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply
 from abliterate.extraction.options import Thresholds
