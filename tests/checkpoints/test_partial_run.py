@@ -201,11 +201,11 @@ class TestPlace:
         monkeypatch.setattr(abliterate.checkpoints.partial_run, "can_share_blocks", lambda source, directory: shares)
         interrupted(tmp_path / "out")
         run, _ = start(tmp_path / "out", resume=True)
-        run.check_space({"config.json": 10**18, "rest": 1000}, source=tmp_path, edited=10)
+        run.check_space({"config.json": 10**18, "rest": 1000}, source=tmp_path, edited=10, stored=10**18)
         with pytest.raises(CheckpointError, match=r"1000000000\.00 GB are needed and .* GB are free") as raised:
-            run.check_space({"rest": 10**18}, source=tmp_path, edited=10**18)
+            run.check_space({"rest": 10**18}, source=tmp_path, edited=10**18, stored=10**18)
         if shares:
-            run.check_space({"rest": 10**18}, source=tmp_path, edited=10)
+            run.check_space({"rest": 10**18}, source=tmp_path, edited=10, stored=10**18)
         # What is finished is worth keeping until there is room.
         assert "--resume" in str(run.give_up(raised.value))
         assert run.directory.path.exists()

@@ -84,6 +84,7 @@ class WorkFolder:
         self._replaced = path.with_name(f"{path.name}.replaced")
         self._old_lock: FileLock | None = None
         self._was_published = False
+        self._before = self._what_may_go()
         output.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() or (path.is_dir() and not (path / OWN).is_dir() and any(path.iterdir())):
             raise InputError(f"{path}: is where {output} would be written, and is something else; move it away")
@@ -98,8 +99,8 @@ class WorkFolder:
                 raise InputError(
                     f"{path / foreign[0]}: is not abliterate's, and lies where {output} would be written; move it away"
                 )
-            self._bring_back()
-            self._before: dict[str, State] = files_in(output) if overwrite and output.is_dir() else {}
+            if self._bring_back():
+                self._before = self._what_may_go()
         except BaseException:
             self._lock.release()
             raise
@@ -207,13 +208,17 @@ class WorkFolder:
                 with suppress(OSError):
                     remove_marks(output)
 
-    def _bring_back(self) -> None:
-        """Finish what a run that was killed between two renames has left of the older directory."""
+    def _what_may_go(self) -> dict[str, State]:
+        """Return what the directory that is to be replaced holds; what comes into it later is not replaced."""
+        return files_in(self._output) if self._overwrite and self._output.is_dir() else {}
+
+    def _bring_back(self) -> bool:
+        """Finish what a run that was killed between two renames has left; return whether the older directory is back."""
         if not has_list(self._replaced):
-            return
+            return False
         if not has_list(self.path):
             remove_own(self._replaced)  # the second rename was made
-            return
+            return False
         try:
             _rename_to_new(self._replaced, self._output)
         except FileExistsError as error:
@@ -223,6 +228,7 @@ class WorkFolder:
         remove_marks(self._output)
         if not self._overwrite:
             check_output_directory(self._output, overwrite=False)
+        return True
 
 
 def _refused(message: str) -> CheckpointError:

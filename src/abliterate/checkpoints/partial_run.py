@@ -156,13 +156,14 @@ class PartialRun:
         except OSError as error:
             raise InputError(f"{path}: cannot be made: {error.strerror or error}; choose another place") from error
 
-    def check_space(self, sizes: Mapping[str, int], *, source: Path, edited: int) -> None:
-        """Check that what will be written finds room.
+    def check_space(self, sizes: Mapping[str, int], *, source: Path, edited: int, stored: int) -> None:
+        """Check that what will be written finds room, by what the file system gives to this user.
 
         Args:
             sizes: Name -> bytes of every file.
             source: One of the files that are copied.
             edited: Bytes that are written in any case; the others take none where files can share their blocks.
+            stored: Bytes that the files that are copied take on their disk, fewer than they have where they have holes.
 
         Raises:
             CheckpointError: There is less room.
@@ -170,6 +171,9 @@ class PartialRun:
         path, kept = self.directory.path, self.directory.kept
         needed = sum(size for name, size in sizes.items() if name not in kept)
         free = shutil.disk_usage(path).free
+        if free < needed and source.stat().st_dev == path.stat().st_dev:
+            # Holes stay holes; another file system may not know them.
+            needed = min(needed, edited + stored)
         if free < needed and can_share_blocks(source, path / OWN):
             needed = min(needed, edited)
         if free < needed:

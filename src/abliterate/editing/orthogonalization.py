@@ -141,7 +141,7 @@ def _write(
         progress=progress,
         overwrite=overwrite,
     ) as run:
-        run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited)
+        run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited, stored=files.bytes_stored())
         finished, traffic = files.write(run.directory, target=target, workers=workers, progress=progress)
         partial = run.directory.path
         made = {tensor.name: tensor for file in finished.values() for tensor in file.edits}
