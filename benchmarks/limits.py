@@ -99,7 +99,7 @@ def edit(directory: Path) -> dict[str, Any]:
     for name, layers in (("small", 5), ("large", 48)):
         base, direction, facts = make(directory / name, shard_bytes=2 * _GB, layers=layers, **shape)
         out = directory / name / "out"
-        found = abliterate("orthogonalize", base, "--direction", direction, "--layers", "2:2", "-o", out)
+        found = abliterate("orthogonalize", base, "--direction", direction, "--layers", "2:3", "-o", out)
         results[name] = facts | found
         results[name]["mb_on_disk"] = sum(512 * file.stat().st_blocks for file in out.iterdir()) // 10**6
         shutil.rmtree(directory / name)

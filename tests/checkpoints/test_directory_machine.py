@@ -103,6 +103,20 @@ def test_what_was_replaced_in_two_steps_comes_back_when_the_run_was_killed_betwe
     assert [path.name for path in root.iterdir()] == ["out"]
 
 
+def test_a_removal_in_two_steps_that_was_killed_is_finished_by_the_next_run(tmp_path):
+    world, root = the_world(), tmp_path / "place"
+    out, replaced = root / "out", root / ".out.partial.replaced"
+    kill_when(
+        root,
+        lambda: world.run("whole", out, overwrite=True),
+        lambda: [path.name for path in replaced.rglob("*")] == [OWN, "lock"],
+        first=95,
+        can_exchange=False,
+    )
+    world.run("half", out, overwrite=True)
+    assert [path.name for path in root.iterdir()] == ["out"]
+
+
 def normal_without_marks(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in normal(path).items() if not name.startswith(OWN)} if path.exists() else {}
 

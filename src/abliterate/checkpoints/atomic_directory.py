@@ -213,11 +213,12 @@ class WorkFolder:
         return files_in(self._output) if self._overwrite and self._output.is_dir() else {}
 
     def _bring_back(self) -> bool:
-        """Finish what a run that was killed between two renames has left; return whether the older directory is back."""
-        if not has_list(self._replaced):
+        """Finish what a run that was killed between two renames has left; return whether the older one is back."""
+        if not (self._replaced / OWN).is_dir():
             return False
-        if not has_list(self.path):
-            remove_own(self._replaced)  # the second rename was made
+        if not has_list(self._replaced) or not has_list(self.path):
+            # The second rename was made; its list goes when all that is on it has gone.
+            remove_own(self._replaced)
             return False
         try:
             _rename_to_new(self._replaced, self._output)
