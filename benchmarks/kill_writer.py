@@ -109,8 +109,12 @@ class Rounds:
         self.counts: Counter[str] = Counter()
         self.expected: dict[str, dict[str, bytes]] = {}
         for strength in ("1.0", "0.5"):
+            process = start(self.command(strength, directory / "calm"), direct=direct)
+            wait_until_writing(process, directory / ".calm.partial", 0)
             started = time.perf_counter()
-            assert complete(self.command(strength, directory / "calm"), direct=direct) == 0
+            process.join()
+            assert process.exitcode == 0
+            # From its first file on, as that is when a run can be hit.
             self.seconds = time.perf_counter() - started
             self.expected[strength] = content(directory / "calm")
             shutil.rmtree(directory / "calm")
@@ -144,7 +148,7 @@ class Rounds:
             wanted = "0.5" if there == "1.0" else "1.0"
             command = [*self.command(wanted, self.out), "--resume"]
             process = start(command, direct=self.direct)
-            wait_until_writing(process, self.directory / ".out.partial", self.generator.uniform(0, 0.9 * self.seconds))
+            wait_until_writing(process, self.directory / ".out.partial", self.generator.uniform(0, self.seconds))
             process.kill()
             process.join()
             is_killed = process.exitcode == -9
@@ -155,6 +159,8 @@ class Rounds:
             self.counts["kills after the new one had its name"] += is_killed and found == wanted
             self.counts["whole with marks of the tool"] += (self.out / ".abliterate").exists()
             there = found
+            if is_killed and self.counts["kills"] % 20 == 0:
+                print(f"{self.directory}, direct I/O {self.direct}: {dict(self.counts)}", file=sys.stderr, flush=True)
         self.through(wanted)
 
     def through(self, wanted: str) -> None:
