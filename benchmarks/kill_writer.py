@@ -223,7 +223,7 @@ def main() -> int:
                 rounds.end()
             name = f"{file_system(directory)}, {'direct I/O' if direct else 'through the page cache'}"
             print(json.dumps({name: rounds.counts, "seconds": round(time.monotonic() - started)}), flush=True)
-            total += rounds.counts
+            total.update(rounds.counts)
         shutil.rmtree(directory)
     print(json.dumps({"all together": total}, indent=2))
     return int(any(total[name] for name in ("different", "half-written", "left behind")))

@@ -39,6 +39,7 @@ def main() -> int:
         while machine.steps < arguments.steps:
             run(machine, number)
             number += 1
+            print(f"{machine.__name__}: {machine.steps} steps", file=sys.stderr, flush=True)
         counts = {"machine": machine.__name__, "steps": machine.steps, "happened": dict(machine.happened)}
         print(json.dumps(counts | {"seconds": round(time.monotonic() - started)}), flush=True)
     return 0
