@@ -1,9 +1,14 @@
 """Kills `abliterate orthogonalize` at random moments and resumes it: the result must be that of a run left in peace.
 
-`--kills` times SIGKILL hits a run after a random part of the time that an undisturbed one takes, and `--resume` goes
-on; whenever a run gets through, its files are compared with the undisturbed ones byte by byte (the record but for its
-time) and the next begins. All the while a reader looks at the target: it must be absent or whole. Then `--faults`
-times the one function that writes fails with ENOSPC, or writes part of what it was given, from a random call on.
+    python -m benchmarks.kill_writer [--kills 1000] [--faults 100] [--directories DIR ...]
+
+Everything is done in each directory (one on the disk, one in memory), with direct I/O and without. SIGKILL hits a run
+after a random part of the time that an undisturbed one takes, and `--resume` goes on. Two edits take turns, so that
+each run after the first result replaces the other's with `--overwrite`: after every kill the target must be absent
+(before the first) or hold one of the two byte by byte (the record but for its time). All the while a reader looks at
+the target, which must be absent or whole. Then the one function that writes fails with ENOSPC, or writes part of what
+it was given, from a random call on. Counts are printed for each way and all together; it exits with 1 if any result
+differs.
 """
 
 import argparse
@@ -21,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 # Forked from a process that has imported everything, so that a run costs its writing and not its imports.
+# What a run that was killed in the last moment leaves in its result.
+OWN = ".abliterate"
 FORK = multiprocessing.get_context("fork")
 
 
 def content(path: Path) -> dict[str, bytes]:
     """Return a checkpoint's files, the record without its time."""
-    files = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    files = {name.as_posix(): (path / name).read_bytes() for name in names if name.parts[0] != OWN}
     record = json.loads(files["abliteration.json"])
     return files | {"abliteration.json": json.dumps(record | {"created": None}).encode()}
 
@@ -34,11 +42,11 @@ def content(path: Path) -> dict[str, bytes]:
 def watch(target: Path, names: set[str], sizes: dict[str, int], counts: Any, stopped: Any) -> None:
     """Look at the target as often as can be, and count what is neither absent nor whole."""
     while not stopped.is_set():
-        time.sleep(0.0005)
+        time.sleep(0.003)
         counts[0] += 1
         try:
             state = target.stat().st_ino
-            found = {path.name: path.stat().st_size for path in target.iterdir()}
+            found = {path.name: path.stat().st_size for path in target.iterdir() if path.name != OWN}
             is_same = target.stat().st_ino == state
         except FileNotFoundError:
             continue
@@ -46,16 +54,17 @@ def watch(target: Path, names: set[str], sizes: dict[str, int], counts: Any, sto
             counts[1] += 1
 
 
-def start(arguments: list[str], fault: tuple[str, int] | None = None) -> ForkProcess:
+def start(arguments: list[str], *, direct: bool, fault: tuple[str, int] | None = None) -> ForkProcess:
     """Start `abliterate` in a process of its own; a fault is its kind and the number of writes that go well."""
-    process = FORK.Process(target=run, args=(arguments, fault))
+    process = FORK.Process(target=run, args=(arguments, direct, fault))
     process.start()
     return process
 
 
-def run(arguments: list[str], fault: tuple[str, int] | None) -> None:
+def run(arguments: list[str], direct: bool, fault: tuple[str, int] | None) -> None:
     """Be `abliterate`."""
     import abliterate.checkpoints.file_ranges
+    import abliterate.checkpoints.linux_file
     from abliterate.cli.app import main as abliterate_main
 
     left = 0 if fault is None else fault[1]
@@ -70,81 +79,162 @@ def run(arguments: list[str], fault: tuple[str, int] | None) -> None:
         return os.pwrite(descriptor, data[: max(1, len(data) // 2)], offset)
 
     abliterate.checkpoints.file_ranges.write_some = write
+    if not direct:
+        abliterate.checkpoints.linux_file.open_direct = lambda *_: None
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     sys.argv = ["abliterate", "-q", *arguments]
     abliterate_main()
 
 
-def complete(arguments: list[str], fault: tuple[str, int] | None = None) -> int:
+def complete(arguments: list[str], *, direct: bool, fault: tuple[str, int] | None = None) -> int:
     """Run to the end and return the exit code."""
-    process = start(arguments, fault)
+    process = start(arguments, direct=direct, fault=fault)
     process.join()
     return process.exitcode or 0
 
 
-def main() -> None:
-    """Make a checkpoint, then kill, resume and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--faults", type=int, default=20)
+class Rounds:
+    """Kills and faults in one directory, in one way of writing.
+
+    Args:
+        directory: Where the base and the direction are.
+        direct: Whether files are moved past the page cache where the file system can.
+        generator: Where all choices come from.
+    """
+
+    def __init__(self, directory: Path, *, direct: bool, generator: random.Random) -> None:
+        self.directory, self.direct, self.generator = directory, direct, generator
+        self.out = directory / "out"
+        self.counts: Counter[str] = Counter()
+        self.expected: dict[str, dict[str, bytes]] = {}
+        for strength in ("1.0", "0.5"):
+            process = start(self.command(strength, directory / "calm"), direct=direct)
+            wait_until_writing(process, directory / ".calm.partial", 0)
+            started = time.perf_counter()
+            process.join()
+            assert process.exitcode == 0
+            # From its first file on, as that is when a run can be hit.
+            self.seconds = time.perf_counter() - started
+            self.expected[strength] = content(directory / "calm")
+            shutil.rmtree(directory / "calm")
+        sizes = {name: len(data) for name, data in self.expected["1.0"].items() if name != "abliteration.json"}
+        self.looks, self.stopped = FORK.Array("q", 2), FORK.Event()
+        names = set(self.expected["1.0"])
+        self.reader = FORK.Process(target=watch, args=(self.out, names, sizes, self.looks, self.stopped))
+        self.reader.start()
+
+    def command(self, strength: str, out: Path) -> list[str]:
+        """Return the command of one of the two edits."""
+        base, direction = str(self.directory / "base"), str(self.directory / "refusal.safetensors")
+        return ["orthogonalize", base, "--direction", direction, "--strength", strength, "-o", str(out), "--overwrite"]
+
+    def look(self) -> str | None:
+        """Return which edit is at the target, None where nothing is; count what is neither."""
+        if not self.out.exists():
+            return None
+        self.counts["compared"] += 1
+        found = content(self.out)
+        for strength, expected in self.expected.items():
+            if found == expected:
+                return strength
+        self.counts["different"] += 1
+        return None
+
+    def kill(self, times: int) -> None:
+        """Kill so many runs; each goes on with what the one before has left, until one gets through."""
+        there: str | None = None
+        while self.counts["kills"] < times:
+            wanted = "0.5" if there == "1.0" else "1.0"
+            command = [*self.command(wanted, self.out), "--resume"]
+            process = start(command, direct=self.direct)
+            wait_until_writing(process, self.directory / ".out.partial", self.generator.uniform(0, self.seconds))
+            process.kill()
+            process.join()
+            is_killed = process.exitcode == -9
+            self.counts["kills" if is_killed else f"over before the kill, exit code {process.exitcode}"] += 1
+            self.counts["kills with finished files"] += len(journal(self.directory)) > 1
+            found = self.look()
+            self.counts["different"] += found not in ({there, wanted} if is_killed else {wanted})
+            self.counts["kills after the new one had its name"] += is_killed and found == wanted
+            self.counts["whole with marks of the tool"] += (self.out / ".abliterate").exists()
+            there = found
+            if is_killed and self.counts["kills"] % 20 == 0:
+                print(f"{self.directory}, direct I/O {self.direct}: {dict(self.counts)}", file=sys.stderr, flush=True)
+        self.through(wanted)
+
+    def through(self, wanted: str) -> None:
+        """Let a run get through, and see that its result is right and nothing is left beside it."""
+        assert complete([*self.command(wanted, self.out), "--resume"], direct=self.direct) == 0
+        self.counts["different"] += self.look() != wanted
+        beside = {path.name for path in self.directory.iterdir()} - {"base", "refusal.safetensors", "out"}
+        self.counts["left behind"] += bool(beside)
+
+    def fail(self, times: int) -> None:
+        """Let so many runs meet a full disk or short writes, at any of their writes."""
+        for number in range(times):
+            there = self.look()
+            wanted = "0.5" if there == "1.0" else "1.0"
+            kind = ("full", "short")[number % 2]
+            code = complete(
+                self.command(wanted, self.out), direct=self.direct, fault=(kind, self.generator.randrange(60))
+            )
+            self.counts[f"faults: {kind}, exit code {code}"] += 1
+            self.counts["different"] += self.look() != (there if code else wanted)
+            self.through(wanted)
+
+    def end(self) -> None:
+        """Stop the reader and remove the result."""
+        self.stopped.set()
+        self.reader.join()
+        self.counts["looks of the reader"], self.counts["half-written"] = self.looks
+        shutil.rmtree(self.out)
+
+
+def main() -> int:
+    """Make a checkpoint in each directory, then kill, resume and compare."""
+    parser = argparse.ArgumentParser(description="Kill the writer of checkpoints, and fill its disk.")
+    parser.add_argument("--kills", type=int, default=1000, help="all together")
+    parser.add_argument("--faults", type=int, default=100, help="all together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, default=Path("build/kill-writer"))
+    parser.add_argument(
+        "--directories", type=Path, nargs="+", default=[Path("build/kill-writer"), Path("/dev/shm/kill-writer")]
+    )
     arguments = parser.parse_args()
-    generator = random.Random(arguments.seed)
-    directory: Path = arguments.directory
-    shutil.rmtree(directory, ignore_errors=True)
-    maker = FORK.Process(target=make_model, args=(directory,))
-    maker.start()
-    maker.join()
+    total: Counter[str] = Counter()
+    n_ways = 2 * len(arguments.directories)
+    for directory in arguments.directories:
+        shutil.rmtree(directory, ignore_errors=True)
+        maker = FORK.Process(target=make_model, args=(directory,))
+        maker.start()
+        maker.join()
     import abliterate.editing.orthogonalization  # noqa: F401
 
-    out = directory / "out"
-    command = ["orthogonalize", str(directory / "base"), "--direction", str(directory / "refusal.safetensors")]
-    started = time.perf_counter()
-    assert complete([*command, "-o", str(directory / "calm")]) == 0
-    seconds = time.perf_counter() - started
-    expected = content(directory / "calm")
-    sizes = {name: len(data) for name, data in expected.items() if name != "abliteration.json"}
-    looks, stopped = FORK.Array("q", 2), FORK.Event()
-    reader = FORK.Process(target=watch, args=(out, set(expected), sizes, looks, stopped))
-    reader.start()
-    counts: Counter[str] = Counter()
+    for place, directory in enumerate(arguments.directories):
+        for direct in (True, False):
+            way = 2 * place + (not direct)
+            generator = random.Random(arguments.seed + way)
+            rounds = Rounds(directory, direct=direct, generator=generator)
+            started = time.monotonic()
+            try:
+                rounds.kill(arguments.kills // n_ways + (way < arguments.kills % n_ways))
+                rounds.fail(arguments.faults // n_ways + (way < arguments.faults % n_ways))
+            finally:
+                rounds.end()
+            name = f"{file_system(directory)}, {'direct I/O' if direct else 'through the page cache'}"
+            print(json.dumps({name: rounds.counts, "seconds": round(time.monotonic() - started)}), flush=True)
+            total.update(rounds.counts)
+        shutil.rmtree(directory)
+    print(json.dumps({"all together": total}, indent=2))
+    return int(any(total[name] for name in ("different", "half-written", "left behind")))
 
-    def compare() -> None:
-        counts["compared"] += 1
-        counts["different"] += content(out) != expected
-        # Out of the way at once, as the reader would take a removal for something half-written.
-        out.rename(directory / "old")
-        shutil.rmtree(directory / "old")
 
-    while counts["kills"] < arguments.kills:
-        process = start([*command, "-o", str(out), "--resume"])
-        wait_until_writing(process, directory / ".out.partial", generator.uniform(0, 0.7 * seconds))
-        process.kill()
-        process.join()
-        counts["kills" if process.exitcode == -9 else f"over before the kill, exit code {process.exitcode}"] += 1
-        counts["kills with finished files"] += len(journal(directory)) > 1
-        if not out.exists() and generator.random() < 0.1:
-            assert complete([*command, "-o", str(out), "--resume"]) == 0
-        if out.exists():
-            compare()
-    if not out.exists():
-        assert complete([*command, "-o", str(out), "--resume"]) == 0
-    compare()
-    for number in range(arguments.faults):
-        kind = ("full", "short")[number % 2]
-        code = complete([*command, "-o", str(out)], (kind, generator.randrange(24)))
-        counts[f"faults: {kind}, exit code {code}"] += 1
-        if not out.exists():
-            assert complete([*command, "-o", str(out), "--resume"]) == 0
-        compare()
-    stopped.set()
-    reader.join()
-    shutil.rmtree(directory)
-    counts["looks of the reader"], counts["half-written"] = looks
-    print(json.dumps(counts, indent=2))
-    sys.exit(bool(counts["different"] or counts["half-written"]))
+def file_system(directory: Path) -> str:
+    """Return the kind of file system that a directory is on."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    place = directory.resolve()
+    found = [(len(mount[1]), mount[2]) for mount in mounts if place.is_relative_to(mount[1])]
+    return max(found)[1] if found else "unknown"
 
 
 def wait_until_writing(process: ForkProcess, partial: Path, seconds: float) -> None:
@@ -170,12 +260,12 @@ def make_model(directory: Path) -> None:
     from abliterate.directions import make_direction
 
     config = LlamaConfig(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=8000, tie_word_embeddings=False,
+        hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=4000, tie_word_embeddings=False,
     )  # fmt: skip
-    LlamaForCausalLM(config).bfloat16().save_pretrained(directory / "base", max_shard_size="5MB")
-    make_direction(mean_difference=torch.randn(512)).save(directory / "refusal.safetensors")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory / "base", max_shard_size="1MB")
+    make_direction(mean_difference=torch.randn(256)).save(directory / "refusal.safetensors")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,9 +18,9 @@ import re
 import reprlib
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from abliterate.errors import CheckpointError, InputError
 
@@ -30,6 +30,8 @@ _MAX_DIGITS = 400
 _MAX_NAME = 1000
 MAX_BYTES = 100_000_000
 HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+Value = TypeVar("Value")
 
 
 def parse_json(data: bytes, *, infinities: bool = False) -> Any:
@@ -224,18 +226,24 @@ def check_writable(path: Path, *, flag: str, directory: bool = False) -> None:
         real = Path(os.path.realpath(path))
         candidates = (real, *real.parents) if directory else real.parents
         place = next(each for each in candidates if os.path.lexists(each))
-        trial = place / f".abliterate-trial-{os.getpid()}"
+        # By chance and not by the process: in a container every run may have the same number.
+        trial = place / f".abliterate-trial-{os.urandom(6).hex()}"
         os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         trial.unlink()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}; choose another {flag}") from error
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, content: bytes | str, *, parents: bool = True) -> None:
     """Write a file; text in UTF-8, its line breaks as they are.
 
     A new file gets the permissions that the umask leaves, an older one keeps its own. A link is followed, and what is
-    no regular file (`/dev/null`, a pipe) is written to in place. Directories that lead to it are made.
+    no regular file (`/dev/null`, a pipe) is written to in place.
+
+    Args:
+        path: The file.
+        content: What it will hold.
+        parents: Make the directories that lead to it.
 
     Raises:
         OSError: It cannot be written.
@@ -246,7 +254,8 @@ def write_file(path: Path, content: bytes | str) -> None:
         path.write_bytes(data)
         return
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     # Not the whole name: one of the greatest length must still find room.
     partial = path.with_name(f".{path.name[:50]}.partial-{os.getpid()}")
     try:
@@ -318,3 +327,98 @@ def read_json_report(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object")
     return content
+
+
+class JsonLines:
+    """A file that grows by one JSON value a line, and is read back after a crash.
+
+    A line is on the disk when `append` returns. A crash can therefore leave one torn line, which is the last, and it is
+    ignored. Damage anywhere else has another cause, and is an error that names the line. Lines end with a line feed
+    alone; what else Unicode calls a line break (U+2028) may stand inside a JSON string.
+
+    Args:
+        path: Its path.
+        remedy: What to do when a line is damaged, for the message.
+        mode: The permissions of a new file, before the umask.
+    """
+
+    def __init__(self, path: Path, *, remedy: str = "delete it", mode: int = 0o666) -> None:
+        self.path = path
+        self._remedy = remedy
+        self._mode = mode
+
+    def start(self) -> None:
+        """Make the file, or empty it.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, self._mode))
+
+    def resume(self, parse: Callable[[Any], Value]) -> list[Value]:
+        """Return what is there, make the file if it is not, and cut off a torn line, so that the next one is whole.
+
+        Raises:
+            InputError: A line before the last is damaged.
+            OSError: It cannot be read or written.
+        """
+        values, whole = self._read(parse)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, self._mode)
+        try:
+            if os.fstat(descriptor).st_size != whole:
+                os.ftruncate(descriptor, whole)
+        finally:
+            os.close(descriptor)
+        return values
+
+    def read(self, parse: Callable[[Any], Value]) -> list[Value]:
+        """Return the values, without a torn one; an empty list where there is no file.
+
+        Args:
+            parse: Makes a value of parsed JSON. A TypeError, ValueError, KeyError or AttributeError means that the line
+                is damaged.
+
+        Raises:
+            InputError: A line before the last is damaged.
+            OSError: It cannot be read.
+        """
+        return self._read(parse)[0]
+
+    def append(self, value: Any) -> None:
+        """Write one line; it is on the disk when this returns.
+
+        Raises:
+            OSError: It cannot be written; the file is as it was, so that another line can follow.
+        """
+        line = memoryview(json.dumps(value).encode() + b"\n")
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, self._mode)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                while line:
+                    line = line[os.write(descriptor, line) :]
+                os.fsync(descriptor)
+            except BaseException:
+                os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
+
+    def _read(self, parse: Callable[[Any], Value]) -> tuple[list[Value], int]:
+        """Return the values and how many bytes they take."""
+        try:
+            *lines, unfinished = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return [], 0
+        values: list[Value] = []
+        whole = 0
+        for number, line in enumerate(lines, 1):
+            try:
+                values.append(parse(json.loads(line.decode("utf-8"))))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                # A crash of the whole machine can tear the last line and keep its line feed.
+                if number == len(lines) and not unfinished:
+                    break
+                raise InputError(f"{self.path}, line {number}: is damaged ({error}); {self._remedy}") from error
+            whole += len(line) + 1
+        return values, whole

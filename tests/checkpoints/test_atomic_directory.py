@@ -120,7 +120,7 @@ def test_a_failed_rename_brings_the_older_one_back(tmp_path, monkeypatch):
     rename = Path.rename
 
     def fail_to_publish(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        if self.name.endswith(".new"):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 

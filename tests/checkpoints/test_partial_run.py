@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import abliterate.checkpoints.atomic_directory
-from abliterate.checkpoints.atomic_directory import Journal, PartialRun, partial_path, partial_run, read_journals
+import abliterate.checkpoints.partial_run
 from abliterate.checkpoints.file_ranges import hash_file
+from abliterate.checkpoints.partial_run import Journal, PartialRun, partial_path, partial_run, read_journals
 from abliterate.errors import CheckpointError, InputError, InterruptedRunError, Terminated, VerificationError
 
 KEY = {"model": "a", "set of options": "b"}
@@ -46,7 +46,7 @@ def interrupted(out: Path) -> None:
     finish(run, "config.json", "{}")
     finish(run, "below/model.safetensors", "weights")
     (run.directory.path / "half").write_text("ha")
-    run._lock.release()
+    run._folder._lock.release()
 
 
 def names(path: Path) -> set[str]:
@@ -85,7 +85,7 @@ def test_a_lock_on_a_directory_that_has_been_published_meanwhile_is_none(tmp_pat
     monkeypatch.setattr(fcntl, "flock", publish_first)
     run, _ = start(tmp_path / "out")
     assert run.directory.path.is_dir()
-    assert run._lock.is_of(run.directory.path / ".abliterate" / "lock")
+    assert run._folder._lock.is_of(run.directory.path / ".abliterate" / "lock")
 
 
 class TestResume:
@@ -97,7 +97,7 @@ class TestResume:
         assert not (run.directory.path / "half").exists()
         assert "2 files are finished and were checked" in messages[0]
         # And a third run still knows of them.
-        run._lock.release()
+        run._folder._lock.release()
         assert len(start(tmp_path / "out", resume=True)[0].directory.kept) == 2
 
     @pytest.mark.parametrize("damage", ["change", "cut", "remove"])
@@ -117,7 +117,9 @@ class TestResume:
         run, messages = start(tmp_path / "out", resume=True, key=KEY | {"model": "another"})
         assert run.directory.kept == {}
         assert "is from another model, so it was removed and everything is written from the beginning" in messages[0]
-        assert names(run.directory.path) == {".abliterate/lock", ".abliterate/journal-0.jsonl"}
+        assert names(run.directory.path) == {
+            f".abliterate/{name}" for name in ("lock", "files.json", "journal-0.jsonl")
+        }
 
     def test_a_damaged_journal_is_an_error_that_says_what_to_do(self, tmp_path):
         interrupted(tmp_path / "out")
@@ -196,16 +198,14 @@ class TestPlace:
 
     @pytest.mark.parametrize("shares", [False, True])
     def test_too_little_room_is_found_before_anything_is_written(self, tmp_path, monkeypatch, shares):
-        monkeypatch.setattr(
-            abliterate.checkpoints.atomic_directory, "can_share_blocks", lambda source, directory: shares
-        )
+        monkeypatch.setattr(abliterate.checkpoints.partial_run, "can_share_blocks", lambda source, directory: shares)
         interrupted(tmp_path / "out")
         run, _ = start(tmp_path / "out", resume=True)
-        run.check_space({"config.json": 10**18, "rest": 1000}, source=tmp_path, edited=10)
+        run.check_space({"config.json": 10**18, "rest": 1000}, source=tmp_path, edited=10, stored=10**18)
         with pytest.raises(CheckpointError, match=r"1000000000\.00 GB are needed and .* GB are free") as raised:
-            run.check_space({"rest": 10**18}, source=tmp_path, edited=10**18)
+            run.check_space({"rest": 10**18}, source=tmp_path, edited=10**18, stored=10**18)
         if shares:
-            run.check_space({"rest": 10**18}, source=tmp_path, edited=10)
+            run.check_space({"rest": 10**18}, source=tmp_path, edited=10, stored=10**18)
         # What is finished is worth keeping until there is room.
         assert "--resume" in str(run.give_up(raised.value))
         assert run.directory.path.exists()

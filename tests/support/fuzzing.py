@@ -144,7 +144,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watched:
         return
     allowed, elsewhere = _watched[-1]
-    for path, directory in _changed_places(event, arguments):
+    for path, directory in changed_places(event, arguments):
         # The last part is not followed: it is the entry itself that is made or removed.
         entry = directory / os.fsdecode(path)
         place = Path(os.path.realpath(entry.parent)) / entry.name
@@ -152,7 +152,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             elsewhere.append(f"{event} {os.fsdecode(path)}")
 
 
-def _changed_places(event: str, arguments: tuple[Any, ...]) -> Iterator[tuple[Any, Path]]:
+def changed_places(event: str, arguments: tuple[Any, ...]) -> Iterator[tuple[Any, Path]]:
+    """Yield each place that an audited event changes, and the directory that it is relative to."""
     if event == "open":
         path, mode, flags = arguments
         is_write = bool(flags & _WRITE_FLAGS) if isinstance(flags, int) else bool(set(mode or "") & set("wax+"))

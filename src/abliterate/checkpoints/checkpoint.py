@@ -119,7 +119,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
     shards = tuple(read_shard(path / name) for name in shard_names)
     check_tensor_names(path, shards, index)
-    others = sorted(entry for entry in regular_files(path) if entry[0] not in set(shard_names))
+    is_shard = set(shard_names).__contains__
+    others = sorted(entry for entry in regular_files(path) if not is_shard(entry[0]))
     for name, _ in others:
         if not _is_unicode(name):
             raise CheckpointError(f"{path}: the name of the file {shown(name)} is not UTF-8; rename or remove it")

@@ -30,6 +30,7 @@ from abliterate.progress import Advance
 _SEGMENT_BYTES = 32 << 20
 # Read at a time.
 _COPY_BYTES = 4 << 20
+_ZEROS = memoryview(bytes(_COPY_BYTES))
 # Checked at a time: it stays in the cache between the hash and the check.
 _CHECK_BYTES = 1 << 20
 
@@ -138,17 +139,21 @@ class CopiedSegment(Segment):
         self._source, self._source_start = source, source_start
 
     def settle(self, target: PlainFile, worker: Worker, *, hash_bytes: Callable[[memoryview], None]) -> None:
-        """See `Segment.settle`: what is read once is both hashed and written."""
+        """See `Segment.settle`: what is read once is both hashed and written, and a hole stays a hole."""
         count = self.end - self.start
         shared = target.share(self._source, start=self._source_start, offset=self.start, count=count)
         for first in range(0, count, _COPY_BYTES):
             size = min(_COPY_BYTES, count - first)
+            if self._source.is_hole(self._source_start + first, size):
+                # The new file was one hole when it got its size.
+                hash_bytes(_ZEROS[:size])
+                continue
             data = self._source.read(self._source_start + first, size, worker.memory("copied"))
             if not shared:
                 target.write(data, self.start + first)
+                worker.traffic.written += size
             hash_bytes(data)
-        worker.traffic.read += count
-        worker.traffic.written += count - shared
+            worker.traffic.read += size
         worker.traffic.shared += shared
 
 

@@ -137,6 +137,10 @@ class PlainFile:
                 raise OSError(errno.EIO, "nothing could be written", str(self.path))
             done += written
 
+    def is_hole(self, offset: int, count: int) -> bool:  # noqa: ARG002
+        """Return whether a range is known to take no room on the disk, so that it reads as zeros."""
+        return False
+
     def share(self, source: "PlainFile", *, start: int, offset: int, count: int) -> int:  # noqa: ARG002
         """Have `count` bytes of `source` from `start` on at `offset`, in blocks that both files share.
 

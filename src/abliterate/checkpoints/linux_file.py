@@ -46,6 +46,15 @@ class LinuxFile(PlainFile):
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
+    def is_hole(self, offset: int, count: int) -> bool:
+        """See `PlainFile.is_hole`."""
+        try:
+            # Nothing here reads or writes at the position that this moves.
+            return os.lseek(self.descriptor, offset, os.SEEK_DATA) >= offset + count
+        except OSError as error:
+            # There is no data up to the end.
+            return error.errno == errno.ENXIO and offset + count <= self.size
+
     def share(self, source: PlainFile, *, start: int, offset: int, count: int) -> int:
         """See `PlainFile.share`."""
         lead = -start % BOUNDARY

@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.checkpoints.atomic_directory import LOCK, FileLock, lock_in
-from abliterate.checkpoints.json_lines import JsonLines
+from abliterate.checkpoints.work_folder import LOCK, FileLock, lock_in
 from abliterate.errors import InputError, InterruptedRunError
-from abliterate.files import write_file
+from abliterate.files import JsonLines, write_file
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import EditPlan, make_edit_plan
 from abliterate.editing.plan_report import check_output, planned_report
 from abliterate.editing.projection import component_and_norm, project_out, residue_bound
-from abliterate.editing.record import EditedTensor, OrthogonalizationReport, write_record
+from abliterate.editing.record import RECORD_NAME, EditedTensor, OrthogonalizationReport, write_record
 from abliterate.errors import CheckpointError, InputError, VerificationError
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
@@ -323,7 +323,8 @@ def write_adapter(
         return report
     for note in report.notes:
         progress.message(note)
-    with published_directory(target, overwrite=overwrite) as partial:
+    names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, RECORD_NAME)
+    with published_directory(target, overwrite=overwrite, files=names) as partial:
         return _write(plan, layout, report, partial, progress)
 
 

@@ -16,10 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.atomic_directory import (
-    Entry,
-    PartialDirectory,
-)
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
 from abliterate.checkpoints.file_assembly import (
     GivenSegment,
@@ -30,6 +26,7 @@ from abliterate.checkpoints.file_assembly import (
     copied_segments,
 )
 from abliterate.checkpoints.file_ranges import PlainFile, WrittenFile, became_shorter, open_file
+from abliterate.checkpoints.partial_run import Entry, PartialDirectory
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     Shard,
@@ -54,6 +51,7 @@ class EditedShard:
     Args:
         shard: The original.
         plan: What is edited.
+        edits: Of tensors that are there, by the names that they are stored under; those of the plan.
         directions: Norm chain -> the directions that a writer before it must not have.
         device: Where the arithmetic is done.
 
@@ -61,8 +59,17 @@ class EditedShard:
         edits: Name of each edited tensor in it -> what projects it, or None where nothing is projected.
     """
 
-    def __init__(self, shard: Shard, plan: EditPlan, directions: Mapping[str, Tensor], *, device: str) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        plan: EditPlan,
+        edits: Mapping[str, TensorEdit],
+        directions: Mapping[str, Tensor],
+        *,
+        device: str,
+    ) -> None:
         self.edits: dict[str, ProjectedTensor | None] = {}
+        self._by_name = edits
         self._shard, self._plan, self._directions, self._device = shard, plan, directions, device
         self._opened: dict[str, PlainFile] = {}
         self._segments: list[Segment] = []
@@ -76,7 +83,7 @@ class EditedShard:
         shard = self._shard
         header = extended_header(shard, [edit.info for edit in added]) if added else shard.header_bytes
         self._add(GivenSegment(start=0, data=header, name=f"{shard.file_name}: the header"))
-        edits = {name: edit for edit in self._plan.edits if not edit.is_new for name in edit.stored_as or (edit.name,)}
+        edits = self._by_name
         position = len(shard.header_bytes)
         for info in shard.tensors:
             if info.name in edits:
@@ -196,7 +203,8 @@ class EditedShard:
 
     def _source(self, shard_name: str) -> PlainFile:
         if shard_name not in self._opened:
-            shard = next(each for each in self._plan.checkpoint.shards if each.file_name == shard_name)
+            own = self._shard if self._shard.file_name == shard_name else None
+            shard = own or next(each for each in self._plan.checkpoint.shards if each.file_name == shard_name)
             self._opened[shard_name] = source = open_file(self._plan.checkpoint.path / shard_name)
             header = memoryview(bytearray(len(shard.header_bytes)))
             source.read_into(header, 0)
@@ -252,6 +260,10 @@ class EditedFiles:
     def __init__(self, plan: EditPlan, *, device: str = "cpu") -> None:
         self._plan, self._device = plan, device
         self._shards = {shard.file_name: shard for shard in plan.checkpoint.shards}
+        # Looked up for each shard, of which there may be thousands.
+        there = [edit for edit in plan.edits if not edit.is_new]
+        self._stored = {name: edit for edit in there for name in edit.stored_as or (edit.name,)}
+        self._new = [edit for edit in plan.edits if edit.is_new]
         layout = plan.layout
         self._layouts = {shard.file_name: shard for shard in layout.shards}
         self._new_content = _changed_side_files(plan, layout)
@@ -266,6 +278,12 @@ class EditedFiles:
         """The largest shard of the original."""
         shards = self._plan.checkpoint.shards
         return self._plan.checkpoint.path / max(shards, key=lambda shard: shard.size).file_name
+
+    def bytes_stored(self) -> int:
+        """Return the bytes that the original takes on the disk, which are fewer than its sizes where it has holes."""
+        path = self._plan.checkpoint.path
+        states = ((path / name).stat() for name in (*self.shard_names, *self.side_names))
+        return sum(512 * state.st_blocks if hasattr(state, "st_blocks") else state.st_size for state in states)
 
     @property
     def bytes_edited(self) -> int:
@@ -325,7 +343,7 @@ class EditedFiles:
             return NewFile(name=name, sources=(), segments=(data,)), {}
         directory = self._plan.checkpoint.path
         if name in self._shards:
-            shard = EditedShard(self._shards[name], self._plan, self._directions, device=self._device)
+            shard = EditedShard(self._shards[name], self._plan, self._stored, self._directions, device=self._device)
             added = self._added(self._shards[name])
             if self._plan.is_dequantized:
                 return shard.dequantized_file(self._layouts[name], added=added), shard.edits
@@ -340,7 +358,7 @@ class EditedFiles:
         return header + sum(edit.nbytes for edit in added)
 
     def _added(self, shard: Shard) -> list[TensorEdit]:
-        return [edit for edit in self._plan.edits if edit.is_new and edit.info.shard == shard.file_name]
+        return [edit for edit in self._new if edit.info.shard == shard.file_name]
 
 
 def _measured(edit: TensorEdit, tensor: ProjectedTensor | None) -> EditedTensor:

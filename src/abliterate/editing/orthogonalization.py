@@ -15,9 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from abliterate.checkpoints.atomic_directory import partial_run
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.partial_run import partial_run
 from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.checkpoints.quantized import plain_view
 from abliterate.directions import Direction
@@ -26,7 +26,14 @@ from abliterate.editing.edited_files import EditedFiles
 from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.plan import EditPlan, TwinProof, make_edit_plan
 from abliterate.editing.plan_report import check_output, planned_report
-from abliterate.editing.record import EditedTensor, OrthogonalizationReport, Work, encode_subspace, write_record
+from abliterate.editing.record import (
+    RECORD_NAME,
+    EditedTensor,
+    OrthogonalizationReport,
+    Work,
+    encode_subspace,
+    write_record,
+)
 from abliterate.errors import InputError, VerificationError
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -126,9 +133,15 @@ def _write(
     files, workers = EditedFiles(plan, device=writing.device), writing.n_workers
     key = plan_key(plan, device=writing.device)
     with partial_run(
-        target, key=key, resume=writing.resume, workers=workers, progress=progress, overwrite=overwrite
+        target,
+        key=key,
+        files=[*files.shard_names, *files.side_names, RECORD_NAME],
+        resume=writing.resume,
+        workers=workers,
+        progress=progress,
+        overwrite=overwrite,
     ) as run:
-        run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited)
+        run.check_space(files.sizes(), source=files.largest, edited=files.bytes_edited, stored=files.bytes_stored())
         finished, traffic = files.write(run.directory, target=target, workers=workers, progress=progress)
         partial = run.directory.path
         made = {tensor.name: tensor for file in finished.values() for tensor in file.edits}

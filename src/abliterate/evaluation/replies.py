@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.checkpoints.provenance import model_sha256, values_sha256
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
 from abliterate.extraction.reply_classes import Reply, read_completions
+from abliterate.files import JsonLines
 from abliterate.models.chat_format import find_chat_format
 from abliterate.models.chat_model import ChatModel, conditions_of
 from abliterate.models.greedy import GreedyDecoder

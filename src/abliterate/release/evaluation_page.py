@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.evaluation.judges import JudgedRate
 from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
+from abliterate.files import JsonLines
 from abliterate.release.charts import Interval, Part, interval_chart, share_chart
 from abliterate.release.page import (
     Section,

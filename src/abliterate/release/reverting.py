@@ -89,7 +89,7 @@ def revert_checkpoint(
     total = sum((source.path / name).stat().st_size for name in names)
     files: dict[str, WrittenFile] = {}
     if output is not None and not dry_run:
-        with published_directory(output, overwrite=overwrite) as partial:
+        with published_directory(output, overwrite=overwrite, files=names) as partial:
             files = _copy(source.path, names, partial, total=total, progress=progress)
     return RevertReport(
         checkpoint=str(checkpoint),

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from abliterate.checkpoints.json_lines import JsonLines
 from abliterate.errors import InputError
+from abliterate.files import JsonLines
 
 VALUES = [{"a": 1}, ["b\u2028c\u2029d\x85e", 0.5], {"f": None}]
 
@@ -85,3 +85,21 @@ def test_no_file_is_an_empty_one(tmp_path: Path) -> None:
     lines.append(1)
     lines.start()
     assert lines.path.read_bytes() == b""
+
+
+def test_a_line_that_finds_no_room_leaves_the_file_as_it_was(lines: JsonLines, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, write, calls = lines.path.read_bytes(), os.write, []
+
+    def little_room(descriptor: int, data: Any) -> int:
+        calls.append(None)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:4])
+
+    monkeypatch.setattr(os, "write", little_room)
+    with pytest.raises(OSError, match="No space"):
+        lines.append({"long": "line"})
+    monkeypatch.undo()
+    assert lines.path.read_bytes() == before
+    lines.append("next")
+    assert lines.read(same) == [*VALUES, "next"]
