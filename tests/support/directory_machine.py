@@ -5,6 +5,7 @@ something may happen in the middle of it. Afterwards the base is what it was, th
 that anybody else put there is gone, and what the command said is true.
 """
 
+import atexit
 import gc
 import os
 import shutil
@@ -70,6 +71,7 @@ class World:
 def the_world() -> World:
     """Make the world, once a process."""
     place = Path(tempfile.mkdtemp(prefix="abliterate-world-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
     base = save_tiny_model(
         place / "base", tied=True, dtype=torch.bfloat16, max_shard_size="8KB", num_hidden_layers=1, intermediate_size=48
     )
