@@ -173,10 +173,14 @@ class ChatModel:
             n_new: how many tokens may follow each row.
 
         Raises:
-            ModelError: the tokenizer gives such an id, or too many.
+            ModelError: the tokenizer gives such an id, too many, or none.
         """
         n_rows, n_positions = self.n_embeddings, learned_positions(self.model)
         for row, text in zip(rows, texts, strict=True):
+            if not row:
+                raise ModelError(
+                    f"the tokenizer makes no token of {text[:60]!r}; it is not this model's, or its files are incomplete"
+                )
             if n_positions is not None and len(row) + n_new > n_positions:
                 more = f" and a reply of {n_new}" if n_new else ""
                 raise ModelError(
