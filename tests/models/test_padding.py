@@ -4,37 +4,17 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
 
 from abliterate.architectures.table import ARCHITECTURES, feels_gaps, feels_padding
 from abliterate.evaluation.drift import completion_surprise
 from abliterate.models.batching import BatchLimits, plan_batches
-from abliterate.models.chat_model import ChatModel, empty_cache
+from abliterate.models.chat_model import empty_cache
 from abliterate.models.greedy import GreedyDecoder
-from tests.support.conformance import PARTIAL_TYPES, TEXT_TYPES, WRAPPER_TYPES, as_chat, build_model
+from tests.support.conformance import PARTIAL_TYPES, TEXT_TYPES, WRAPPER_TYPES
+from tests.support.differential import NOT_RUN, NOTHING, ROWS, difference, make
 
-# Long enough for a cache, of two lengths, alike at the start.
-_START = [31, 7, 52, 19, 44, 23, 11, 38, 27]
-ROWS = [[*_START, 9, 41, 16, 58, 33, 21, 48, 13, 29, 35, 6], [*_START, 55, 12, 40, 26]]
-NOTHING, SOMETHING = 1e-4, 1e-3
-# Their towers, which no text needs, read a config that the tiny one does not have.
-TYPES = sorted({*TEXT_TYPES, *WRAPPER_TYPES, *PARTIAL_TYPES} - {"qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"})
-
-
-# Theirs is attention to the best tokens of an index, here to all of them, as for prompts of ordinary length.
-INDEXED = {"deepseek_v32": "index_topk", "glm_moe_dsa": "index_topk", "hy_v4": "index_topk"}
-
-
-def make(model_type: str) -> ChatModel:
-    changes = {INDEXED[model_type]: 64} if model_type in INDEXED else {}
-    # In float64 a row of a mask that holds nothing but its minimum becomes NaN in some models.
-    return as_chat(build_model(model_type, **changes).float())
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    one, other = (logits.double().log_softmax(dim=-1) for logits in (found, expected))
-    assert not one.isnan().any()
-    return float((one - other).abs().max())
+SOMETHING = 1e-3
+TYPES = sorted({*TEXT_TYPES, *WRAPPER_TYPES, *PARTIAL_TYPES} - {*NOT_RUN})
 
 
 @pytest.mark.parametrize("model_type", TYPES)

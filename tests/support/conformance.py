@@ -137,13 +137,18 @@ def build_model(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrained
 
 
 def load_model(path: Path, model_type: str) -> PreTrainedModel:
-    """Load a checkpoint in float64 with eager attention and experts."""
+    """Load a checkpoint in float64 with eager attention and experts; what transformers reports of it must be empty."""
     settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     if model_type in IN_LAYOUT_OF:
         settings["config"] = AutoConfig.from_pretrained(path).get_text_config()
     auto_class = _auto_class(IN_LAYOUT_OF.get(model_type, model_type))
     with whole_numbers():
-        return cast(PreTrainedModel, auto_class.from_pretrained(path, dtype=dtype_of(model_type), **settings).eval())
+        model, report = auto_class.from_pretrained(
+            path, dtype=dtype_of(model_type), output_loading_info=True, **settings
+        )
+    # Keys that are missing because they are tied are in none of these lists.
+    assert not any(report.values()), f"{path.name}: {report}"
+    return cast(PreTrainedModel, model.eval())
 
 
 def dtype_of(model_type: str) -> torch.dtype:
@@ -265,6 +270,7 @@ class Result:
         edited_in_memory: Entries of the parameters that changed.
         writers: The edited tensors on disk in words, numbers as `*`.
         hooks: What hooks see and do in the base.
+        unlike_saved: Largest difference between the logits of the model that was saved and of the one that was loaded.
     """
 
     before: float
@@ -274,6 +280,7 @@ class Result:
     edited_in_memory: int
     writers: str
     hooks: "HookResult"
+    unlike_saved: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,6 +322,8 @@ def shortcomings(model_type: str, result: Result) -> list[str]:
         "hooks give the edited model's stream": (hooks.unlike_edited or 0) < 1e-6,
         "rows with directions of their own are as each alone": hooks.unlike_alone
         < (1e-5 if model_type in FLOAT32_ALONE else 1e-6),
+        "what is loaded is what was saved": result.unlike_saved
+        < (1e-5 if model_type in {*FLOAT32, *FLOAT32_ALONE} else 1e-6),
         "what is recorded is what transformers shows": (hooks.unlike_hidden_states or 0) < 1e-9,
     }
     return [promise for promise, kept in holds.items() if not kept]
@@ -324,8 +333,9 @@ def check(model_type: str, work: Path, *, model: PreTrainedModel | None = None, 
     """Save a tiny model, edit it with the real `orthogonalize_checkpoint`, load it and look at its stream."""
     model = model or build_model(model_type)
     save_model(model, work / "base", model_type, shard=shard)
+    expected = logits_of(model, text_inputs(model, model_type))
     del model
-    return check_saved(model_type, work)
+    return check_saved(model_type, work, expected=expected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,8 +393,20 @@ def _mean(stream: Tensor, vectors: Tensor) -> Tensor:
     return ((h @ vectors.T).abs() / h.norm(dim=-1, keepdim=True)).mean()
 
 
-def check_saved(model_type: str, work: Path) -> Result:
-    """Edit the checkpoint in `work`/base and look at its stream."""
+def logits_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return all logits."""
+    with torch.no_grad():
+        return cast(Tensor, model(**inputs, use_cache=False).logits)
+
+
+def check_saved(model_type: str, work: Path, *, expected: Tensor | None = None) -> Result:
+    """Edit the checkpoint in `work`/base and look at its stream.
+
+    Args:
+        model_type: Its type.
+        work: Where it lies, and what is made of it.
+        expected: The logits of the model that was saved there, on `text_inputs`.
+    """
     base = load_model(work / "base", model_type)
     d_model = base.config.get_text_config().hidden_size
     given = make_direction(mean_difference=random_direction(d_model))
@@ -404,6 +426,7 @@ def check_saved(model_type: str, work: Path) -> Result:
         edited_in_memory=sum(changed.numel() for group in groups.values() for changed, _ in group),
         writers=describe_writers(report.tensors),
         hooks=check_hooks(base, edited, inputs, direction),
+        unlike_saved=0.0 if expected is None else float((logits_of(base, inputs) - expected).abs().max()),
     )
 
 

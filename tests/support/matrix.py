@@ -1,6 +1,7 @@
 """The document docs/architectures.md: for each model type what can be done, its writers, or why it is refused."""
 
 from tests.support.conformance import PartialResult, Result
+from tests.support.differential import RunResult
 from tests.support.paths import DOCS
 
 MATRIX = DOCS / "architectures.md"
@@ -23,15 +24,25 @@ Made by `python -m scripts.architecture_matrix`; do not edit.
   model computes in float32), and where no norm stands behind a writer the stream is then the edited model's; what is
   recorded equals transformers' `output_hidden_states`; and the look that `extract` takes at a model passes.
 - **stream layers**: a small model run layer by layer gives the logits of the whole (`extract --stream-layers`).
+- **batch**: two prompts of unequal length, run together, give the log-probabilities of each alone, to 1e-4 in float32;
+  *equal lengths*: padding is felt (a recurrent layer takes it in, or tokens are grouped from the start), so only rows
+  of one length are run together.
+- **cache**: replies that are decoded together, with a cache and behind the tokens that they share, are those of each
+  prompt alone, run anew for each token; *generate*: state beside keys and values, positions counted through padding, or
+  (here) a window shorter than the prompts, so transformers decodes.
+- **load**: transformers loads the base and the edited checkpoint with nothing missing, nothing over and nothing of
+  another shape, and the base's logits are those of the model that was saved: to 1e-6, since codegen and gptj make
+  positions in another number format when they are loaded; inkling2, which runs in float32, to 1e-5; all others to the
+  bit.
 
 `*` stands for a number, *through* for norms that stand between the writer and the residual stream, and `[axis n]` for a
 residual axis other than 0. For models with images or sound this holds for text: what their towers put in the place of
 token embeddings is left as it is; qwen2_5_omni and qwen3_omni_moe are edited in their thinker. kimi_k2 is edited as
-deepseek_v3, which it is under a name that transformers does not know. Why a type is not extracted or not streamed
-stands below the table.
+deepseek_v3, which it is under a name that transformers does not know. *not run*: a tiny model's towers, which no text
+needs, read a config that it does not have. Why a type is not extracted or not streamed stands below the table.
 
-| model type | edit | extract | stream layers | residual writers, or why it is refused |
-|---|---|---|---|---|
+| model type | edit | extract | stream layers | batch | cache | load | residual writers, or why it is refused |
+|---|---|---|---|---|---|---|---|
 """
 
 REASONS = """
@@ -42,18 +53,24 @@ REASONS = """
 """
 
 
-def exact_row(name: str, result: Result) -> str:
-    """Return the row of a type (or a variant of one) that was found exact."""
-    hooks = result.hooks
-    extract, stream = ("no" if reason else "yes" for reason in (hooks.not_extracted, hooks.not_streamed))
-    return f"| {name} | exact | {extract} | {stream} | {result.writers} |"
+def exact_row(name: str, result: Result, running: RunResult | None) -> str:
+    """Return the row of a type (or a variant of one) that was found exact; `running` None: it is not run."""
+    return f"| {name} | exact | {_columns(result, running)} | {result.writers} |"
 
 
-def partial_row(name: str, result: PartialResult, reason: str) -> str:
+def partial_row(name: str, result: PartialResult, running: RunResult | None, reason: str) -> str:
     """Return the row of a type that is edited partially."""
-    hooks = result.whole.hooks
-    extract, stream = ("no" if why else "yes" for why in (hooks.not_extracted, hooks.not_streamed))
-    return f"| {name} | partial | {extract} | {stream} | {result.whole.writers}; but {reason} |"
+    whole = result.whole
+    return f"| {name} | partial | {_columns(whole, running)} | {whole.writers}; but {reason} |"
+
+
+def _columns(result: Result, running: RunResult | None) -> str:
+    hooks = result.hooks
+    columns = ["no" if reason else "yes" for reason in (hooks.not_extracted, hooks.not_streamed)]
+    if running is None:
+        return " | ".join([*columns, "not run", "not run", "yes"])
+    batch = "equal lengths" if running.equal_lengths else "yes"
+    return " | ".join([*columns, batch, "generate" if running.by_generate else "yes", "yes"])
 
 
 def reason_rows(name: str, result: Result) -> list[str]:
@@ -65,7 +82,7 @@ def reason_rows(name: str, result: Result) -> list[str]:
 
 def refused_row(name: str, reason: str) -> str:
     """Return the row of a type that is refused."""
-    return f"| {name} | refused | no | no | {reason} |"
+    return f"| {name} | refused | no | no | no | no | no | {reason} |"
 
 
 def written_rows() -> list[str]:
