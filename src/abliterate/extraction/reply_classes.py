@@ -62,6 +62,10 @@ _CLAUSE = r"[^.,;:!?\u2026\u3002\u3001\uff0c\uff1b\uff01\uff1f\u060c\u061b\u061f
 _GAP = 40
 """So many characters of one clause at most lie in the gap of a marker."""
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
+_QUOTED = re.compile(
+    '"[^"\n]{1,200}"|\u201c[^\u201d\n]{1,200}\u201d|\u201e[^\u201c\u201d\n]{1,200}[\u201c\u201d]|'
+    "\u00ab[^\u00bb\n]{1,200}\u00bb|\u300c[^\u300d\n]{1,200}\u300d"
+)
 MAX_DEFLECTION_WORDS = 60
 
 ReplyClass = Literal["refusal", "deflection", "answer", "empty", "repetitive", "incoherent"]
@@ -164,14 +168,16 @@ def _folded(text: str) -> tuple[str, list[int]]:
 
 
 def _find_markers(folded: str, language: str) -> int | None:
-    """Return where the first refusal marker of a language begins in a folded text, idioms left out; None: nowhere."""
+    """Return where the first refusal marker of a language begins in a folded text; None where there is none.
+
+    Idioms are left out, and what is quoted: it is said by somebody else.
+    """
     uses = _markers()[language]
-    found = [match.start() for marker in uses["refuses"] if (match := marker.search(folded))]
-    if not found:
+    if not any(marker.search(folded) for marker in uses["refuses"]):
         return None
-    for marker in uses["unless"]:
-        if marker.literal in folded:
-            folded = marker.pattern.sub(lambda match: "\n" * len(match.group()), folded)
+    left_out = [_QUOTED, *(marker.pattern for marker in uses["unless"] if marker.literal in folded)]
+    for pattern in left_out:
+        folded = pattern.sub(lambda match: "\n" * len(match.group()), folded)
     return min((match.start() for marker in uses["refuses"] if (match := marker.search(folded))), default=None)
 
 
