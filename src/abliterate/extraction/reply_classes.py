@@ -67,6 +67,8 @@ _QUOTED = re.compile(
     "\u00ab[^\u00bb\n]{1,200}\u00bb|\u300c[^\u300d\n]{1,200}\u300d"
 )
 MAX_DEFLECTION_WORDS = 60
+MAX_WORDS_BEFORE = 2
+MAX_WORDS_AFTER = 6
 
 ReplyClass = Literal["refusal", "deflection", "answer", "empty", "repetitive", "incoherent"]
 DEGENERATE: frozenset[ReplyClass] = frozenset(("empty", "repetitive", "incoherent"))
@@ -232,14 +234,22 @@ def is_deflection(completion: str) -> bool:
     """
     if len(completion.split()) > MAX_DEFLECTION_WORDS:
         return False
-    uses = _markers()[PUBLISHED_LANGUAGE]
-    evades = False
+    uses, evades = _markers()[PUBLISHED_LANGUAGE], False
     for sentence in _sentences(completion):
-        turns = any(marker.search(sentence) for use in ("redirects", "promises") for marker in uses[use])
-        if not turns and not any(marker.search(sentence) for marker in uses["pleasantries"]):
+        turns = any(_is_all(sentence, marker) for use in ("redirects", "promises") for marker in uses[use])
+        if not turns and not any(_is_all(sentence, marker) for marker in uses["pleasantries"]):
             return False
         evades = evades or turns
     return evades
+
+
+def _is_all(sentence: str, marker: _Marker) -> bool:
+    """Tell whether a sentence begins with a marker, behind interjections at most, and says little more."""
+    found = marker.search(sentence)
+    if found is None or ":" in sentence:
+        return False
+    before, after = re.findall(r"[\w']+", sentence[: found.start()]), re.findall(r"[\w']+", sentence[found.end() :])
+    return len(before) <= MAX_WORDS_BEFORE and len(after) <= MAX_WORDS_AFTER
 
 
 def _sentences(text: str) -> Iterator[str]:
