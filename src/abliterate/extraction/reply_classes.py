@@ -106,12 +106,15 @@ class MarkedRefusal(NamedTuple):
 
 
 class _Marker(NamedTuple):
-    literal: str
+    needed: tuple[tuple[str, ...], ...]
     pattern: re.Pattern[str]
 
     def search(self, folded: str) -> re.Match[str] | None:
-        # A search for a substring is far cheaper than one for a pattern, and hardly any marker is in a text.
-        return self.pattern.search(folded) if self.literal in folded else None
+        # Substrings are found far faster than patterns, and hardly any marker is in a text.
+        for choices in self.needed:
+            if not any(choice in folded for choice in choices):
+                return None
+        return self.pattern.search(folded)
 
 
 @lru_cache(maxsize=1)
@@ -132,7 +135,10 @@ def marker_languages() -> tuple[str, ...]:
 
 
 def _compile(marker: str, *, word_start: bool) -> _Marker:
-    """Make a pattern of a marker: `[a|b]` is a choice, `*` a gap within a clause, `~` any letters of a word, `$` its end."""
+    """Make a pattern of a marker.
+
+    `[a|b]` is a choice, `*` a gap within a clause, `~` any letters of a word, `$` the end of one.
+    """
     folded = "".join(_fold_character(character) for character in marker)
     pattern = r"(?<!\w)" if word_start else ""
     for part in re.split(r"( \* |[*~$\[\]| ])", folded):
@@ -146,8 +152,12 @@ def _compile(marker: str, *, word_start: bool) -> _Marker:
             "|": "|",
             " ": r"\s+",
         }.get(part, re.escape(part))
-    literals = re.split(r"[*~$ ]", re.sub(r"\[[^\]]*\]", "*", folded))
-    return _Marker(max(literals, key=len), re.compile(pattern))
+    parts = re.split(r"[\[\]]", folded)
+    # Outside of brackets every literal is needed, within them one of the choices.
+    needed: list[tuple[str, ...]] = [(literal,) for part in parts[::2] for literal in re.split(r"[*~$ ]+", part)]
+    needed += [tuple(choice.strip("$ ") for choice in part.split("|")) for part in parts[1::2]]
+    usable = [choices for choices in needed if all(choices) and not re.search(r"[*~$]", "".join(choices))]
+    return _Marker(tuple(usable), re.compile(pattern))
 
 
 @lru_cache(maxsize=4096)
@@ -163,8 +173,10 @@ def _fold_character(character: str) -> str:
     )
 
 
-def _folded(text: str) -> tuple[str, list[int]]:
+def _folded(text: str) -> tuple[str, Sequence[int]]:
     """Return the folded text and, for each of its characters, the place in the text that it comes from."""
+    if text.isascii():
+        return text.lower(), range(len(text))
     pieces = [_fold_character(character) for character in text]
     return "".join(pieces), [place for place, piece in enumerate(pieces) for _ in piece]
 
@@ -177,9 +189,10 @@ def _find_markers(folded: str, language: str) -> int | None:
     uses = _markers()[language]
     if not any(marker.search(folded) for marker in uses["refuses"]):
         return None
-    left_out = [_QUOTED, *(marker.pattern for marker in uses["unless"] if marker.literal in folded)]
+    left_out = [_QUOTED, *(marker.pattern for marker in uses["unless"] if marker.search(folded))]
+    whole = len(folded.strip())
     for pattern in left_out:
-        folded = pattern.sub(lambda match: "\n" * len(match.group()), folded)
+        folded = pattern.sub(lambda found: found[0] if len(found[0]) == whole else "\n" * len(found[0]), folded)
     return min((match.start() for marker in uses["refuses"] if (match := marker.search(folded))), default=None)
 
 
@@ -199,16 +212,11 @@ def told_language(text: str) -> str:
 
 def find_marked_refusal(completion: str) -> MarkedRefusal | None:
     """Find a refusal by the markers of the language that a reply is in; None where there is none, or it is English."""
-    folded, places = _folded(completion)
-    found = {
-        language: start
-        for language in _markers()
-        if language != PUBLISHED_LANGUAGE and (start := _find_markers(folded, language)) is not None
-    }
-    # The language is asked for only where it matters: most replies hold no marker of any.
-    if not found or (language := told_language(completion)) not in found:
+    if (language := told_language(completion)) == PUBLISHED_LANGUAGE:
         return None
-    return MarkedRefusal(language, places[found[language]])
+    folded, places = _folded(completion)
+    start = _find_markers(folded, language)
+    return None if start is None else MarkedRefusal(language, places[start])
 
 
 def refusal_start(completion: str) -> int | None:
