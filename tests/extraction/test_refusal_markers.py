@@ -4,6 +4,7 @@ import unicodedata
 
 import pytest
 
+from abliterate.evaluation.report import SCORER
 from abliterate.extraction.reply_classes import (
     REFUSAL_SUBSTRINGS,
     classify_answer,
@@ -26,6 +27,7 @@ EVERY = [sentence.text for language in NAMES for sentence in sentences(language)
 def test_there_are_sentences_enough_in_each_of_the_languages_that_have_markers() -> None:
     assert set(marker_languages()) == set(NAMES)
     assert len(OTHERS) == 15
+    assert f"{len(OTHERS)} other languages" in SCORER
     for language in NAMES:
         for part in (TUNED, HELD_OUT):
             found = part_of(language, part)
