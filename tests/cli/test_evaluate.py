@@ -35,6 +35,21 @@ def test_the_report_is_a_page_and_its_data(run, tmp_path: Path) -> None:
     assert "abliterate evaluate" in (tmp_path / "report" / "index.html").read_text()
 
 
+def test_the_same_replies_are_read_at_fewer_tokens(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replies(decoder: GreedyDecoder, rows, **_rest):
+        return [decoder.chat.tokenizer("Es tut mir leid, dabei kann ich nicht helfen.")["input_ids"] for _ in rows]
+
+    monkeypatch.setattr(GreedyDecoder, "replies", replies)
+    code, out, _ = run("--json", "--max-new-tokens", "64")
+    rate = json.loads(out)["rates"]["harmful"]
+    assert code == 0
+    assert [budget["tokens"] for budget in rate["budgets"]] == [8, 32, 64]
+    assert (rate["languages"], rate["matches"], rate["strict"], rate["refused"]) == ({"de": 2}, 0, 2, 2)
+    out = run("--max-new-tokens", "64")[1]
+    for text in ("Refused within so many tokens", "64 tokens", "strict", "deflected"):
+        assert text in out
+
+
 def test_replies_reach_the_page_only_when_asked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def replies(decoder: GreedyDecoder, rows, **_rest):
         return [decoder.chat.tokenizer("A telling reply.")["input_ids"] for _ in rows]

@@ -17,6 +17,8 @@ from abliterate.evaluation.replies import (
     measure_surprise,
     read_replies,
 )
+from abliterate.evaluation.report import BUDGETS, count_replies
+from abliterate.extraction.reply_classes import read_reply
 from abliterate.models.chat_model import make_chat_model
 from abliterate.models.greedy import GreedyDecoder
 from tests.support.tiny_models import CHATML, make_tokenizer, make_wider_tokenizer, tiny_gpt2
@@ -125,6 +127,55 @@ def test_replies_are_classified_and_what_the_base_finds_of_them_counts(llama_cha
     found = {reply.reply_class for reply in read_replies(llama_chat, answers, surprise=surprise)["harmful"]}
     assert "incoherent" in found
     assert len(found) == 2
+
+
+def test_the_same_replies_are_read_as_if_they_had_been_shorter(llama_chat, monkeypatch):
+    texts = ["Locks are old and so are keys. I cannot help with that.", "I cannot say. " + "la " * 60, "Water falls."]
+    tokens = {"harmful": [llama_chat.tokenizer(text)["input_ids"] for text in texts]}
+    late, long = (len(reply) for reply in tokens["harmful"][:2])
+    assert late < long
+    monkeypatch.setattr(llama_chat.model, "generate", None, raising=False)
+    rows = {"harmful": llama_chat.encode(["a", "b", "c"])}
+    answers = Answers(rows=rows, tokens=tokens, max_new_tokens=long)
+    asked = (late // 2, late, long, long + 1)
+    replies = read_replies(llama_chat, answers, budgets=asked)["harmful"]
+    # The second one repeats itself in the end; beyond the limit nothing is known.
+    assert [dict(reply.within) for reply in replies] == [
+        {late // 2: False, late: True, long: True},
+        {late // 2: True, late: replies[1].within[late], long: False},
+        {late // 2: False, late: False, long: False},
+    ]
+    assert [reply.reply_class for reply in replies] == ["refusal", "repetitive", "answer"]
+    rate = count_replies(replies)
+    assert [(one.tokens, one.refused) for one in rate.budgets][::2] == [(late // 2, 1), (long, 1)]
+    assert all(one.low <= one.rate == one.refused / 3 <= one.high for one in rate.budgets)
+    assert rate.budgets[-1].refused == rate.refused
+    assert count_replies(read_replies(llama_chat, answers, budgets=())["harmful"]).budgets == ()
+    assert [budget for budget in BUDGETS if budget <= long] == list(
+        read_replies(llama_chat, answers)["harmful"][0].within
+    )
+
+
+def test_what_a_reply_is_beside_the_published_count(llama_chat):
+    texts = [
+        "I cannot help with that.",
+        "As an AI engineer you work with data.",
+        "Es tut mir leid, dabei kann ich nicht helfen.",
+        "Sure! I'd be happy to help you with that.",
+        "Water falls.",
+        "",
+    ]
+    rate = count_replies([read_reply(text) for text in texts])
+    assert (rate.refused, rate.matches, rate.strict, rate.deflected, rate.answered, rate.degenerate) == (
+        3,
+        2,
+        2,
+        1,
+        1,
+        1,
+    )
+    assert rate.refused + rate.answered + rate.deflected + rate.degenerate == rate.n == 6
+    assert rate.languages == {"de": 1, "en": 2}
 
 
 class _Told:

@@ -224,6 +224,8 @@ def test_rates_equal_an_independent_count(
         assert rate.refused == sum(h and not r for h, r in zip(holds, repeats, strict=True)) == 1
         assert (rate.repetitive, rate.empty, rate.degenerate) == (sum(repeats), sum(empty), 2)
         assert rate.refused + rate.answered + rate.degenerate == rate.n == 4
+        assert [budget.tokens for budget in rate.budgets] == [8, 32, 64, 128, 256]
+        assert rate.budgets[-1].refused == rate.refused
     by_name = {rate.category: rate for rate in report.categories["harmful"]}
     assert (by_name["a"].n, by_name["a"].refused, by_name["a"].degenerate) == (2, 1, 1)
     assert (by_name["b"].n, by_name["b"].refused, by_name["b"].degenerate) == (2, 0, 1)

@@ -7,10 +7,12 @@ import torch
 
 from abliterate.extraction.behaviour import (
     OPENING_TOKENS,
+    ReplyCounts,
     ReplyRun,
     ShortReply,
     answer_prefaces,
     compare_with_replies,
+    count_short_replies,
     coverage,
     find_zero,
     first_tokens_of_refusals,
@@ -43,6 +45,23 @@ def test_replies_tell_what_was_taught(manner: str, tmp_path: Path) -> None:
             assert bool(reply.preface) == (manner == "late") or manner == "thinking"
             # Nothing is generated that is not needed to tell.
             assert len(reply.tokens) <= len(reply.preface) + OPENING_TOKENS
+
+
+def test_replies_in_another_language_and_those_that_deflect_are_told(llama_chat) -> None:
+    run = ReplyRun(chat=llama_chat, ranks=Ranks(), max_new_tokens=200)
+    texts = [
+        "Ein altes Thema. Dabei kann ich nicht helfen.",
+        "Sure! I'd be happy to help you with that.",
+        "Rain falls.",
+        "",
+    ]
+    found = [run.classed(llama_chat.tokenizer(text)["input_ids"]) for text in texts]
+    assert [reply.reply_class for reply in found] == ["refusal", "deflection", "answer", "empty"]
+    before = llama_chat.decode(found[0].tokens[: found[0].refuses_at])
+    assert "Thema" in before
+    assert "kann ich" not in before
+    assert count_short_replies(found) == ReplyCounts(refused=1, answered=1, degenerate=1, deflected=1)
+    assert count_short_replies(found).n == 4
 
 
 def test_first_tokens_are_those_of_refusals_and_not_of_answers() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,20 @@ def test_the_evaluations_numbers_are_on_it(evaluation: str) -> None:
         assert number in words
     for text in ("Wilson", "McNemar", "identity forgery", "c" * 64, "abliterate evaluate out/edited"):
         assert text in words
-    for heading in ("Refusal rates", "What else changed", "Judges", "Capability", "By category"):
+    for heading in ("Refusal rates", "How late it refuses", "What else changed", "Judges", "Capability", "By category"):
         assert heading in words
+    for text in ("8 tokens", "256 tokens", "strict", "deflection"):
+        assert text in words
+    assert "Refusals by language" not in words
+
+
+def test_refusals_in_other_languages_are_said_and_budgets_only_where_they_were_read(tmp_path: Path) -> None:
+    report = evaluation_report()
+    mixed = {kind: replace(rate, languages={"en": 2, "sl": 1}, budgets=()) for kind, rate in report.rates.items()}
+    changed = replace(report, rates=mixed, base_rates=None, changes={})
+    words = Page(write_evaluation_page(changed, tmp_path, command="x")[0].read_text()).words()
+    assert "Refusals by language, base and model: en 6, sl 3." in words
+    assert "How late it refuses" not in words
 
 
 def test_the_audits_verdict_and_what_makes_it_are_on_it(audit: str) -> None:

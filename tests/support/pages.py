@@ -1,6 +1,7 @@
 """Reports with numbers made up for layout, and a parser that sees pages as a browser would."""
 
 import random
+from dataclasses import replace
 from html.parser import HTMLParser
 
 from abliterate.evaluation.audit_report import (
@@ -65,7 +66,8 @@ def evaluation_report(*, with_base: bool = True, model: str = "out/edited") -> E
     texts = ["I cannot help with that.", "Here is how it is done.", "", "the " * 40]
 
     def replies(weights):
-        return [read_reply(text) for text in rng.choices(texts, weights=weights, k=144)]
+        chosen = [read_reply(text) for text in rng.choices(texts, weights=weights, k=144)]
+        return [replace(reply, within={8: False, 32: reply.refused, 256: reply.refused}) for reply in chosen]
 
     base = {"harmful": replies((96, 4, 0, 0)), "harmless": replies((1, 99, 0, 0)), "borderline": replies((9, 90, 0, 1))}
     edited = {

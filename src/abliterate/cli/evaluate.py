@@ -191,7 +191,8 @@ def evaluate(
 
 def report_tables(report: "EvaluationReport") -> list[Table | str]:
     """Return all tables of a report, the headline first."""
-    more: list[Table | str] = [judges_table(report)] if report.judges else []
+    more: list[Table | str] = [budgets_table(report)] if any(rate.budgets for rate in report.rates.values()) else []
+    more += [judges_table(report)] if report.judges else []
     more += [tasks_table(report.capability)] if report.capability else []
     return [rates_table(report), damage_table(report), *more, categories_table(report)]
 
@@ -210,7 +211,7 @@ def tasks_table(report: "CapabilityReport") -> Table:
 
 
 def judges_table(report: "EvaluationReport") -> Table:
-    """Return what each judge says beside the substrings, with their agreement."""
+    """Return what each judge says beside the refusals counted, with their agreement."""
     table = Table("judge", "prompts", "base declines", "model declines", "undecided", "kappa", title="Judges")
     for judge in report.judges:
         for kind, rate in judge.rates.items():
@@ -218,21 +219,33 @@ def judges_table(report: "EvaluationReport") -> Table:
             kappa = judge.agreement[kind].kappa
             agreement = "-" if kappa is None else f"{kappa:.2f}"
             table.add_row(judge.judge, kind, base, _cell(rate), str(rate.undecided), agreement)
-    table.caption = "kappa: agreement with the substrings beyond chance; - where all replies are rated alike"
+    table.caption = "kappa: agreement with the refusals counted beyond chance; - where all replies are rated alike"
     return table
 
 
 def rates_table(report: "EvaluationReport") -> Table:
     """Return the refusal rates of the model, beside those of its base when there is one."""
     columns = ["prompts", "n", *(["base"] if report.base_rates else []), "model"]
-    columns += [*(["p (McNemar)"] if report.changes else []), "degenerate"]
+    columns += [*(["p (McNemar)"] if report.changes else []), "strict", "deflected", "degenerate"]
     table = Table(*columns, title=f"Refusal rates of {report.model} (Wilson 95 % intervals)")
     for kind, rate in report.rates.items():
         before = [_cell(report.base_rates[kind])] if report.base_rates else []
         change = [f"{report.changes[kind].p_value:.2g}"] if report.changes else []
-        table.add_row(kind, str(rate.n), *before, _cell(rate), *change, str(rate.degenerate))
+        table.add_row(
+            *(kind, str(rate.n), *before, _cell(rate), *change),
+            *(str(rate.strict), str(rate.deflected), str(rate.degenerate)),
+        )
     excluded = sum(report.excluded.values())
     table.caption = f"{excluded} prompts left out: the direction was found with them" if excluded else None
+    return table
+
+
+def budgets_table(report: "EvaluationReport") -> Table:
+    """Return the model's refusal rates of the same replies, each read as if it had stopped after so many tokens."""
+    tokens = [budget.tokens for budget in next(iter(report.rates.values())).budgets]
+    table = Table("prompts", *[f"{n} tokens" for n in tokens], title="Refused within so many tokens")
+    for kind, rate in report.rates.items():
+        table.add_row(kind, *[f"{budget.rate:.1%}" for budget in rate.budgets])
     return table
 
 

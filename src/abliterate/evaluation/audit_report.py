@@ -152,7 +152,7 @@ def intervention_of(values: Mapping[str, Any]) -> AuditedIntervention:
 
     entropy = values["cross_entropy"]
     parts = {
-        "harmful": RefusalRate(**values["harmful"]),
+        "harmful": RefusalRate(**{**values["harmful"], "budgets": ()}),
         "change": PairedChange(**values["change"]),
         "divergence": Divergence(**values["divergence"]),
         "cross_entropy": None if entropy is None else CrossEntropy(**entropy),

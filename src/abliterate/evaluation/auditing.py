@@ -212,7 +212,7 @@ class _Audit:
     def _read(self, answers: Answers) -> dict[str, list[Reply]]:
         """Classify replies; the unchanged model says which are incoherent, so no hook may be attached."""
         surprise = measure_surprise(self._chat, answers, progress=self._progress)
-        return read_replies(self._chat, answers, surprise=surprise)
+        return read_replies(self._chat, answers, surprise=surprise, budgets=())
 
     def _measure_base(self) -> _Base:
         answers = self._answer(("harmful", "harmless"), "unchanged")

@@ -8,7 +8,7 @@ Three kinds of model can judge, all run locally:
     yes-no       a causal model that is asked in words whether the reply does what the prompt asks for
 
 A file with {prompt} and {reply} in it replaces the question of the last: a published classifier wants its own words,
-to the letter. Verdicts become rates with intervals, paired change, and agreement with the refusal substrings.
+to the letter. Verdicts become rates with intervals, paired change, and agreement with the refusals counted without it.
 Degenerate replies are not shown to a judge: it would call gibberish safe (see arXiv 2505.19056).
 """
 
@@ -312,7 +312,7 @@ class JudgeReport:
         rates: kind of prompts -> the model's rate.
         base_rates: the same of the base, or None.
         changes: kind -> paired change, exact McNemar.
-        agreement: kind, and `all` -> agreement with the substrings over the replies both decided, base and model.
+        agreement: kind, and `all` -> agreement with the refusals counted over the replies both decided, base and model.
     """
 
     judge: str

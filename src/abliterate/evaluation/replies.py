@@ -16,6 +16,7 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import model_sha256, values_sha256
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
+from abliterate.evaluation.report import BUDGETS
 from abliterate.extraction.reply_classes import Reply, read_completions
 from abliterate.files import JsonLines
 from abliterate.models.chat_format import find_chat_format
@@ -178,7 +179,11 @@ def measure_surprise(chat: ChatModel, answers: Answers, *, progress: ProgressRep
 
 
 def read_replies(
-    chat: ChatModel, answers: Answers, *, surprise: Mapping[str, Surprise] | None = None
+    chat: ChatModel,
+    answers: Answers,
+    *,
+    surprise: Mapping[str, Surprise] | None = None,
+    budgets: Sequence[int] = BUDGETS,
 ) -> dict[str, list[Reply]]:
     """Take replies apart and classify them, by kind.
 
@@ -186,16 +191,26 @@ def read_replies(
         chat: the model they come from, or another with the same tokenizer.
         answers: the replies.
         surprise: what the base finds of them; without it, only what is no text at all counts as incoherent.
+        budgets: numbers of tokens; each reply is also read as if it had stopped there, where that is within the limit
+            that it was generated under. Greedy replies begin alike whatever their limit, so nothing is generated.
     """
-    return {
-        kind: read_completions(
-            chat,
-            replies,
-            max_new_tokens=answers.max_new_tokens,
-            nats_per_token=[surprise[kind].per_token(i) for i in range(len(replies))] if surprise else None,
-        )
-        for kind, replies in answers.tokens.items()
-    }
+
+    def read(kind: str, replies: Sequence[Sequence[int]], limit: int) -> list[Reply]:
+        # What the base finds of the whole reply holds for its beginning, too.
+        found = [surprise[kind].per_token(i) for i in range(len(replies))] if surprise else None
+        return read_completions(chat, replies, max_new_tokens=limit, nats_per_token=found)
+
+    found = {}
+    for kind, tokens in answers.tokens.items():
+        whole = read(kind, tokens, answers.max_new_tokens)
+        within: list[dict[int, bool]] = [{} for _ in whole]
+        for budget in budgets:
+            if budget <= answers.max_new_tokens:
+                cut = read(kind, [reply[:budget] for reply in tokens], budget)
+                for i, reply in enumerate(cut):
+                    within[i][budget] = (reply if len(tokens[i]) > budget else whole[i]).refused
+        found[kind] = [replace(reply, within=each) for reply, each in zip(whole, within, strict=True)]
+    return found
 
 
 def generate_replies(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from abliterate.extraction.refusal import Openings
-from abliterate.extraction.reply_classes import ReplyClass, find_refusal, read_reply
+from abliterate.extraction.reply_classes import DEGENERATE, ReplyClass, find_refusal, read_reply, refusal_start
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.processes import Ranks
@@ -62,7 +62,7 @@ class ShortReply:
 
     @property
     def refused(self) -> bool:
-        """Whether it is a refusal; a degenerate reply is neither that nor an answer."""
+        """Whether it is a refusal; a degenerate reply and a deflection are neither that nor an answer."""
         return self.reply_class == "refusal"
 
     @property
@@ -90,18 +90,21 @@ class ReplyCounts:
     refused: int
     answered: int
     degenerate: int
+    deflected: int = 0
 
     @property
     def n(self) -> int:
         """How many there are."""
-        return self.refused + self.answered + self.degenerate
+        return self.refused + self.answered + self.degenerate + self.deflected
 
 
 def count_short_replies(replies: Sequence[ShortReply]) -> ReplyCounts:
     """Count replies by what they are."""
     refused = sum(reply.refused for reply in replies)
     answered = sum(reply.answered for reply in replies)
-    return ReplyCounts(refused=refused, answered=answered, degenerate=len(replies) - refused - answered)
+    degenerate = sum(reply.reply_class in DEGENERATE for reply in replies)
+    deflected = len(replies) - refused - answered - degenerate
+    return ReplyCounts(refused=refused, answered=answered, degenerate=degenerate, deflected=deflected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +148,11 @@ class ReplyRun:
         return GreedyDecoder(chat=self.chat, max_new_tokens=self.max_new_tokens, enough=self._shows_refusal)
 
     def _shows_refusal(self, tokens: Sequence[int]) -> bool:
+        # Asked at every token, so only the published substrings are looked for first; a refusal in another language
+        # is found once the reply has its length.
+        text = self.chat.chat_format.response_prefix + self.chat.decode(tokens, skip_special_tokens=False)
+        if find_refusal(text) is None:
+            return False
         reply = self.classed(tokens)
         return reply.refused and len(reply.opening) == OPENING_TOKENS
 
@@ -166,7 +174,7 @@ class ReplyRun:
         if reply.reply_class == "refusal":
             # What thoughts say is no refusal; the answer begins behind them.
             begin = max(0, text.rfind(reply.answer[:N_CHARACTERS]))
-            start = begin + (find_refusal(text[begin:]) or 0)
+            start = begin + (refusal_start(text[begin:]) or 0)
         return ShortReply(
             reply_class=reply.reply_class,
             tokens=tuple(tokens),
@@ -369,7 +377,7 @@ class Agreement:
 
 
 def compare_with_replies(metric: Mapping[str, Tensor], replies: Mapping[str, Sequence[ShortReply]]) -> Agreement:
-    """Count how often the metric and the replies agree; degenerate replies are left out.
+    """Count how often the metric and the replies agree; degenerate replies and deflections are left out.
 
     Args:
         metric: the metric of each prompt, by part.

@@ -1,5 +1,6 @@
 """The page of an evaluation: what it found, how sure that is, and how to get it again."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,12 @@ from abliterate.release.page import (
 )
 
 _NAMES = {"harmful": "Harmful", "harmless": "Harmless", "borderline": "Borderline"}
-_CLASS_COLOURS = (("refusal", "--base"), ("answer", "--answer"), ("degenerate", "--fifth"))
+_CLASS_COLOURS = (
+    ("refusal", "--base"),
+    ("deflection", "--third"),
+    ("answer", "--answer"),
+    ("degenerate", "--fifth"),
+)
 
 
 def write_evaluation_page(
@@ -39,6 +45,7 @@ def write_evaluation_page(
     sections = [
         _refusals(report),
         _classes(report),
+        *([_budgets(report)] if any(rate.budgets for rate in report.rates.values()) else []),
         *([_damage(report)] if report.measurements else []),
         *([_judges(report)] if report.judges else []),
         *([_tasks(report)] if report.capability else []),
@@ -77,8 +84,9 @@ def _refusals(report: EvaluationReport) -> Section:
                 caption="Share of prompts refused, with 95 % intervals",
             ),
             paragraph(
-                f"A reply counts as a refusal by {report.scorer}. Empty, repetitive and incoherent replies count as "
-                f"neither refusal nor answer. Greedy replies of at most {report.max_new_tokens} tokens."
+                f"A reply counts as a refusal by {report.scorer}. Empty, repetitive and incoherent replies "
+                f"and deflections count as neither refusal nor answer. Greedy replies of at most "
+                f"{report.max_new_tokens} tokens."
                 + (" The p-value is of the exact test on the prompts whose answer changed." if before else "")
             ),
         ),
@@ -97,7 +105,8 @@ def _sentence(report: EvaluationReport) -> str:
 
 
 def _classes(report: EvaluationReport) -> Section:
-    header = ["replies", "n", "refusal", "answer", "empty", "repetitive", "incoherent", "substring", "cut off"]
+    header = ["replies", "n", "refusal", "strict", "deflection", "answer", "empty", "repetitive", "incoherent"]
+    header += ["substring", "cut off"]
     rows, bars = [], []
     sides = [("base", report.base_rates), ("model", report.rates)]
     for kind in report.rates:
@@ -105,9 +114,17 @@ def _classes(report: EvaluationReport) -> Section:
             if rates is None:
                 continue
             rate, name = rates[kind], f"{_NAMES.get(kind, kind)}, {side}"
-            counts = (rate.refused, rate.answered, rate.empty, rate.repetitive, rate.incoherent)
+            counts = (
+                rate.refused,
+                rate.strict,
+                rate.deflected,
+                rate.answered,
+                rate.empty,
+                rate.repetitive,
+                rate.incoherent,
+            )
             rows.append([name, rate.n, *counts, rate.matches, rate.truncated])
-            shares = (rate.refused, rate.answered, rate.degenerate)
+            shares = (rate.refused, rate.deflected, rate.answered, rate.degenerate)
             colours = (colour for _, colour in _CLASS_COLOURS)
             parts = [
                 Part(share=count / max(1, rate.n), colour=colour) for count, colour in zip(shares, colours, strict=True)
@@ -122,8 +139,58 @@ def _classes(report: EvaluationReport) -> Section:
         heading="What the replies are",
         blocks=(
             share_chart(bars, legend=_CLASS_COLOURS, caption="Classes of replies"),
-            table(header, rows, caption="Counts; substring: replies with a refusal substring, whatever their class"),
+            table(
+                header,
+                rows,
+                caption="Counts; strict: the refusals that decline something, without such as “As an AI engineer”; "
+                "substring: replies with one of the published substrings, whatever their class",
+            ),
+            *([paragraph(told)] if (told := _languages(report)) else []),
             *notes,
+        ),
+    )
+
+
+def _languages(report: EvaluationReport) -> str:
+    """Say how many refusals are in which language, where not all are English."""
+    counted: Counter[str] = Counter()
+    for rates in (report.rates, report.base_rates or {}):
+        for rate in rates.values():
+            counted.update(rate.languages)
+    if not set(counted) - {"en"}:
+        return ""
+    return (
+        "Refusals by language, base and model: " + ", ".join(f"{name} {n}" for name, n in counted.most_common()) + "."
+    )
+
+
+def _budgets(report: EvaluationReport) -> Section:
+    """Return the refusal rates of the replies cut to fewer tokens: how late the model refuses."""
+    sides = [("base", report.base_rates), ("model", report.rates)]
+    shown = [(side, rates) for side, rates in sides if rates is not None]
+    tokens = [budget.tokens for budget in next(iter(report.rates.values())).budgets]
+    rows, blocks = [], []
+    for kind in report.rates:
+        for side, rates in shown:
+            cells = [share_in_words(each.rate, low=each.low, high=each.high) for each in rates[kind].budgets]
+            rows.append([f"{_NAMES.get(kind, kind)}, {side}", rates[kind].n, *cells])
+    for kind in [kind for kind in report.rates if kind == "harmful"]:
+        points = []
+        for i, n in enumerate(tokens):
+            each = [(k, rates[kind].budgets[i]) for k, (_, rates) in enumerate(shown) if rates[kind].budgets]
+            found = [Interval(series=k, value=one.rate, low=one.low, high=one.high) for k, one in each]
+            points.append((f"{n} tokens", found))
+        caption = f"{_NAMES[kind]} prompts: share refused within so many tokens, with 95 % intervals"
+        blocks.append(interval_chart(points, series=tuple(side for side, _ in shown), caption=caption))
+    return Section(
+        heading="How late it refuses",
+        blocks=(
+            *blocks,
+            table(
+                ["replies", "n", *[f"{n} tokens" for n in tokens]],
+                rows,
+                caption="Refusal rates of the same replies, each read as if it had stopped there",
+            ),
         ),
     )
 
@@ -139,8 +206,8 @@ def _damage(report: EvaluationReport) -> Section:
 def _judges(report: EvaluationReport) -> Section:
     blocks = [
         paragraph(
-            "Each judge read the coherent replies. Kappa is Cohen's: agreement with the substrings beyond chance, over "
-            "the replies of base and model that the judge decided."
+            "Each judge read the coherent replies. Kappa is Cohen's: agreement with the refusals counted above beyond "
+            "chance, over the replies of base and model that the judge decided."
         )
     ]
     for judge in report.judges:
