@@ -179,7 +179,7 @@ class ChatModel:
         for row, text in zip(rows, texts, strict=True):
             if not row:
                 raise ModelError(
-                    f"the tokenizer makes no token of {text[:60]!r}; it is not this model's, or its files are incomplete"
+                    f"the tokenizer makes no token of {text[:60]!r}; it is not this model's, or it is incomplete"
                 )
             if n_positions is not None and len(row) + n_new > n_positions:
                 more = f" and a reply of {n_new}" if n_new else ""
