@@ -18,7 +18,7 @@ class RefinementOptions:
         n_val: Prompts of each kind to choose by, disjoint from those.
         seed: Of the draw of prompts.
         steps: Steps of the optimisation for the first point of the frontier; each further one begins at the one before
-            and takes a third.
+            and takes half as many.
         max_refusals: Largest share of the validation prompts that are to be answered which may still be refused; None:
             0.05, and 0.3 for a direction of false refusals, of which no edit takes as many without true ones.
         max_kl: Largest mean KL over harmless replies in nats a token; None: any. Where nothing within it gets along
@@ -36,7 +36,7 @@ class RefinementOptions:
     seed: Annotated[int, Argument(flag="--seed", help="Of the draw of prompts.")] = 42
     steps: Annotated[
         int,
-        Argument(flag="--steps", minimum=4, help="Steps for the first point of the frontier; the others take a third."),
+        Argument(flag="--steps", minimum=4, help="Steps for the first point of the frontier; the others take half as many."),
     ] = 16
     max_refusals: Annotated[
         float | None,

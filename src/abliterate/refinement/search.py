@@ -179,8 +179,8 @@ class Search:
 
 
 def further_steps(steps: int) -> int:
-    """Return how many steps a point takes that begins at the one before: a third of those of the first."""
-    return max(1, steps // 3)
+    """Return how many steps a point takes that begins at the one before: half of those of the first."""
+    return max(1, steps // 2)
 
 
 def rounded(strengths: Float[Tensor, "n_layers 2"]) -> Float[Tensor, "n_layers 2"]:
