@@ -25,6 +25,7 @@ from abliterate.directions import Direction
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
+from abliterate.models.chat_template import processor_template, start_rendering
 from abliterate.models.gguf_file import load_gguf, load_gguf_tokenizer, read_gguf, read_gguf_config
 from abliterate.models.layer_weights import LayerWeights
 from abliterate.models.loading_report import OF_MLX, check_complete
@@ -246,6 +247,7 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
     Raises:
         ModelError: the files do not load as one.
     """
+    start_rendering()
     if path.is_file():
         return load_gguf_tokenizer(path, name=name)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -257,14 +259,8 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
         _refuse_pointers(path, error)
         raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
     if not getattr(loaded, "chat_template", None):
-        loaded.chat_template = _processor_template(path)
+        loaded.chat_template = processor_template(path)
     return cast("PreTrainedTokenizerBase", loaded)
-
-
-def _processor_template(path: Path) -> str | None:
-    """Return the chat template of a model whose processor has it, which a tokenizer alone does not read."""
-    kept = (_read(path / name).get("chat_template") for name in ("chat_template.json", "processor_config.json"))
-    return next((template for template in kept if isinstance(template, str) and template), None)
 
 
 def _refuse_pointers(path: Path, error: Exception) -> None:
