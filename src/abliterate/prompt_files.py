@@ -159,7 +159,7 @@ def _read_table(path: Path) -> _Table:
     except UnicodeDecodeError as error:
         raise PromptSetError(f"{path}: not UTF-8 (byte {error.start}); convert it, as with `iconv -t UTF-8`") from error
     except OSError as error:
-        raise PromptSetError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise PromptSetError(f"{path}: cannot be read: {error.strerror or _one_line(error)}") from error
     if suffix == ".csv":
         return _read_csv(path, text)
     if suffix == ".json":
@@ -246,7 +246,8 @@ def _read_parquet(path: Path) -> _Table:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+    # Broken ones make it raise its own errors, OSError, ValueError and others.
+    except Exception as error:
         raise PromptSetError(f"{path}: not a readable Parquet file ({_one_line(error)})") from error
     is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string)
     return _Table(

@@ -80,7 +80,8 @@ def summary(record: dict[str, Any]) -> str:
 def what_was_done(record: dict[str, Any]) -> str:
     """Return the section on what was removed from the base's weights, or added to them."""
     base, options = record["base"], mapping(record.get("options"))
-    directions, tensors = record["directions"], record.get("tensors", [])
+    directions, listed = record["directions"], record.get("tensors")
+    tensors = [mapping(tensor) for tensor in listed] if isinstance(listed, list) else []
     rows = [
         ("Base revision", code(base["revision"]) if base.get("revision") else "local files, no revision"),
         ("Model type", code(base.get("model_type", "unknown")) + (_UNVERIFIED if options.get("unverified") else "")),
