@@ -126,14 +126,10 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _check_counts(header: GgufFile) -> None:
-    """Check the numbers by which other programs loop and allocate."""
+    """Check the numbers that are counted with here."""
     for key, most in (("split.count", _MOST_ENTRIES), ("general.alignment", _MOST_ENTRIES)):
         if not _is_count(header.metadata.get(key, 1), most):
             raise _damaged(header.path, f"its {key} is {shown(header.metadata[key])}")
-    # Each block has tensors of its own.
-    blocks = header.own("block_count")
-    if blocks is not None and not _is_count(blocks, len(header.tensors)) and header.tensors:
-        raise _damaged(header.path, f"it claims {shown(blocks)} blocks and holds {len(header.tensors)} tensors")
 
 
 def _is_count(value: Any, most: int) -> bool:
@@ -337,6 +333,10 @@ def read_gguf_config(path: Path, *, name: str, header: GgufFile | None = None) -
     with _loads(name):
         with _alone(path) as (directory, file):
             config = AutoConfig.from_pretrained(directory, gguf_file=file)
+        blocks = config.get_text_config(decoder=True).num_hidden_layers
+        # Each has tensors of its own; and the names of all of them are made before any is looked for.
+        if not _is_count(blocks, len(header.tensors)):
+            raise _damaged(path, f"{shown(blocks)} blocks for {len(header.tensors)} tensors")
         _complete(header, config)
         _say_rotary(header, config)
     return cast("PretrainedConfig", config)

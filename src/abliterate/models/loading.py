@@ -230,7 +230,11 @@ def _read_config(
     if path.is_file():
         return read_gguf_config(path, name=name)
     with known_error(f"{name} does not load as {kind}"):
-        return text_part(AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code))
+        config = text_part(AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code))
+        n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        if isinstance(n_layers, int) and n_layers < 1:
+            raise ValueError(f"its config.json says that it has {n_layers} layers")
+        return config
 
 
 def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
@@ -253,6 +257,7 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
     with known_error(f"{name} has no tokenizer that loads"):
         try:
             loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+            loaded("a")  # what is wrong in its settings may show only now
         except Exception as error:
             _refuse_pointers(path, error)
             raise
