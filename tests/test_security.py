@@ -45,7 +45,6 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "chat": ("chat", "MODEL", "--max-new-tokens", "1"),
     "push": ("push", "EDITED", "org/name", "--dry-run"),
 }  # fmt: skip
-PROMPTS = [f"Explain number {number}." for number in range(24)]
 
 
 class Place:
@@ -56,13 +55,15 @@ class Place:
         self.direction, self.prompts, self.canary = root / "d.safetensors", root / "p.txt", root / "canary"
         self.root = root
         self.work.mkdir()
-        self.prompts.write_text("\n".join(PROMPTS))
+        self.harmless = root / "harmless.txt"
+        self.prompts.write_text("\n".join(f"Explain number {number}." for number in range(24)))
+        self.harmless.write_text("\n".join(f"Describe number {number}." for number in range(24)))
 
     def words(self, name: str) -> list[object]:
         found = {"MODEL": self.base, "EDITED": self.edited, "DIRECTION": self.direction}
         words = [found.get(str(word), str(word).replace("WORK", str(self.work))) for word in COMMANDS[name]]
         takes_prompts = words[0] in {"extract", "refine", "evaluate", "audit", "verify"}
-        sets = ["--harmful", self.prompts, "--harmless", self.prompts] if takes_prompts else []
+        sets = ["--harmful", self.prompts, "--harmless", self.harmless] if takes_prompts else []
         return [*words, *sets]
 
 
@@ -180,6 +181,7 @@ class TestPickles:
             assert result.exit_code == 1
             assert "pickle" in result.error_line or "missing" in result.error_line
 
+    @pytest.mark.proof
     @pytest.mark.parametrize("named_by", ["index", "config"])
     @pytest.mark.parametrize("command", [name for name in COMMANDS if "MODEL" in COMMANDS[name]])
     def test_nor_one_that_index_or_config_name(self, place, run, command, named_by):
@@ -253,6 +255,7 @@ class TestNamesAndLinks:
             assert result.error_line.isprintable()
             assert "unexpected" not in result.error_line
 
+    @pytest.mark.proof
     @pytest.mark.parametrize(
         "name", ["../other.safetensors", "/tmp/other.safetensors", "a\nb.safetensors", "\x1b.safetensors"]
     )
@@ -284,13 +287,14 @@ class TestSecrets:
         for name, value in SECRETS.items():
             monkeypatch.setenv(name, value)
 
+    @pytest.mark.proof
     @pytest.mark.parametrize("command", COMMANDS)
     def test_of_no_command(self, place, run, command):
         self.check(place, *map(str, run(command)))
 
     @pytest.mark.parametrize("verbose", [False, True], ids=["", "-v"])
     @pytest.mark.parametrize("status", [None, 401, 403, 404, 429, 500])
-    def test_when_the_hub_fails_and_says_the_token_back(self, place, monkeypatch, capfd, call_main, status, verbose):
+    def test_when_the_hub_fails_and_says_the_token_back(self, place, monkeypatch, capsys, call_main, status, verbose):
         monkeypatch.setattr("tests.support.fake_hub.WRITE_TOKEN", TOKEN)
         with FakeHub() as hub:
             hub.use(monkeypatch, place.work, token=TOKEN)
@@ -313,7 +317,7 @@ class TestSecrets:
 
                     texts.append("".join(traceback.format_exception(error)))
                 hub.heal()
-                self.check(place, *texts, *capfd.readouterr())
+                self.check(place, *texts, *capsys.readouterr())
 
     def test_when_all_goes_well(self, place, monkeypatch, call_main):
         monkeypatch.setattr("tests.support.fake_hub.WRITE_TOKEN", TOKEN)
@@ -340,6 +344,7 @@ def test_a_gguf_file_converts_in_the_presence_of_code_and_pickles(tmp_path, call
     assert not list((tmp_path / "out").glob("*.py")) + list((tmp_path / "out").glob("*.bin"))
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("template", ["{{ 'a' * 10 ** 10 }}", "{{ 10 ** (10 ** 10) }}", "{{ raise_exception('no') }}"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_hostile_template_ends_every_command_in_one_line(place, run, monkeypatch, command, template):

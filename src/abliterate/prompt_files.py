@@ -121,7 +121,9 @@ def _choose_column(table: _Table, asked: str | None) -> str:
 
 
 def _found(table: _Table) -> str:
-    return "columns found: " + (", ".join(table.columns) or "none")
+    # A file can have any number of them, of any length.
+    shown = [" ".join(name.split())[:60] for name in table.columns[:20]]
+    return "columns found: " + (", ".join(shown) or "none")
 
 
 def _side_column(table: _Table, name: str, column: str, *, default: list[str]) -> tuple[str, ...]:

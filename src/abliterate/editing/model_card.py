@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 
 from abliterate.arguments import cli_arguments, shell_word
 from abliterate.checkpoints.hub import CardFacts
+from abliterate.files import printable
 from abliterate.editing.options import EditOptions
 from abliterate.models.options import Dtype
 
@@ -398,7 +399,7 @@ def build_model_card(
         _licence(facts),
         _CITATION,
     ]
-    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+    return printable("\n\n".join(section.strip("\n") for section in sections) + "\n")
 
 
 def _how_to_merge(record: dict[str, Any], title: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from abliterate.checkpoints.file_ranges import WrittenFile, hash_file
 from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import InputError, VerificationError
-from abliterate.files import read_json_report, write_json
+from abliterate.files import read_json_report, stays_inside, write_json
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
@@ -247,12 +247,13 @@ def read_record(directory: Path) -> AbliterationRecord:
     base, directions = content.get("base"), content.get("directions")
     shards, side_files = content.get("shards"), content.get("side_files")
     if not (
-        (isinstance(base, dict) and "model" in base)
+        (isinstance(base, dict) and isinstance(base.get("model"), str) and "\0" not in base["model"])
+        and isinstance(base.get("revision"), str | None)
         and (isinstance(directions, list) and directions)
-        and all(isinstance(entry, dict) and "sha256" in entry for entry in directions)
+        and all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in directions)
         and (isinstance(shards, dict) and shards and isinstance(side_files, dict))
     ):
-        raise InputError(f"{path}: base, directions, shards or side_files is missing; {_AGAIN}")
+        raise InputError(f"{path}: base, directions, shards or side_files is missing or malformed; {_AGAIN}")
     # A base directory may have had these two itself; what lies there now is this checkpoint's own.
     recorded = {name: entry for name, entry in (shards | side_files).items() if name != RECORD_NAME}
     files = {name: _read_entry(path, name, entry) for name, entry in recorded.items()}
@@ -301,12 +302,14 @@ def check_sizes(record: AbliterationRecord) -> None:
     """Check that every recorded file is there and has its size, which takes no time.
 
     Raises:
-        VerificationError: A file is missing or has another size.
+        VerificationError: A file is missing, has another size, or is a link that leads out of the directory.
     """
     for name, recorded in record.files.items():
         path = record.directory / name
         if not path.is_file():
             raise VerificationError(f"{path}: missing, but {RECORD_NAME} names it; {_AGAIN}")
+        if not stays_inside(record.directory, path):
+            raise VerificationError(f"{path}: is a link that leads out of its directory; copy the file there")
         size = path.stat().st_size
         if size != recorded.bytes:
             raise VerificationError(
