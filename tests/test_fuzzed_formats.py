@@ -14,7 +14,10 @@ from tests.support.format_fuzzing import FORMATS, make_formats, try_format
 
 _numbers = iter(range(10**9))
 # As `python -m benchmarks.fuzz_formats --seed N --tries 1` chooses the format.
-FAULTS = [100148, 102204, 102815, 200203, 200748, 200813, 201125, 202187]
+FAULTS = [
+    *(100148, 102204, 102815, 200203, 200748, 200813, 201125, 202187, 300230, 301439, 301545, 301939, 302249),
+    *(302324, 400267),
+]
 FAULTS_OF = {
     "prompts": [11, 82],
     "cache": [134, 252, 350, 362, 367, 374],

@@ -35,10 +35,10 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     ),
     "revert": ("revert", "EDITED", "-o", "WORK/back", "--base", "MODEL"),
     "verify": ("verify", "EDITED", "--base", "MODEL", "--n-prompts", "1"),
-    "evaluate": ("evaluate", "MODEL", "--max-new-tokens", "1", "--text", "none"),
-    "evaluate, base": ("evaluate", "EDITED", "--base", "MODEL", "--max-new-tokens", "1", "--text", "none"),
+    "evaluate": ("evaluate", "MODEL", "--max-new-tokens", "1", "--text", "TEXT"),
+    "evaluate, base": ("evaluate", "EDITED", "--base", "MODEL", "--max-new-tokens", "1", "--text", "TEXT"),
     "evaluate, judge": (
-        "evaluate", "EDITED", "--judge", "MODEL", "--judge-prompt", "guard", "--max-new-tokens", "1", "--text", "none",
+        "evaluate", "EDITED", "--judge", "MODEL", "--judge-prompt", "guard", "--max-new-tokens", "1", "--text", "TEXT",
     ),
     "audit": ("audit", "MODEL", *FEW, "--n-test", "1", "--max-new-tokens", "1", "--bootstrap", "2"),
     "trace": ("trace", "MODEL", "--direction", "DIRECTION", "--n-prompts", "1"),
@@ -60,7 +60,7 @@ class Place:
         self.harmless.write_text("\n".join(f"Describe number {number}." for number in range(24)))
 
     def words(self, name: str) -> list[object]:
-        found = {"MODEL": self.base, "EDITED": self.edited, "DIRECTION": self.direction}
+        found = {"MODEL": self.base, "EDITED": self.edited, "DIRECTION": self.direction, "TEXT": self.prompts}
         words = [found.get(str(word), str(word).replace("WORK", str(self.work))) for word in COMMANDS[name]]
         takes_prompts = words[0] in {"extract", "refine", "evaluate", "audit", "verify"}
         sets = ["--harmful", self.prompts, "--harmless", self.harmless] if takes_prompts else []
@@ -106,7 +106,8 @@ class TestCodeOfTheModel:
     @staticmethod
     def plant(directory: Path, canary: Path, model_type: str | None) -> None:
         code = f"open({str(canary)!r}, 'w').write('ran')\n"
-        code += "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, PreTrainedTokenizerFast\n"
+        code += "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        code += "class Config(LlamaConfig): pass\nclass Model(LlamaForCausalLM): pass\n"
         code += "class Tokenizer(PreTrainedTokenizerFast): pass\ndef generate(*_, **__): pass\n"
         for name in ("modeling_own.py", "configuration_own.py", "tokenization_own.py", "custom_generate/generate.py"):
             (directory / name).parent.mkdir(exist_ok=True)
@@ -303,7 +304,7 @@ class TestSecrets:
             failing = (
                 ("plan", "org/model"),
                 ("plan", "org/none"),
-                ("evaluate", "org/model", "--max-new-tokens", "1", "--text", "none", "--harmful", place.prompts),
+                ("evaluate", "org/model", "--max-new-tokens", "1", "--text", "TEXT", "--harmful", place.prompts),
                 ("evaluate", place.base, "--max-new-tokens", "1", "--harmful", "org/prompts:train"),
                 ("push", place.edited, "org/pushed"),
             )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_many_slow_renderings_are_too_slow_too(monkeypatch):
         "{% include '/etc/passwd' %}",
         "{{ raise_exception('no') }}",
         "{{ 1 / 0 }}",
+        "{{ '\\ud800' }}",
         "{{ x ",
     ],
 )
@@ -156,7 +158,7 @@ def test_a_template_that_fails_is_an_error_and_the_next_is_rendered_by_the_same_
     assert chat_template._RENDERER._process is process
 
 
-@pytest.mark.parametrize("prompt", ["Hi", "", "\U0001f600 \u2028\x00", "half \ud800 of a pair", "x" * 300_000])
+@pytest.mark.parametrize("prompt", ["Hi", "", "\U0001f600 \u2028\x00", "x" * 300_000])
 @pytest.mark.parametrize("bos_token", [None, "<s>"])
 def test_what_is_rendered_is_what_the_tokenizer_itself_renders(prompt, bos_token):
     template = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ messages | tojson }}|{{ add_generation_prompt }}|"
@@ -217,11 +219,8 @@ def test_questions_are_answered_line_by_line(monkeypatch):
     serve(io.BytesIO(b"".join(json.dumps(each | conversations).encode() + b"\n" for each in asked)), answers)
     ready, *found = [json.loads(line) for line in answers.getvalue().splitlines()]
     assert ready == {}
-    assert found == [
-        {"text": "Hi"},
-        {"error": "division by zero"},
-        {"limit": "writes more than 10,000,000 characters"},
-    ]
+    assert found[:2] == [{"text": "Hi"}, {"error": "division by zero"}]
+    assert re.fullmatch("writes more than 20[0-9],[0-9]{3} characters", found[2]["limit"])
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")

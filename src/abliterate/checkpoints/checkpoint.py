@@ -287,7 +287,8 @@ def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str
         section = changed
         *parents, key = path.split(".")
         for parent in parents:
-            section[parent] = dict(section.get(parent) or {})
+            inner = section.get(parent)
+            section[parent] = dict(inner) if isinstance(inner, dict) else {}
             section = section[parent]
         section[key] = value
         if value is None:

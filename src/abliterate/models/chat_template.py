@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from abliterate.errors import ModelError, TemplateLimitError
+from abliterate.files import HALF_PAIR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,9 @@ _MAX_TEMPLATE = 1_000_000
 _MAX_SECONDS = 10.0
 _MAX_SECONDS_EACH = 0.25
 _MAX_BYTES = 1 << 30
-_MAX_OUTPUT = 10_000_000
+# Beside ten times what it was given: a default system prompt has 20,000 characters at most.
+_MAX_OUTPUT = 200_000
+_MAX_ANSWER = 1 << 28
 _START_SECONDS = 120.0
 
 
@@ -111,7 +114,9 @@ def render_conversation(
     except Exception as error:  # a template is a program of its own and may raise anything
         hint = "; it may not accept a system message" if system_prompt is not None else ""
         raise ModelError(f"the chat template fails: {' '.join(str(error).split())}{hint}") from error
-    return str(text)
+    if HALF_PAIR.search(text):
+        raise ModelError("the chat template fails: it writes half of a surrogate pair, which stands for no character")
+    return text
 
 
 def _write(tokenizer: "PreTrainedTokenizerBase", conversation: list[dict[str, Any]], options: dict[str, Any]) -> str:
@@ -244,9 +249,9 @@ _RENDERER = _Renderer()
 
 
 def _pass_on(stream: IO[bytes], answers: "queue.SimpleQueue[bytes]") -> None:
-    # An escape takes twelve bytes at most, so no answer is longer; the empty line at its end says that it has ended.
+    # The empty line at its end says that it has ended.
     with contextlib.suppress(OSError, ValueError):
-        while line := stream.readline(12 * _MAX_OUTPUT + 1000):
+        while line := stream.readline(_MAX_ANSWER):
             answers.put(line)
     answers.put(b"")
 
@@ -279,8 +284,8 @@ def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
         with _alarm(2 * _MAX_SECONDS):
             try:
                 text = render_jinja_template(**json.loads(line))[0][0]
-                is_long = len(text) > _MAX_OUTPUT
-                answer = {"limit": f"writes more than {_MAX_OUTPUT:,} characters"} if is_long else {"text": text}
+                most = _MAX_OUTPUT + 10 * len(line)
+                answer = {"limit": f"writes more than {most:,} characters"} if len(text) > most else {"text": text}
             except MemoryError:
                 answer = {"limit": f"takes more than {_MAX_BYTES >> 30} GB of memory"}
             except Exception as error:  # a template is a program of its own and may raise anything
