@@ -1,8 +1,8 @@
 # make demo     environment, demo model, direction, orthogonalized checkpoint, measurements: the main job on a real model
 # make demo-real  the same on a model that its makers aligned (0.5 to 1 GB of download, 7 GB of disk, takes longer)
 # make test     environment and the tests of a commit (no network): every kind of behaviour, at most 25 minutes on two cores
-# make proof    the rest of the tests (every variant, real weights, several processes), then the fuzzer, the state machines
-#               and the killer of runs at length; before a release, or after a change to what writes or reads files (under an hour)
+# make proof    the rest of the tests (every variant, real weights, several processes), then the fuzzers, the state machines
+#               and the killer of runs at length; before a release, or after a change to what writes or reads files (two hours)
 # make check    format, lint, types, import contract; changes nothing
 # make format   rewrite the source in the project's format
 # make results  both demo models measured anew, and the results in README.md and docs/ written from that (about an hour)
@@ -32,6 +32,7 @@ test: $(READY)
 proof: $(READY)
 	$(BIN)/python -m pytest -m proof
 	$(BIN)/python -m benchmarks.fuzz_checkpoint --minutes 10
+	$(BIN)/python -m benchmarks.fuzz_formats --minutes 30
 	$(BIN)/python -m benchmarks.state_machine --steps 2000
 	$(BIN)/python -m benchmarks.kill_writer --kills 200 --faults 20
 

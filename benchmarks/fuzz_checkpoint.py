@@ -23,12 +23,17 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import FrameType
+from typing import TypeVar
 
+from abliterate.directions import Direction
 from tests.support.checkpoint_mutations import make_bases
 from tests.support.fuzzing import attempt, make_fuzz_direction
+
+Sound = TypeVar("Sound")
 
 _MEMORY_BYTES = 4 << 30
 
@@ -44,29 +49,59 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 def main() -> int:
     """Fuzz, print what came of it, and return the exit code."""
     parser = argparse.ArgumentParser(description="Fuzz the reading of checkpoints.")
+    add_arguments(parser)
+
+    def prepare(directory: Path) -> tuple[list[Path], Direction]:
+        return make_bases(directory / "bases"), make_fuzz_direction()
+
+    def edit(sound: tuple[list[Path], Direction], work: Path, random: Random) -> str:
+        bases, direction = sound
+        return attempt(random.choice(bases), work, random, direction)
+
+    return fuzz(parser.parse_args(), prepare=prepare, attempt=edit, succeeded=lambda outcome: outcome == "edited")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what all fuzzers are told."""
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0, help="the first seed; each try has the next")
     parser.add_argument("--tries", type=int, help="stop after so many")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds that a try may take")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
 
+
+def fuzz(
+    arguments: argparse.Namespace,
+    *,
+    prepare: Callable[[Path], Sound],
+    attempt: Callable[[Sound, Path, Random], str],
+    succeeded: Callable[[str], bool],
+) -> int:
+    """Try again and again until the time is up, print what came of it, and return the exit code.
+
+    Args:
+        arguments: see `add_arguments`.
+        prepare: makes what is sound, in a directory.
+        attempt: breaks a copy of it, in a directory that is not there, and says what came of it.
+        succeeded: tells whether that is a result and no error.
+    """
     _limit_memory()
     signal.signal(signal.SIGALRM, _stop)
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="abliterate-fuzz-") as directory:
-        bases, direction = make_bases(Path(directory) / "bases"), make_fuzz_direction()
+        sound = prepare(Path(directory))
         started, tries, slowest = time.monotonic(), 0, 0.0
         while time.monotonic() - started < 60 * arguments.minutes and tries != arguments.tries:
-            seed = arguments.seed + tries
-            random, begun = Random(seed), time.monotonic()
+            seed, begun = arguments.seed + tries, time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, arguments.limit)
             # Should the interpreter itself hang, this ends it.
             faulthandler.dump_traceback_later(3 * arguments.limit, exit=True)
             try:
-                outcomes[attempt(random.choice(bases), Path(directory) / f"try-{seed}", random, direction)] += 1
-            except (Exception, HangError):
+                outcomes[attempt(sound, Path(directory) / f"try-{seed}", Random(seed))] += 1
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
                 failures.append(f"seed {seed}:\n{traceback.format_exc()}")
                 print(failures[-1], file=sys.stderr, flush=True)
             finally:
@@ -75,10 +110,11 @@ def main() -> int:
             tries += 1
         faulthandler.cancel_dump_traceback_later()
         seconds = time.monotonic() - started
+    good = sum(count for outcome, count in outcomes.items() if succeeded(outcome))
     report = {
         "tries": tries,
-        "edited": outcomes["edited"],
-        "refused": sum(outcomes.values()) - outcomes["edited"],
+        "succeeded": good,
+        "refused": sum(outcomes.values()) - good,
         "distinct_outcomes": len(outcomes),
         "failures": len(failures),
         "seconds": round(seconds, 1),

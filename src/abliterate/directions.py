@@ -133,8 +133,9 @@ def load_direction(path: Path, *, d_model: int | None = None) -> Direction:
         raise DirectionError(f"{path}: {hint}; make a direction file with `abliterate extract MODEL -o FILE`")
     tensors, raw_metadata = _read_tensors(path)
     if "direction" not in tensors:
+        found = ", ".join(" ".join(name.split())[:60] for name in sorted(tensors)[:5])
         raise DirectionError(
-            f"{path}: no tensor named `direction` (found: {', '.join(sorted(tensors)[:5]) or 'none'}); "
+            f"{path}: no tensor named `direction` (found: {found or 'none'}); "
             "is it a model's weights? A direction file comes from `abliterate extract`"
         )
     direction = _checked_direction(

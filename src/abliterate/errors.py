@@ -6,6 +6,7 @@
     │   └── PromptSetError              a prompt set that is missing, empty or too small
     ├── ModelError                      a model that cannot be loaded or run as a chat model
     │   └── RefusalBehaviourError       it refuses nothing, or everything: there is no direction to find
+    ├── TemplateLimitError              a chat template that takes too long, too much memory, or writes too much
     ├── CheckpointError                 checkpoint files that are missing, inconsistent or unreadable
     │   ├── UnsupportedArchitectureError
     │   └── QuantizedCheckpointError
@@ -43,6 +44,13 @@ class ModelError(AbliterateError):
 
 class RefusalBehaviourError(ModelError):
     """The model refuses nothing, or refuses everything, so no refusal direction can be found."""
+
+
+class TemplateLimitError(AbliterateError):
+    """A chat template takes too long, too much memory, or writes too much.
+
+    No `ModelError`: those stand for an answer of the template, and another question may be put to it.
+    """
 
 
 class CheckpointError(AbliterateError):

@@ -74,6 +74,22 @@ def printable(text: str) -> str:
     return "".join(c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+_SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
+_SHORTEST_SECRET = 8
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without tokens and keys: those of the environment, and what looks like one of the Hub.
+
+    What a server answers is shown in errors, and may repeat what it was sent.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name.upper()):
+            text = text.replace(value, "***")
+    return _HUB_TOKEN.sub("hf_***", text)
+
+
 def _is_plain(character: str) -> bool:
     return character.isprintable() or character in "\n\t\u200c\u200d" or unicodedata.category(character) == "Zs"
 

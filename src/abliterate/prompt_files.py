@@ -121,7 +121,9 @@ def _choose_column(table: _Table, asked: str | None) -> str:
 
 
 def _found(table: _Table) -> str:
-    return "columns found: " + (", ".join(table.columns) or "none")
+    # A file can have any number of them, of any length.
+    shown = [" ".join(name.split())[:60] for name in table.columns[:20]]
+    return "columns found: " + (", ".join(shown) or "none")
 
 
 def _side_column(table: _Table, name: str, column: str, *, default: list[str]) -> tuple[str, ...]:
@@ -159,7 +161,7 @@ def _read_table(path: Path) -> _Table:
     except UnicodeDecodeError as error:
         raise PromptSetError(f"{path}: not UTF-8 (byte {error.start}); convert it, as with `iconv -t UTF-8`") from error
     except OSError as error:
-        raise PromptSetError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise PromptSetError(f"{path}: cannot be read: {error.strerror or _one_line(error)}") from error
     if suffix == ".csv":
         return _read_csv(path, text)
     if suffix == ".json":
@@ -246,7 +248,8 @@ def _read_parquet(path: Path) -> _Table:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+    # Broken ones make it raise its own errors, OSError, ValueError and others.
+    except Exception as error:
         raise PromptSetError(f"{path}: not a readable Parquet file ({_one_line(error)})") from error
     is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string)
     return _Table(

@@ -76,6 +76,55 @@ def break_checkpoint(directory: Path, random: Random) -> list[str]:
     return [way.__name__.removeprefix("_") for way in chosen]
 
 
+def break_safetensors(path: Path, random: Random) -> None:
+    """Break a safetensors file that lies alone in its directory: header, sizes, names, shapes, types, values."""
+    ways = (_header_bytes, _header_length, _header_structure, _header_structure, _tensor, _tensor, _tensor_bytes)
+    random.choice((*ways, _file_size, _metadata, _metadata))(path.parent, random)
+
+
+def _metadata(directory: Path, random: Random) -> None:
+    """Break the JSON that is kept as a text in a header's metadata."""
+    path = _pick_shard(directory, random)
+    if path is None:
+        return
+    content, end = _with_end_of_header(path)
+    try:
+        header = json.loads(content[8:end])
+        key = random.choice(sorted(header["__metadata__"]))
+        broken = _break_json(json.loads(header["__metadata__"][key]), random).decode()
+        header["__metadata__"][key] = broken
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
+        return
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[end:])
+
+
+def break_file(path: Path, random: Random) -> None:
+    """Break a file: its structure where it is JSON or lines of JSON, now and then its bytes, its length, all of it."""
+    content = path.read_bytes()
+    kind = random.randrange(10)
+    if kind == 0:
+        path.write_bytes(
+            random.choice((b"", b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 100_000, content[:-1], content * 2))
+        )
+    elif kind == 1:
+        path.write_bytes(content[: random.randrange(len(content) + 1)])
+    elif kind < 4:
+        path.write_bytes(_break_bytes(content, random))
+    elif path.suffix == ".json":
+        _break_json_file(path, random)
+    elif path.suffix == ".jsonl":
+        lines = content.split(b"\n")
+        which = random.randrange(len(lines))
+        try:
+            lines[which] = _break_json(json.loads(lines[which]), random)
+        except (ValueError, RecursionError):
+            lines[which] = _break_bytes(lines[which], random)
+        path.write_bytes(b"\n".join(lines))
+    else:
+        path.write_bytes(_break_bytes(content, random))
+
+
 def _pick_shard(directory: Path, random: Random) -> Path | None:
     shards = [path for path in sorted(directory.glob("*.safetensors")) if path.is_file() and not path.is_symlink()]
     return random.choice(shards) if shards else None

@@ -71,12 +71,12 @@ def attempt(base: Path, work: Path, random: Random, direction: Direction) -> str
         shutil.copytree(base, checkpoint)
         make_harmless(work)
         break_checkpoint(checkpoint, random)
-        before = _listing(work, without=results)
+        before = listing(work, without=results)
         options = random.choice(OPTIONS)
         with writes_elsewhere(results) as elsewhere:
             outcome = _edit(checkpoint, results / "out", options, direction)
         assert elsewhere == [], elsewhere
-        assert _listing(work, without=results) == before
+        assert listing(work, without=results) == before
         left = sorted(path.name for path in results.iterdir())
         assert left == (["out"] if outcome == "edited" else []), left
         if outcome == "edited":
@@ -105,17 +105,19 @@ def _edit(checkpoint: Path, output: Path, options: EditOptions, direction: Direc
             message = str(error)
             assert "\n" not in message
             assert len(message) < 3000, len(message)
-            known.append(f"{type(error).__name__}: {_skeleton(message, checkpoint)}")
+            known.append(f"{type(error).__name__}: {skeleton(message, checkpoint)}")
     return known[-1] if known else "edited"
 
 
-def _skeleton(message: str, checkpoint: Path) -> str:
+def skeleton(message: str, checkpoint: Path) -> str:
+    """Return a message without names, numbers and places, so that those of one kind are equal."""
     text = message.replace(str(checkpoint.parent), "")
     words = [word for word in text.split() if word.isascii() and word.replace("-", "").rstrip(",;:.").isalpha()]
     return " ".join(words)
 
 
-def _listing(work: Path, *, without: Path) -> dict[str, tuple[int, int, int]]:
+def listing(work: Path, *, without: Path) -> dict[str, tuple[int, int, int]]:
+    """Return mode, size and time of all below a directory but what is below another."""
     found = {}
     for path in [work, *work.rglob("*")]:
         if path != work and path != without and without not in path.parents:
@@ -145,6 +147,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         return
     allowed, elsewhere = _watched[-1]
     for path, directory in changed_places(event, arguments):
+        if path == os.devnull:
+            continue
         # The last part is not followed: it is the entry itself that is made or removed.
         entry = directory / os.fsdecode(path)
         place = Path(os.path.realpath(entry.parent)) / entry.name

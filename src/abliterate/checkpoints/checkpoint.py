@@ -19,7 +19,7 @@ from abliterate.checkpoints.safetensors_file import (
     same_bytes,
 )
 from abliterate.errors import CheckpointError
-from abliterate.files import MAX_BYTES, has_file, open_regular, regular_files, shown
+from abliterate.files import MAX_BYTES, has_file, open_regular, parse_json, regular_files, shown
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -158,6 +158,49 @@ def refuse_adapter(path: Path, names: Collection[str]) -> None:
         )
 
 
+def refuse_pickles(path: Path, *, name: str) -> None:
+    """Raise where a directory's weights, or those of an adapter beside them, are not safetensors: a pickle is code.
+
+    Args:
+        path: The directory.
+        name: What to call it in messages.
+
+    Raises:
+        CheckpointError: They are pickled, or config.json or the index names another kind of file.
+    """
+    if not any(path.glob("*.safetensors")) and any(path.glob("pytorch_model*.bin")):
+        raise CheckpointError(_no_weights_message(path))
+    if (path / _ADAPTER_CONFIG).is_file() and (path / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"{name}: the adapter beside the model's weights is pickled (adapter_model.bin), and pickles are not read; "
+            f"save it as safetensors with peft, or, if it is not meant, remove it and {_ADAPTER_CONFIG}"
+        )
+    named = {CONFIG_NAME: [_read_object(path / CONFIG_NAME).get("transformers_weights")]}
+    shards = _read_object(path / INDEX_NAME).get("weight_map")
+    named[INDEX_NAME] = list(shards.values()) if isinstance(shards, dict) else []
+    for source, files in named.items():
+        for file in files:
+            if file is not None and not _is_weights_name(file):
+                raise CheckpointError(
+                    f"{name}: {source} names {shown(file)} as weights, which is not a safetensors file of this "
+                    "directory; do not trust this checkpoint"
+                )
+
+
+def _is_weights_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith((".safetensors", INDEX_NAME))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one where there is none, or it is broken, of which others tell."""
+    try:
+        with open_regular(path) as file:
+            value = parse_json(file.read(), infinities=True)
+    except (OSError, ValueError, CheckpointError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def is_of_mlx(path: Path) -> bool:
     """Return whether the weights in a directory say that MLX wrote them; names and axes may then be its own."""
     for file in sorted(path.glob("*.safetensors"))[:1]:
@@ -245,7 +288,8 @@ def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str
         section = changed
         *parents, key = path.split(".")
         for parent in parents:
-            section[parent] = dict(section.get(parent) or {})
+            inner = section.get(parent)
+            section[parent] = dict(inner) if isinstance(inner, dict) else {}
             section = section[parent]
         section[key] = value
         if value is None:

@@ -5,6 +5,7 @@ import inspect
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ from abliterate.cli.revert import revert
 from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError, Terminated
-from abliterate.files import printable
+from abliterate.files import printable, without_secrets
 from abliterate.processes import in_first_process
 
 _terminations: list[int] = []
@@ -112,11 +113,11 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", error.exit_code)
     except AbliterateError as error:
         if verbose:
-            raise
+            _show_traceback(error)
         _fail(str(error), error.exit_code)
     except Exception as error:
         if verbose:
-            raise
+            _show_traceback(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             # What no command foresaw, such as a directory that may not be looked into.
             _fail(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and what you may do there", 1)
@@ -128,8 +129,13 @@ def _terminate(number: int, _frame: object) -> None:
     raise Terminated
 
 
+def _show_traceback(error: Exception) -> None:
+    # Python itself would show the messages as they are, with what servers repeat of a request.
+    print(printable(without_secrets("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
+
+
 def _fail(message: str, exit_code: int) -> None:
     sys.stdout.flush()
     if in_first_process():
-        print("error:", printable(" ".join(message.split())), file=sys.stderr)
+        print("error:", printable(without_secrets(" ".join(message.split()))), file=sys.stderr)
     sys.exit(exit_code)

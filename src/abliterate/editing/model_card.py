@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from abliterate.arguments import cli_arguments, shell_word
 from abliterate.checkpoints.hub import CardFacts
 from abliterate.editing.options import EditOptions
+from abliterate.files import printable
 from abliterate.models.options import Dtype
 
 NOT_MEASURED = "not measured"
@@ -80,7 +81,8 @@ def summary(record: dict[str, Any]) -> str:
 def what_was_done(record: dict[str, Any]) -> str:
     """Return the section on what was removed from the base's weights, or added to them."""
     base, options = record["base"], mapping(record.get("options"))
-    directions, tensors = record["directions"], record.get("tensors", [])
+    directions, listed = record["directions"], record.get("tensors")
+    tensors = [mapping(tensor) for tensor in listed] if isinstance(listed, list) else []
     rows = [
         ("Base revision", code(base["revision"]) if base.get("revision") else "local files, no revision"),
         ("Model type", code(base.get("model_type", "unknown")) + (_UNVERIFIED if options.get("unverified") else "")),
@@ -268,7 +270,7 @@ def how_to_reproduce(record: dict[str, Any], evaluation: dict[str, Any] | None) 
         evaluate = ["abliterate", "evaluate", "OUT", *base_words, "--output", "OUT/evaluation.json"]
         commands.append([*evaluate, *(_words_of(evaluation) or [])])
     block = "\n".join(" ".join(map(shell_word, line)) for line in commands)
-    tool = dict(record.get("tool", {}))
+    tool = dict(mapping(record.get("tool")))
     tool = {tool.pop("name", "abliterate"): tool.pop("version", "of unknown version"), **tool}
     made_with = ", ".join(inline(f"{key} {value}") for key, value in tool.items())
     return f"## How to reproduce\n\n```sh\n{block}\n```\n\nMade with these versions: {made_with}."
@@ -380,7 +382,7 @@ def build_model_card(
         pipeline_tag=str(record["base"].get("pipeline_tag", "text-generation")),
         tags=[*_TAGS, "lora"] if is_adapter else _TAGS,
     )
-    tool = code("abliterate " + str(record.get("tool", {}).get("version", "")))
+    tool = code("abliterate " + str(mapping(record.get("tool")).get("version", "")))
     made = "A LoRA adapter. Merged into its base, it gives this model: " if is_adapter else ""
     introduction = (
         f"# {inline(title)}\n\n{made}{_base_in_words(record, facts)} {summary(record)} by {tool} "
@@ -397,7 +399,7 @@ def build_model_card(
         _licence(facts),
         _CITATION,
     ]
-    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+    return printable("\n\n".join(section.strip("\n") for section in sections) + "\n")
 
 
 def _how_to_merge(record: dict[str, Any], title: str) -> str:

@@ -161,13 +161,17 @@ class EditOptions:
         """Return the options that a record holds as plain JSON values.
 
         Raises:
-            AttributeError, TypeError: They are malformed, or one is not known.
-            InputError: A value is not allowed.
+            InputError: They are malformed, one is not known, or a value is not allowed.
         """
-        given = dict(options)
-        if given.get("strengths") is not None:
-            given["strengths"] = Strengths(**{name: _tuple(value) for name, value in given["strengths"].items()})
-        return cls(**{name: _tuple(value) for name, value in given.items()})
+        try:
+            given = dict(options)
+            if given.get("strengths") is not None:
+                given["strengths"] = Strengths(**{name: _tuple(value) for name, value in given["strengths"].items()})
+            return cls(**{name: _tuple(value) for name, value in given.items()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the options in abliteration.json cannot be read ({' '.join(str(error).split())})"
+            ) from error
 
     def includes(self, writer: "ResidualWriter") -> bool:
         """Return whether these options edit `writer`."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from abliterate.checkpoints.file_ranges import WrittenFile, hash_file
 from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import InputError, VerificationError
-from abliterate.files import read_json_report, write_json
+from abliterate.files import has_file, read_json_report, write_json
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
@@ -247,12 +247,15 @@ def read_record(directory: Path) -> AbliterationRecord:
     base, directions = content.get("base"), content.get("directions")
     shards, side_files = content.get("shards"), content.get("side_files")
     if not (
-        (isinstance(base, dict) and "model" in base)
+        (isinstance(base, dict) and isinstance(base.get("model"), str) and "\0" not in base["model"])
+        and isinstance(base.get("revision"), str | None)
         and (isinstance(directions, list) and directions)
-        and all(isinstance(entry, dict) and "sha256" in entry for entry in directions)
+        and all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in directions)
         and (isinstance(shards, dict) and shards and isinstance(side_files, dict))
     ):
-        raise InputError(f"{path}: base, directions, shards or side_files is missing; {_AGAIN}")
+        raise InputError(f"{path}: base, directions, shards or side_files is missing or malformed; {_AGAIN}")
+    if wrong := _malformed_part(content):
+        raise InputError(f"{path}: its {wrong} is malformed; {_AGAIN}")
     # A base directory may have had these two itself; what lies there now is this checkpoint's own.
     recorded = {name: entry for name, entry in (shards | side_files).items() if name != RECORD_NAME}
     files = {name: _read_entry(path, name, entry) for name, entry in recorded.items()}
@@ -302,10 +305,11 @@ def check_sizes(record: AbliterationRecord) -> None:
 
     Raises:
         VerificationError: A file is missing or has another size.
+        CheckpointError: A file is a link that leads out of the directory.
     """
     for name, recorded in record.files.items():
         path = record.directory / name
-        if not path.is_file():
+        if not has_file(record.directory, name):
             raise VerificationError(f"{path}: missing, but {RECORD_NAME} names it; {_AGAIN}")
         size = path.stat().st_size
         if size != recorded.bytes:
@@ -328,6 +332,21 @@ def check_hashes(record: AbliterationRecord, *, progress: ProgressReporter = SIL
                 raise VerificationError(
                     f"{path}: its SHA-256 is not the one in {RECORD_NAME}: changed since written; {_AGAIN}"
                 )
+
+
+def _malformed_part(content: Mapping[str, Any]) -> str | None:
+    """Return what of a record, where it is there, is not of the kind that was written."""
+    for name in ("options", "tool", "config_changes", "subspace", "partial"):
+        if not isinstance(content.get(name), dict | None):
+            return name
+    if not all(isinstance(each, str) for each in (content.get("tool") or {}).values()):
+        return "tool"
+    tensors = content.get("tensors", [])
+    if not isinstance(tensors, list) or not all(isinstance(tensor, dict) for tensor in tensors):
+        return "tensors"
+    return next(
+        ("metadata" for each in content["directions"] if not isinstance(each.get("metadata"), dict | None)), None
+    )
 
 
 def _read_entry(record: Path, name: str, entry: Any) -> WrittenFile:

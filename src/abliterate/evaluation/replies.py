@@ -24,6 +24,8 @@ from abliterate.models.chat_model import ChatModel, conditions_of
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
+_MOST_TOKENS = 1 << 31
+
 
 class ReplyCache:
     """The replies of one model under one set of conditions.
@@ -86,7 +88,8 @@ def reply_conditions(
 
 def _kept_reply(line: Any) -> tuple[str, list[int]]:
     prompt, reply = line["prompt"], line["reply"]
-    if not isinstance(prompt, str) or not isinstance(reply, list):
+    # A tokenizer takes no other numbers, and decodes those that it does not know as nothing.
+    if not isinstance(prompt, str) or not all(type(token) is int and 0 <= token < _MOST_TOKENS for token in reply):
         raise TypeError("not a prompt's hash and a reply's tokens")
     return prompt, reply
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from abliterate.architectures.table import feels_gaps, feels_padding
 from abliterate.checkpoints.provenance import versions
 from abliterate.errors import ModelError
+from abliterate.files import shown
 from abliterate.models.batching import BatchLimits, plan_batches
 from abliterate.models.chat_format import ChatFormat, find_chat_format
 from abliterate.models.chat_template import render, token_texts, tokenize
@@ -517,9 +518,18 @@ def with_response_prefix(chat: ChatModel, response_prefix: str) -> ChatModel:
 
 
 def stop_tokens(chat: ChatModel) -> set[int]:
-    """Return the tokens that end an answer: those that are configured so, and what the template ends a turn with."""
+    """Return the tokens that end an answer: those that are configured so, and what the template ends a turn with.
+
+    Raises:
+        ModelError: what is configured is no token.
+    """
     configured = getattr(chat.model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
+    ids = [each for each in (configured if isinstance(configured, list) else [configured]) if each is not None]
+    if not all(type(each) is int and each >= 0 for each in ids):
+        raise ModelError(
+            f"the model's eos_token_id is {shown(configured)}, and a token's number is needed; mend it in "
+            "generation_config.json or config.json"
+        )
     return {int(i) for i in [*ids, chat.tokenizer.eos_token_id, *chat.chat_format.turn_ends] if i is not None}
 
 

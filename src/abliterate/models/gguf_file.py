@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from abliterate.errors import InputError, MissingDependencyError, ModelError
+from abliterate.files import shown
+from abliterate.models.loading_report import known_error
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +32,6 @@ _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # Far above any real file; what is more is damage, and must not be allocated.
 _LONGEST_STRING, _MOST_ENTRIES, _MOST_DIMENSIONS = 1 << 26, 1 << 26, 8
-_CANNOT_READ = (OSError, ValueError, ImportError, KeyError, IndexError, TypeError, RuntimeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,8 @@ def read_gguf(path: Path) -> GgufFile:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (struct.error, UnicodeDecodeError, EOFError) as error:
         raise _damaged(path, f"its header ends too early or is no header ({error})") from error
-    n_parts = int(header.metadata.get("split.count", 1))
+    _check_counts(header)
+    n_parts = header.metadata.get("split.count", 1)
     if n_parts > 1:
         raise ModelError(
             f"{path}: is one of {n_parts} parts of a model; put them together first (`llama-gguf-split --merge`)"
@@ -121,6 +123,17 @@ def read_gguf(path: Path) -> GgufFile:
         raise ModelError(f"{path}: holds no weights; give the file with the model itself")
     _check_extents(header, size)
     return header
+
+
+def _check_counts(header: GgufFile) -> None:
+    """Check the numbers that are counted with here."""
+    for key, most in (("split.count", _MOST_ENTRIES), ("general.alignment", _MOST_ENTRIES)):
+        if not _is_count(header.metadata.get(key, 1), most):
+            raise _damaged(header.path, f"its {key} is {shown(header.metadata[key])}")
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
 
 
 def _damaged(path: Path, reason: str) -> ModelError:
@@ -144,7 +157,8 @@ def _read_header(path: Path, file: BinaryIO) -> GgufFile:
     if not isinstance(metadata.get("general.architecture"), str):
         raise _damaged(path, "it does not say which architecture it is of")
     tensors = [_tensor(file) for _ in range(n_tensors)]
-    alignment = int(metadata.get("general.alignment", _ALIGNMENT)) or _ALIGNMENT
+    aligned = metadata.get("general.alignment")
+    alignment = aligned if type(aligned) is int and aligned > 0 else _ALIGNMENT
     start = -(-file.tell() // alignment) * alignment
     return GgufFile(
         path=path,
@@ -186,6 +200,8 @@ def _value(file: BinaryIO, kind: int) -> Any:
         raise EOFError(f"a list of {count}")
     if kind in _NUMBERS:
         return list(_numbers(file, f"{count}{_NUMBERS[kind]}"))
+    if kind == _ARRAY:
+        raise EOFError("a list of lists")
     for _ in range(count):
         _value(file, kind)
     return count
@@ -255,21 +271,19 @@ def load_gguf(
     logging.disable_progress_bar()
     header = header or read_gguf(path)
     config = read_gguf_config(path, name=name, header=header)
-    try:
-        with _alone(path) as (directory, file), _no_bar():
-            loaded, report = choose_class(config).from_pretrained(
-                directory,
-                gguf_file=file,
-                config=config,
-                dtype=getattr(torch, dtype),
-                device_map=device_map,
-                quantization_config=GgufConfig(dequantize=True),
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except _CANNOT_READ as error:
-        raise _does_not_load(name, error) from error
-    _check_report(header, loaded, report, name=name)
+    with _loads(name), _alone(path) as (directory, file), _no_bar():
+        loaded, report = choose_class(config).from_pretrained(
+            directory,
+            gguf_file=file,
+            config=config,
+            dtype=getattr(torch, dtype),
+            device_map=device_map,
+            quantization_config=GgufConfig(dequantize=True),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    with _loads(name):
+        _check_report(header, loaded, report, name=name)
     # It is marked as quantised and as not to be saved, although its weights are plain numbers by now.
     loaded.hf_quantizer = None
     for mark in ("is_quantized", "quantization_method"):
@@ -299,11 +313,8 @@ def load_gguf_tokenizer(path: Path, *, name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     read_gguf(path)
-    try:
-        with _alone(path) as (directory, file):
-            tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
-    except _CANNOT_READ as error:
-        raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
+    with known_error(f"{name} has no tokenizer that loads"), _alone(path) as (directory, file):
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
     tokenizer.name_or_path = name
     return cast("PreTrainedTokenizerBase", tokenizer)
 
@@ -319,13 +330,15 @@ def read_gguf_config(path: Path, *, name: str, header: GgufFile | None = None) -
     from transformers import AutoConfig
 
     header = header or read_gguf(path)
-    try:
+    with _loads(name):
         with _alone(path) as (directory, file):
             config = AutoConfig.from_pretrained(directory, gguf_file=file)
-    except _CANNOT_READ as error:
-        raise _does_not_load(name, error) from error
-    _complete(header, config)
-    _say_rotary(header, config)
+        blocks = config.get_text_config(decoder=True).num_hidden_layers
+        # Each has tensors of its own; and the names of all of them are made before any is looked for.
+        if not _is_count(blocks, len(header.tensors)):
+            raise _damaged(path, f"{shown(blocks)} blocks for {len(header.tensors)} tensors")
+        _complete(header, config)
+        _say_rotary(header, config)
     return cast("PretrainedConfig", config)
 
 
@@ -346,9 +359,14 @@ def _complete(header: GgufFile, config: Any) -> None:
             config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else int(width)
 
 
-def _does_not_load(name: str, error: Exception) -> ModelError:
-    reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else str(error)
-    return ModelError(f"{name} does not load as a causal language model: {' '.join(reason.split())[:300]}")
+@contextmanager
+def _loads(name: str) -> Iterator[None]:
+    failure = f"{name} does not load as a causal language model"
+    with known_error(failure):
+        try:
+            yield
+        except KeyError as error:
+            raise ModelError(f"{failure}: {error.args[0] if error.args else 'something'} is missing") from error
 
 
 def _as_list(value: Any) -> list[int]:

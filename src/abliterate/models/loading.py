@@ -18,16 +18,17 @@ import torch
 from safetensors import SafetensorError
 
 from abliterate.architectures.tiny_config import shrink_config
-from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse_adapter
+from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse_adapter, refuse_pickles
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.directions import Direction
 from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
+from abliterate.models.chat_template import processor_template, start_rendering
 from abliterate.models.gguf_file import load_gguf, load_gguf_tokenizer, read_gguf, read_gguf_config
 from abliterate.models.layer_weights import LayerWeights
-from abliterate.models.loading_report import OF_MLX, check_complete
+from abliterate.models.loading_report import OF_MLX, check_complete, known_error
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import check_extractable, find_blocks
 from abliterate.models.stream_probe import probe_stream
@@ -179,22 +180,22 @@ def load_weights(
         return _load_gguf(path, name=name, options=options, device=device, choose_class=choose_class or class_of)
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     config = _read_config(path, name=name, options=options, kind=kind)
-    try:
-        auto_class = (choose_class or class_of)(config)
-        model, report = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=trust,
-            device_map=options.device_map,
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        _refuse_pointers(path, error)
-        raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        cause = f"; {OF_MLX}" if is_of_mlx(path) else ""
-        raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}{cause}") from error
+    refuse_pickles(path, name=name)
+    with known_error(f"{name} does not load as {kind}", hint=f"; {OF_MLX}" if is_of_mlx(path) else ""):
+        try:
+            auto_class = (choose_class or class_of)(config)
+            model, report = auto_class.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust,
+                use_safetensors=True,
+                device_map=options.device_map,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            _refuse_pointers(path, error)
+            raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
     check_complete(model, report, path=path, name=name)
     if options.device_map is None:
         if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
@@ -228,11 +229,12 @@ def _read_config(
 
     if path.is_file():
         return read_gguf_config(path, name=name)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name} does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
-    return text_part(config)
+    with known_error(f"{name} does not load as {kind}"):
+        config = text_part(AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code))
+        n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        if isinstance(n_layers, int) and n_layers < 1:
+            raise ValueError(f"its config.json says that it has {n_layers} layers")
+        return config
 
 
 def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
@@ -246,25 +248,22 @@ def load_tokenizer(path: Path, *, name: str, options: ModelOptions) -> "PreTrain
     Raises:
         ModelError: the files do not load as one.
     """
+    start_rendering()
     if path.is_file():
         return load_gguf_tokenizer(path, name=name)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
-    try:
-        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        _refuse_pointers(path, error)
-        raise ModelError(f"{name} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from error
+    with known_error(f"{name} has no tokenizer that loads"):
+        try:
+            loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+            loaded("a")  # what is wrong in its settings may show only now
+        except Exception as error:
+            _refuse_pointers(path, error)
+            raise
     if not getattr(loaded, "chat_template", None):
-        loaded.chat_template = _processor_template(path)
+        loaded.chat_template = processor_template(path)
     return cast("PreTrainedTokenizerBase", loaded)
-
-
-def _processor_template(path: Path) -> str | None:
-    """Return the chat template of a model whose processor has it, which a tokenizer alone does not read."""
-    kept = (_read(path / name).get("chat_template") for name in ("chat_template.json", "processor_config.json"))
-    return next((template for template in kept if isinstance(template, str) and template), None)
 
 
 def _refuse_pointers(path: Path, error: Exception) -> None:
@@ -298,12 +297,10 @@ def empty_model(path: Path, *, name: str) -> "PreTrainedModel":
     """
     from transformers import AutoConfig
 
-    try:
-        with torch.device("meta"):
-            model = auto_class(path).from_config(text_part(AutoConfig.from_pretrained(path)))
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{name} is not built by transformers: {reason}") from error
+    with known_error(f"{name} is not built by transformers"), torch.device("meta"):
+        # Without the False it would ask at the terminal whether to run code that comes with the model.
+        config = text_part(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        model = class_of(config).from_config(config)
     return cast("PreTrainedModel", model)
 
 
@@ -352,21 +349,24 @@ def load_streamed_model(
         CheckpointError: there are no safetensors weights.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     checkpoint = open_checkpoint(path)
-    device, trust = choose_device(options.device), options.trust_remote_code
+    device = choose_device(options.device)
     if checkpoint.config.get("quantization_config"):
         raise ModelError(f"{name} is quantised; --stream-layers reads float32, float16 and bfloat16 weights only")
     tokenizer = load_tokenizer(path, name=name, options=options)
-    config = text_part(AutoConfig.from_pretrained(path, trust_remote_code=trust))
+    config = _read_config(path, name=name, options=options)
     returned = try_streaming(config, name=name)
-    with init_empty_weights(include_buffers=False):
-        model = auto_class(path, trust_remote_code=trust).from_config(config, dtype=_dtype(config, options, device))
-    # Building without weights makes every parameter anew, tied ones too.
-    model.tie_weights()
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    with known_error(f"{name} does not load as a causal language model"):
+        with init_empty_weights(include_buffers=False):
+            model = class_of(config).from_config(
+                config, dtype=_dtype(config, options, device), trust_remote_code=options.trust_remote_code
+            )
+        # Building without weights makes every parameter anew, tied ones too.
+        model.tie_weights()
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
     chat = make_chat_model(model, tokenizer, name=name, options=options)
     return StreamedChat(
         **{field.name: getattr(chat, field.name) for field in dataclasses.fields(chat)},

@@ -36,7 +36,9 @@ class RefinementOptions:
     seed: Annotated[int, Argument(flag="--seed", help="Of the draw of prompts.")] = 42
     steps: Annotated[
         int,
-        Argument(flag="--steps", minimum=4, help="Steps for the first point of the frontier; the others take half as many."),
+        Argument(
+            flag="--steps", minimum=4, help="Steps for the first point of the frontier; the others take half as many."
+        ),
     ] = 16
     max_refusals: Annotated[
         float | None,

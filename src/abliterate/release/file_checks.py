@@ -258,6 +258,14 @@ def _check_tensors(files: _Files) -> tuple[TensorCheck, ...]:
     infos = {tensor.name: tensor for tensor in edited.tensors()}
     in_base = set() if base is None else {tensor.name for tensor in base.tensors()}
     projected = [tensor for tensor in files.tensors if tensor.is_projected]
+    d_model = recorded_subspace(files.record).shape[1]
+    for tensor in projected:
+        axis, shape = tensor.writer.residual_axis, infos[tensor.name].shape if tensor.name in infos else None
+        if shape is not None and (not -len(shape) <= axis < len(shape) or shape[axis] != d_model):
+            raise VerificationError(
+                f"{files.record.directory}: {tensor.name} is {list(shape)}, and axis {axis}, which {RECORD_NAME} "
+                f"names, is not the residual stream of {d_model}; {_AGAIN}"
+            )
     total = sum(infos[tensor.name].end - infos[tensor.name].start for tensor in projected if tensor.name in infos)
     with files.progress.task("Measuring the edited tensors", total=total, unit="bytes") as advance:
         found = measure_survivors(

@@ -92,7 +92,7 @@ def recorded_options(record: AbliterationRecord) -> EditOptions:
         if not {"components", "layers"} <= options.keys():
             raise KeyError("components or layers")
         return EditOptions.of_record(options)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
         raise _malformed(record, "options", error) from error
 
 
