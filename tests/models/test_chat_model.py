@@ -288,5 +288,5 @@ def test_a_token_that_the_model_has_no_embedding_for_is_named_with_its_prompt(ll
 
 
 def test_a_prompt_of_no_tokens_is_named(llama_chat: ChatModel) -> None:
-    with pytest.raises(ModelError, match=r"makes no token of 'Explain rain\.'; it is not this model's"):
+    with pytest.raises(ModelError, match=r"makes no token of 'Explain rain\.'; it is another model's"):
         llama_chat.check_tokens([[5, 6], []], ["How do locks work?", "Explain rain."])

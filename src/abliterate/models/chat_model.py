@@ -179,9 +179,7 @@ class ChatModel:
         n_rows, n_positions = self.n_embeddings, learned_positions(self.model)
         for row, text in zip(rows, texts, strict=True):
             if not row:
-                raise ModelError(
-                    f"the tokenizer makes no token of {text[:60]!r}; it is not this model's, or it is incomplete"
-                )
+                raise ModelError(f"the tokenizer makes no token of {text[:60]!r}; it is another model's or incomplete")
             if n_positions is not None and len(row) + n_new > n_positions:
                 more = f" and a reply of {n_new}" if n_new else ""
                 raise ModelError(
