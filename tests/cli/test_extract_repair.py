@@ -88,7 +88,6 @@ def test_tables_say_what_is_still_refused(
         (["--borderline", "nowhere.txt"], 1, "nowhere.txt"),
         (["--orthogonal", "1.5"], 2, "--orthogonal"),
         (["--max-lost", "-1"], 2, "--max-lost"),
-        (["--kl-threshold", "0"], 3, "would accept it"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(
@@ -99,6 +98,20 @@ def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(
     assert found == code, error
     assert said in " ".join(error.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_passes_the_next_run_goes_on_with_the_same_scores(
+    call_main: CommandLine, model: tuple[Path, RefusingModel], tmp_path: Path
+) -> None:
+    file = tmp_path / "repair.safetensors"
+    found, _, error = call_main(*words(model, file), "--kl-threshold", "0")
+    assert found == 3, error
+    assert "would accept it" in " ".join(error.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["repair.safetensors.work"]
+    found, _, error = call_main(*words(model, file))
+    assert found == 0, error
+    assert "continuing: 6 recordings" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["repair.safetensors"]
 
 
 def test_options_of_a_repair_alone_are_refused(
