@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.checkpoints.saved_work import SavedWork, kept_in, work_directory
-from abliterate.errors import InputError, InterruptedRunError, Terminated
+from abliterate.checkpoints.saved_work import SavedWork, saved_work, work_directory
+from abliterate.errors import InputError, InterruptedRunError, ModelError, Terminated
+from abliterate.processes import Ranks
 
 
 class Messages:
@@ -56,13 +57,42 @@ def test_a_changed_input_starts_anew_and_says_so(tmp_path: Path) -> None:
 
 def test_a_signal_says_what_is_kept(tmp_path: Path) -> None:
     work = tmp_path / "w"
-    SavedWork(work, key={"model": "b"}).release()
-    with pytest.raises(InterruptedRunError, match=f"kept in {work}: the same command") as stopped, kept_in(work):
-        raise Terminated
+
+    def interrupted() -> None:
+        with saved_work(work, key={"model": "b"}) as saved:
+            saved.save_values({"a": 1})
+            raise Terminated
+
+    with pytest.raises(InterruptedRunError, match=f"kept in {work}: the same command") as stopped:
+        interrupted()
     assert stopped.value.exit_code == 143
-    for nothing in (None, tmp_path / "other"):
-        with pytest.raises(KeyboardInterrupt), kept_in(nothing):
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), saved_work(None, key={}):
+        raise KeyboardInterrupt
+    with saved_work(work, key={"model": "b"}) as again:
+        assert again.value("a") == 1
+    assert not work.exists()
+
+
+def test_a_failure_keeps_what_is_there_unless_it_would_fail_again(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    with pytest.raises(ModelError), saved_work(work, key={}) as saved, saved.useless_after(InputError):
+        raise ModelError("no memory")
+    assert (work / "KEY.json").is_file()
+    with pytest.raises(InputError), saved_work(work, key={}) as saved:
+        # What is delivered may be refused, and what was computed is right.
+        raise InputError("no room")
+    assert (work / "KEY.json").is_file()
+    with pytest.raises(InputError), saved_work(work, key={}) as saved, saved.useless_after(InputError):
+        raise InputError("too few prompts")
+    assert not work.exists()
+
+
+def test_the_first_process_alone_keeps_and_tells_the_others_what_it_found(tmp_path: Path) -> None:
+    second = Ranks(index=1, count=2, exchange=lambda own: [{"a": 1}, *own])
+    with saved_work(tmp_path / "w", key={}, ranks=second) as saved:
+        saved.save_values({"b": 2})
+        assert (saved.directory, saved.value("a"), saved.value("b")) == (None, 1, 2)
+        assert not (tmp_path / "w").exists()
 
 
 def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:

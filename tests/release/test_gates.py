@@ -125,7 +125,7 @@ def test_each_failing_gate_is_named() -> None:
 
 def test_reports_are_paired_by_prompt_where_they_agree(tmp_path: Path) -> None:
     write_json(tmp_path / "old.json", asdict(report_of(True, True, True, False, True, True)))
-    (one,) = compare_reports(report_of(True, False, False, False), tmp_path / "old.json")
+    (one,) = compare_reports(report_of(True, False, False, False), read_earlier(tmp_path / "old.json"))
     assert (one.n, one.n_earlier, one.rate, one.earlier_rate) == (4, 6, 0.25, pytest.approx(5 / 6))
     assert one.paired is not None
     # p0 to p3 are in both: three were refused, one is.
@@ -137,7 +137,7 @@ def test_reports_are_paired_by_prompt_where_they_agree(tmp_path: Path) -> None:
 
 def test_an_older_report_without_outcomes_is_compared_by_its_rates(tmp_path: Path) -> None:
     write_json(tmp_path / "old.json", asdict(report_of(True, True)) | {"outcomes": None})
-    (one,) = compare_reports(report_of(True, False), tmp_path / "old.json")
+    (one,) = compare_reports(report_of(True, False), read_earlier(tmp_path / "old.json"))
     assert (one.paired, one.difference) == (None, -0.5)
     assert "harmful_refusal_p" not in evaluation_numbers(report_of(True), (one,))
 
@@ -184,7 +184,7 @@ def test_junit_holds_a_case_for_each_gate_whatever_the_model_is_called(tmp_path:
 def test_the_summary_is_markdown_in_which_a_name_is_only_a_name(tmp_path: Path) -> None:
     write_json(tmp_path / "old.json", asdict(report_of(True, True)))
     report = report_of(True, False, model="x | <script>\n# [y](http://z)")
-    comparisons = compare_reports(report, tmp_path / "old.json")
+    comparisons = compare_reports(report, read_earlier(tmp_path / "old.json"))
     results = judge_gates([parse_gate("harmful_refusal_rate<0.9", EVALUATION_NAMES)], evaluation_numbers(report))
     text = evaluation_summary(report, comparisons, results)
     assert text.splitlines()[0] == "## Refusals of x \\| &lt;script&gt; # \\[y](http://z)"

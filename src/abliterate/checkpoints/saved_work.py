@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate.checkpoints.work_folder import LOCK, FileLock, lock_in
 from abliterate.errors import InputError, InterruptedRunError
 from abliterate.files import JsonLines, write_file
+from abliterate.processes import Ranks
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
@@ -33,22 +34,35 @@ def work_directory(output: Path) -> Path:
 
 
 @contextmanager
-def kept_in(directory: Path | None) -> Iterator[None]:
-    """When a signal comes, say what is kept in a directory of interim results.
+def saved_work(
+    directory: Path | None, *, key: Mapping[str, Any], ranks: Ranks | None = None, progress: ProgressReporter = SILENT
+) -> Iterator["SavedWork"]:
+    """Yield what is saved, deleted when the body succeeds; when it fails, or a signal comes, it stays for the next try.
 
     Args:
-        directory: the directory; None: nothing is kept.
+        directory: where the parts are; None saves nothing.
+        key: what they depend on; see `SavedWork`.
+        ranks: the processes that share the run. The first reads and writes, and tells the others which values it found.
+        progress: see `SavedWork`.
 
     Raises:
+        InputError: see `SavedWork`.
         InterruptedRunError: a signal came, and something is kept.
     """
+    ranks = ranks or Ranks()
+    saved = SavedWork(directory if ranks.is_first else None, key=key, progress=progress)
     try:
-        yield
-    except KeyboardInterrupt as error:
-        if directory is None or not (directory / _KEY).is_file():
-            raise
-        kept = f"what was computed is kept in {directory}: the same command goes on from there"
-        raise InterruptedRunError.of(error, kept) from error
+        saved.agree(ranks)
+        try:
+            yield saved
+        except KeyboardInterrupt as error:
+            if saved.directory is None or not (saved.directory / _KEY).is_file():
+                raise
+            kept = f"what was computed is kept in {saved.directory}: the same command goes on from there"
+            raise InterruptedRunError.of(error, kept) from error
+        saved.discard()
+    finally:
+        saved.release()
 
 
 class SavedWork:
@@ -138,8 +152,21 @@ class SavedWork:
         if self._directory is not None:
             self._lines.append(dict(values))
 
+    def agree(self, ranks: Ranks) -> None:
+        """Take the first process's values, so that all know the same of what was saved before."""
+        self._values = ranks.first_says(self._values)
+
+    @contextmanager
+    def useless_after(self, *errors: type[Exception]) -> Iterator[None]:
+        """Delete the directory where the body fails in a way in which it would fail again, whatever is saved."""
+        try:
+            yield
+        except errors:
+            self.discard()
+            raise
+
     def discard(self) -> None:
-        """Delete the directory: the work is done."""
+        """Delete the directory."""
         if self._directory is not None:
             if self._lock is not None:
                 self._lock.prepare_removal()

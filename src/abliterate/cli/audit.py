@@ -42,6 +42,7 @@ from abliterate.models.options import ModelOptions
 if TYPE_CHECKING:
     from abliterate.evaluation.audit_report import AuditedIntervention, AuditReport
     from abliterate.evaluation.report import RefusalRate
+    from abliterate.release.gates import GateResult
 
 
 DEFAULTS = AuditOptions()
@@ -116,8 +117,10 @@ def audit(
         report=report_directory,
     )
 
+    results: list[GateResult] = []
+
     def deliver(report: "AuditReport") -> None:
-        results = gates.judge_gates(conditions, gates.audit_numbers(report))
+        results.extend(gates.judge_gates(conditions, gates.audit_numbers(report)))
         # First: what the disk does not take is not lost.
         output.report(
             {**output.plain(report), **({"gates": output.plain(results)} if results else {})},
@@ -172,7 +175,7 @@ def audit(
     )
     if fail_if_brittle is not None:
         report.require_robust(fail_if_brittle)
-    gates.require(gates.judge_gates(conditions, gates.audit_numbers(report)))
+    gates.require(results)
 
 
 def _rate(rate: "RefusalRate") -> str:

@@ -129,8 +129,7 @@ def evaluate(
     )
     conditions = [gates.parse_gate(text, gates.EVALUATION_NAMES) for text in fail_if or ()]
     gates.check_measured(conditions, has_base=base is not None, has_earlier=against is not None)
-    if against is not None:
-        gates.read_earlier(against)
+    earlier = None if against is None else gates.read_earlier(against)
     report = evaluate_model(
         model=resolve_model(model, revision=revision),
         base=base,
@@ -165,7 +164,7 @@ def evaluate(
         ),
         progress=output.progress,
     )
-    comparisons = () if against is None else gates.compare_reports(report, against)
+    comparisons = () if earlier is None else gates.compare_reports(report, earlier)
     results = gates.judge_gates(conditions, gates.evaluation_numbers(report, comparisons))
     more = {name: found for name, found in (("against", comparisons), ("gates", results)) if found}
     # First: what the disk does not take is not lost.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import versions
-from abliterate.checkpoints.saved_work import SavedWork, kept_in
+from abliterate.checkpoints.saved_work import SavedWork, saved_work
 from abliterate.errors import InputError
 from abliterate.evaluation.audit_report import (
     AuditedIntervention,
@@ -38,6 +38,7 @@ from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direc
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream_probe import StreamProbe, probe_stream
+from abliterate.processes import in_first_process
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, Kind, PromptSet, load_prompt_set, split_for_extraction
 
@@ -83,19 +84,15 @@ def audit_model(
     probe = probe_stream(opened.chat)
     chat = force_response_prefix(opened.chat, prompts, progress)
     parts = {part: getattr(prompts, part) for part in PARTS} | {f"{kind}_test": found for kind, found in test.items()}
-    saved = SavedWork(
-        work_directory if opened.source is not None else None,
-        key={**run_key(opened.source, chat, parts, model_options), "options": asdict(options)},
-        progress=progress,
-    )
-    audit = _Audit(chat=chat, probe=probe, prompts=prompts, test=test, options=options, saved=saved, progress=progress)
-    try:
-        with kept_in(saved.directory):
-            report = audit.run(opened.name, opened.revision)
-            deliver(report)
-        saved.discard()
-    finally:
-        saved.release()
+    key = {**run_key(opened.source, chat, parts, model_options), "options": asdict(options)}
+    # Where several processes were started each audits for itself, and the first one keeps.
+    kept = work_directory if opened.source is not None and in_first_process() else None
+    with saved_work(kept, key=key, progress=progress) as saved:
+        audit = _Audit(
+            chat=chat, probe=probe, prompts=prompts, test=test, options=options, saved=saved, progress=progress
+        )
+        report = audit.run(opened.name, opened.revision)
+        deliver(report)
     return report
 
 

@@ -18,14 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.saved_work import SavedWork, kept_in
-from abliterate.directions import make_direction, orthogonal_to
+from abliterate.checkpoints.saved_work import SavedWork, saved_work
+from abliterate.directions import Direction, make_direction, orthogonal_to
 from abliterate.errors import InputError, ModelError, NoDirectionError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply, coverage, first_tokens_of_refusals
 from abliterate.extraction.candidates import candidate_directions
@@ -46,7 +47,7 @@ from abliterate.extraction.selection import Candidate, PromptScores, ScoreName, 
 from abliterate.extraction.shared_runs import able_candidates
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import Recording, ablate_direction, record
-from abliterate.models.loading import OpenedModel, open_model
+from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
 from abliterate.models.streamed_model import StreamedChat
 from abliterate.processes import Ranks, find_ranks
@@ -109,16 +110,13 @@ def extract_repair(
     ranks = find_ranks(device=model_options.device)
     parts = {part: getattr(prompts, part) for part in PARTS}
     parts |= {"borderline_train": borderline.train, "borderline_validation": borderline.validation}
-    saved = SavedWork(
-        work_directory if opened.source is not None and ranks.is_first else None,
-        key={
-            **run_key(opened.source, chat, parts, model_options),
-            "refusal tokens": options.refusal_tokens,
-            "recipe": asdict(options.recipe),
-            "orthogonal": repair.orthogonal,
-        },
-        progress=progress,
-    )
+    key = {
+        **run_key(opened.source, chat, parts, model_options),
+        "refusal tokens": options.refusal_tokens,
+        "filter": options.filter,
+        "recipe": asdict(options.recipe),
+        "orthogonal": repair.orthogonal,
+    }
     arguments = (
         "--goal",
         "repair",
@@ -127,32 +125,28 @@ def extract_repair(
         *cli_arguments(repair),
         *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
     )
-    try:
-        with kept_in(saved.directory):
-            try:
-                found = _find(opened, chat, prompts, parts, options, repair, arguments, ranks, saved, progress)
-            except (InputError, RefusalBehaviourError, ModelError):
-                saved.discard()
-                raise
-            deliver(found)
-        saved.discard()
-    finally:
-        saved.release()
+    kept = work_directory if opened.source is not None else None
+    with saved_work(kept, key=key, ranks=ranks, progress=progress) as saved:
+        with saved.useless_after(InputError, RefusalBehaviourError):
+            run = _prepared(chat, prompts, parts, options, repair, ranks, saved, progress)
+            report, vectors = run.find(opened.name)
+        source = provenance(chat=chat, source=opened.source, model=opened.name, arguments=arguments, seed=options.seed)
+        found = Repair(direction=_direction(report, vectors, run, parts, source), report=report)
+        deliver(found)
     return found
 
 
-def _find(
-    opened: OpenedModel,
+def _prepared(
     chat: ChatModel,
     prompts: ExtractionPrompts,
     parts: Mapping[str, PromptSet],
     options: ExtractionOptions,
     repair: RepairOptions,
-    arguments: tuple[str, ...],
     ranks: Ranks,
     saved: SavedWork,
     progress: ProgressReporter,
-) -> Repair:
+) -> "_Run":
+    """Run the prompts, and tell by the replies which are refused and what refusing is measured by."""
     recordings, replies = _record(chat, parts, ranks, saved, progress)
     judgement = Judge(
         chat=chat,
@@ -168,7 +162,7 @@ def _find(
             "the first tokens of this model's replies do not tell its refusals, and a repair is chosen by these"
         )
     judgement = _with_false_refusals(judgement, chat, recordings, replies, named=bool(options.refusal_tokens))
-    run = _Run(
+    return _Run(
         chat=chat,
         ranks=ranks,
         options=options,
@@ -180,18 +174,21 @@ def _find(
         saved=saved,
         progress=progress,
     )
-    report, vectors = run.find(opened.name)
+
+
+def _direction(
+    report: RepairReport, vectors: Tensor, run: "_Run", parts: Mapping[str, PromptSet], source: Mapping[str, Any]
+) -> Direction:
+    """Return what was chosen, with all candidates, their scores and where they come from."""
     metadata = {
-        **provenance(chat=chat, source=opened.source, model=opened.name, arguments=arguments, seed=options.seed),
+        **source,
         "goal": "repair",
-        "recipe": asdict(options.recipe),
-        "thresholds": asdict(options.thresholds),
-        "refusal_tokens": [{"id": token.token_id, "text": token.text} for token in judgement.tokens],
-        "refusal": asdict(judgement.evidence),
+        "recipe": asdict(run.options.recipe),
+        "thresholds": asdict(run.options.thresholds),
+        "refusal_tokens": [{"id": token.token_id, "text": token.text} for token in run.judgement.tokens],
+        "refusal": asdict(run.judgement.evidence),
         "counts": {name: asdict(counts) for name, counts in report.counts.items()},
-        "repair": {
-            name: value for name, value in asdict(report).items() if name not in {"scores", "counts", "options"}
-        },
+        "repair": {name: value for name, value in asdict(report).items() if name not in SAID_ELSEWHERE},
         "prompt_sets": {part: {"name": texts.name, "sha256": texts.sha256} for part, texts in parts.items()},
         "prompt_hashes": sorted({prompt_hash(text) for texts in parts.values() for text in texts.texts}),
         "position": report.selected.position,
@@ -207,8 +204,7 @@ def _find(
             if value is not None:
                 values[score.position, score.layer] = value
     found = vectors[report.selected.position, report.selected.layer]
-    direction = make_direction(mean_difference=found, candidates=vectors, scores=grids, metadata=metadata)
-    return Repair(direction=direction, report=report)
+    return make_direction(mean_difference=found, candidates=vectors, scores=grids, metadata=metadata)
 
 
 def _check(options: ExtractionOptions, model_options: ModelOptions) -> None:
@@ -241,7 +237,7 @@ def _record(
                 found[index] = run.classed(reply)
 
             rows = chat.encode(prompts.texts)
-            kept = saved.tensors(part)
+            kept = ranks.first_says(saved.tensors(part))
             if kept is not None:
                 # Replies are kept nowhere.
                 recordings[part], replies[part] = Recording(**kept), run.read(rows, progress=SILENT)
@@ -250,6 +246,7 @@ def _record(
             recordings[part] = record(chat, rows, decoder=run.decoder, receive=receive, advance=advance)
             replies[part] = [found[i] for i in range(len(rows))]
             made = recordings[part]
+            # Of a process that is not the first, it saves nothing.
             saved.save_tensors(part, {"activations": made.activations, "logits": made.logits})
     return recordings, replies
 

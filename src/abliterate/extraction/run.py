@@ -12,7 +12,7 @@ from torch import Tensor
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import quick_model_sha256, values_sha256
-from abliterate.checkpoints.saved_work import SavedWork, kept_in
+from abliterate.checkpoints.saved_work import SavedWork, saved_work
 from abliterate.directions import orthonormalize
 from abliterate.errors import InputError, RefusalBehaviourError
 from abliterate.extraction.behaviour import PARTS, ReplyRun
@@ -91,37 +91,28 @@ def extract_direction(
     # A small model of the kind has been looked at where layers are streamed.
     probe = None if isinstance(chat, StreamedChat) else probe_stream(chat)
     chat = force_response_prefix(chat, prompts, progress)
-    saved = SavedWork(
-        work_directory if source is not None and ranks.is_first else None,
-        key=_work_key(source, chat, prompts, options, model_options),
-        progress=progress,
+    arguments = (
+        *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
+        *cli_arguments(options),
+        *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
     )
-    run = _Run(
-        chat=chat,
-        probe=probe,
-        prompts=prompts,
-        options=options,
-        arguments=(
-            *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
-            *cli_arguments(options),
-            *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
-        ),
-        progress=progress,
-        saved=saved,
-        ranks=ranks,
-    )
-    try:
-        with kept_in(saved.directory):
-            try:
-                extraction = run.extract(source)
-            except (InputError, RefusalBehaviourError):
-                # Nothing that is there would help the next attempt; after "no candidate passes" it would.
-                saved.discard()
-                raise
-            deliver(extraction)
-        saved.discard()
-    finally:
-        saved.release()
+    kept = work_directory if source is not None else None
+    key = _work_key(source, chat, prompts, options, model_options)
+    with saved_work(kept, key=key, ranks=ranks, progress=progress) as saved:
+        run = _Run(
+            chat=chat,
+            probe=probe,
+            prompts=prompts,
+            options=options,
+            arguments=arguments,
+            progress=progress,
+            saved=saved,
+            ranks=ranks,
+        )
+        # After "no candidate passes" it would help the next attempt.
+        with saved.useless_after(InputError, RefusalBehaviourError):
+            extraction = run.extract(source)
+        deliver(extraction)
     if isinstance(chat, StreamedChat):
         progress.message(f"the weights were read {chat.weights.reads} times")
     return extraction

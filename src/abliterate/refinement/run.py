@@ -12,7 +12,7 @@ from torch import Tensor
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import versions
-from abliterate.checkpoints.saved_work import SavedWork, kept_in
+from abliterate.checkpoints.saved_work import SavedWork, saved_work
 from abliterate.directions import Direction, encode_rows, load_direction, orthogonal_to
 from abliterate.editing.strengths import Strengths
 from abliterate.errors import DirectionError, InputError, ModelError, NoDirectionError, RefusalBehaviourError
@@ -158,43 +158,27 @@ def refine_edit(
         parts |= {"borderline_train": borderline.train, "borderline_validation": borderline.validation}
     rows = {part: chat.encode(found.texts) for part, found in parts.items()}
     ranks = find_ranks(device=str(chat.device))
-    wanted = replace(options, max_refusals=None, max_kl=None, max_lost=defaults.max_lost)
-    saved = SavedWork(
-        work_directory if opened.source is not None and ranks.is_first else None,
-        key={
-            **run_key(opened.source, chat, parts, model_options),
-            "direction": loaded.sha256,
-            "options": asdict(wanted),
-        },
-        progress=progress,
+    key = {
+        **run_key(opened.source, chat, parts, model_options),
+        "direction": loaded.sha256,
+        # Limits choose among the points.
+        "options": asdict(replace(options, max_refusals=None, max_kl=None, max_lost=defaults.max_lost)),
+    }
+    arguments = (
+        *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
+        *cli_arguments(options),
+        *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
     )
-    run = _Run(
-        chat=chat,
-        goal=goal,
-        options=options,
-        arguments=(
-            *cli_arguments(PromptSources(harmful=harmful, harmless=harmless)),
-            *cli_arguments(options),
-            *cli_arguments(replace(model_options, system_prompt=chat.system_prompt)),
-        ),
-        ranks=ranks,
-        saved=saved,
-        progress=progress,
-    )
-    try:
-        with kept_in(saved.directory), _frozen(chat):
-            try:
-                report, directions = run.refine(name, loaded, rows)
-            except (InputError, ModelError, RefusalBehaviourError):
-                # Nothing that is there would help the next attempt; where no point is within the limits it would.
-                saved.discard()
-                raise
-            hashes = tuple(sorted({prompt_hash(text) for found in parts.values() for text in found.texts}))
-            found = Refinement(report=report, directions=directions, prompt_hashes=hashes)
-            deliver(found)
-        saved.discard()
-    finally:
-        saved.release()
+    kept = work_directory if opened.source is not None else None
+    with saved_work(kept, key=key, ranks=ranks, progress=progress) as saved, _frozen(chat):
+        run = _Run(
+            chat=chat, goal=goal, options=options, arguments=arguments, ranks=ranks, saved=saved, progress=progress
+        )
+        with saved.useless_after(InputError, RefusalBehaviourError):
+            report, directions = run.refine(name, loaded, rows)
+        hashes = tuple(sorted({prompt_hash(text) for found in parts.values() for text in found.texts}))
+        found = Refinement(report=report, directions=directions, prompt_hashes=hashes)
+        deliver(found)
     return found
 
 

@@ -191,23 +191,19 @@ def require(results: Sequence[GateResult]) -> None:
         raise VerificationError(f"{len(failed)} of {len(results)} gates fail: {said}")
 
 
-def compare_reports(report: EvaluationReport, earlier: Path) -> tuple[Comparison, ...]:
+def compare_reports(report: EvaluationReport, earlier: Mapping[str, Any]) -> tuple[Comparison, ...]:
     """Compare the refusal rates of a report with those of an earlier one, prompt by prompt where they agree.
 
     Args:
         report: of this run.
-        earlier: file of a report that `evaluate -o` or `--json` wrote.
-
-    Raises:
-        InputError: the file is none.
+        earlier: what `read_earlier` has read.
     """
-    content = read_earlier(earlier)
     comparisons = []
     for kind, rate in report.rates.items():
-        before = content["rates"].get(kind)
+        before = earlier["rates"].get(kind)
         if before is None:
             continue
-        old, new = (content.get("outcomes") or {}).get(kind) or {}, report.outcomes.get(kind, {})
+        old, new = (earlier.get("outcomes") or {}).get(kind) or {}, report.outcomes.get(kind, {})
         common = [prompt for prompt in new if prompt in old]
         paired = None
         if common:
