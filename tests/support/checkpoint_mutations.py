@@ -84,18 +84,25 @@ def break_safetensors(path: Path, random: Random) -> None:
 
 def _metadata(directory: Path, random: Random) -> None:
     """Break the JSON that is kept as a text in a header's metadata."""
+
+    def broken(header: Any) -> bytes:
+        key = random.choice(sorted(header["__metadata__"]))
+        header["__metadata__"][key] = _break_json(json.loads(header["__metadata__"][key]), random).decode()
+        return json.dumps(header).encode()
+
+    _change_header(directory, random, broken)
+
+
+def _change_header(directory: Path, random: Random, change: Callable[[Any], bytes]) -> None:
+    """Give one shard another header; one that cannot be read, or changed so, is left as it is."""
     path = _pick_shard(directory, random)
     if path is None:
         return
     content, end = _with_end_of_header(path)
     try:
-        header = json.loads(content[8:end])
-        key = random.choice(sorted(header["__metadata__"]))
-        broken = _break_json(json.loads(header["__metadata__"][key]), random).decode()
-        header["__metadata__"][key] = broken
+        text = change(json.loads(content[8:end]))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
         return
-    text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[end:])
 
 
@@ -150,16 +157,7 @@ def _header_length(directory: Path, random: Random) -> None:
 
 
 def _header_structure(directory: Path, random: Random) -> None:
-    path = _pick_shard(directory, random)
-    if path is None:
-        return
-    content, end = _with_end_of_header(path)
-    try:
-        header = json.loads(content[8:end])
-    except (ValueError, RecursionError):
-        return
-    text = _break_json(header, random)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + content[end:])
+    _change_header(directory, random, lambda header: _break_json(header, random))
 
 
 def _tensor(directory: Path, random: Random) -> None:
