@@ -67,7 +67,14 @@ def test_a_first_run_a_cached_one_and_a_changed_model(job, tmp_path: Path, llama
     assert "is brittle" in second.stderr
     assert json.loads((artefacts / "extract.json").read_text()) == reports["extract"]
     os.utime(llama_directory / "config.json", (1, 1))
-    assert "direction: extracted" in job().stdout
+    # The same job with a gate that fails: after the audit, and with all of its reports.
+    third = job(GATES="harmful_refusal_rate<=1")
+    assert third.returncode == 1
+    assert "direction: extracted" in third.stdout
+    assert "1 of 1 gates fail: harmful_refusal_rate<=1: it is 0" in third.stderr
+    assert "audit: does_not_refuse" in third.stdout
+    assert "<failure" in (artefacts / "gates.xml").read_text()
+    assert "| harmful_refusal_rate&lt;=1 | 0 | fails |" in (artefacts / "evaluate.md").read_text()
     assert len(list((tmp_path / ".cache" / "abliterate-ci").glob("*.safetensors"))) == 2
 
 
@@ -84,15 +91,6 @@ def test_without_a_direction_the_model_is_audited_all_the_same(job, tmp_path: Pa
     assert message in done.stdout
     assert "audit: does_not_refuse" in done.stdout
     assert not (tmp_path / "artefacts" / "orthogonalize.json").exists()
-
-
-def test_a_gate_that_fails_fails_the_job_after_the_audit(job, tmp_path: Path) -> None:
-    done = job(GATES="harmful_refusal_rate<=1")
-    assert done.returncode == 1
-    assert "1 of 1 gates fail: harmful_refusal_rate<=1: it is 0" in done.stderr
-    assert "audit: does_not_refuse" in done.stdout
-    assert "<failure" in (tmp_path / "artefacts" / "gates.xml").read_text()
-    assert "| harmful_refusal_rate&lt;=1 | 0 | fails |" in (tmp_path / "artefacts" / "evaluate.md").read_text()
 
 
 def test_what_is_wrong_fails_the_job(job, tmp_path: Path) -> None:
