@@ -20,7 +20,7 @@ from abliterate.models.options import ModelOptions
         "release.options",
         "evaluation.report",
         "evaluation.audit_report",
-        "evaluation.trace_report",
+        "interventions.trace_report",
     ],
 )
 def test_options_import_no_torch(module):

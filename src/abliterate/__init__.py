@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from abliterate.editing.orthogonalization import orthogonalize_checkpoint
     from abliterate.evaluation.auditing import audit_model
     from abliterate.evaluation.run import evaluate_model
-    from abliterate.evaluation.tracing import trace_direction
     from abliterate.extraction.run import extract_direction
+    from abliterate.interventions.tracing import trace_direction
     from abliterate.release.publishing import push_checkpoint
     from abliterate.release.reverting import revert_checkpoint
 
@@ -44,7 +44,7 @@ _HOMES = {
     "orthogonalize_checkpoint": "abliterate.editing.orthogonalization",
     "push_checkpoint": "abliterate.release.publishing",
     "revert_checkpoint": "abliterate.release.reverting",
-    "trace_direction": "abliterate.evaluation.tracing",
+    "trace_direction": "abliterate.interventions.tracing",
     "write_adapter": "abliterate.editing.adapter",
 }
 

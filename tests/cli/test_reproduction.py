@@ -18,8 +18,8 @@ from abliterate.editing.strengths import Strengths
 from abliterate.errors import InputError
 from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
 from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Filter, PromptSources, Thresholds, Variant
+from abliterate.interventions.refinement_options import RefinementOptions
 from abliterate.models.options import Dtype, ModelOptions
-from abliterate.refinement.options import RefinementOptions
 from tests.support.fake_hub import evaluation_report, write_checkpoint
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
@@ -82,7 +82,11 @@ def parsed(call_main, llama_directory, tmp_path, monkeypatch):
         given.update(values)
         raise InputError("seen")
 
-    for name in ("extraction.run.extract_direction", "evaluation.run.evaluate_model", "refinement.run.refine_edit"):
+    for name in (
+        "extraction.run.extract_direction",
+        "evaluation.run.evaluate_model",
+        "interventions.refining.refine_edit",
+    ):
         monkeypatch.setattr(f"abliterate.{name}", take)
     monkeypatch.setattr("abliterate.editing.orthogonalization.orthogonalize_checkpoint", take)
 

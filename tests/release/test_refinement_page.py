@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from abliterate.refinement.report import FrontierPoint, RefinementReport
+from abliterate.interventions.refinement_report import FrontierPoint, RefinementReport
 from abliterate.release.refinement_page import write_refinement_page
 
 PLAIN = FrontierPoint(

@@ -108,6 +108,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.out = self.parent / "out"
         # What is at the target, as far as is known; and what lies anywhere that no command made.
         self.tag: str | None = None
+        self.aside: str | None = None
         self.theirs: set[str] = set()
         self.condemned: set[str] = set()
         self.number = 0
@@ -158,6 +159,15 @@ class DirectoryMachine(RuleBasedStateMachine):
 
     # What the commands do.
 
+    def _without_result(self) -> set[str | None]:
+        """Return what may be at the target after a command that made nothing, as things are before it.
+
+        What a killed command moved aside is put back by the next that comes so far.
+        """
+        if self.tag is None and any(path.name.endswith(".replaced") for path in self.work_folders()):
+            return {None, self.aside}
+        return {self.tag}
+
     @rule(tag=st.sampled_from(TAGS), resume=st.booleans(), overwrite=OVERWRITE, can_exchange=st.booleans())
     def in_peace(self, tag: str, resume: bool, overwrite: bool, can_exchange: bool) -> None:
         self._command(FaultyDisk(self.root, can_exchange=can_exchange), tag, resume=resume, overwrite=overwrite)
@@ -204,7 +214,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         def run_the_other() -> None:
             said.append(self._attempt(other, resume=resume, overwrite=overwrite))
 
-        before, there = self.tag, self._names_in_target()
+        before, there = self._without_result(), self._names_in_target()
         disk = FaultyDisk(self.root, at=at, action=run_the_other)
         with disk.in_use():
             error = self._attempt(tag, resume=resume, overwrite=overwrite)
@@ -213,7 +223,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         # The first may have been done but for its tidying up when the other came.
         if done:
             self._condemn(there)
-        self._look(set(done) or {before})
+        self._look(set(done) or before)
 
     def _command(
         self,
@@ -225,7 +235,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         meanwhile: FaultyDisk | None = None,
         back_from: Path | None = None,
     ) -> None:
-        before, there = self.tag, self._names_in_target()
+        tag_before, before, there = self.tag, self._without_result(), self._names_in_target()
         with disk.in_use():
             error = self._attempt(tag, resume=resume, overwrite=overwrite)
         self._count(disk)
@@ -241,14 +251,15 @@ class DirectoryMachine(RuleBasedStateMachine):
             self._condemn(there)
         text = "" if error is None else str(error)
         if error is None:
-            allowed = {tag}
+            allowed: set[str | None] = {tag}
         elif is_killed:
-            allowed = {before, tag} | (set() if disk.can_exchange else {None})
+            allowed = before | {tag} | (set() if disk.can_exchange else {None})
+            self.aside = tag_before or self.aside
         elif "is whole" in text:
             allowed = {tag}
             self._condemn(there)
         else:
-            allowed = {before}
+            allowed = before
         self._look(allowed)
         if error is None and not disk.happened:
             self._nothing_is_left_but_theirs(tag)

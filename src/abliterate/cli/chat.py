@@ -28,7 +28,7 @@ from abliterate.evaluation.report import MAX_NEW_TOKENS
 from abliterate.files import printable
 
 if TYPE_CHECKING:
-    from abliterate.evaluation.chatting import ChatSession, Side
+    from abliterate.interventions.chatting import ChatSession, Side
 
 
 def chat(
@@ -58,7 +58,7 @@ def chat(
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.directions import load_direction
     from abliterate.editing.record import resolve_base
-    from abliterate.evaluation.chatting import ChatSession
+    from abliterate.interventions.chatting import ChatSession
     from abliterate.models.loading import open_model
     from abliterate.models.options import ModelOptions
 

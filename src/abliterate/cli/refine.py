@@ -24,12 +24,12 @@ from abliterate.cli.options import (
     parse_batch_size,
 )
 from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, holds_json, writing
+from abliterate.interventions.refinement_options import RefinementOptions
 from abliterate.models.options import ModelOptions
 from abliterate.processes import in_first_process
-from abliterate.refinement.options import RefinementOptions
 
 if TYPE_CHECKING:
-    from abliterate.refinement.report import FrontierPoint, RefinementReport
+    from abliterate.interventions.refinement_report import FrontierPoint, RefinementReport
 
 
 DEFAULTS = RefinementOptions()
@@ -79,7 +79,7 @@ def refine(
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.checkpoints.saved_work import work_directory
-    from abliterate.refinement.run import refine_edit
+    from abliterate.interventions.refining import refine_edit
     from abliterate.release.refinement_page import write_refinement_page
 
     check_outputs(OutputFile(path=output_file, what="file of strengths", is_own=holds_json("strengths")), report=report)

@@ -22,11 +22,11 @@ from abliterate.cli.options import (
     parse_batch_size,
 )
 from abliterate.cli.output import Output, check_outputs, writing
-from abliterate.evaluation.trace_report import TraceOptions
+from abliterate.interventions.trace_report import TraceOptions
 from abliterate.models.options import ModelOptions
 
 if TYPE_CHECKING:
-    from abliterate.evaluation.trace_report import TokenTrace, TraceReport
+    from abliterate.interventions.trace_report import TokenTrace, TraceReport
 
 DEFAULTS = TraceOptions()
 N_ROWS = 12
@@ -59,9 +59,9 @@ def trace(
     Where an architecture's heads are not known the cosines are shown without the table of heads.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.evaluation.trace_report import TraceOptions, write_trace_report
-    from abliterate.evaluation.tracing import trace_direction
     from abliterate.extraction.score_report import require_plots
+    from abliterate.interventions.trace_report import TraceOptions, write_trace_report
+    from abliterate.interventions.tracing import trace_direction
 
     output = Output.of(context, json_output=json_output)
     if report is not None:

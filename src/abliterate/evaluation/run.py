@@ -51,9 +51,9 @@ from abliterate.evaluation.report import (
     count_replies,
     refusal_change,
 )
-from abliterate.evaluation.steering import default_coefficient, steer, steering_key
 from abliterate.extraction.reply_classes import Reply
 from abliterate.files import check_writable, read_json_report, write_file
+from abliterate.interventions.steering import default_coefficient, steer, steering_key
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_tokenizer, open_model
 from abliterate.models.options import ModelOptions

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from abliterate.refinement.report import FrontierPoint, RefinementReport
+from abliterate.interventions.refinement_report import FrontierPoint, RefinementReport
 from abliterate.release.charts import Line, Threshold, line_chart
 from abliterate.release.page import Section, commands, facts, headline, paragraph, table, write_page
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import DirectionError, InputError, ModelError, UnsupportedArchitectureError
-from abliterate.evaluation.contributions import (
+from abliterate.interventions.contributions import (
     BlockParts,
     Contributions,
     HeadsUnknownError,
     find_block_parts,
     n_heads_of,
 )
-from abliterate.evaluation.trace_report import (
+from abliterate.interventions.trace_report import (
     DEFAULT_SETS,
     LAST_TOKEN,
     HeadAttention,
@@ -34,7 +34,7 @@ from abliterate.evaluation.trace_report import (
     TraceOptions,
     TraceReport,
 )
-from abliterate.evaluation.traced_stream import (
+from abliterate.interventions.traced_stream import (
     StreamTrace,
     SuffixKind,
     TracedPrompt,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from abliterate.interventions.own_directions import own_directions, stream_means
 from abliterate.models.chat_model import ChatModel
-from abliterate.refinement.own_directions import own_directions, stream_means
 
 
 def test_it_is_the_difference_in_means_without_the_harmless_mean() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from abliterate.extraction.refusal import refusal_metric
+from abliterate.interventions.soft_edit import SoftEdit
+from abliterate.interventions.strength_search import Search, compare, last_logits, log_odds, read_base, reply_logits
 from abliterate.models.chat_model import ChatModel
-from abliterate.refinement.search import Search, compare, last_logits, log_odds, read_base, reply_logits
-from abliterate.refinement.soft_edit import SoftEdit
 from tests.support.tiny_models import random_direction
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18, 19]]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from abliterate.interventions.soft_edit import SoftEdit
 from abliterate.models.chat_model import ChatModel
-from abliterate.refinement.soft_edit import SoftEdit
 
 if TYPE_CHECKING:
     from jaxtyping import Float

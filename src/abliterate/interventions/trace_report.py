@@ -13,7 +13,7 @@ from abliterate.prompt_sets import Kind
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from abliterate.evaluation.traced_stream import SuffixKind
+    from abliterate.interventions.traced_stream import SuffixKind
 
 LAST_TOKEN = "last"
 DEFAULT_SETS: tuple[str, ...] = get_args(Kind)

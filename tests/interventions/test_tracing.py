@@ -11,15 +11,15 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import DirectionError, InputError, ModelError, PromptSetError
-from abliterate.evaluation.trace_report import TraceOptions, write_trace_report
-from abliterate.evaluation.traced_stream import (
+from abliterate.interventions.trace_report import TraceOptions, write_trace_report
+from abliterate.interventions.traced_stream import (
     random_suffixes,
     suffix_tokens,
     trace_attention,
     trace_stream,
     traced_prompts,
 )
-from abliterate.evaluation.tracing import trace_direction
+from abliterate.interventions.tracing import trace_direction
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
 from tests.support.tiny_models import make_tokenizer, tiny_llama
 
@@ -61,7 +61,7 @@ def test_random_suffixes_are_fresh_printable_and_of_the_length_asked_for(chat: C
 
 
 def test_attention_goes_to_the_parts_of_the_prompt_as_output_attentions_says(chat: ChatModel) -> None:
-    from abliterate.evaluation.contributions import find_block_parts
+    from abliterate.interventions.contributions import find_block_parts
 
     suffixes = random_suffixes(chat, n_tokens=6, n_prompts=3, seed=1)
     prompts = traced_prompts(chat, PROMPTS, suffixes=suffixes)
@@ -165,9 +165,9 @@ def test_unknown_heads_leave_the_cosines_and_say_why(
 ) -> None:
     whole = trace_direction(model=llama_chat, direction=direction(), options=TraceOptions(prompts=(spec,)))
     if broken == "parts":
-        monkeypatch.setattr("abliterate.evaluation.tracing.find_block_parts", _refuse)
+        monkeypatch.setattr("abliterate.interventions.tracing.find_block_parts", _refuse)
     else:
-        monkeypatch.setattr("abliterate.evaluation.traced_stream.check_decomposition", _refuse)
+        monkeypatch.setattr("abliterate.interventions.traced_stream.check_decomposition", _refuse)
     messages: list[str] = []
     report = trace_direction(
         model=llama_chat, direction=direction(), options=TraceOptions(prompts=(spec,)), progress=_Listener(messages)
@@ -180,7 +180,7 @@ def test_unknown_heads_leave_the_cosines_and_say_why(
 
 
 def _refuse(*_args: object, **_kwargs: object) -> None:
-    from abliterate.evaluation.contributions import HeadsUnknownError
+    from abliterate.interventions.contributions import HeadsUnknownError
 
     raise HeadsUnknownError("llama: something else writes to it")
 
@@ -217,7 +217,7 @@ def test_the_files_hold_the_same_numbers(llama_chat: ChatModel, spec: str, tmp_p
 def test_without_heads_there_are_no_files_about_them(
     llama_chat: ChatModel, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abliterate.evaluation.tracing.find_block_parts", _refuse)
+    monkeypatch.setattr("abliterate.interventions.tracing.find_block_parts", _refuse)
     report = trace_direction(model=llama_chat, direction=direction(), options=TraceOptions(prompts=(spec,)))
     written = write_trace_report(report, tmp_path / "report")
     assert [path.name for path in written] == ["trace.json", "cosines.csv", "cosines.png"]

@@ -12,10 +12,10 @@ from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.strengths import Strengths
 from abliterate.errors import ModelError
+from abliterate.interventions.soft_edit import SoftEdit
+from abliterate.interventions.strength_search import last_logits
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.stream import BlockStream
-from abliterate.refinement.search import last_logits
-from abliterate.refinement.soft_edit import SoftEdit
 from tests.support.conformance import (
     TEXT_TYPES,
     WRAPPER_TYPES,

@@ -22,16 +22,11 @@ from abliterate.extraction.options import Goal, PromptSources
 from abliterate.extraction.run import run_key
 from abliterate.extraction.selection import rounded_up
 from abliterate.files import write_json
-from abliterate.models.chat_model import ChatModel
-from abliterate.models.loading import open_as_extracted
-from abliterate.models.options import ModelOptions
-from abliterate.processes import Ranks, find_ranks
-from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import draw_borderline, prompt_hash, split_for_extraction
-from abliterate.refinement.options import RefinementOptions
-from abliterate.refinement.own_directions import own_directions, stream_means, unit_rows
-from abliterate.refinement.report import FrontierPoint, RefinementReport, point_of
-from abliterate.refinement.search import (
+from abliterate.interventions.own_directions import own_directions, stream_means, unit_rows
+from abliterate.interventions.refinement_options import RefinementOptions
+from abliterate.interventions.refinement_report import FrontierPoint, RefinementReport, point_of
+from abliterate.interventions.soft_edit import SoftEdit
+from abliterate.interventions.strength_search import (
     BATCH,
     DIGITS,
     BaseReplies,
@@ -44,7 +39,12 @@ from abliterate.refinement.search import (
     read_base,
     rounded,
 )
-from abliterate.refinement.soft_edit import SoftEdit
+from abliterate.models.chat_model import ChatModel
+from abliterate.models.loading import open_as_extracted
+from abliterate.models.options import ModelOptions
+from abliterate.processes import Ranks, find_ranks
+from abliterate.progress import SILENT, ProgressReporter
+from abliterate.prompt_sets import draw_borderline, prompt_hash, split_for_extraction
 
 PRESSURES = (0.3, 0.1, 0.03, 0.01)
 """Weights of the refusal score against the KL, from the strongest: the points of the frontier."""

@@ -15,13 +15,13 @@ from abliterate.errors import InterruptedRunError, ModelError, NoDirectionError,
 from abliterate.extraction.options import ExtractionOptions, RepairOptions, Thresholds
 from abliterate.extraction.repair import extract_repair
 from abliterate.extraction.run import extract_direction
+from abliterate.interventions import refining
+from abliterate.interventions.own_directions import stream_means
+from abliterate.interventions.refinement_options import RefinementOptions
+from abliterate.interventions.refinement_report import FrontierPoint
+from abliterate.interventions.refining import choose, refine_edit
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import prompt_hash
-from abliterate.refinement import run
-from abliterate.refinement.options import RefinementOptions
-from abliterate.refinement.own_directions import stream_means
-from abliterate.refinement.report import FrontierPoint
-from abliterate.refinement.run import choose, refine_edit
 from tests.support.refusing_models import refusing_model
 
 OPTIONS = RefinementOptions(n_train=24, n_val=16, steps=24, reply_tokens=6)
@@ -79,7 +79,7 @@ def test_interrupted_it_goes_on_with_the_points_that_it_has(
     options = replace(OPTIONS, steps=4)
     refine_edit(**given, options=options).save(tmp_path / "whole")
     measured: list[float | None] = []
-    point = run._Measure.point
+    point = refining._Measure.point
 
     def interrupted(self, edit, strengths, pressure):
         if len(measured) == 3:
@@ -87,14 +87,14 @@ def test_interrupted_it_goes_on_with_the_points_that_it_has(
         measured.append(pressure)
         return point(self, edit, strengths, pressure)
 
-    monkeypatch.setattr(run._Measure, "point", interrupted)
+    monkeypatch.setattr(refining._Measure, "point", interrupted)
     with pytest.raises(InterruptedRunError, match="the same command goes on from there"):
         refine_edit(**given, options=options, work_directory=tmp_path / "work")
     assert measured == [None, 0.3, 0.1]
     # Replies to harmful prompts are not written.
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["KEY.json", "lock", "values.jsonl"]
     again: list[float | None] = []
-    monkeypatch.setattr(run._Measure, "point", lambda self, *a: again.append(a[-1]) or point(self, *a))
+    monkeypatch.setattr(refining._Measure, "point", lambda self, *a: again.append(a[-1]) or point(self, *a))
     # Limits choose among the points and do not change them.
     strict = replace(options, max_refusals=0.0, max_kl=1e-12)
     with suppress(NoDirectionError):
@@ -116,10 +116,10 @@ def test_where_all_points_leave_too_many_refusals_harder_ones_are_tried(
 ) -> None:
     model, direction = refusing_model("plain", directory), found_direction(directory)
     files = {"harmful": str(model.harmful), "harmless": str(model.harmless)}
-    monkeypatch.setattr(run, "PRESSURES", (1e-6,))
+    monkeypatch.setattr(refining, "PRESSURES", (1e-6,))
     report = refine_edit(model=model.chat, direction=direction, **files, options=OPTIONS).report
     assert [point.pressure for point in report.frontier] == [3.0, 1.0, 1e-6]
-    assert report.frontier[-1].share_unanswered > run.MAX_REFUSALS["remove"]
+    assert report.frontier[-1].share_unanswered > refining.MAX_REFUSALS["remove"]
     assert report.chosen.unanswered == 0
 
 

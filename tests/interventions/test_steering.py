@@ -8,7 +8,7 @@ import torch
 
 from abliterate.directions import make_direction
 from abliterate.errors import InputError
-from abliterate.evaluation.steering import default_coefficient, reference_components, steer, steering_key
+from abliterate.interventions.steering import default_coefficient, reference_components, steer, steering_key
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, capture_inputs, set_component
 from abliterate.prompt_sets import load_prompt_set

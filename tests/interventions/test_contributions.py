@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from abliterate.evaluation.contributions import (
+from abliterate.interventions.contributions import (
     Contributions,
     HeadsUnknownError,
     check_decomposition,
     find_block_parts,
     n_heads_of,
 )
-from abliterate.evaluation.traced_stream import StreamTrace, TracedPrompt, trace_stream, traced_prompts
+from abliterate.interventions.traced_stream import StreamTrace, TracedPrompt, trace_stream, traced_prompts
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import make_talkative_model, make_tokenizer, random_direction

@@ -9,7 +9,7 @@ import torch
 
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import DirectionError, InputError
-from abliterate.evaluation.chatting import COMMANDS, ChatSession, Side, help_text
+from abliterate.interventions.chatting import COMMANDS, ChatSession, Side, help_text
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from abliterate.models.chat_template import render
 from abliterate.models.hooks import ablate_direction, add_direction
@@ -147,7 +147,7 @@ def test_an_interrupt_keeps_what_came_and_leaves_the_model_as_it_was(
 
 
 def test_incomplete_characters_are_held_back(session: ChatSession) -> None:
-    from abliterate.evaluation.chatting import _TextStream
+    from abliterate.interventions.chatting import _TextStream
 
     chat = session._model
     ids = chat.tokenizer("a \u00e9 \u96e8", add_special_tokens=False)["input_ids"]

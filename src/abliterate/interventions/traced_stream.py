@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import InputError
-from abliterate.evaluation.contributions import (
+from abliterate.interventions.contributions import (
     BlockParts,
     Contributions,
     HeadsUnknownError,
