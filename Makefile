@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := build/demo
 DEMO_REAL := build/demo-real
+# A process a core, as one of them computes with one thread.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist worksteal
 SOURCES := src tests training scripts benchmarks
 
 .PHONY: demo demo-real results results-real test proof check format adapter clean
@@ -27,7 +29,7 @@ demo-real: $(READY)
 	@$(BIN)/python -m scripts.demo_pipeline real $(DEMO_REAL)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not proof" --cov=abliterate --cov-report=term --cov-fail-under=96
+	$(BIN)/python -m pytest -m "not proof" $(SIDE_BY_SIDE) --cov=abliterate --cov-report=term --cov-fail-under=96
 
 proof: $(READY)
 	$(BIN)/python -m pytest -m proof

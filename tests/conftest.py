@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # Threads that wait for one another over matrices of 32 columns take many times as long as one alone.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -95,9 +96,12 @@ def demo_directory() -> Path:
     made_of = [Path(demo.__file__), *sorted(demo.ADAPTER_DIRECTORY.glob("*.*"))]
     digest = hashlib.sha256("".join(hash_file(path) for path in made_of).encode()).hexdigest()
     directory = REPOSITORY / "build" / "tests" / f"demo-{digest[:16]}"
-    if not directory.exists():
-        # Under its own name only when it is whole.
-        demo.build_demo_model(output=directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Once for all processes that test side by side.
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            # Under its own name only when it is whole.
+            demo.build_demo_model(output=directory)
     return directory
 
 
