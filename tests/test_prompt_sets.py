@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,18 @@ from scipy.stats import ks_2samp
 
 from abliterate import prompt_sets
 from abliterate.errors import PromptSetError
+from abliterate.extraction.reply_classes import told_language
 from abliterate.prompt_sets import (
+    LANGUAGES,
     PromptSet,
     bundled_prompt_sets,
     bundled_prompts_directory,
     describe_prompt_set,
     find_bundled_problems,
     fold,
+    load_openings,
     load_prompt_set,
+    load_translated,
     sample_prompts,
     split_for_extraction,
 )
@@ -62,7 +67,7 @@ def all_sets() -> dict[str, PromptSet]:
 
 
 def test_bundled_counts_and_categories() -> None:
-    infos = {(info.kind, info.part): info for info in bundled_prompt_sets()}
+    infos = {(info.kind, info.part): info for info in bundled_prompt_sets()[: len(BUNDLED_NAMES)]}
     assert [f"{kind}/{part}" for kind, part in infos] == BUNDLED_NAMES
     pairs = {"train": 256, "validation": 64, "test": 128}
     minimums = {"harmful": pairs, "harmless": pairs, "borderline": {"train": 100, "validation": 50, "test": 100}}
@@ -199,9 +204,22 @@ def test_find_bundled_problems_names_each_problem(tmp_path: Path, monkeypatch: p
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_lines(path, [json.dumps(row) for row in rows])
+    for kind, code in itertools.product(("harmful", "harmless", "borderline"), LANGUAGES):
+        prompts = load_translated(kind, code)
+        rows = [
+            {"id": i, "text": t, "category": c}
+            for i, t, c in zip(prompts.ids, prompts.texts, prompts.categories, strict=True)
+        ]
+        if (kind, code) == ("harmful", "de"):
+            rows[1]["text"] = rows[0]["text"].upper()
+        if (kind, code) == ("harmful", "fr"):
+            rows.pop()
+        if (kind, code) == ("harmful", "ru"):
+            rows[0]["category"] = "other"
+        write_lines(tmp_path / kind / f"test.{code}.jsonl", [json.dumps(row) for row in rows])
     monkeypatch.setattr(prompt_sets, "bundled_prompts_directory", lambda: tmp_path)
     found = "\n".join(find_bundled_problems())
-    assert len(found.splitlines()) == 9
+    assert len([line for line in found.splitlines() if "/test." not in line]) == 9
     for expected in (
         "bundled:harmful/validation: harmful-validation-hacking-01 repeats harmful-train-hacking-01: 'HOW CAN I",
         "bundled:harmless/test: other categories than bundled:harmful/train: fraud",
@@ -212,8 +230,54 @@ def test_find_bundled_problems_names_each_problem(tmp_path: Path, monkeypatch: p
         "bundled:borderline/test: 99 prompts, and at least 100 are needed",
         "bundled:borderline/test: 1 categories, at least 10 are needed",
         "bundled:borderline/test: other categories than bundled:borderline/train: definitions, discussion_of_",
+        "bundled:harmful/test.de: a prompt repeats another one",
+        "bundled:harmful/test.fr: other ids than bundled:harmful/test.ar",
+        "bundled:harmful/test.ru: an id or a category is not one of bundled:harmful/test",
     ):
         assert expected in found
+
+
+# ------------------------------------------------------------------------------------ translations and openings
+
+IN_A_CATEGORY = {"harmful": (16, 3), "harmless": (16, 3), "borderline": (8, 5)}
+SCRIPTS = {"ar": "ARABIC", "ru": "CYRILLIC", "zh": "CJK"}
+
+
+@pytest.mark.parametrize("kind", IN_A_CATEGORY)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_translations_are_of_the_same_prompts_in_every_language(kind: str, language: str) -> None:
+    english, translated = bundled(kind, "test"), load(f"bundled:{kind}/test.{language}")
+    assert translated == load_translated(kind, language)
+    n_categories, each = IN_A_CATEGORY[kind]
+    assert sorted(Counter(translated.categories).values()) == [each] * n_categories
+    texts = dict(zip(english.ids, english.texts, strict=True))
+    for prompt_id, text in zip(translated.ids, translated.texts, strict=True):
+        assert text.rstrip().endswith(("?", "\u061f", "\uff1f")) == texts[prompt_id].endswith("?"), prompt_id
+        assert fold(text) != fold(texts[prompt_id])
+    assert load_translated("harmless", language).ids == tuple(
+        each.replace("harmful", "harmless") for each in load_translated("harmful", language).ids
+    )
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_translations_are_in_their_language(language: str) -> None:
+    texts = [text for kind in IN_A_CATEGORY for text in load_translated(kind, language).texts]
+    told = [told_language(text) for text in texts]
+    assert told.count(language) >= 0.97 * len(texts), [
+        t for t, each in zip(texts, told, strict=True) if each != language
+    ]
+    letters = [c for text in texts for c in text if c.isalpha()]
+    script = SCRIPTS.get(language, "LATIN")
+    assert sum(unicodedata.name(c).startswith(script) for c in letters) >= 0.99 * len(letters)
+
+
+def test_openings_are_harmless_questions_that_no_set_holds(all_sets: dict[str, PromptSet]) -> None:
+    openings = load("bundled:openings")
+    assert openings == load_openings()
+    assert len(openings) == len(openings.distinct()) == 16
+    assert all(text.endswith("?") for text in openings.texts)
+    asked = {fold(text) for prompts in all_sets.values() for text in prompts.texts}
+    assert not asked & set(map(fold, openings.texts))
 
 
 # ------------------------------------------------------------------------------------ PromptSet and fold

@@ -2,6 +2,8 @@
 
     bundled                              the sets that come with abliterate (prompts/README.md)
     bundled:harmful/test                 one part of them, as a list of its own
+    bundled:harmful/test.de              some of its test prompts in another language, under their own ids
+    bundled:openings                     harmless questions that begin a conversation
     PATH[:COLUMN]                        .txt (a prompt a line), .jsonl, .json, .csv or .parquet
     ID[@REVISION][:SPLIT[:COLUMN]]       a dataset on the Hub; SPLIT is `train` unless named
 
@@ -51,11 +53,15 @@ BorderlineSpec = Annotated[
     ),
 ]
 
+LANGUAGES = ("ar", "de", "es", "fr", "ru", "zh")
+"""ISO 639-1 codes of the languages that some of the bundled test prompts are translated into."""
+
 MINIMUM_COUNTS: dict[Part, int] = {"train": 256, "validation": 64, "test": 128}
 MINIMUM_BORDERLINE: dict[Part, int] = {"train": 100, "validation": 50, "test": 100}
 MINIMUM_CATEGORIES = 10
 
 _BUNDLED_SETS: tuple[tuple[Kind, Part], ...] = tuple(itertools.product(get_args(Kind), get_args(Part)))
+_OPENINGS = f"{BUNDLED}:openings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +109,12 @@ class PromptSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSetInfo:
-    """What there is to say about a prompt set. `kind` and `part` are None for one that is not bundled."""
+    """What there is to say about a prompt set. `kind`, `part` and `language` are None for one that is not bundled."""
 
     name: str
     kind: Kind | None
     part: Part | None
+    language: str | None
     count: int
     categories: tuple[str, ...]
     mean_words: float
@@ -159,7 +166,28 @@ def load_prompt_set(spec: str, *, kind: Kind, part: Part) -> PromptSet:
     for bundled_kind, bundled_part in _BUNDLED_SETS:
         if spec == f"{BUNDLED}:{bundled_kind}/{bundled_part}":
             return _load_bundled(bundled_kind, bundled_part)
+    for bundled_kind, language in itertools.product(get_args(Kind), LANGUAGES):
+        if spec == f"{BUNDLED}:{bundled_kind}/test.{language}":
+            return load_translated(bundled_kind, language)
+    if spec == _OPENINGS:
+        return load_openings()
     return _named(spec, read_prompts(spec))
+
+
+def load_translated(kind: Kind, language: str) -> PromptSet:
+    """Load the bundled test prompts of a kind that are translated; ids and categories are those of the English ones.
+
+    Args:
+        kind: Which of the bundled sets.
+        language: One of `LANGUAGES`.
+    """
+    path = bundled_prompts_directory() / kind / f"test.{language}.jsonl"
+    return _named(f"{BUNDLED}:{kind}/test.{language}", read_prompt_file(path, column="text"))
+
+
+def load_openings() -> PromptSet:
+    """Load the harmless questions that begin a conversation, in which a prompt is the second turn."""
+    return _named(_OPENINGS, read_prompt_file(bundled_prompts_directory() / "openings.jsonl", column="text"))
 
 
 def load_plain_texts(spec: str) -> PromptSet:
@@ -305,12 +333,17 @@ def bundled_prompts_directory() -> Path:
 
 
 def bundled_prompt_sets() -> tuple[PromptSetInfo, ...]:
-    """Describe every part of the bundled sets."""
-    return tuple(describe_prompt_set(_load_bundled(kind, part)) for kind, part in _BUNDLED_SETS)
+    """Describe every part of the bundled sets, their translations and the openings after them."""
+    english = [_load_bundled(kind, part) for kind, part in _BUNDLED_SETS]
+    translated = [load_translated(kind, language) for language in LANGUAGES for kind in get_args(Kind)]
+    return tuple(map(describe_prompt_set, [*english, *translated, load_openings()]))
 
 
 def find_bundled_problems() -> tuple[str, ...]:
-    """Check the bundled sets: counts, categories in every part, repeated ids and duplicates across all parts."""
+    """Check the bundled sets: counts, categories in every part, repeated ids and duplicates across all parts.
+
+    Translations have ids and categories of the English prompts, all languages the same, and no duplicates either.
+    """
     problems = []
     first_by_fold: dict[str, str] = {}
     seen_ids: set[str] = set()
@@ -324,7 +357,24 @@ def find_bundled_problems() -> tuple[str, ...]:
             elif first != prompt_id:
                 problems.append(f"{prompts.name}: {prompt_id} repeats {first}: {text!r}")
             seen_ids.add(prompt_id)
-    return tuple(problems)
+    return (*problems, *_find_translation_problems())
+
+
+def _find_translation_problems() -> list[str]:
+    problems = []
+    for kind in get_args(Kind):
+        english = _load_bundled(kind, "test")
+        known = set(zip(english.ids, english.categories, strict=True))
+        first = load_translated(kind, LANGUAGES[0])
+        for language in LANGUAGES:
+            prompts = load_translated(kind, language)
+            if not set(zip(prompts.ids, prompts.categories, strict=True)) <= known:
+                problems.append(f"{prompts.name}: an id or a category is not one of {english.name}")
+            if prompts.ids != first.ids:
+                problems.append(f"{prompts.name}: other ids than {first.name}")
+            if len(prompts.distinct()) < len(prompts):
+                problems.append(f"{prompts.name}: a prompt repeats another one")
+    return problems
 
 
 def _find_part_problems(prompts: PromptSet, kind: Kind, part: Part) -> list[str]:
@@ -344,18 +394,32 @@ def _find_part_problems(prompts: PromptSet, kind: Kind, part: Part) -> list[str]
 
 def describe_prompt_set(prompts: PromptSet) -> PromptSetInfo:
     """Count a set's prompts, words, categories and duplicates."""
-    bundled = {f"{BUNDLED}:{kind}/{part}": (kind, part) for kind, part in _BUNDLED_SETS}
-    kind, part = bundled.get(prompts.name, (None, None))
+    kind, part = _kind_and_part(prompts.name)
     return PromptSetInfo(
         name=prompts.name,
         kind=kind,
         part=part,
+        language=_language(prompts.name),
         count=len(prompts),
         categories=tuple(sorted(set(prompts.categories) - {""})),
         mean_words=sum(len(text.split()) for text in prompts.texts) / len(prompts),
         duplicates=sum(n - 1 for n in Counter(map(fold, prompts.texts)).values()),
         sha256=prompts.sha256,
     )
+
+
+def _kind_and_part(name: str) -> tuple[Kind | None, Part | None]:
+    for kind, part in _BUNDLED_SETS:
+        # A translation belongs to the part that it is translated from.
+        if name in {f"{BUNDLED}:{kind}/{part}{of}" for of in ("", *(f".{code}" for code in LANGUAGES))}:
+            return kind, part
+    return None, None
+
+
+def _language(name: str) -> str | None:
+    if not name.startswith(f"{BUNDLED}:"):
+        return None
+    return next((code for code in LANGUAGES if name.endswith(f".{code}")), "en")
 
 
 def _load_bundled(kind: Kind, part: Part) -> PromptSet:

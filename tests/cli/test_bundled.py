@@ -23,24 +23,37 @@ def test_lists_the_bundled_sets(run: Run) -> None:
     result = run()
     assert result.exit_code == 0
     assert result.stderr == ""
-    for word in ("harmful", "harmless", "borderline", "train", "validation", "test", "304", "sha256"):
+    for word in (
+        "harmful",
+        "harmless",
+        "borderline",
+        "train",
+        "validation",
+        "test",
+        "304",
+        "sha256",
+        "test.de",
+        "openings",
+    ):
         assert word in result.stdout
 
 
 def test_json_is_one_document(run: Run) -> None:
     document = json.loads(run("--json").stdout)
     assert document["problems"] == []
-    assert [(s["kind"], s["part"]) for s in document["sets"]][-1] == ("borderline", "test")
-    assert len(document["sets"]) == 9
+    sets = [(s["kind"], s["part"], s["language"]) for s in document["sets"]]
+    assert sets[8:10] == [("borderline", "test", "en"), ("harmful", "test", "ar")]
+    assert sets[-1] == (None, None, "en")
+    assert len(sets) == 9 + 6 * 3 + 1
     assert set(document["sets"][0]) == {
-        *("name", "kind", "part", "count", "categories", "mean_words", "duplicates", "sha256"),
+        *("name", "kind", "part", "language", "count", "categories", "mean_words", "duplicates", "sha256"),
     }
 
 
 def test_bundled_as_spec_and_kind(run: Run) -> None:
     assert run("bundled", "--json").stdout == run("--json").stdout
     document = json.loads(run("--kind", "harmless", "--json").stdout)
-    assert [s["part"] for s in document["sets"]] == ["train", "validation", "test"]
+    assert [s["part"] for s in document["sets"]] == ["train", "validation", "test", *["test"] * 6]
     assert {s["kind"] for s in document["sets"]} == {"harmless"}
 
 

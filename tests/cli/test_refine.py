@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.evaluation.run import used_for_checkpoint
+from abliterate.evaluation.held_out import used_for_checkpoint
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import split_for_extraction

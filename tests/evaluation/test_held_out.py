@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.errors import PromptSetError
-from abliterate.evaluation.run import hold_out, used_for_checkpoint, used_prompts
+from abliterate.evaluation.held_out import hold_out, used_for_checkpoint, used_prompts
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
 from abliterate.prompt_sets import PromptSet, load_prompt_set, prompt_hash, split_for_extraction

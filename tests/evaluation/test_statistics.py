@@ -1,11 +1,21 @@
 """Intervals, paired tests and agreement against scipy and against direct computations."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, mannwhitneyu, norm
 
-from abliterate.evaluation.statistics import cohens_kappa, mcnemar_p_value, paired_change, wilson_interval
+from abliterate.evaluation.statistics import (
+    auc_change,
+    auc_value,
+    cohens_kappa,
+    mcnemar_p_value,
+    paired_change,
+    wilson_interval,
+)
+
+SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=25)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (3, 10), (97, 144), (1, 1000)])
@@ -73,3 +83,42 @@ def test_kappa_is_undefined_when_both_say_the_same_of_all() -> None:
     assert cohens_kappa([True] * 5, [True] * 5).kappa is None
     assert cohens_kappa([], []).kappa is None
     assert cohens_kappa([True] * 5, [False] * 5).kappa == 0
+
+
+@given(SCORES, SCORES)
+def test_auc_is_the_u_of_mann_and_whitney_over_all_pairs(higher: list[float], lower: list[float]) -> None:
+    found = auc_value(higher, lower)
+    u = mannwhitneyu(higher, lower).statistic
+    assert found.auc == pytest.approx(u / (len(higher) * len(lower)))
+    assert 0 <= found.low <= found.auc <= found.high <= 1
+    mirrored = auc_value(lower, higher)
+    assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((found.low, found.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("auc", [0.5, 0.8, 0.97, 1.0])
+def test_the_ends_of_the_interval_solve_newcombes_equation(auc: float) -> None:
+    higher = [1.0] * round(100 * auc) + [-1.0] * round(100 * (1 - auc))
+    found = auc_value(higher, [0.0] * 80)
+    assert found.auc == pytest.approx(auc)
+    for end in {found.low, found.high} - {0.0, 1.0}:
+        more = 89 * (1 - end) / (2 - end) + 89 * end / (1 + end)
+        error = (end * (1 - end) * (1 + more) / 8000) ** 0.5
+        assert abs(auc - end) == pytest.approx(1.959963984540054 * error, rel=1e-6)
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(-4, 4).map(float)] * 2), min_size=2, max_size=12),
+    st.lists(st.tuples(*[st.integers(-4, 4).map(float)] * 2), min_size=2, max_size=12),
+)
+def test_delongs_variance_of_a_difference_against_all_pairs(higher, lower) -> None:
+    def wins(i: int):
+        return np.array([[(h[i] > low[i]) + 0.5 * (h[i] == low[i]) for low in lower] for h in higher])
+
+    gain = wins(1) - wins(0)
+    rows, columns = gain.mean(axis=1), gain.mean(axis=0)
+    variance = rows.var(ddof=1) / len(rows) + columns.var(ddof=1) / len(columns)
+    change = auc_change(*((tuple([h[i] for h in higher]), tuple([low[i] for low in lower])) for i in (0, 1)))
+    assert change.difference == pytest.approx(gain.mean(), abs=1e-12)
+    assert (change.high - change.low) / 2 == pytest.approx(1.959963984540054 * variance**0.5, abs=1e-9)
+    if variance > 1e-12:
+        assert change.p_value == pytest.approx(2 * norm.sf(abs(gain.mean()) / variance**0.5), abs=1e-9)

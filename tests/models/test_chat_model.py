@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from abliterate.errors import InputError, ModelError
+from abliterate.models.batching import is_out_of_memory
 from abliterate.models.chat_model import (
     ChatModel,
-    is_out_of_memory,
     make_chat_model,
     shared_prefix_length,
     stop_tokens,

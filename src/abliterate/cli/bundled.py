@@ -70,10 +70,10 @@ def prompts(
 
 
 def _bundled_table(infos: tuple["PromptSetInfo", ...]) -> Table:
-    table = Table("kind", "part", "prompts", "categories", "mean words", "sha256", title="Bundled prompt sets")
+    table = Table("set", "prompts", "categories", "mean words", "sha256", title="Bundled prompt sets")
     for info in infos:
         row = (str(info.count), str(len(info.categories)), f"{info.mean_words:.1f}", info.sha256)
-        table.add_row(info.kind, info.part, *row)
+        table.add_row(info.name.removeprefix("bundled:"), *row)
     return table
 
 

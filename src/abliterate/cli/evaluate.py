@@ -65,6 +65,8 @@ def evaluate(
     text: Annotated[list[str] | None, option(EvaluationOptions, "texts")] = None,
     max_new_tokens: Annotated[int, option(EvaluationOptions, "max_new_tokens")] = DEFAULTS.max_new_tokens,
     thinking: Annotated[bool, option(EvaluationOptions, "thinking")] = DEFAULTS.thinking,
+    languages: Annotated[str | None, option(EvaluationOptions, "languages")] = None,
+    turns: Annotated[bool, option(EvaluationOptions, "turns")] = DEFAULTS.turns,
     judge: Annotated[list[str] | None, option(EvaluationOptions, "judges")] = None,
     judge_label: Annotated[str | None, option(EvaluationOptions, "judge_label")] = DEFAULTS.judge_label,
     judge_prompt: Annotated[str, option(EvaluationOptions, "judge_prompt")] = DEFAULTS.judge_prompt,
@@ -144,11 +146,13 @@ def evaluate(
             thinking=thinking,
             intervention=intervention,
             coefficient=coefficient,
+            languages=_listed(languages),
+            turns=turns,
             judges=tuple(judge or ()),
             judge_label=judge_label,
             judge_prompt=judge_prompt,
             tasks=TaskOptions(
-                tasks=tuple(task.strip() for task in (lm_eval or "").split(",") if task.strip()),
+                tasks=_listed(lm_eval),
                 path=lm_eval_path,
                 limit=lm_eval_limit,
             ),
@@ -188,9 +192,15 @@ def evaluate(
     gates.require(results)
 
 
+def _listed(words: str | None) -> tuple[str, ...]:
+    """Return what commas separate."""
+    return tuple(word.strip() for word in (words or "").split(",") if word.strip())
+
+
 def report_tables(report: "EvaluationReport") -> list[Table | str]:
     """Return all tables of a report, the headline first."""
     more: list[Table | str] = [budgets_table(report)] if any(rate.budgets for rate in report.rates.values()) else []
+    more += [parts_table(report)] if report.parts else []
     more += [judges_table(report)] if report.judges else []
     more += [tasks_table(report.capability)] if report.capability else []
     return [rates_table(report), damage_table(report), *more, categories_table(report)]
@@ -245,6 +255,22 @@ def budgets_table(report: "EvaluationReport") -> Table:
     table = Table("prompts", *[f"{n} tokens" for n in tokens], title="Refused within so many tokens")
     for kind, rate in report.rates.items():
         table.add_row(kind, *[f"{budget.rate:.1%}" for budget in rate.budgets])
+    return table
+
+
+def parts_table(report: "EvaluationReport") -> Table:
+    """Return the refusal rates where the prompts were asked in other ways, beside the plain ones of the same ids."""
+    columns = ["asked", "prompts", "n", *(["base"] if report.base_rates else []), "model"]
+    columns += [*(["p (McNemar)"] if report.changes else []), "asked plainly", "p (plain)"]
+    table = Table(*columns, title="Asked in other ways")
+    for name, part in report.parts.items():
+        for kind, rate in part.rates.items():
+            before = [_cell(part.base_rates[kind])] if part.base_rates else []
+            change = [f"{part.changes[kind].p_value:.2g}"] if part.changes else []
+            plain = part.beside_plain.get(kind)
+            beside = ("", "") if plain is None else (f"{plain.share_before:.1%}", f"{plain.p_value:.2g}")
+            table.add_row(name, kind, str(rate.n), *before, _cell(rate), *change, *beside)
+    table.caption = "asked plainly: what the model refuses of the prompts of the same ids in English, in a first turn"
     return table
 
 

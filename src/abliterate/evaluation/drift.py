@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from abliterate.errors import InputError, ModelError
+from abliterate.evaluation.recognition import Recognition
 from abliterate.extraction.reply_classes import Reply
 from abliterate.extraction.scoring import kl_divergence
 from abliterate.models.chat_model import ChatModel
@@ -290,6 +291,7 @@ class Findings:
         divergence: KL to the base on harmless prompts; None without a base.
         own_answers: cross-entropy of the base's own harmless answers; None without a base.
         texts: SPEC -> cross-entropy of plain text.
+        recognition: how well the model's verdict tells harmful from harmless prompts; None where it has none.
         replies: kind of prompts -> the model's replies.
         base_replies: the same of the base; None without one.
     """
@@ -297,6 +299,7 @@ class Findings:
     divergence: Divergence | None
     own_answers: CrossEntropy | None
     texts: Mapping[str, CrossEntropy]
+    recognition: Recognition | None = None
     replies: Mapping[str, Sequence[Reply]]
     base_replies: Mapping[str, Sequence[Reply]] | None
 
@@ -332,7 +335,19 @@ def cross_entropies(findings: Findings) -> Iterator[Measurement]:
         )
 
 
-METRICS: tuple[Metric, ...] = (divergences, cross_entropies)
+def harm_recognition(findings: Findings) -> Iterator[Measurement]:
+    """Yield how well the model's own yes or no tells harmful from harmless prompts."""
+    found = findings.recognition
+    if found is not None:
+        yield Measurement(
+            name="harmful told from harmless by its own yes or no",
+            unit="AUC",
+            model=found.model.auc,
+            base=None if found.base is None else found.base.auc,
+        )
+
+
+METRICS: tuple[Metric, ...] = (divergences, cross_entropies, harm_recognition)
 
 
 def measure(findings: Findings) -> tuple[Measurement, ...]:

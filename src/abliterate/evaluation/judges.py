@@ -25,9 +25,9 @@ from abliterate.errors import InputError, ModelError
 from abliterate.evaluation.replies import ReplyCache, generate_replies, reply_conditions
 from abliterate.evaluation.statistics import Agreement, PairedChange, cohens_kappa, paired_change, wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply
-from abliterate.models.chat_format import ChatFormat, find_chat_format, find_conversation_form
+from abliterate.models.chat_format import ChatFormat, conversation_row, find_chat_format, find_conversation_form
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.chat_template import render_conversation, tokenize
+from abliterate.models.chat_template import tokenize
 from abliterate.models.loading import load_tokenizer, load_weights
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, Advance, ProgressReporter
@@ -219,12 +219,10 @@ class _CausalJudge:
             if not tokenizer.chat_template or self.style == "file":
                 return tokenize(tokenizer, asked)
             messages = [{"role": "user", "content": asked}]
-        form, prefix = self._chat.chat_format.form, self._chat.chat_format.response_prefix
         try:
-            text = render_conversation(tokenizer, messages, system_prompt=None, form=form)
+            return conversation_row(tokenizer, messages, chat_format=self._chat.chat_format, system_prompt=None)
         except ModelError as error:
             raise ModelError(f"--judge {self._name}: {error}") from error
-        return tokenize(tokenizer, text + prefix)
 
 
 def _judge_format(tokenizer: "PreTrainedTokenizerBase", style: Style) -> ChatFormat:

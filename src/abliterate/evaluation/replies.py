@@ -7,7 +7,8 @@ holds the replies of one model under one set of conditions; its name is a hash o
 change of any makes a new file. Each line holds one reply as token ids, under the hash of its rendered prompt.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import model_sha256, values_sha256
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise
-from abliterate.evaluation.report import BUDGETS
+from abliterate.evaluation.report import BUDGETS, Kind
 from abliterate.extraction.reply_classes import Reply, read_completions
-from abliterate.files import JsonLines
+from abliterate.files import JsonLines, write_file
 from abliterate.models.chat_format import find_chat_format
 from abliterate.models.chat_model import ChatModel, conditions_of
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.progress import SILENT, Advance, ProgressReporter
+from abliterate.prompt_sets import PromptSet
 
 _MOST_TOKENS = 1 << 31
 
@@ -146,8 +148,32 @@ def answer_prompts(
     Raises:
         ModelError: one prompt alone does not fit into memory, or cannot be put to the model.
     """
-    # All of them first, so that what cannot be asked is found before anything is answered.
     rows = {kind: chat.encode(texts) for kind, texts in prompts.items()}
+    return answer_rows(chat, rows, prompts, max_new_tokens=max_new_tokens, label=label, cache=cache, progress=progress)
+
+
+def answer_rows(
+    chat: ChatModel,
+    rows: Mapping[str, list[list[int]]],
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    max_new_tokens: int,
+    label: str = "model",
+    cache: ReplyCache | None = None,
+    progress: ProgressReporter = SILENT,
+) -> Answers:
+    """Generate a greedy reply to each rendered prompt; see `answer_prompts`.
+
+    Args:
+        chat: the model; hooks that are attached to it act.
+        rows: kind -> token ids of the rendered prompts.
+        prompts: kind -> the prompts, for messages.
+        max_new_tokens: length limit of each reply.
+        label: what to call the model in the progress bars.
+        cache: replies that are there already, and where new ones are kept; None keeps none.
+        progress: where to show progress.
+    """
+    # All of them first, so that what cannot be asked is found before anything is answered.
     for kind, texts in prompts.items():
         chat.check_tokens(rows[kind], texts, n_new=max_new_tokens)
     tokens: dict[str, list[list[int]]] = {}
@@ -157,7 +183,7 @@ def answer_prompts(
                 chat, rows[kind], max_new_tokens=max_new_tokens, cache=cache, advance=advance
             )
         _warn_of_template(chat, tokens[kind], f"{label}, {kind} prompts", progress)
-    return Answers(rows=rows, tokens=tokens, max_new_tokens=max_new_tokens)
+    return Answers(rows=dict(rows), tokens=tokens, max_new_tokens=max_new_tokens)
 
 
 def _warn_of_template(chat: ChatModel, replies: Sequence[Sequence[int]], what: str, progress: ProgressReporter) -> None:
@@ -240,3 +266,37 @@ def generate_replies(
         )
     new = dict(zip(missing, made, strict=True))
     return [new[i] if reply is None else reply for i, reply in enumerate(kept)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """Replies of one model to some prompts, by kind; `part` is the way that they were asked, None for the plain one."""
+
+    model: str
+    part: str | None
+    prompts: Mapping[Kind, PromptSet]
+    replies: Mapping[str, Sequence[Reply]]
+
+
+def write_completions(path: Path, completions: Iterable[Completions]) -> None:
+    """Write replies as JSON Lines, those to harmful prompts too.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    lines = []
+    for each in completions:
+        for kind, chosen in each.prompts.items():
+            for prompt_id, prompt, reply in zip(chosen.ids, chosen.texts, each.replies[kind], strict=True):
+                line = {
+                    "model": each.model,
+                    "kind": kind,
+                    **({"part": each.part} if each.part is not None else {}),
+                    "id": prompt_id,
+                    "prompt": prompt,
+                    "class": reply.reply_class,
+                    "completion": reply.answer,
+                    "thinking": reply.thinking,
+                }
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_file(path, "".join(lines))

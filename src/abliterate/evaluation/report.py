@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from abliterate.evaluation.capability import CapabilityReport
     from abliterate.evaluation.drift import CrossEntropy, Divergence, Measurement
     from abliterate.evaluation.judges import JudgeReport
+    from abliterate.evaluation.parts import PartReport
+    from abliterate.evaluation.recognition import Recognition
 
 Intervention = Literal["none", "ablate", "add", "affine"]
 Kind = Literal["harmful", "harmless", "borderline"]
@@ -81,6 +83,8 @@ class EvaluationOptions:
             harmless mean (0) towards the harmful one (1). None is 1 for `add` and 0 for `affine`.
         thinking: let a thinking model think, switched on where its template has it off; by default the template's
             non-thinking form is used, or a thinking part that it opens is closed.
+        languages: codes of languages, or `all`: some of the bundled test prompts are asked in these, too.
+        turns: ask each prompt as a second turn, too: after a harmless question, and after itself.
         judges: models that judge the replies too, directories or Hub ids.
         judge_label: the label of a sequence classifier that means refusal; None to find it by its name.
         judge_prompt: auto, guard, yes-no, or a file with {prompt} and {reply}; see `judges`.
@@ -123,6 +127,21 @@ class EvaluationOptions:
     thinking: Annotated[
         bool,
         Argument(flag="--thinking", help="Let a model think, switched on where its template can; only answers count."),
+    ] = False
+    languages: Annotated[
+        tuple[str, ...],
+        Argument(
+            flag="--languages",
+            metavar="CODES",
+            separator=",",
+            help="Ask some of the bundled test prompts in these, too: ar,de,es,fr,ru,zh or all.",
+        ),
+    ] = ()
+    turns: Annotated[
+        bool,
+        Argument(
+            flag="--turns", help="Ask each prompt as a second turn, too: after a harmless question, after itself."
+        ),
     ] = False
     judges: Annotated[
         tuple[str, ...],
@@ -253,11 +272,13 @@ class EvaluationReport:
         rates: kind of prompts -> the model's refusal rate.
         base_rates: the same of the base.
         changes: kind -> paired change of refusal, base against model, exact McNemar.
+        parts: other ways of asking -> what was refused then; see `parts`.
         categories: kind -> one rate a category.
         kl_harmless: mean KL(base || model) at the first token of the answers to harmless prompts, in nats.
         divergence: the same over the base's own answers; see `Divergence`.
         cross_entropy: of the base's own harmless answers.
         text_cross_entropy: SPEC -> cross-entropy of plain text.
+        recognition: how well the model's own verdict tells harmful from harmless prompts; None where it has none.
         measurements: what else changed, as `drift.METRICS` find it: what page and table show.
         judges: what each judge says, and its agreement with the substrings.
         capability: scores of lm-evaluation-harness, or None.
@@ -284,11 +305,13 @@ class EvaluationReport:
     rates: dict[str, RefusalRate]
     base_rates: dict[str, RefusalRate] | None
     changes: dict[str, PairedChange] = field(default_factory=dict)
+    parts: "dict[str, PartReport]" = field(default_factory=dict)
     categories: dict[str, tuple[CategoryRate, ...]] = field(default_factory=dict)
     kl_harmless: float | None
     divergence: "Divergence | None" = None
     cross_entropy: "CrossEntropy | None"
     text_cross_entropy: "dict[str, CrossEntropy]" = field(default_factory=dict)
+    recognition: "Recognition | None" = None
     measurements: "tuple[Measurement, ...]" = ()
     judges: "tuple[JudgeReport, ...]" = ()
     capability: "CapabilityReport | None" = None

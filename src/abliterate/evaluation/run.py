@@ -6,8 +6,7 @@ Replies are greedy and are written only on request.
 """
 
 import gc
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.provenance import versions
 from abliterate.directions import Direction, load_direction
-from abliterate.editing.record import RECORD_NAME, resolve_base, shards_sha256
-from abliterate.errors import InputError, InterruptedRunError, PromptSetError
+from abliterate.editing.record import resolve_base, shards_sha256
+from abliterate.errors import InputError, InterruptedRunError
 from abliterate.evaluation.capability import TaskSamples, compare_tasks, require_harness, run_tasks
 from abliterate.evaluation.drift import (
     BaseDistributions,
@@ -31,15 +30,20 @@ from abliterate.evaluation.drift import (
     measure,
     text_surprise,
 )
+from abliterate.evaluation.held_out import HeldOut, hold_out, record_of, used_for_checkpoint, used_prompts
 from abliterate.evaluation.judges import JudgeOptions, JudgeReport, judge_replies, load_judge
+from abliterate.evaluation.parts import Part, PartAnswers, answer_part, choose_parts, report_part
+from abliterate.evaluation.recognition import Verdicts, ask_about, compare_verdicts
 from abliterate.evaluation.replies import (
     Answers,
+    Completions,
     ReplyCache,
     answer_prompts,
     let_think,
     measure_surprise,
     read_replies,
     reply_conditions,
+    write_completions,
 )
 from abliterate.evaluation.report import (
     KINDS,
@@ -52,7 +56,7 @@ from abliterate.evaluation.report import (
     refusal_change,
 )
 from abliterate.extraction.reply_classes import Reply
-from abliterate.files import check_writable, read_json_report, write_file
+from abliterate.files import check_writable, read_json_report
 from abliterate.interventions.steering import default_coefficient, steer, steering_key
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_tokenizer, open_model
@@ -63,64 +67,6 @@ from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set,
 _COMPARED_PROMPTS = 64
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOut:
-    """A prompt set without the prompts used before, and how many those were; and how many repeated another one."""
-
-    prompts: PromptSet
-    excluded: int
-    repeated: int = 0
-
-
-def used_prompts(metadata: Mapping[str, Any]) -> frozenset[str]:
-    """Return the prompt hashes that a direction's metadata lists; none for a direction of another origin."""
-    hashes = metadata.get("prompt_hashes")
-    return frozenset(str(value) for value in hashes) if isinstance(hashes, list) else frozenset()
-
-
-def used_for_checkpoint(directory: Path) -> frozenset[str]:
-    """Return the hashes of the prompts behind an orthogonalized checkpoint, its earlier edits included.
-
-    A directory without a record is no orthogonalized checkpoint, and nothing was used for it.
-
-    Raises:
-        InputError: the record cannot be read.
-    """
-    return frozenset(_hashes_in(_record_of(directory)))
-
-
-def _record_of(directory: Path) -> dict[str, Any]:
-    path = directory / RECORD_NAME
-    return read_json_report(path) if path.is_file() else {}
-
-
-def hold_out(prompts: PromptSet, used: frozenset[str]) -> HeldOut:
-    """Leave out the prompts that were used, and those that repeat another one: they say nothing new.
-
-    Raises:
-        PromptSetError: none is left.
-    """
-    once = prompts.distinct()
-    left = once.without(used)
-    if len(prompts) and not len(left):
-        raise PromptSetError(
-            f"{prompts.name}: the direction was found with every one of its {len(prompts)} prompts, so rates on them "
-            "would say nothing; evaluate on other prompts"
-        )
-    return HeldOut(prompts=left, excluded=len(once) - len(left), repeated=len(prompts) - len(once))
-
-
-def _hashes_in(value: Any) -> Iterable[str]:
-    """Find every `prompt_hashes` in a record, however deep: a checkpoint may rest on several directions and edits."""
-    if isinstance(value, Mapping):
-        yield from used_prompts(value)
-        for item in value.values():
-            yield from _hashes_in(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _hashes_in(item)
 
 
 __all__ = ["EvaluationOptions", "EvaluationReport", "evaluate_model"]
@@ -178,12 +124,14 @@ def evaluate_model(
             progress.message(f"{kind}: {held.repeated} prompts left out, since they repeat another one")
         if held.excluded:
             progress.message(f"{kind}: {held.excluded} prompts left out, since the direction was found with them")
+    parts = choose_parts(options, {kind: held.prompts for kind, held in held_out.items()}, used)
     return _Run(
         source=source,
         base_source=base_source,
         judges=judges,
         direction=loaded,
         held_out=held_out,
+        parts=parts,
         texts={spec: chosen.texts for spec, chosen in texts.items()},
         options=options,
         model_options=model_options or ModelOptions(),
@@ -197,6 +145,8 @@ class _Side:
 
     answers: Answers
     replies: dict[str, list[Reply]]
+    parts: dict[str, PartAnswers]
+    verdicts: Verdicts | None
     own_answers: Surprise
     texts: dict[str, Surprise]
     tasks: TaskSamples
@@ -211,6 +161,7 @@ class _Run:
     judges: tuple[ModelSource, ...]
     direction: Direction | None
     held_out: dict[Kind, HeldOut]
+    parts: tuple[Part, ...]
     texts: dict[str, tuple[str, ...]]
     options: EvaluationOptions
     model_options: ModelOptions
@@ -236,8 +187,16 @@ class _Run:
         base, model, divergence, device = self._measure()
         gc.collect()
         if self.options.save_completions is not None:
-            _write_completions(self.options.save_completions, self._prompts, {"base": base, "model": model})
+            write_completions(self.options.save_completions, self._completions(base, model))
         return self._report(base, model, divergence, self._judge(base, model, device))
+
+    def _completions(self, base: _Side | None, model: _Side) -> Iterator[Completions]:
+        sides = {"base": base, "model": model}
+        for label, side in ((label, side) for label, side in sides.items() if side is not None):
+            yield Completions(model=label, part=None, prompts=self._prompts, replies=side.replies)
+            for part in self.parts:
+                replies = side.parts[part.name].replies
+                yield Completions(model=label, part=part.name, prompts=part.prompts, replies=replies)
 
     def _check_comparable(self) -> None:
         """Find before hours of work that the two models do not read the same tokens.
@@ -277,8 +236,7 @@ class _Run:
                 source, lambda chat: self._measure_model(chat, base, distributions), shared
             )
             if base_source is not None:
-                replies = self._on(base_source, lambda chat: self._read_as_base(chat, model.answers), shared)
-                model = replace(model, replies=replies)
+                model = self._on(base_source, lambda chat: self._read_as_base(chat, model), shared)
         return base, model, divergence, device
 
     @property
@@ -304,7 +262,7 @@ class _Run:
 
     def _measure_base(self, chat: ChatModel, stack: ExitStack) -> tuple[_Side, BaseDistributions]:
         assert self.base_source is not None
-        answers = self._answers(chat, self.base_source, "base", edited=False)
+        answers, parts = self._answers(chat, self.base_source, "base", edited=False)
         distributions = stack.enter_context(
             BaseDistributions(rows=answers.rows["harmless"], completions=answers.tokens["harmless"])
         )
@@ -314,6 +272,8 @@ class _Run:
         side = _Side(
             answers=answers,
             replies=read_replies(chat, answers, surprise=surprise),
+            parts=self._read_parts(chat, parts, as_base=True),
+            verdicts=self._verdicts(chat, "base"),
             own_answers=surprise["harmless"],
             texts=self._text_surprise(chat, "base"),
             tasks=self._tasks(chat, "base"),
@@ -324,7 +284,7 @@ class _Run:
         self, chat: ChatModel, base: _Side | None, distributions: BaseDistributions | None
     ) -> tuple[_Side, Divergence | None, str]:
         with self._steered(chat):
-            answers = self._answers(chat, self.source, "model", edited=True)
+            answers, parts = self._answers(chat, self.source, "model", edited=True)
             divergence = self._divergence(chat, distributions)
             side = _Side(
                 answers=answers,
@@ -332,10 +292,14 @@ class _Run:
                 texts=self._text_surprise(chat, "model"),
                 tasks=self._tasks(chat, "model"),
                 replies=read_replies(chat, answers),
+                parts=self._read_parts(chat, parts, as_base=False),
+                verdicts=self._verdicts(chat, "model"),
             )
         return side, divergence, chat.device.type
 
-    def _answers(self, chat: ChatModel, source: ModelSource, label: str, *, edited: bool) -> Answers:
+    def _answers(
+        self, chat: ChatModel, source: ModelSource, label: str, *, edited: bool
+    ) -> tuple[Answers, dict[str, Answers]]:
         cache = self._cache(chat, source, edited=edited)
         answers = answer_prompts(
             chat,
@@ -345,9 +309,31 @@ class _Run:
             cache=cache,
             progress=self.progress,
         )
+        parts = {
+            part.name: answer_part(chat, part, answers, label=label, cache=cache, progress=self.progress)
+            for part in self.parts
+        }
         if cache is not None and cache.hits:
             self.progress.message(f"{label}: {cache.hits} replies taken from {cache.path}")
-        return answers
+        return answers, parts
+
+    def _read_parts(self, chat: ChatModel, parts: dict[str, Answers], *, as_base: bool) -> dict[str, PartAnswers]:
+        return {
+            name: PartAnswers(
+                answers=answers,
+                replies=read_replies(chat, answers, surprise=self._surprise(chat, answers) if as_base else None),
+            )
+            for name, answers in parts.items()
+        }
+
+    def _verdicts(self, chat: ChatModel, label: str) -> Verdicts | None:
+        if self.options.thinking:
+            # Its answer begins with a thought, and not with yes or no.
+            return None
+        kinds: tuple[Kind, ...] = ("harmful", "harmless")
+        asked = {str(kind): self._prompts[kind].texts for kind in kinds}
+        with self.progress.task(f"Asking what is harmful ({label})", total=sum(map(len, asked.values()))) as advance:
+            return ask_about(chat, asked, advance=advance)
 
     def _cache(self, chat: ChatModel, source: ModelSource, *, edited: bool) -> ReplyCache | None:
         if self.options.cache is None:
@@ -402,8 +388,13 @@ class _Run:
         options = self.options.tasks
         return run_tasks(chat, options=options, label=label, progress=self.progress) if options.tasks else {}
 
-    def _read_as_base(self, chat: ChatModel, answers: Answers) -> dict[str, list[Reply]]:
-        return read_replies(chat, answers, surprise=self._surprise(chat, answers))
+    def _read_as_base(self, chat: ChatModel, model: _Side) -> _Side:
+        """Read the model's replies anew, with what the base finds of them."""
+        return replace(
+            model,
+            replies=read_replies(chat, model.answers, surprise=self._surprise(chat, model.answers)),
+            parts=self._read_parts(chat, {name: part.answers for name, part in model.parts.items()}, as_base=True),
+        )
 
     def _surprise(self, chat: ChatModel, answers: Answers) -> dict[str, Surprise]:
         return measure_surprise(chat, answers, progress=self.progress)
@@ -439,7 +430,9 @@ class _Run:
         }
         own_answers = compare_surprise(base.own_answers, model.own_answers) if base else None
         texts = {spec: entropy for spec, entropy in compared.items() if entropy is not None}
+        recognition = compare_verdicts(base.verdicts if base else None, model.verdicts)
         found = Findings(
+            recognition=recognition,
             divergence=divergence,
             own_answers=own_answers,
             texts=texts,
@@ -451,7 +444,7 @@ class _Run:
             base=self.base_source.name if self.base_source else None,
             revision=self.source.revision,
             base_revision=self.base_source.revision if self.base_source else None,
-            shards_sha256=shards_sha256(_record_of(self.source.path)),
+            shards_sha256=shards_sha256(record_of(self.source.path)),
             intervention=self.options.intervention,
             coefficient=self._coefficient,
             direction=_describe(self.direction),
@@ -464,6 +457,18 @@ class _Run:
             changes={
                 kind: refusal_change(base.replies[kind], replies) for kind, replies in model.replies.items() if base
             },
+            parts={
+                part.name: report_part(
+                    part,
+                    model.parts[part.name].replies,
+                    base.parts[part.name].replies if base else None,
+                    plain=prompts,
+                    plain_model=model.replies,
+                    plain_base=base.replies if base else None,
+                )
+                for part in self.parts
+            },
+            recognition=recognition,
             categories={
                 kind: count_by_category(chosen.categories, model.replies[kind], base.replies[kind] if base else None)
                 for kind, chosen in prompts.items()
@@ -525,23 +530,3 @@ def _describe(direction: Direction | None) -> dict[str, Any] | None:
         return None
     known = {key: direction.metadata.get(key) for key in ("model", "position", "layer")}
     return {"sha256": direction.sha256, **known}
-
-
-def _write_completions(path: Path, prompts: dict[Kind, PromptSet], sides: dict[str, _Side | None]) -> None:
-    lines = []
-    for label, side in sides.items():
-        if side is None:
-            continue
-        for kind, chosen in prompts.items():
-            for prompt_id, prompt, reply in zip(chosen.ids, chosen.texts, side.replies[kind], strict=True):
-                line = {
-                    "model": label,
-                    "kind": kind,
-                    "id": prompt_id,
-                    "prompt": prompt,
-                    "class": reply.reply_class,
-                    "completion": reply.answer,
-                    "thinking": reply.thinking,
-                }
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_file(path, "".join(lines))

@@ -1,8 +1,9 @@
 """Counts turned into numbers that can be trusted: intervals, paired change, agreement.
 
-Everything here is exact or closed-form arithmetic on counts; no sampling and no seed.
+Everything here is exact or closed-form arithmetic on counts and ranks; no sampling and no seed.
 """
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ class PairedChange:
     neither: int
     difference: float
     p_value: float
+
+    @property
+    def share_before(self) -> float:
+        """The share with the property before."""
+        return (self.both + self.only_before) / self.n if self.n else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,3 +117,105 @@ def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> Agreement:
     by_chance = yes_first * yes_second + (n - yes_first) * (n - yes_second)
     kappa = None if by_chance == n * n else (n * agreed - by_chance) / (n * n - by_chance)
     return Agreement(n=n, agreed=agreed, kappa=kappa)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AucValue:
+    """How often a score is higher for one kind of item than for the other, ties counted half.
+
+    Attributes:
+        n_higher: number of items that should score higher.
+        n_lower: number of the others.
+        auc: the area under the ROC curve; 0.5 is chance.
+        low: lower end of the 95 % interval.
+        high: upper end.
+    """
+
+    n_higher: int
+    n_lower: int
+    auc: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AucChange:
+    """The change of an AUC between two scores of the same items.
+
+    Attributes:
+        difference: after - before.
+        low: lower end of the 95 % interval of the difference.
+        high: upper end.
+        p_value: of DeLong's two-sided test; 1 where the two do not differ in any item's place.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def auc_value(higher: Sequence[float], lower: Sequence[float]) -> AucValue:
+    """Return the AUC with Newcombe's interval (2006, method 5), which holds at 1, too.
+
+    Args:
+        higher: scores of the items that should score higher; at least one.
+        lower: scores of the others; at least one.
+    """
+    m, n = len(higher), len(lower)
+    auc = math.fsum(_places(higher, lower)) / m
+    return AucValue(
+        n_higher=m, n_lower=n, auc=auc, low=_auc_bound(auc, m, n, to=0.0), high=_auc_bound(auc, m, n, to=1.0)
+    )
+
+
+def auc_change(
+    before: tuple[Sequence[float], Sequence[float]], after: tuple[Sequence[float], Sequence[float]]
+) -> AucChange:
+    """Compare the AUC of two scores of the same items (DeLong, DeLong and Clarke-Pearson 1988).
+
+    Args:
+        before: scores of the items that should score higher, and of the others.
+        after: other scores of the same items in the same order.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    shifts = []
+    for side in (0, 1):
+        # How the share of the other side that an item beats (or loses to) has changed.
+        old, new = (_places(s[side], s[1 - side]) for s in (before, after))
+        shifts.append([(a - b) * (1 if side == 0 else -1) for a, b in zip(new, old, strict=True)])
+    difference = math.fsum(shifts[0]) / len(shifts[0])
+    variance = sum(_variance(each) / len(each) for each in shifts)
+    half = Z_95 * math.sqrt(variance)
+    p_value = math.erfc(abs(difference) / math.sqrt(2 * variance)) if variance else float(not difference)
+    return AucChange(difference=difference, low=difference - half, high=difference + half, p_value=p_value)
+
+
+def _places(items: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return for each item the share of the others that it scores higher than, ties counted half."""
+    order = sorted(others)
+    return [(bisect.bisect_left(order, x) + bisect.bisect_right(order, x)) / (2 * len(order)) for x in items]
+
+
+def _variance(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def _auc_bound(auc: float, m: int, n: int, *, to: float) -> float:
+    """Return the AUC towards `to` that lies as far off as its own standard error allows, by bisection."""
+
+    def is_within(theta: float) -> bool:
+        spread = (m + n) / 2 - 1
+        variance = theta * (1 - theta) * (1 + spread * (1 - theta) / (2 - theta) + spread * theta / (1 + theta))
+        return (auc - theta) ** 2 <= Z_95**2 * variance / (m * n)
+
+    inside, outside = auc, to
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if is_within(middle) else (inside, middle)
+    return inside

@@ -12,9 +12,8 @@ from typing import Any, Literal
 from abliterate.directions import Direction
 from abliterate.errors import DirectionError, InputError
 from abliterate.files import write_json
-from abliterate.models.chat_format import drops_system_prompt
+from abliterate.models.chat_format import conversation_row, drops_system_prompt
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.chat_template import render_conversation, tokenize
 from abliterate.models.hooks import ablate_direction, add_direction
 
 Side = Literal["base", "edited"]
@@ -177,13 +176,7 @@ class ChatSession:
             answer = turn.replies[side] if side in turn.replies else next(iter(turn.replies.values()))
             messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": user})
-        text = render_conversation(
-            chat.tokenizer,
-            messages,
-            system_prompt=self.system_prompt,
-            form=chat.chat_format.form,
-        )
-        row = tokenize(chat.tokenizer, text + chat.chat_format.response_prefix)
+        row = conversation_row(chat.tokenizer, messages, chat_format=chat.chat_format, system_prompt=self.system_prompt)
         limit = getattr(chat.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and len(row) + self._max_new_tokens > limit:
             raise InputError(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
+import torch
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
@@ -74,3 +76,10 @@ def _n_batches(longest: int, n_rows: int, limits: BatchLimits) -> int:
 
 def _cost(longest: int, n_rows: int, limits: BatchLimits) -> float:
     return n_rows * longest + _n_batches(longest, n_rows, limits) * limits.overhead
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error says that memory ran out."""
+    said = str(error).lower()
+    # In order: the GPU's; the CPU's on Windows; the CPU's elsewhere.
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in said or "can't allocate memory" in said

@@ -27,6 +27,7 @@ from abliterate.models.chat_template import (
     ends_with_opening,
     render_conversation,
     token_texts,
+    tokenize,
 )
 
 if TYPE_CHECKING:
@@ -116,6 +117,29 @@ def find_chat_format(
         turn_ends=template.find_turn_ends(form, thoughts),
         turn_texts=template.find_turn_texts(form, thoughts),
     )
+
+
+def conversation_row(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    chat_format: ChatFormat,
+    system_prompt: str | None,
+) -> list[int]:
+    """Return the token ids of a conversation, up to where the next answer starts.
+
+    Args:
+        tokenizer: the one with the template.
+        messages: `role` (user or assistant) and `content` of each, the last one the user's.
+        chat_format: how the template is asked, and what is put behind what it writes.
+        system_prompt: the system message, or None for what the template does by default.
+
+    Raises:
+        ModelError: the template fails.
+        TemplateLimitError: it takes too long, too much memory, or writes too much.
+    """
+    text = render_conversation(tokenizer, messages, system_prompt=system_prompt, form=chat_format.form)
+    return tokenize(tokenizer, text + chat_format.response_prefix)
 
 
 def find_conversation_form(tokenizer: "PreTrainedTokenizerBase") -> TemplateForm:

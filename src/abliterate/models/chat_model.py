@@ -7,7 +7,7 @@ rows share at their start are run once, and their keys and values kept.
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,9 +18,9 @@ from abliterate.architectures.table import feels_gaps, feels_padding
 from abliterate.checkpoints.provenance import versions
 from abliterate.errors import ModelError
 from abliterate.files import shown
-from abliterate.models.batching import BatchLimits, plan_batches
-from abliterate.models.chat_format import ChatFormat, find_chat_format
-from abliterate.models.chat_template import render, token_texts, tokenize
+from abliterate.models.batching import BatchLimits, is_out_of_memory, plan_batches
+from abliterate.models.chat_format import ChatFormat, conversation_row, find_chat_format
+from abliterate.models.chat_template import token_texts
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import ResidualStream, find_blocks, find_stream, learned_positions
 
@@ -159,11 +159,15 @@ class ChatModel:
         if not getattr(self.tokenizer, "chat_template", None):
             rows = [list(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
         else:
-            form, prefix = self.chat_format.form, self.chat_format.response_prefix
-            texts = [render(self.tokenizer, one, system_prompt=self.system_prompt, form=form) for one in prompts]
-            rows = [tokenize(self.tokenizer, text + prefix) for text in texts]
+            rows = [self.encode_conversation([{"role": "user", "content": one}]) for one in prompts]
         self.check_tokens(rows, prompts)
         return rows
+
+    def encode_conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of a conversation, up to where the next answer starts; see `conversation_row`."""
+        return conversation_row(
+            self.tokenizer, messages, chat_format=self.chat_format, system_prompt=self.system_prompt
+        )
 
     def check_tokens(self, rows: Sequence[Sequence[int]], texts: Sequence[str], *, n_new: int = 0) -> None:
         """Refuse token ids and positions that the model has no embedding for.
@@ -539,10 +543,3 @@ def conditions_of(chat: ChatModel) -> dict[str, Any]:
         "ends": sorted(stop_tokens(chat)),
         "versions": versions("abliterate", "python", "torch", "transformers"),
     }
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an error says that memory ran out."""
-    said = str(error).lower()
-    # In order: the GPU's; the CPU's on Windows; the CPU's elsewhere.
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in said or "can't allocate memory" in said

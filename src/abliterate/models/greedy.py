@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import ModelError
-from abliterate.models.chat_model import ChatModel, PrefixCache, empty_cache, is_out_of_memory, stop_tokens
+from abliterate.models.batching import is_out_of_memory
+from abliterate.models.chat_model import ChatModel, PrefixCache, empty_cache, stop_tokens
 from abliterate.models.chat_template import ThinkingMarkers
 
 ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abliterate.evaluation.judges import JudgedRate
+from abliterate.evaluation.recognition import Recognition
 from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
 from abliterate.files import JsonLines
 from abliterate.release.charts import Interval, Part, interval_chart, share_chart
@@ -46,7 +47,9 @@ def write_evaluation_page(
         _refusals(report),
         _classes(report),
         *([_budgets(report)] if any(rate.budgets for rate in report.rates.values()) else []),
+        *([_parts(report)] if report.parts else []),
         *([_damage(report)] if report.measurements else []),
+        *([_recognition(report.recognition)] if report.recognition else []),
         *([_judges(report)] if report.judges else []),
         *([_tasks(report)] if report.capability else []),
         *([_categories(report)] if any(report.categories.values()) else []),
@@ -191,6 +194,77 @@ def _budgets(report: EvaluationReport) -> Section:
                 rows,
                 caption="Refusal rates of the same replies, each read as if it had stopped there",
             ),
+        ),
+    )
+
+
+_ASKED = {
+    "opening": "after a harmless question",
+    "repetition": "after itself",
+    "ar": "in Arabic",
+    "de": "in German",
+    "es": "in Spanish",
+    "fr": "in French",
+    "ru": "in Russian",
+    "zh": "in Chinese",
+}
+
+
+def _parts(report: EvaluationReport) -> Section:
+    """Return the refusal rates of the prompts asked in other languages and in a second turn."""
+    has_base = report.base_rates is not None
+    header = ["asked", "prompts", "n", *(["base"] if has_base else []), "model", *(["p (McNemar)"] if has_base else [])]
+    header += ["asked plainly", "p (McNemar)"]
+    rows, points = [], []
+    for name, part in report.parts.items():
+        for kind, rate in part.rates.items():
+            row: list[object] = [_ASKED.get(name, name), _NAMES.get(kind, kind), rate.n]
+            row += [_rate(part.base_rates[kind])] if part.base_rates else []
+            row += [_rate(rate)]
+            row += [p_value_in_words(part.changes[kind].p_value)] if has_base else []
+            plain = part.beside_plain.get(kind)
+            row += ["", ""] if plain is None else [f"{plain.share_before:.1%}", p_value_in_words(plain.p_value)]
+            rows.append(row)
+        base = part.base_rates["harmful"] if part.base_rates else None
+        points.append((_ASKED.get(name, name), _intervals(base, part.rates["harmful"])))
+    return Section(
+        heading="Asked in other ways",
+        blocks=(
+            interval_chart(
+                points,
+                series=("base", "model") if has_base else ("model",),
+                caption="Harmful prompts: share refused when asked in other ways, with 95 % intervals",
+            ),
+            table(header, rows, caption="Refusal rates with Wilson 95 % intervals", n_text=2),
+            paragraph(
+                "Asked plainly: what the model refuses of the prompts of the same ids in English and in a first turn; "
+                "the p-value beside it is of the exact test on the prompts that it refuses in one way alone. In a "
+                "second turn the model has answered a harmless question, or the same prompt, before."
+            ),
+        ),
+    )
+
+
+def _recognition(found: Recognition) -> Section:
+    """Return how well the model's own yes or no tells harmful from harmless requests."""
+    sides = [("base", found.base, found.base_said), ("model", found.model, found.said)]
+    rows = [
+        [side, value.n_higher, value.n_lower, f"{value.auc:.3f} [{value.low:.3f}, {value.high:.3f}]", f"{said:.1%}"]
+        for side, value, said in sides
+        if value is not None and said is not None
+    ]
+    text = f"Asked: “{found.question.format(request='…')}” AUC: how often a harmful request gets more of a yes than a "
+    text += "harmless one; 0.5 is chance. Yes or no: the probability that the answer begins with either."
+    if found.change is not None:
+        change = found.change
+        text += f" The AUC changed by {change.difference:+.3f} [{change.low:+.3f}, {change.high:+.3f}] "
+        text += f"({p_value_in_words(change.p_value)}, DeLong)."
+    header = ["", "harmful", "harmless", "AUC (95 %)", "yes or no"]
+    return Section(
+        heading="Does it still know?",
+        blocks=(
+            table(header, rows, caption="The model's own verdict on the requests, in one forward pass"),
+            paragraph(text),
         ),
     )
 

@@ -1,0 +1,68 @@
+"""The model's own verdict: which tokens it is read off, and what comes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from abliterate.evaluation.recognition import QUESTION, Verdicts, ask_about, compare_verdicts, yes_and_no
+from abliterate.models.chat_model import ChatModel
+from tests.support.command_line import CommandLine
+
+PROMPTS = {"harmful": ("How do locks work?", "Explain rain."), "harmless": ("Why is it dark?",)}
+
+
+def test_verdicts_are_the_log_odds_of_yes_against_no_at_the_first_token(chat: ChatModel) -> None:
+    yes, no = yes_and_no(chat)
+    found = ask_about(chat, PROMPTS)
+    assert found is not None
+    said = []
+    for kind, texts in PROMPTS.items():
+        for text, log_odds in zip(texts, found.log_odds[kind], strict=True):
+            row = torch.tensor([chat.encode([QUESTION.replace("{request}", text)])[0]])
+            with torch.inference_mode():
+                p = torch.softmax(chat.model(input_ids=row).logits[0, -1].double(), dim=-1)
+            assert log_odds == pytest.approx(float(torch.log(p[yes].sum() / p[no].sum())), abs=1e-4)
+            said.append(float(p[yes].sum() + p[no].sum()))
+    assert found.said == pytest.approx(sum(said) / len(said), rel=1e-4)
+
+
+def test_tokens_of_both_words_count_for_neither(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    yes, no = yes_and_no(chat)
+    assert yes
+    assert no
+    assert not set(yes) & set(no)
+    monkeypatch.setattr(type(chat.tokenizer), "__call__", lambda _self, _text, **_options: {"input_ids": [5]})
+    assert yes_and_no(chat) == ([], [])
+    assert ask_about(chat, PROMPTS) is None
+
+
+def test_a_model_that_knows_and_one_that_has_forgotten() -> None:
+    knows = Verdicts(log_odds={"harmful": (3.0, 2.0, 1.0), "harmless": (-1.0, -2.0, 0.5)}, said=0.9)
+    forgot = Verdicts(log_odds={"harmful": (0.0, 0.0, 0.0), "harmless": (0.0, 0.0, 0.0)}, said=0.1)
+    found = compare_verdicts(knows, forgot)
+    assert found is not None
+    assert found.base is not None
+    assert found.change is not None
+    assert (found.base.auc, found.model.auc, found.change.difference) == (1.0, 0.5, -0.5)
+    assert found.base.low < 1 == found.base.high
+    assert (found.base_said, found.said) == (0.9, 0.1)
+    alone = compare_verdicts(None, knows)
+    assert alone is not None
+    assert (alone.base, alone.change, alone.base_said) == (None, None, None)
+    assert compare_verdicts(knows, None) is None
+
+
+def test_the_report_and_the_table_have_it(call_main: CommandLine, llama_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS["harmful"]))
+    sets = [word for kind in ("harmful", "harmless", "borderline", "text") for word in (f"--{kind}", str(file))]
+    words = ["evaluate", llama_directory, *sets, "--max-new-tokens", "2"]
+    report = json.loads(call_main(*words, "--json", "--base", llama_directory)[1])
+    # The same prompts on both sides: chance, whatever the model thinks of them.
+    assert report["recognition"]["model"]["auc"] == 0.5
+    assert report["recognition"]["change"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    assert "AUC" in call_main(*words)[1]
+    # What thinks begins with a thought.
+    assert json.loads(call_main(*words, "--json", "--thinking")[1])["recognition"] is None
