@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from abliterate import prompt_files
@@ -286,3 +287,26 @@ def test_a_hub_that_cannot_be_reached(hub: FakeHub, tmp_path: Path, variables: d
     [message] = run_loader(hub.environment(tmp_path) | variables, tmp_path, "org/goals")
     assert message.startswith("org/goals: Couldn't reach 'org/goals' on the Hub (")
     assert message.endswith("); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a file")
+
+
+def strings_that_are_no_text():
+    """A column of Arrow's strings, one of which is not UTF-8."""
+    import pyarrow
+
+    data = pyarrow.py_buffer(b"How do locks work?\x87\xff")
+    offsets = pyarrow.py_buffer(np.array([0, 18, 20], dtype=np.int32).tobytes())
+    return pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, data])})
+
+
+def test_strings_that_are_no_text_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow.parquet
+
+    table = strings_that_are_no_text()
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(PromptSetError, match=r"a\.parquet: not a readable Parquet file \(.*[Uu][Tt][Ff]-?8"):
+        read_prompts(str(path))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_a, **_o: datasets.Dataset(table))
+    with pytest.raises(PromptSetError, match="org/name: the column text cannot be read"):
+        read_prompts("org/name")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from abliterate.errors import PromptSetError
 from abliterate.files import HALF_PAIR
@@ -248,6 +249,8 @@ def _read_parquet(path: Path) -> _Table:
 
     try:
         table = pyarrow.parquet.read_table(path)
+        # Among other things, that its strings are text.
+        table.validate(full=True)
     # Broken ones make it raise its own errors, OSError, ValueError and others.
     except Exception as error:
         raise PromptSetError(f"{path}: not a readable Parquet file ({_one_line(error)})") from error
@@ -276,9 +279,16 @@ def _read_dataset(repo_id: str, *, revision: str | None, split: str) -> _Table:
         text_columns=tuple(
             name for name, f in dataset.features.items() if getattr(f, "dtype", "") in {"string", "large_string"}
         ),
-        values=lambda column: list(dataset[column]),
+        values=lambda column: _column_of(dataset, column, repo_id=repo_id),
         labels=[f"row {n}" for n in range(1, len(dataset) + 1)],
     )
+
+
+def _column_of(dataset: Any, column: str, *, repo_id: str) -> list[object]:
+    try:
+        return list(dataset[column])
+    except (OSError, ValueError) as error:  # a file of it that is damaged, or strings in it that are no text
+        raise PromptSetError(f"{repo_id}: the column {column} cannot be read ({_one_line(error)})") from error
 
 
 def _explain(error: Exception, *, repo_id: str, split: str) -> str:

@@ -109,7 +109,19 @@ class PromptSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSetInfo:
-    """What there is to say about a prompt set. `kind`, `part` and `language` are None for one that is not bundled."""
+    """What there is to say about a prompt set.
+
+    Attributes:
+        name: what it is called.
+        kind: of its prompts; None for one that is not bundled.
+        part: train, validation or test; None for one that is not bundled.
+        language: ISO 639-1 code; None for one that is not bundled.
+        count: number of prompts.
+        categories: those of its prompts, each once.
+        mean_words: mean length of a prompt.
+        duplicates: prompts that repeat an earlier one.
+        sha256: of all prompts.
+    """
 
     name: str
     kind: Kind | None

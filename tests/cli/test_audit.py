@@ -27,7 +27,7 @@ def test_json_is_one_document_and_the_file_holds_the_same(run, tmp_path: Path) -
     code, out, _ = run("--json", "-o", tmp_path / "audit.json")
     assert code == 0
     document = json.loads(out)
-    assert document == json.loads((tmp_path / "audit.json").read_text())
+    assert document == {"schema": "abliterate.audit/1", **json.loads((tmp_path / "audit.json").read_text())}
     assert document["verdict"] == "not_mediated"
     assert [one["rank"] for one in document["interventions"]] == [1, 2, 4, 8, 1]
     assert document["lowest_refusal"] == 1

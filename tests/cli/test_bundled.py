@@ -120,6 +120,7 @@ def test_the_hardened_demo_model_and_what_is_replaced(call_main, asked, tmp_path
     assert asked["adapter"] == HARDENED_ADAPTER_DIRECTORY != ADAPTER_DIRECTORY
     assert asked["overwrite"] is True
     assert json.loads(result.stdout) == {
+        "schema": "abliterate.demo/1",
         "path": str(tmp_path / "model"),
         "base_model": "org/base",
         "adapter_rank": 8,

@@ -22,6 +22,7 @@ def test_json(call_main, tmp_path):
     source, out = write(tmp_path), tmp_path / "out"
     report = json.loads(call_main("convert", source, out, "--dtype", "bfloat16", "--json").stdout)
     assert report == {
+        "schema": "abliterate.convert/1",
         "source": str(source),
         "path": str(out),
         "architecture": "llama",

@@ -31,7 +31,8 @@ def test_the_report_is_a_page_and_its_data(run, tmp_path: Path) -> None:
     code, out, _ = run("--json", "--report", tmp_path / "report")
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["evaluation.json", "index.html"]
-    assert json.loads((tmp_path / "report" / "evaluation.json").read_text()) == json.loads(out)
+    saved = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert json.loads(out) == {"schema": "abliterate.evaluate/1", **saved}
     assert "abliterate evaluate" in (tmp_path / "report" / "index.html").read_text()
 
 

@@ -140,7 +140,7 @@ def test_evaluate_json_and_table(call_main, llama_directory: Path, tmp_path: Pat
     target = tmp_path / "evaluation.json"
     code, out, _ = call_main("evaluate", llama_directory, "--base", llama_directory, *sets, "--json", "-o", target)
     assert code == 0
-    assert json.loads(out) == json.loads(target.read_text())
+    assert json.loads(out) == {"schema": "abliterate.evaluate/1", **json.loads(target.read_text())}
     code, out, _ = call_main("evaluate", llama_directory, "--base", llama_directory, *sets)
     assert code == 0
     assert "harmless" in out

@@ -38,23 +38,23 @@ REPORT = Report(path=Path("a/b"), colour=Colour.RED, parts=(Inner(math.nan), Inn
 def test_a_report_becomes_plain_values_and_what_json_cannot_hold_becomes_null(capsys):
     plain = {"path": "a/b", "colour": "red", "parts": [{"value": None}, {"value": 0.5}], "counts": {"3": 1}}
     assert to_plain(REPORT) == plain
-    Output(json_output=True).report(REPORT, tables=lambda: ["a table"])
+    Output("plan", json_output=True).report(REPORT, tables=lambda: ["a table"])
     out, error = capsys.readouterr()
-    assert (json.loads(out), error) == (plain, "")
+    assert (json.loads(out), error) == ({"schema": "abliterate.plan/1", **plain}, "")
     assert to_plain(math.inf) is None
 
 
 def test_a_text_is_no_markup_and_its_line_is_not_broken(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
-    Output().report(REPORT, tables=lambda: ["[bold]" + "word " * 20])
+    Output("plan").report(REPORT, tables=lambda: ["[bold]" + "word " * 20])
     assert capsys.readouterr().out == "[bold]" + "word " * 20 + "\n"
 
 
 def test_what_others_wrote_cannot_act_on_the_terminal(capsys):
     table = Table("name")
     table.add_row("a\x1b[31mb")
-    Output().report(REPORT, tables=lambda: [table])
-    Output().note("c\x1b]0;title\x07d")
+    Output("plan").report(REPORT, tables=lambda: [table])
+    Output("plan").note("c\x1b]0;title\x07d")
     out, error = capsys.readouterr()
     assert "\x1b" not in out + error
     assert "\\x1b[31mb" in out
@@ -64,13 +64,13 @@ def test_a_hash_is_whole_on_the_narrowest_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "24")
     table = Table("name", "sha256")
     table.add_row("a", "0123456789abcdef" * 4)
-    Output().report(REPORT, tables=lambda: [table])
+    Output("plan").report(REPORT, tables=lambda: [table])
     assert "0123456789abcdef" * 4 in re.sub(r"[^0-9a-f]", "", capsys.readouterr().out.partition("sha256")[2])
 
 
 def test_notes_and_progress_go_to_stderr_unless_quiet(capsys):
     for quiet in (False, True):
-        output = Output(quiet=quiet)
+        output = Output("plan", quiet=quiet)
         output.note("a note")
         output.progress.message("a message")
         with output.progress.task("Working", total=2) as advance:
@@ -83,7 +83,7 @@ def test_notes_and_progress_go_to_stderr_unless_quiet(capsys):
 def test_of_several_processes_the_first_reports(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    Output(json_output=True).report(REPORT, tables=list)
+    Output("plan", json_output=True).report(REPORT, tables=list)
     assert capsys.readouterr().out == ""
 
 
@@ -109,7 +109,7 @@ TIMES_LEFT = {n: f"{10 * (40 - n)} s" if 40 - n < 6 else f"{round(10 * (40 - n) 
 def test_in_a_log_a_task_is_a_line_at_its_start_few_between_and_one_at_its_end(capsys, monkeypatch):
     seconds = [0.0]
     monkeypatch.setattr("abliterate.cli.output.time.monotonic", lambda: seconds[0])
-    progress = Output().progress
+    progress = Output("plan").progress
     with progress.task("Answering prompts", total=40) as advance:
         for _ in range(40):
             seconds[0] += 10
@@ -123,13 +123,13 @@ def test_in_a_log_a_task_is_a_line_at_its_start_few_between_and_one_at_its_end(c
 
 def test_a_log_counts_bytes_as_such_and_says_where_a_task_stopped(capsys, monkeypatch):
     monkeypatch.setattr("abliterate.cli.output.time.monotonic", lambda: 0.0)
-    with Output().progress.task("Hashing", total=2_500_000_000, unit="bytes") as advance:
+    with Output("plan").progress.task("Hashing", total=2_500_000_000, unit="bytes") as advance:
         advance(2_500_000_000)
-    with Output().progress.task("Loading", total=1) as advance:
+    with Output("plan").progress.task("Loading", total=1) as advance:
         advance(1)
-    with Output().progress.task("Reading", total=None) as advance:
+    with Output("plan").progress.task("Reading", total=None) as advance:
         advance(2)
-    with pytest.raises(KeyboardInterrupt), Output().progress.task("Writing", total=5_000_000, unit="bytes"):
+    with pytest.raises(KeyboardInterrupt), Output("plan").progress.task("Writing", total=5_000_000, unit="bytes"):
         raise KeyboardInterrupt
     assert capsys.readouterr().err.splitlines() == [
         "Hashing: 2.5 GB to do",
@@ -147,7 +147,7 @@ def test_a_log_counts_bytes_as_such_and_says_where_a_task_stopped(capsys, monkey
 def test_a_log_holds_no_blank_line_no_control_code_and_no_broken_line(capsys, monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    output = Output()
+    output = Output("plan")
     with output.progress.task("Recording the prompts of a set with a long name", total=2) as advance:
         advance(2)
     output.note("one note that is longer than a line of a narrow terminal")
@@ -165,18 +165,18 @@ def test_an_encoding_without_the_characters_takes_every_text(monkeypatch):
         monkeypatch.setattr("sys.stdout", out)
         monkeypatch.setattr("sys.stderr", error)
         accept_any_text()
-        output = Output(json_output=json_output)
+        output = Output("plan", json_output=json_output)
         output.report({"name": "|r·W|"}, tables=lambda: [table])
         output.note("|r·W| ≤ 1")
         assert expected in out.text
         assert "\x1b" not in out.text
         assert error.buffer.getvalue() == b"|r\xb7W| \\u2264 1\n"  # type: ignore[attr-defined]
         if json_output:
-            assert json.loads(out.text) == {"name": "|r·W|"}
+            assert json.loads(out.text) == {"schema": "abliterate.plan/1", "name": "|r·W|"}
 
 
 def test_texts_of_others_cannot_act_on_the_terminal_wherever_they_stand(capsys):
-    output = Output()
+    output = Output("plan")
     output.report(REPORT, tables=lambda: [Text("a\x1b[31mb\u202e")])
     output.write("Spaces \u3000 and \u200d joiners stay; \x1b]52;c;x\x07\x9b \ud800 do not.\n")
     out = capsys.readouterr().out

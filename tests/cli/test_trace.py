@@ -32,7 +32,8 @@ def test_json_is_one_document(run, tmp_path: Path) -> None:
     assert (document["layer"], document["n_layers"], document["n_heads"]) == (3, 5, 4)
     assert [traced["suffix"] for traced in document["sets"]] == ["none", "given", "random"]
     assert len(document["top_heads"]) == 8
-    assert json.loads((tmp_path / "report" / "trace.json").read_text()) == document
+    saved = json.loads((tmp_path / "report" / "trace.json").read_text())
+    assert document == {"schema": "abliterate.trace/1", **saved}
     assert (tmp_path / "report" / "heads.png").is_file()
 
 

@@ -59,7 +59,7 @@ def prompts(
             raise typer.BadParameter("it chooses among the bundled sets and does not go with SPEC", param_hint="--kind")
         loaded = load_prompt_set(spec, kind="harmful", part="train")
         info, first = describe_prompt_set(loaded), loaded.texts[:SHOWN_PROMPTS]
-        output.report({**to_plain(info), "first": first}, tables=lambda: _set_tables(info, first))
+        output.report({**to_plain(info), "first": first}, tables=lambda: _set_tables(info, first), document="set")
         return
     infos = tuple(info for info in bundled_prompt_sets() if kind is None or info.kind == kind)
     problems = find_bundled_problems()

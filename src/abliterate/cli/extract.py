@@ -196,7 +196,7 @@ def extract(
         if in_first_process():
             write_report(error.score_table)
         tables: list[Table | str] = [_nearest_table(error), *_next_command(error)]
-        output.report(error.report, tables=lambda: tables)
+        output.report(error.report, tables=lambda: tables, document="not_found")
         raise
     output.report(
         {"direction_file": files[0], "direction_files": files, **output.plain(extraction.report)},
@@ -218,6 +218,7 @@ def _repair(output: Output, output_file: Path, **what: Any) -> None:
     output.report(
         {"direction_file": output_file, **output.plain(found.report)},
         tables=lambda: [*_repair_tables(found.report), f"direction written to {output_file}"],
+        document="repair",
     )
 
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -42,6 +42,27 @@ if TYPE_CHECKING:
 _UNLIMITED = 10_000
 SECONDS_BETWEEN_LINES = 30.0
 """So long at least a log waits from one line about a task to the next."""
+SCHEMAS: Mapping[str, int] = {
+    "audit": 1,
+    "chat": 1,
+    "convert": 1,
+    "demo": 1,
+    "evaluate": 1,
+    "extract": 1,
+    "extract.not_found": 1,
+    "extract.repair": 1,
+    "orthogonalize": 1,
+    "plan": 1,
+    "prompts": 1,
+    "prompts.set": 1,
+    "push": 1,
+    "refine": 1,
+    "revert": 1,
+    "trace": 1,
+    "verify": 1,
+}
+"""The number of each document that `--json` prints, by its name: that of the command, and behind a dot what this can
+print in place of its usual document. docs/schemas/README.md says when a number rises."""
 
 
 def accept_any_text() -> None:
@@ -183,7 +204,8 @@ class SafeConsole(Console):
 class Output:
     """One command's output: `report` writes the result to stdout, the rest goes to stderr."""
 
-    def __init__(self, *, json_output: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, command: str, *, json_output: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.command = command
         self.json_output = json_output
         self.quiet = quiet
         self.verbose = verbose
@@ -192,16 +214,26 @@ class Output:
     @classmethod
     def of(cls, context: typer.Context, *, json_output: bool) -> "Output":
         """Return the output of one command under the global options held by `context`."""
-        return cls(json_output=json_output, **(context.obj or {}))
+        return cls(context.info_name or "", json_output=json_output, **(context.obj or {}))
 
-    def report(self, report: Any, *, tables: Callable[[], Sequence[Table | Text | str]]) -> None:
-        """Write `report` as one JSON document, or as what `tables` returns, to stdout; of several processes, once."""
+    def report(
+        self, report: Any, *, tables: Callable[[], Sequence[Table | Text | str]], document: str | None = None
+    ) -> None:
+        """Write a report as one JSON document, or as tables, to stdout; of several processes, once.
+
+        Args:
+            report: What was found; of a document its first key, `schema`, says what else is in it (see `SCHEMAS`).
+            tables: Returns it as tables and lines.
+            document: Which document of the command it is; None: its usual one.
+        """
         if not in_first_process():
             return
         if self.json_output:
+            name = self.command if document is None else f"{self.command}.{document}"
+            content = {"schema": f"abliterate.{name}/{SCHEMAS[name]}", **to_plain(report)}
             # An escape of Python's would be none of JSON's.
             is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-            sys.stdout.write(json.dumps(to_plain(report), indent=2, ensure_ascii=not is_unicode) + "\n")
+            sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=not is_unicode) + "\n")
             return
         console = SafeConsole(highlight=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:

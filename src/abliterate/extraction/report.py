@@ -54,7 +54,16 @@ class ExtractionReport:
     """The result of an extraction, as plain values; the tensors are in the directions.
 
     Attributes:
+        model: what the directions were found in.
+        revision: commit of the model on the Hub; None for a local one.
+        n_layers: number of decoder blocks.
+        d_model: width of the residual stream.
+        post_instruction_tokens: texts of the post-instruction tokens, first to last.
+        response_prefix: what is forced after the template, so that the next token starts the answer.
+        refusal_tokens: the tokens that start refusals.
         refusal: how prompts were found to be refused, and what candidates were scored by.
+        counts: kind and part of prompts -> how many were sampled and kept.
+        baseline: see `Baseline`.
         thresholds: as asked for; that of induce counts from `refusal.zero`.
         recipe: how candidates were made.
         selected: the best candidate that passes.
@@ -64,6 +73,7 @@ class ExtractionReport:
         raced: whether candidates were scored on as many prompts as it took to decide; see `racing`.
         n_passing: how many candidates are known to pass; without `exhaustive` scoring stops at what is needed.
         n_scored: how many candidates have any score.
+        exhaustive: whether every candidate below the layer limit was scored.
         direction_norm: of the selected candidate, un-normalised.
         scores: one entry per position and layer.
         robustness: how direction and choice vary with the prompts; None unless asked for.

