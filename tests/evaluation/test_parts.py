@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from abliterate.errors import InputError, ModelError, PromptSetError
-from abliterate.evaluation.parts import OPENING, REPETITION, Part, answer_part, choose_parts, report_part
+from abliterate.evaluation.parts import Part, answer_part, choose_parts, report_part
 from abliterate.evaluation.replies import Answers, answer_prompts
-from abliterate.evaluation.report import KINDS, EvaluationOptions
+from abliterate.evaluation.report import KINDS, OPENING, REPETITION, EvaluationOptions
 from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.reply_classes import Reply, read_reply
 from abliterate.models.chat_model import ChatModel

@@ -10,6 +10,8 @@ import pytest
 
 from abliterate.errors import InputError, VerificationError
 from abliterate.evaluation.drift import CrossEntropy, Divergence
+from abliterate.evaluation.parts import PartReport
+from abliterate.evaluation.recognition import Verdicts, compare_verdicts
 from abliterate.evaluation.report import EvaluationReport, count_replies
 from abliterate.extraction.reply_classes import read_reply
 from abliterate.files import write_json
@@ -25,6 +27,15 @@ from abliterate.release.gates import (
     read_earlier,
     require,
     write_junit,
+)
+
+PART = PartReport(
+    rates={"harmful": count_replies([read_reply("I cannot."), read_reply("Sure.")])},
+    base_rates=None,
+    changes={},
+    beside_plain={},
+    base_beside_plain=None,
+    prompt_sets={},
 )
 
 
@@ -93,6 +104,9 @@ def test_a_verdict_is_a_word() -> None:
         ("harmful_refusal_rate<many", "'many' is no number"),
         ("harmful_refusal_rate<nan", "'nan' is no number"),
         ("__import__('os')<1", "is not NAME OP VALUE"),
+        ("harmful_refusal_rate@tlh<1", "the parts are ar, de, es, fr, ru, zh, opening, repetition"),
+        ("kl_first_token@de<1", "only rates of `evaluate` can be of a part"),
+        ("harmful_refusal_p@de<1", "only rates of `evaluate` can be of a part"),
     ],
 )
 def test_a_gate_that_is_none_is_refused(text: str, message: str) -> None:
@@ -112,6 +126,34 @@ def test_what_a_gate_takes_is_asked_for_before_the_run(text: str, missing: str) 
     check_measured(gates, has_base=True, has_earlier=True)
     with pytest.raises(InputError, match=missing):
         check_measured(gates, has_base=missing != "--base", has_earlier=missing != "--against")
+
+
+def test_a_gate_on_a_part_takes_the_part() -> None:
+    report = report_of(True, True, parts={"de": PART, "opening": PART})
+    assert found("harmful_refusal_rate@de<0.9", report)
+    assert not found("harmful_refusal_rate@opening>0.9", report)
+    assert not found("harmful_refusal_rate<0.9", report)
+    gates = [
+        parse_gate(text, EVALUATION_NAMES) for text in ("harmful_refusal_low@de<1", "harmful_refusal_rate@opening<1")
+    ]
+    check_measured(gates, has_base=False, has_earlier=False, parts=("de", "opening"))
+    for parts, missing in ((("opening",), "--languages de"), (("de",), "--turns")):
+        with pytest.raises(InputError, match=missing):
+            check_measured(gates, has_base=False, has_earlier=False, parts=parts)
+    with pytest.raises(InputError, match="only rates of `evaluate`"):
+        parse_gate("harmful_refusal_rate@de<1", AUDIT_NAMES)
+    assert "| harmful, de | 2 |  | 50.0% " in evaluation_summary(report)
+
+
+def test_a_gate_on_what_the_model_knows() -> None:
+    knows = Verdicts(log_odds={"harmful": (2.0, 1.0), "harmless": (0.0, -1.0)}, said=1.0)
+    forgot = Verdicts(log_odds={"harmful": (0.0, 0.0), "harmless": (0.0, 0.0)}, said=1.0)
+    report = report_of(True, recognition=compare_verdicts(knows, forgot))
+    assert found("recognition_auc<0.6", report)
+    assert found("recognition_change<-0.4", report)
+    assert not found("recognition_auc<0.5", report)
+    with pytest.raises(InputError, match="--base"):
+        check_measured([parse_gate("recognition_change<0", EVALUATION_NAMES)], has_base=False, has_earlier=False)
 
 
 def test_each_failing_gate_is_named() -> None:

@@ -36,7 +36,7 @@ from abliterate.cli.output import (
     starts_with,
     writing,
 )
-from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions
+from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions, chosen_parts
 from abliterate.files import write_file
 from abliterate.models.options import ModelOptions
 
@@ -107,7 +107,8 @@ def evaluate(
     For CI: --against compares the refusal rates with those of an earlier report, prompt by prompt; --fail-if ends with
     exit code 1 where a condition holds, of KIND_refusal_rate, _refusal_low, _refusal_high, _degenerate_rate, and
     against that report _refusal_change and _refusal_p, for KIND harmful, harmless or borderline; with --base also of
-    kl_first_token, kl_continuation and cross_entropy_change.
+    kl_first_token, kl_continuation, cross_entropy_change and recognition_change; and of recognition_auc. A rate can be
+    of a part that --languages or --turns asks for: harmful_refusal_rate@de, harmful_refusal_rate@opening.
     """
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.evaluation.run import evaluate_model
@@ -130,7 +131,8 @@ def evaluate(
         report=report_directory,
     )
     conditions = [gates.parse_gate(text, gates.EVALUATION_NAMES) for text in fail_if or ()]
-    gates.check_measured(conditions, has_base=base is not None, has_earlier=against is not None)
+    asked = chosen_parts(_listed(languages), turns=turns)
+    gates.check_measured(conditions, has_base=base is not None, has_earlier=against is not None, parts=asked)
     earlier = None if against is None else gates.read_earlier(against)
     report = evaluate_model(
         model=resolve_model(model, revision=revision),

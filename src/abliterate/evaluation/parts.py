@@ -13,18 +13,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from abliterate.errors import InputError, ModelError
+from abliterate.errors import ModelError
 from abliterate.evaluation.held_out import hold_out
 from abliterate.evaluation.replies import Answers, ReplyCache, answer_rows
-from abliterate.evaluation.report import KINDS, EvaluationOptions, Kind, RefusalRate, count_replies, refusal_change
+from abliterate.evaluation.report import (
+    KINDS,
+    OPENING,
+    REPETITION,
+    EvaluationOptions,
+    Kind,
+    RefusalRate,
+    chosen_parts,
+    count_replies,
+    refusal_change,
+)
 from abliterate.evaluation.statistics import PairedChange, paired_change
 from abliterate.extraction.reply_classes import Reply, read_completions
 from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import LANGUAGES, PromptSet, load_openings, load_translated
-
-ALL = "all"
-OPENING, REPETITION = "opening", "repetition"
+from abliterate.prompt_sets import PromptSet, load_openings, load_translated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,18 +84,14 @@ def choose_parts(options: EvaluationOptions, plain: Mapping[Kind, PromptSet], us
         InputError: the prompts are not translated into such a language.
         PromptSetError: a direction was found with all prompts of a part.
     """
-    unknown = [code for code in options.languages if code not in (*LANGUAGES, ALL)]
-    if unknown:
-        raise InputError(
-            f"--languages {unknown[0]}: the prompts are in {', '.join(LANGUAGES)}; give some of these, or all"
-        )
-    chosen = LANGUAGES if ALL in options.languages else tuple(dict.fromkeys(options.languages))
-    parts = [
-        Part(name=code, prompts={kind: hold_out(load_translated(kind, code), used).prompts for kind in KINDS})
-        for code in chosen
-    ]
-    turns = (OPENING, REPETITION) if options.turns else ()
-    return (*parts, *(Part(name=name, prompts=dict(plain)) for name in turns))
+    translated = {
+        code: {kind: hold_out(load_translated(kind, code), used).prompts for kind in KINDS}
+        for code in chosen_parts(options.languages, turns=False)
+    }
+    return tuple(
+        Part(name=name, prompts=translated.get(name, dict(plain)))
+        for name in chosen_parts(options.languages, turns=options.turns)
+    )
 
 
 def answer_part(

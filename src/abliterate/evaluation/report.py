@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from abliterate.arguments import Argument
+from abliterate.errors import InputError
 from abliterate.evaluation.statistics import PairedChange, paired_change, wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply
 from abliterate.files import write_json
-from abliterate.prompt_sets import BUNDLED, BorderlineSpec, HarmfulSpec, HarmlessSpec
+from abliterate.prompt_sets import BUNDLED, LANGUAGES, BorderlineSpec, HarmfulSpec, HarmlessSpec
 
 if TYPE_CHECKING:
     from abliterate.evaluation.capability import CapabilityReport
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 Intervention = Literal["none", "ablate", "add", "affine"]
 Kind = Literal["harmful", "harmless", "borderline"]
 KINDS: tuple[Kind, ...] = ("harmful", "harmless", "borderline")
+ALL, OPENING, REPETITION = "all", "opening", "repetition"
+PARTS = (*LANGUAGES, OPENING, REPETITION)
+"""Other ways of asking than plainly: in a language, and as a second turn; see `parts`."""
 SCORER = (
     "12 refusal substrings, anywhere in the answer, case-insensitive (arXiv 2406.11717), "
     "and refusal markers of 15 other languages in replies of that language"
@@ -179,6 +183,24 @@ class EvaluationOptions:
             of_machine=True,
         ),
     ] = None
+
+
+def chosen_parts(languages: Sequence[str], *, turns: bool) -> tuple[str, ...]:
+    """Return the names of the parts that are asked for, each once.
+
+    Args:
+        languages: see `EvaluationOptions`.
+        turns: see there.
+
+    Raises:
+        InputError: the prompts are not translated into such a language.
+    """
+    unknown = [code for code in languages if code not in (*LANGUAGES, ALL)]
+    if unknown:
+        known = ", ".join(LANGUAGES)
+        raise InputError(f"--languages {unknown[0]}: the prompts are in {known}; give some of these, or {ALL}")
+    chosen = LANGUAGES if ALL in languages else tuple(dict.fromkeys(languages))
+    return (*chosen, *((OPENING, REPETITION) if turns else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 
 from abliterate.errors import InputError, VerificationError
 from abliterate.evaluation.audit_report import AuditReport
-from abliterate.evaluation.report import EvaluationReport
+from abliterate.evaluation.report import PARTS, EvaluationReport
 from abliterate.evaluation.statistics import PairedChange, paired_change
 from abliterate.files import printable, read_json_report, write_file
+from abliterate.prompt_sets import LANGUAGES
 
 Number = float | str
 
@@ -30,15 +31,16 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_GATE = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
+_GATE = re.compile(r"\s*(\w+(?:@\w+)?)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
 _OF_KIND = ("refusal_rate", "refusal_low", "refusal_high", "degenerate_rate")
 _AGAINST = ("refusal_change", "refusal_p")
-_WITH_BASE = ("kl_first_token", "kl_continuation", "cross_entropy_change")
+_WITH_BASE = ("kl_first_token", "kl_continuation", "cross_entropy_change", "recognition_change")
 EVALUATION_NAMES = (
     *(f"{kind}_{name}" for kind in KINDS for name in (*_OF_KIND, *_AGAINST)),
     *_WITH_BASE,
+    "recognition_auc",
 )
-"""What a gate of `evaluate` can ask for."""
+"""What a gate of `evaluate` can ask for; rates also where the prompts were asked in another way, as NAME@PART."""
 AUDIT_NAMES = (
     *(f"{kind}_{name}" for kind in KINDS[:2] for name in _OF_KIND),
     "lowest_refusal",
@@ -112,8 +114,13 @@ def parse_gate(text: str, names: Sequence[str]) -> Gate:
             f"--fail-if {text!r} is not NAME OP VALUE with OP among < <= > >= == !=, such as {names[0]}<0.9"
         )
     name, operation, value = found.groups()
-    if name not in names:
-        raise InputError(f"--fail-if {text!r}: {name!r} is not among {', '.join(names)}")
+    plain, _, part = name.partition("@")
+    if plain not in names:
+        raise InputError(f"--fail-if {text!r}: {plain!r} is not among {', '.join(names)}")
+    if part and (not plain.endswith(_OF_KIND) or names is not EVALUATION_NAMES or part not in PARTS):
+        raise InputError(
+            f"--fail-if {text!r}: only rates of `evaluate` can be of a part, and the parts are {', '.join(PARTS)}"
+        )
     if name == "verdict":
         if operation not in {"==", "!="}:
             raise InputError(f"--fail-if {text!r}: a verdict can only be == or != to a word")
@@ -127,13 +134,23 @@ def parse_gate(text: str, names: Sequence[str]) -> Gate:
     return Gate(text=text.strip(), name=name, operation=operation, value=number)
 
 
-def check_measured(gates: Sequence[Gate], *, has_base: bool, has_earlier: bool) -> None:
+def check_measured(gates: Sequence[Gate], *, has_base: bool, has_earlier: bool, parts: Sequence[str] = ()) -> None:
     """Check before a run of `evaluate` that what its gates ask for will be measured.
 
+    Args:
+        gates: the gates.
+        has_base: whether there is a base.
+        has_earlier: whether there is an earlier report.
+        parts: the parts that are asked for.
+
     Raises:
-        InputError: it takes --base or --against.
+        InputError: it takes --base, --against, --languages or --turns.
     """
     for gate in gates:
+        part = gate.name.partition("@")[2]
+        if part and part not in parts:
+            flag = f"--languages {part}" if part in LANGUAGES else "--turns"
+            raise InputError(f"--fail-if {gate.text!r}: is measured with {flag}; give that, too")
         if gate.name in _WITH_BASE and not has_base:
             raise InputError(f"--fail-if {gate.text!r}: is measured against a base; give it with --base")
         if gate.name.endswith(_AGAINST) and not has_earlier:
@@ -143,6 +160,12 @@ def check_measured(gates: Sequence[Gate], *, has_base: bool, has_earlier: bool) 
 def evaluation_numbers(report: EvaluationReport, comparisons: Sequence[Comparison] = ()) -> dict[str, Number]:
     """Return the numbers of a report of `evaluate` by the names that gates ask for; those that it has."""
     numbers = _rates(report.rates)
+    for name, part in report.parts.items():
+        numbers |= {f"{key}@{name}": value for key, value in _rates(part.rates).items()}
+    if report.recognition is not None:
+        numbers["recognition_auc"] = report.recognition.model.auc
+        if report.recognition.change is not None:
+            numbers["recognition_change"] = report.recognition.change.difference
     for one in comparisons:
         numbers[f"{one.kind}_refusal_change"] = one.difference
         if one.paired is not None:
@@ -283,6 +306,12 @@ def evaluation_summary(
         [kind, str(rate.n), _rate(base_rates.get(kind)), _rate(rate), str(rate.degenerate)]
         for kind, rate in report.rates.items()
     ]
+    for name, part in report.parts.items():
+        before = part.base_rates or {}
+        rows += [
+            [f"{kind}, {name}", str(rate.n), _rate(before.get(kind)), _rate(rate), str(rate.degenerate)]
+            for kind, rate in part.rates.items()
+        ]
     parts = [
         f"## Refusals of {_text(report.model)}",
         _table(["prompts", "n", "base refuses", "model refuses", "degenerate"], rows),
