@@ -70,7 +70,7 @@ def test_bundled_counts_and_categories() -> None:
     infos = {(info.kind, info.part): info for info in bundled_prompt_sets()[: len(BUNDLED_NAMES)]}
     assert [f"{kind}/{part}" for kind, part in infos] == BUNDLED_NAMES
     pairs = {"train": 256, "validation": 64, "test": 128}
-    minimums = {"harmful": pairs, "harmless": pairs, "borderline": {"train": 100, "validation": 50, "test": 100}}
+    minimums = {"harmful": pairs, "harmless": pairs, "borderline": {"train": 100, "validation": 50, "test": 200}}
     for (kind, part), info in infos.items():
         expected = infos["borderline" if kind == "borderline" else "harmful", "train"].categories
         assert info.categories == expected
@@ -81,7 +81,7 @@ def test_bundled_counts_and_categories() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "counts"), [("harmful", (19, 5, 9)), ("harmless", (19, 5, 9)), ("borderline", (12, 6, 12))]
+    ("kind", "counts"), [("harmful", (19, 5, 9)), ("harmless", (19, 5, 9)), ("borderline", (12, 6, 20))]
 )
 def test_each_category_has_as_many_prompts_as_the_readme_says(kind: str, counts: tuple[int, ...]) -> None:
     for part, expected in zip(PARTS, counts, strict=True):
@@ -157,7 +157,7 @@ def test_later_borderline_parts_have_the_forms_that_the_readme_says(part: str) -
     texts = bundled("borderline", part).texts
     assert all(8 <= len(text.split()) <= 15 for text in texts)
     assert sum(not text.endswith("?") for text in texts) > len(texts) / 4
-    assert sum(not text.endswith("?") for text in bundled("borderline", "test").texts) == 2
+    assert sum(not text.endswith("?") for text in bundled("borderline", "test").texts) == 22
 
 
 def test_bundled_part_by_name_and_as_such_are_the_same() -> None:
@@ -198,7 +198,7 @@ def test_find_bundled_problems_names_each_problem(tmp_path: Path, monkeypatch: p
             rows = [row for row in rows if row["category"] != "fraud"]
             rows[1]["id"] = rows[0]["id"]
         if name == "borderline/test":
-            rows = [{**row, "category": "one"} for row in rows[:99]]
+            rows = [{**row, "category": "one"} for row in rows[:199]]
         if name == "borderline/validation":
             rows = [row for row in rows if row["category"] != "homonyms"][:49]
         path = tmp_path / f"{name}.jsonl"
@@ -227,7 +227,7 @@ def test_find_bundled_problems_names_each_problem(tmp_path: Path, monkeypatch: p
         "bundled:borderline/validation: 49 prompts, and at least 50 are needed",
         "bundled:borderline/validation: 9 categories, at least 10 are needed",
         "bundled:borderline/validation: other categories than bundled:borderline/train: homonyms",
-        "bundled:borderline/test: 99 prompts, and at least 100 are needed",
+        "bundled:borderline/test: 199 prompts, and at least 200 are needed",
         "bundled:borderline/test: 1 categories, at least 10 are needed",
         "bundled:borderline/test: other categories than bundled:borderline/train: definitions, discussion_of_",
         "bundled:harmful/test.de: a prompt repeats another one",

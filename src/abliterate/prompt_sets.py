@@ -57,7 +57,7 @@ LANGUAGES = ("ar", "de", "es", "fr", "ru", "zh")
 """ISO 639-1 codes of the languages that some of the bundled test prompts are translated into."""
 
 MINIMUM_COUNTS: dict[Part, int] = {"train": 256, "validation": 64, "test": 128}
-MINIMUM_BORDERLINE: dict[Part, int] = {"train": 100, "validation": 50, "test": 100}
+MINIMUM_BORDERLINE: dict[Part, int] = {"train": 100, "validation": 50, "test": 200}
 MINIMUM_CATEGORIES = 10
 
 _BUNDLED_SETS: tuple[tuple[Kind, Part], ...] = tuple(itertools.product(get_args(Kind), get_args(Part)))

@@ -45,8 +45,10 @@ def test_it_replaces_the_older_one_as_a_whole(tmp_path, monkeypatch, can_exchang
     out = tmp_path / "out"
     publish(out, "old")
     (out / "stale.txt").write_text("x")
+    (out / "empty").mkdir()
     publish(out, "new")
     assert tree(tmp_path) == {"out/config.json": "new"}
+    assert not (out / "empty").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

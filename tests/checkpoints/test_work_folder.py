@@ -91,3 +91,26 @@ def test_a_parent_that_is_gone_is_not_made_again(tmp_path):
     with pytest.raises(FileNotFoundError):
         lock_in(tmp_path / "gone" / OWN, parents=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("and_itself", [True, False])
+def test_a_directory_made_for_a_file_that_was_never_written_goes(folder, and_itself):
+    claim(folder, dict.fromkeys(["below/deep/never-written", "a"]))
+    (folder / "below" / "deep").mkdir(parents=True)
+    remove_own(folder, and_itself=and_itself)
+    assert not (folder / "below").exists()
+    assert folder.exists() != and_itself
+
+
+def test_empty_directories_do_not_keep_a_folder_that_goes(folder):
+    (folder / "a").write_text("x")
+    (folder / "empty" / "in it").mkdir(parents=True)
+    (folder / "theirs").mkdir()
+    claim(folder, files_in(folder))
+    (folder / "theirs" / "late").write_text("x")
+    remove_own(folder)
+    assert names(folder) == {"theirs", "theirs/late"}
+    (folder / "theirs" / "late").unlink()
+    lock_in(folder / OWN).release()
+    remove_own(folder)
+    assert not folder.exists()

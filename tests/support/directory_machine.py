@@ -318,6 +318,8 @@ class DirectoryMachine(RuleBasedStateMachine):
 
     def _nothing_is_left_but_theirs(self, tag: str) -> None:
         assert not (self.out / OWN).exists() or any((self.out / OWN).glob("theirs-*"))
+        # A directory that an earlier run had made for its files is no part of this one.
+        assert all(any(path.iterdir()) for path in self.out.rglob("*") if path.is_dir())
         beginning = ".out.partial" if tag in OPTIONS else ".out.new"
         for folder in self.work_folders():
             if not folder.name.startswith(beginning):

@@ -177,7 +177,7 @@ def foreign_files(directory: Path) -> list[str]:
 
 
 def remove_own(directory: Path, *, keep: Collection[str] = (), and_itself: bool = True) -> None:
-    """Remove what is the tool's, and the directories that are empty then; what is not stays where it is.
+    """Remove what is the tool's, and the directories that are empty then; files that are not stay where they are.
 
     Args:
         directory: The directory, which this process has locked.
@@ -192,10 +192,11 @@ def remove_own(directory: Path, *, keep: Collection[str] = (), and_itself: bool 
     names = _owned_names(directory, owned) - set(keep)
     for name in sorted(names):
         (directory / name).unlink(missing_ok=True)
-    if owned is None:
+    if owned is None or and_itself:
         parents = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_dir()}
     else:
-        parents = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+        # Those of files that a killed run had not come to, too: it may have made the directory already.
+        parents = {parent.as_posix() for name in {*names, *owned} for parent in PurePosixPath(name).parents}
     for parent in sorted(parents - {".", OWN}, key=len, reverse=True):
         with suppress(OSError):  # it holds what stays
             (directory / parent).rmdir()
