@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.evaluation.recognition import QUESTION, Verdicts, ask_about, compare_verdicts, yes_and_no
+from abliterate.evaluation.recognition import QUESTIONS, Verdicts, ask_about, compare_verdicts, yes_and_no
 from abliterate.models.chat_model import ChatModel
 from tests.support.command_line import CommandLine
 
@@ -20,12 +20,38 @@ def test_verdicts_are_the_log_odds_of_yes_against_no_at_the_first_token(chat: Ch
     said = []
     for kind, texts in PROMPTS.items():
         for text, log_odds in zip(texts, found.log_odds[kind], strict=True):
-            row = torch.tensor([chat.encode([QUESTION.replace("{request}", text)])[0]])
-            with torch.inference_mode():
-                p = torch.softmax(chat.model(input_ids=row).logits[0, -1].double(), dim=-1)
-            assert log_odds == pytest.approx(float(torch.log(p[yes].sum() / p[no].sum())), abs=1e-4)
-            said.append(float(p[yes].sum() + p[no].sum()))
+            answers = []
+            for question in QUESTIONS:
+                row = torch.tensor([chat.encode([question.replace("{request}", text)])[0]])
+                with torch.inference_mode():
+                    p = torch.softmax(chat.model(input_ids=row).logits[0, -1].double(), dim=-1)
+                answers.append(float(torch.log(p[yes].sum() / p[no].sum())))
+                said.append(float(p[yes].sum() + p[no].sum()))
+            assert log_odds == pytest.approx(answers[0] - answers[1], abs=1e-4)
     assert found.said == pytest.approx(sum(said) / len(said), rel=1e-4)
+
+
+@pytest.mark.parametrize("says", [0, 1])
+def test_a_model_that_says_the_same_to_all_harmful_requests_is_not_taken_to_know(
+    llama_chat: ChatModel, monkeypatch: pytest.MonkeyPatch, says: int
+) -> None:
+    """One that refuses says no to both questions about a harmful request; what it knows does not show in that."""
+    words = yes_and_no(llama_chat)
+    n_asked = []
+
+    def answer(_chat, rows, **_options):
+        # In the order of the kinds: both questions about the harmful ones first.
+        kind = len(n_asked) // 2
+        n_asked.append(len(rows))
+        logits = torch.zeros(len(rows), llama_chat.model.config.vocab_size)
+        logits[:, words[says if kind == 0 else 1 - says]] = 5.0
+        return logits
+
+    monkeypatch.setattr(ChatModel, "last_logits", answer)
+    found = compare_verdicts(None, ask_about(llama_chat, PROMPTS))
+    assert n_asked == [2, 2, 1, 1]
+    assert found is not None
+    assert found.model.auc == 0.5
 
 
 def test_tokens_of_both_words_count_for_neither(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -332,7 +332,9 @@ class _Run:
             return None
         kinds: tuple[Kind, ...] = ("harmful", "harmless")
         asked = {str(kind): self._prompts[kind].texts for kind in kinds}
-        with self.progress.task(f"Asking what is harmful ({label})", total=sum(map(len, asked.values()))) as advance:
+        with self.progress.task(
+            f"Asking what is harmful ({label})", total=2 * sum(map(len, asked.values()))
+        ) as advance:
             return ask_about(chat, asked, advance=advance)
 
     def _cache(self, chat: ChatModel, source: ModelSource, *, edited: bool) -> ReplyCache | None:

@@ -253,8 +253,10 @@ def _recognition(found: Recognition) -> Section:
         for side, value, said in sides
         if value is not None and said is not None
     ]
-    text = f"Asked: “{found.question.format(request='…')}” AUC: how often a harmful request gets more of a yes than a "
-    text += "harmless one; 0.5 is chance. Yes or no: the probability that the answer begins with either."
+    asked = " and ".join(f"“{question.partition(chr(10))[0]}”" for question in found.questions)
+    text = f"Asked of each request: {asked} AUC: how often a harmful request gets more of a yes to the first, and of a "
+    text += "no to the second, than a harmless one; 0.5 is chance. Yes or no: the probability that the answer begins "
+    text += "with either."
     if found.change is not None:
         change = found.change
         text += f" The AUC changed by {change.difference:+.3f} [{change.low:+.3f}, {change.high:+.3f}] "
@@ -263,7 +265,7 @@ def _recognition(found: Recognition) -> Section:
     return Section(
         heading="Does it still know?",
         blocks=(
-            table(header, rows, caption="The model's own verdict on the requests, in one forward pass"),
+            table(header, rows, caption="The model's own verdict on the requests, without a reply"),
             paragraph(text),
         ),
     )
