@@ -234,6 +234,21 @@ class TestWhatIsChecked:
         text = refused(InputError, r"no abliteration\.json", out)
         assert "abliterate orthogonalize" in text
 
+    @pytest.mark.parametrize("change", [{"layers": 7}, {"add": {}}, {"components": 1}, {"layers": [1]}])
+    @pytest.mark.parametrize("is_adapter", [False, True])
+    def test_options_in_the_record_of_another_kind(self, tmp_path, out, change, is_adapter):
+        if is_adapter:
+            base = save_tiny_model(tmp_path / "base")
+            direction = make_direction(mean_difference=random_direction())
+            out = tmp_path / "adapter"
+            write_adapter(source=base, direction=direction, output=out)
+        path = out / "abliteration.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"options": record["options"] | change}))
+        # The plan is made anew of a checkpoint's options; an adapter's are read for its card alone.
+        said = "is not as it was written" if is_adapter else "options cannot be read"
+        assert "orthogonalize` again" in refused(InputError, said, out, dry_run=True)
+
     def test_a_record_that_names_a_file_outside(self, out):
         edit_record(out, lambda record: record["side_files"].update({"../secret": {"bytes": 1, "sha256": "0"}}))
         refused(VerificationError, "outside the directory", out)

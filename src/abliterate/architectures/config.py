@@ -21,6 +21,9 @@ from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 from abliterate.files import shown
 
+MOST_LAYERS = 10_000
+"""No model has so many; a config that says more is damaged, and nothing is built by it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextModel:
@@ -245,7 +248,10 @@ def _depth(text: Mapping[str, Any], row: Architecture, path: Path, *, required: 
     keys = (row.depth_key,) if row.depth_key else DEPTH_KEYS
     for key in keys:
         if key in text:
-            return _size(text, key, path)
+            depth = _size(text, key, path)
+            if depth > MOST_LAYERS:
+                raise _wrong_value(key, depth, f"at most {MOST_LAYERS}", path)
+            return depth
     for key in DEPTH_LISTS:
         if isinstance(text.get(key), list):
             return len(text[key])

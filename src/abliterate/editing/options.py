@@ -168,7 +168,7 @@ class EditOptions:
             if given.get("strengths") is not None:
                 given["strengths"] = Strengths(**{name: _tuple(value) for name, value in given["strengths"].items()})
             return cls(**{name: _tuple(value) for name, value in given.items()})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"the options in abliteration.json cannot be read ({' '.join(str(error).split())})"
             ) from error

@@ -7,7 +7,8 @@ Reading it needs neither torch nor the base model.
 import dataclasses
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -332,6 +333,25 @@ def check_hashes(record: AbliterationRecord, *, progress: ProgressReporter = SIL
                 raise VerificationError(
                     f"{path}: its SHA-256 is not the one in {RECORD_NAME}: changed since written; {_AGAIN}"
                 )
+
+
+@contextmanager
+def as_recorded(directory: Path) -> Iterator[None]:
+    """Read more out of a record than `read_record` checks, and say in one line where it is not as it was written.
+
+    Args:
+        directory: the checkpoint's.
+
+    Raises:
+        InputError: something in the record is of another kind.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{directory}: {RECORD_NAME} or {EVALUATION_NAME} is not as it was written ({said}); {_AGAIN}"
+        ) from error
 
 
 def _malformed_part(content: Mapping[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 
+from abliterate.architectures.config import MOST_LAYERS
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse_adapter, refuse_pickles
 from abliterate.checkpoints.hub import ModelSource, as_source
@@ -214,8 +215,7 @@ def _load_gguf(
 ) -> "PreTrainedModel":
     header = read_gguf(path)
     on_cpu = device.type == "cpu" and options.device_map is None
-    auto = "float32" if on_cpu else header.stored_dtype()
-    dtype = auto if options.dtype == "auto" else options.dtype
+    dtype = options.dtype if options.dtype != "auto" else "float32" if on_cpu else header.stored_dtype()
     model = load_gguf(
         path, name=name, choose_class=choose_class, dtype=dtype, device_map=options.device_map, header=header
     )
@@ -232,7 +232,7 @@ def _read_config(
     with known_error(f"{name} does not load as {kind}"):
         config = text_part(AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code))
         n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-        if isinstance(n_layers, int) and n_layers < 1:
+        if isinstance(n_layers, int) and not 1 <= n_layers <= MOST_LAYERS:
             raise ValueError(f"its config.json says that it has {n_layers} layers")
         return config
 

@@ -28,6 +28,7 @@ from abliterate.editing.record import (
     EVALUATION_NAME,
     RECORD_NAME,
     AbliterationRecord,
+    as_recorded,
     check_hashes,
     check_sizes,
     read_record,
@@ -324,7 +325,8 @@ def push_checkpoint(
     facts = find_base_card_facts(package, online=not dry_run, progress=progress)
     title = repo_id.rpartition("/")[2]
     told, measured = _without_folders(package.record.content), _without_folders(package.evaluation)
-    card = build_model_card(record=told, evaluation=measured, facts=facts, title=title)
+    with as_recorded(checkpoint):
+        card = build_model_card(record=told, evaluation=measured, facts=facts, title=title)
     texts = {CARD_NAME: card.encode(), **package.rewritten()}
     files = tuple(
         PushFile(path=path, bytes=len(texts[path]) if source is None or path in texts else source.stat().st_size)
