@@ -243,6 +243,15 @@ def test_quantised_and_pickled_weights_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_config_by_which_no_small_model_is_built_is_one_line(tmp_path: Path) -> None:
+    path = save_chat_model(tmp_path / "m", tiny_llama())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"head_dim": 0}))
+    with pytest.raises(ModelError, match="cannot be run one by one: a small model to try it on does not run") as found:
+        load_streamed_model(path, name="m", options=STREAMED)
+    assert "\n" not in str(found.value)
+
+
 def test_blocks_between_which_something_happens_are_refused(tmp_path: Path, monkeypatch) -> None:
     from transformers.models.llama import modeling_llama
 

@@ -23,7 +23,7 @@ from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse
 from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.directions import Direction
-from abliterate.errors import InputError, ModelError
+from abliterate.errors import AbliterateError, InputError, ModelError
 from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
 from abliterate.models.chat_template import processor_template, start_rendering
@@ -315,8 +315,7 @@ def choose_device(device: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(0, device=(chosen := torch.device(device)))
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} is not there; use auto, cpu, cuda, cuda:N or mps") from error
     return chosen
@@ -324,7 +323,6 @@ def choose_device(device: str) -> torch.device:
 
 _TWIN_TOLERANCE = 1e-4
 _TWIN_ROWS = [[5, 17, 23, 42, 61], [7, 11, 13, 19, 3, 44, 50, 71, 9, 10, 12, 90, 33]]
-_CANNOT_BUILD = (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError, ImportError)
 
 
 def load_streamed_model(
@@ -401,7 +399,9 @@ def try_streaming(config: "PretrainedConfig", *, name: str) -> int:
         apart = dataclasses.replace(chat, returned=max(returned)).last_logits(_TWIN_ROWS)
     except NotHandedOnError as error:
         raise ModelError(f"{refusal}: something happens between them; load it without --stream-layers") from error
-    except _CANNOT_BUILD as error:
+    except AbliterateError:
+        raise
+    except Exception as error:  # by a damaged config the model's own code fails in any way that Python knows
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{refusal}: a small model to try it on does not run ({reason})") from error
     if not float((apart - whole).abs().max()) <= _TWIN_TOLERANCE * float(whole.abs().max()):
