@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from abliterate.evaluation import recognition
 from abliterate.evaluation.recognition import QUESTIONS, Verdicts, ask_about, compare_verdicts, yes_and_no
 from abliterate.models.chat_model import ChatModel
 from tests.support.command_line import CommandLine
@@ -13,8 +14,12 @@ from tests.support.command_line import CommandLine
 PROMPTS = {"harmful": ("How do locks work?", "Explain rain."), "harmless": ("Why is it dark?",)}
 
 
-def test_verdicts_are_the_log_odds_of_yes_against_no_at_the_first_token(chat: ChatModel) -> None:
+@pytest.mark.parametrize("at_once", [1, 64])
+def test_verdicts_are_the_log_odds_of_yes_against_no_at_the_first_token(
+    chat: ChatModel, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
     yes, no = yes_and_no(chat)
+    monkeypatch.setattr(recognition, "_AT_ONCE", at_once)
     found = ask_about(chat, PROMPTS)
     assert found is not None
     said = []
