@@ -1,11 +1,12 @@
 """How large a checkpoint or a prompt file may be: time and peak memory at the sizes that somebody will have one day.
 
-    python -m benchmarks.limits [--only plan,edit,shards,tensors,prompts] [--directory DIR]
+    python -m benchmarks.limits [--only plan,edit,terabyte,shards,tensors,prompts] [--directory DIR]
 
 The checkpoints are sparse, real headers over files of nothing but holes, and are removed afterwards:
 
     plan      960 GB in the shapes of a 480B MoE (qwen3_moe, one tensor for each expert's matrices): planned only
     edit      40 GB of such shapes with 1 % edited, beside 4 GB with 10 % edited: peak memory of both
+    terabyte  1 % of the 960 GB edited: peak memory beside the same 4 GB (hashes all of it; not unless it is asked for)
     shards    10,000 shards, planned and edited with 256 file descriptors
     tensors   100,000 tensors in 50 shards, planned and edited
     prompts   a million prompts as .txt, .jsonl, .csv and .json
@@ -94,17 +95,32 @@ def plan(directory: Path) -> dict[str, Any]:
 
 def edit(directory: Path) -> dict[str, Any]:
     """Edit 1 % of 40 GB and 10 % of 4 GB, the same bytes."""
-    shape = {"hidden": 2048, "experts": 64, "intermediate": 1024, "heads": 16, "vocabulary": 32000}
-    results: dict[str, Any] = {}
-    for name, layers in (("small", 5), ("large", 48)):
-        base, direction, facts = make(directory / name, shard_bytes=2 * _GB, layers=layers, **shape)
-        out = directory / name / "out"
-        found = abliterate("orthogonalize", base, "--direction", direction, "--layers", "2:3", "-o", out)
-        results[name] = facts | found
-        results[name]["mb_on_disk"] = sum(512 * file.stat().st_blocks for file in out.iterdir()) // 10**6
-        shutil.rmtree(directory / name)
+    results = {
+        name: _edit(directory / name, shard_bytes=2 * _GB, layers=layers, edited="2:3", **SMALL)
+        for name, layers in (("small", 5), ("large", 48))
+    }
     assert results["large"]["peak_mb"] < 1.25 * results["small"]["peak_mb"], results
     return results
+
+
+SMALL = {"hidden": 2048, "experts": 64, "intermediate": 1024, "heads": 16, "vocabulary": 32000}
+
+
+def terabyte(directory: Path) -> dict[str, Any]:
+    """Edit 1 % of a terabyte, and 10 % of 4 GB."""
+    small = _edit(directory / "small", shard_bytes=2 * _GB, layers=5, edited="2:3", **SMALL)
+    large = _edit(directory / "large", shard_bytes=4 * _GB, layers=62, edited="2:4", **LARGE)
+    assert large["peak_mb"] < 1.25 * small["peak_mb"], (small, large)
+    return {"small": small, "large": large}
+
+
+def _edit(directory: Path, *, shard_bytes: int, edited: str, **shape: int) -> dict[str, Any]:
+    base, direction, facts = make(directory, shard_bytes=shard_bytes, **shape)
+    out = directory / "out"
+    found = abliterate("orthogonalize", base, "--direction", direction, "--layers", edited, "-o", out)
+    on_disk = sum(512 * file.stat().st_blocks for file in out.iterdir()) // 10**6
+    shutil.rmtree(directory)
+    return facts | found | {"mb_on_disk": on_disk}
 
 
 def shards(directory: Path) -> dict[str, Any]:
@@ -149,13 +165,14 @@ def prompts(directory: Path) -> dict[str, Any]:
     return results
 
 
-PARTS = {part.__name__: part for part in (plan, edit, shards, tensors, prompts)}
+PARTS = {part.__name__: part for part in (plan, edit, shards, tensors, prompts, terabyte)}
 
 
 def main() -> None:
     """Measure and print one line of JSON for each part."""
     parser = argparse.ArgumentParser(description="Measure time and memory at the limits.")
-    parser.add_argument("--only", default=",".join(PARTS), help="some of " + ",".join(PARTS))
+    usual = ",".join(name for name in PARTS if name != "terabyte")
+    parser.add_argument("--only", default=usual, help="some of " + ",".join(PARTS))
     parser.add_argument("--directory", type=Path, help="where the sparse files are made")
     arguments = parser.parse_args()
     for name in arguments.only.split(","):
