@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import DirectionError
-from abliterate.files import parse_json, write_file
+from abliterate.files import in_one_line, parse_json, write_file
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Float64
@@ -176,7 +176,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DirectionError(
-            f"{path}: not a readable safetensors file ({error}); make a direction file with "
+            f"{path}: not a readable safetensors file ({in_one_line(error)}); make a direction file with "
             "`abliterate extract MODEL -o FILE`"
         ) from error
 

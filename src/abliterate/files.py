@@ -74,6 +74,11 @@ def printable(text: str) -> str:
     return "".join(c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def in_one_line(error: BaseException, *, most: int = 200) -> str:
+    """Return what an error of a library says, as part of a message of ours: one line, shortened, printable."""
+    return printable(" ".join(str(error).split()))[:most]
+
+
 _SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
 _SHORTEST_SECRET = 8
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")

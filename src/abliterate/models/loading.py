@@ -24,6 +24,7 @@ from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.directions import Direction
 from abliterate.errors import AbliterateError, InputError, ModelError
+from abliterate.files import in_one_line
 from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
 from abliterate.models.chat_template import processor_template, start_rendering
@@ -196,7 +197,7 @@ def load_weights(
             )
         except SafetensorError as error:
             _refuse_pointers(path, error)
-            raise ModelError(f"{name}: the weights are damaged or incomplete ({error}); download them again") from error
+            raise ModelError(f"{name}: the weights are damaged ({in_one_line(error)}); download them again") from error
     check_complete(model, report, path=path, name=name)
     if options.device_map is None:
         if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
@@ -402,8 +403,7 @@ def try_streaming(config: "PretrainedConfig", *, name: str) -> int:
     except AbliterateError:
         raise
     except Exception as error:  # by a damaged config the model's own code fails in any way that Python knows
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{refusal}: a small model to try it on does not run ({reason})") from error
+        raise ModelError(f"{refusal}: a small model to try it on does not run ({in_one_line(error)})") from error
     if not float((apart - whole).abs().max()) <= _TWIN_TOLERANCE * float(whole.abs().max()):
         raise ModelError(f"{refusal}: in a small model the logits come out otherwise; load it without --stream-layers")
     return max(returned)
