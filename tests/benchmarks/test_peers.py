@@ -312,7 +312,7 @@ def test_all_tools_get_the_first_prompts_of_each_part(tmp_path):
 
 def test_fewer_test_prompts_are_measured_on_when_asked(call, fake, tmp_path):
     document = call("--seeds", "1", "--trials", "6", "--every", "3")
-    for kind, n in (("harmful", 48), ("harmless", 48), ("borderline", 40)):
+    for kind, n in (("harmful", 48), ("harmless", 48), ("borderline", 67)):
         file = tmp_path / "out" / "prompts" / kind / "test.txt"
         assert fake.evaluated[0][fake.evaluated[0].index(f"--{kind}") + 1] == str(file)
         assert file.read_text().splitlines() == list(
