@@ -1,6 +1,6 @@
 # make demo     environment, demo model, direction, orthogonalized checkpoint, measurements: the main job on a real model
 # make demo-real  the same on a model that its makers aligned (0.5 to 1 GB of download, 7 GB of disk, takes longer)
-# make test     environment and the tests of a commit (no network): every kind of behaviour, at most 25 minutes on two cores
+# make test     environment and the tests of a commit (no network): every kind of behaviour, half an hour on two slow cores
 # make proof    the rest of the tests (every variant, real weights, several processes), then the fuzzers, the state machines
 #               and the killer of runs at length; before a release, or after a change to what writes or reads files (two hours)
 # make check    format, lint, types, import contract; changes nothing

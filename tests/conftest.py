@@ -54,11 +54,13 @@ def loopback_only() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def all_cores_for_the_demo(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let tests of the demo model, which is no tiny one, use every core."""
+    """Let tests of the demo model, which is no tiny one, use every core that no other process tests on."""
     if request.node.get_closest_marker("demo") is None:
         yield
         return
-    torch.set_num_threads(os.cpu_count() or 1)
+    # Threads of two processes that share a core wait for one another most of the time.
+    n_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_processes))
     yield
     torch.set_num_threads(1)
 
