@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.paths import REPOSITORY
 
@@ -16,8 +17,7 @@ BIN = Path(sys.executable).parent
 
 def shell(script: str, directory: Path) -> str:
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    # What the tests of tiny models set.
-    environment.pop("OMP_NUM_THREADS", None)
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=directory, env=environment, capture_output=True, text=True
     )

@@ -74,9 +74,9 @@ def printable(text: str) -> str:
     return "".join(c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def in_one_line(error: BaseException, *, most: int = 200) -> str:
+def in_one_line(error: BaseException) -> str:
     """Return what an error of a library says, as part of a message of ours: one line, shortened, printable."""
-    return printable(" ".join(str(error).split()))[:most]
+    return printable(" ".join(str(error).split())).rstrip(".")[:300]
 
 
 _SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import PromptSetError
-from abliterate.files import HALF_PAIR
+from abliterate.files import HALF_PAIR, in_one_line
 
 DEFAULT_COLUMNS = (
     *("text", "prompt", "instruction", "goal", "question", "behavior", "forbidden_prompt", "query"),
@@ -162,7 +162,7 @@ def _read_table(path: Path) -> _Table:
     except UnicodeDecodeError as error:
         raise PromptSetError(f"{path}: not UTF-8 (byte {error.start}); convert it, as with `iconv -t UTF-8`") from error
     except OSError as error:
-        raise PromptSetError(f"{path}: cannot be read: {error.strerror or _one_line(error)}") from error
+        raise PromptSetError(f"{path}: cannot be read: {error.strerror or in_one_line(error)}") from error
     if suffix == ".csv":
         return _read_csv(path, text)
     if suffix == ".json":
@@ -253,7 +253,7 @@ def _read_parquet(path: Path) -> _Table:
         table.validate(full=True)
     # Broken ones make it raise its own errors, OSError, ValueError and others.
     except Exception as error:
-        raise PromptSetError(f"{path}: not a readable Parquet file ({_one_line(error)})") from error
+        raise PromptSetError(f"{path}: not a readable Parquet file ({in_one_line(error)})") from error
     is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string)
     return _Table(
         where=str(path),
@@ -288,11 +288,11 @@ def _column_of(dataset: Any, column: str, *, repo_id: str) -> list[object]:
     try:
         return list(dataset[column])
     except (OSError, ValueError) as error:  # a file of it that is damaged, or strings in it that are no text
-        raise PromptSetError(f"{repo_id}: the column {column} cannot be read ({_one_line(error)})") from error
+        raise PromptSetError(f"{repo_id}: the column {column} cannot be read ({in_one_line(error)})") from error
 
 
 def _explain(error: Exception, *, repo_id: str, split: str) -> str:
-    said = _one_line(error)
+    said = in_one_line(error)
     if splits := re.search(r"Unknown split .*Should be one of \[(.*)\]", said):
         return f"no split {split!r}; splits found: {splits[1]}; name one as {repo_id}:SPLIT"
     if configs := re.search(r"available configs: (\[.*?\])", said):
@@ -304,7 +304,3 @@ def _explain(error: Exception, *, repo_id: str, split: str) -> str:
     if isinstance(error, ConnectionError):
         return f"{said}; check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a file"
     return f"`datasets` cannot load it ({type(error).__name__}): {said}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300]

@@ -11,6 +11,7 @@ from abliterate.architectures.names import Role
 from abliterate.arguments import Argument
 from abliterate.editing.strengths import Strengths
 from abliterate.errors import InputError
+from abliterate.files import in_one_line
 
 if TYPE_CHECKING:
     from abliterate.architectures.writers import ResidualWriter
@@ -169,9 +170,7 @@ class EditOptions:
                 given["strengths"] = Strengths(**{name: _tuple(value) for name, value in given["strengths"].items()})
             return cls(**{name: _tuple(value) for name, value in given.items()})
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise InputError(
-                f"the options in abliteration.json cannot be read ({' '.join(str(error).split())})"
-            ) from error
+            raise InputError(f"the options in abliteration.json cannot be read ({in_one_line(error)})") from error
 
     def includes(self, writer: "ResidualWriter") -> bool:
         """Return whether these options edit `writer`."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from abliterate.checkpoints.file_ranges import WrittenFile, hash_file
 from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import InputError, VerificationError
-from abliterate.files import has_file, read_json_report, write_json
+from abliterate.files import has_file, in_one_line, read_json_report, write_json
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
@@ -348,10 +348,8 @@ def as_recorded(directory: Path) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{directory}: {RECORD_NAME} or {EVALUATION_NAME} is not as it was written ({said}); {_AGAIN}"
-        ) from error
+        said = f"{RECORD_NAME} or {EVALUATION_NAME} is not as it was written ({in_one_line(error)})"
+        raise InputError(f"{directory}: {said}; {_AGAIN}") from error
 
 
 def _malformed_part(content: Mapping[str, Any]) -> str | None:

@@ -29,6 +29,7 @@ from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan import TwinProof
 from abliterate.editing.plan_report import Layout, pattern_of
 from abliterate.errors import UnsupportedArchitectureError
+from abliterate.files import in_one_line
 from abliterate.models.loading import class_of
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -364,7 +365,7 @@ def _refusing(refusal: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_one_line(error) or type(error).__name__
         raise UnsupportedArchitectureError(
             f"{refusal}: {what}: {reason}; docs/architectures.md lists the types that need no such try"
         ) from error

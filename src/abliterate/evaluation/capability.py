@@ -14,6 +14,7 @@ from typing import Any
 from abliterate.errors import InputError, MissingDependencyError
 from abliterate.evaluation.report import TaskOptions
 from abliterate.evaluation.statistics import Z_95, mcnemar_p_value
+from abliterate.files import in_one_line
 from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -182,4 +183,4 @@ def _samples(samples: dict[str, list[dict[str, Any]]]) -> TaskSamples:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {in_one_line(error)}"

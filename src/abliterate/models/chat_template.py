@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from abliterate.errors import ModelError, TemplateLimitError
-from abliterate.files import HALF_PAIR
+from abliterate.files import HALF_PAIR, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ def render_conversation(
         raise TemplateLimitError(f"{tokenizer.name_or_path or 'the model'}: {error}") from None
     except Exception as error:  # a template is a program of its own and may raise anything
         hint = "; it may not accept a system message" if system_prompt is not None else ""
-        raise ModelError(f"the chat template fails: {' '.join(str(error).split())}{hint}") from error
+        raise ModelError(f"the chat template fails: {in_one_line(error)}{hint}") from error
     if HALF_PAIR.search(text):
         raise ModelError("the chat template fails: it writes half of a surrogate pair, which stands for no character")
     return text

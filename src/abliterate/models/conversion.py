@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from abliterate.checkpoints.atomic_directory import check_output_directory, published_directory
 from abliterate.errors import ModelError
+from abliterate.files import in_one_line
 from abliterate.models.gguf_file import GgufFile, load_gguf, load_gguf_tokenizer, read_gguf
 from abliterate.models.loading import check_memory, choose_device, class_of
 from abliterate.models.options import ConvertedDtype
@@ -91,7 +92,7 @@ def convert_gguf(
                 model.save_pretrained(partial, max_shard_size=shard_size)
                 tokenizer.save_pretrained(partial)
             except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-                reason = " ".join(str(error).split())[:300]
+                reason = in_one_line(error)
                 raise ModelError(f"{label}: transformers does not write this model ({reason})") from error
             (partial / "README.md").write_text(_card(header, label, dtype), encoding="utf-8")
         advance(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from abliterate.checkpoints.checkpoint import is_of_mlx
 from abliterate.errors import AbliterateError, ModelError
-from abliterate.files import printable
+from abliterate.files import in_one_line, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ def known_error(failure: str, *, hint: str = "") -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        said = in_one_line(error) or type(error).__name__
         raise ModelError(f"{failure}: {said}{hint}") from error
 
 
