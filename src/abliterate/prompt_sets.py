@@ -406,12 +406,12 @@ def _find_part_problems(prompts: PromptSet, kind: Kind, part: Part) -> list[str]
 
 def describe_prompt_set(prompts: PromptSet) -> PromptSetInfo:
     """Count a set's prompts, words, categories and duplicates."""
-    kind, part = _kind_and_part(prompts.name)
+    kind, part, language = _place_of(prompts.name)
     return PromptSetInfo(
         name=prompts.name,
         kind=kind,
         part=part,
-        language=_language(prompts.name),
+        language=language,
         count=len(prompts),
         categories=tuple(sorted(set(prompts.categories) - {""})),
         mean_words=sum(len(text.split()) for text in prompts.texts) / len(prompts),
@@ -420,18 +420,15 @@ def describe_prompt_set(prompts: PromptSet) -> PromptSetInfo:
     )
 
 
-def _kind_and_part(name: str) -> tuple[Kind | None, Part | None]:
+def _place_of(name: str) -> tuple[Kind | None, Part | None, str | None]:
+    """Return kind, part and language of a bundled set by its name; a translation is of the test part."""
     for kind, part in _BUNDLED_SETS:
-        # A translation belongs to the part that it is translated from.
-        if name in {f"{BUNDLED}:{kind}/{part}{of}" for of in ("", *(f".{code}" for code in LANGUAGES))}:
-            return kind, part
-    return None, None
-
-
-def _language(name: str) -> str | None:
-    if not name.startswith(f"{BUNDLED}:"):
-        return None
-    return next((code for code in LANGUAGES if name.endswith(f".{code}")), "en")
+        if name == f"{BUNDLED}:{kind}/{part}":
+            return kind, part, "en"
+    for kind, language in itertools.product(get_args(Kind), LANGUAGES):
+        if name == f"{BUNDLED}:{kind}/test.{language}":
+            return kind, "test", language
+    return None, None, "en" if name.startswith(f"{BUNDLED}:") else None
 
 
 def _load_bundled(kind: Kind, part: Part) -> PromptSet:

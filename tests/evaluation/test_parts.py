@@ -49,6 +49,10 @@ def test_translations_that_the_direction_was_found_with_are_left_out() -> None:
     german = choose_parts(options, PLAIN, frozenset())[0].prompts["harmful"]
     used = frozenset(map(prompt_hash, german.texts[:5]))
     assert choose_parts(options, PLAIN, used)[0].prompts["harmful"].ids == german.ids[5:]
+    # Found with the English ones: what is translated is the same request.
+    english = dict(zip(PLAIN["harmful"].ids, PLAIN["harmful"].texts, strict=True))
+    used = frozenset(prompt_hash(english[i]) for i in german.ids[:3])
+    assert choose_parts(options, PLAIN, used)[0].prompts["harmful"].ids == german.ids[3:]
     with pytest.raises(PromptSetError, match=r"test\.de"):
         choose_parts(options, PLAIN, frozenset(map(prompt_hash, german.texts)))
 

@@ -10,7 +10,7 @@ base on the same prompts, and with itself on the plain prompts of the same ids.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from abliterate.errors import ModelError
@@ -31,7 +31,7 @@ from abliterate.evaluation.statistics import PairedChange, paired_change
 from abliterate.extraction.reply_classes import Reply, read_completions
 from abliterate.models.chat_model import ChatModel
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import PromptSet, load_openings, load_translated
+from abliterate.prompt_sets import BUNDLED, PromptSet, load_openings, load_prompt_set, load_translated, prompt_hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class PartAnswers:
     """What a model replied in one part."""
 
     answers: Answers
-    replies: dict[str, list[Reply]] = field(default_factory=dict)
+    replies: dict[str, list[Reply]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,20 +78,28 @@ def choose_parts(options: EvaluationOptions, plain: Mapping[Kind, PromptSet], us
     Args:
         options: `languages` and `turns` say which.
         plain: the prompts that are asked plainly.
-        used: hashes of prompts that the direction was found with.
+        used: hashes of prompts that the direction was found with; a translation of such a prompt is one, too.
 
     Raises:
         InputError: the prompts are not translated into such a language.
         PromptSetError: a direction was found with all prompts of a part.
     """
     translated = {
-        code: {kind: hold_out(load_translated(kind, code), used).prompts for kind in KINDS}
+        code: {kind: _held_out_translations(kind, code, used) for kind in KINDS}
         for code in chosen_parts(options.languages, turns=False)
     }
     return tuple(
         Part(name=name, prompts=translated.get(name, dict(plain)))
         for name in chosen_parts(options.languages, turns=options.turns)
     )
+
+
+def _held_out_translations(kind: Kind, language: str, used: frozenset[str]) -> PromptSet:
+    english = load_prompt_set(BUNDLED, kind=kind, part="test")
+    of_used = {i for i, text in zip(english.ids, english.texts, strict=True) if prompt_hash(text) in used}
+    translated = load_translated(kind, language)
+    texts = zip(translated.ids, translated.texts, strict=True)
+    return hold_out(translated, used | {prompt_hash(text) for i, text in texts if i in of_used}).prompts
 
 
 def answer_part(

@@ -15,14 +15,13 @@ from xml.etree import ElementTree
 
 from abliterate.errors import InputError, VerificationError
 from abliterate.evaluation.audit_report import AuditReport
-from abliterate.evaluation.report import PARTS, EvaluationReport
+from abliterate.evaluation.report import KINDS, PARTS, EvaluationReport
 from abliterate.evaluation.statistics import PairedChange, paired_change
 from abliterate.files import printable, read_json_report, write_file
 from abliterate.prompt_sets import LANGUAGES
 
 Number = float | str
 
-KINDS = ("harmful", "harmless", "borderline")
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
