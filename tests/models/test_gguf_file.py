@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.errors import InputError, MissingDependencyError, ModelError
 from abliterate.models.gguf_file import load_gguf, read_gguf, read_gguf_config
-from abliterate.models.loading import class_of, estimate_bytes, load_streamed_model, load_tokenizer, open_model
+from abliterate.models.loading import class_of, load_streamed_model, load_tokenizer, open_model
+from abliterate.models.memory import estimate_bytes
 from abliterate.models.options import ModelOptions
 from tests.support.gguf_models import (
     ARCHITECTURES,

@@ -18,9 +18,9 @@ from abliterate.architectures.table import feels_gaps, feels_padding
 from abliterate.checkpoints.provenance import versions
 from abliterate.errors import ModelError
 from abliterate.files import shown
-from abliterate.models.batching import BatchLimits, is_out_of_memory, plan_batches
 from abliterate.models.chat_format import ChatFormat, conversation_row, find_chat_format
 from abliterate.models.chat_template import token_texts
+from abliterate.models.memory import BatchLimits, is_out_of_memory, plan_batches
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import ResidualStream, find_blocks, find_stream, learned_positions
 

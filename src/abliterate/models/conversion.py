@@ -14,7 +14,8 @@ from abliterate.checkpoints.atomic_directory import check_output_directory, publ
 from abliterate.errors import ModelError
 from abliterate.files import in_one_line
 from abliterate.models.gguf_file import GgufFile, load_gguf, load_gguf_tokenizer, read_gguf
-from abliterate.models.loading import check_memory, choose_device, class_of
+from abliterate.models.loading import choose_device, class_of
+from abliterate.models.memory import check_memory
 from abliterate.models.options import ConvertedDtype
 from abliterate.progress import SILENT, ProgressReporter
 

@@ -5,8 +5,6 @@ has shown that this gives the logits of the whole.
 """
 
 import dataclasses
-import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from abliterate.models.chat_template import processor_template, start_rendering
 from abliterate.models.gguf_file import load_gguf, load_gguf_tokenizer, read_gguf, read_gguf_config
 from abliterate.models.layer_weights import LayerWeights
 from abliterate.models.loading_report import OF_MLX, check_complete, known_error
+from abliterate.models.memory import check_memory
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import check_extractable, find_blocks
 from abliterate.models.stream_probe import probe_stream
@@ -197,7 +196,9 @@ def load_weights(
             )
         except SafetensorError as error:
             _refuse_pointers(path, error)
-            raise ModelError(f"{name}: the weights are damaged ({in_one_line(error)}); download them again") from error
+            raise ModelError(
+                f"{name}: the weights are damaged or incomplete ({in_one_line(error)}); download them again"
+            ) from error
     check_complete(model, report, path=path, name=name)
     if options.device_map is None:
         if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
@@ -316,7 +317,8 @@ def choose_device(device: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(0, device=(chosen := torch.device(device)))
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} is not there; use auto, cpu, cuda, cuda:N or mps") from error
     return chosen
@@ -436,114 +438,3 @@ def _dtype(config: "PretrainedConfig", options: ModelOptions, device: torch.devi
     stored = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
     half = stored in {torch.bfloat16, torch.float16}
     return torch.float32 if half and device.type == "cpu" else cast(torch.dtype, stored)
-
-
-_WIDTHS = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float64": 8}
-_GIGABYTE = 1e9
-
-
-def check_memory(path: Path, *, name: str, dtype: str, device: torch.device) -> None:
-    """Refuse to load a model whose weights alone are more than what is free.
-
-    Args:
-        path: the model's directory.
-        name: what to call it in the message.
-        dtype: see `ModelOptions`.
-        device: where the whole model is to go.
-
-    Raises:
-        ModelError: it does not fit; the message says what would.
-    """
-    needed, free = estimate_bytes(path, dtype=dtype, device=device), free_bytes(device)
-    if free is None or needed <= free:
-        return
-    raise ModelError(
-        f"{name}: its weights take about {needed / _GIGABYTE:.1f} GB on {device.type}, and {free / _GIGABYTE:.1f} GB "
-        "are free; `extract` takes --stream-layers (one layer in memory at a time) or --device-map auto (GPUs, memory "
-        "and disk together), and --dtype bfloat16 makes it smaller"
-    )
-
-
-def estimate_bytes(path: Path, *, dtype: str, device: torch.device) -> int:
-    """Return how many bytes the weights of a directory or GGUF file take once loaded; 0 where no weights are known.
-
-    Half formats are run in float32 on a CPU unless `dtype` says otherwise.
-
-    Args:
-        path: the model's directory.
-        dtype: auto, float32, bfloat16 or float16.
-        device: where the model is to go.
-    """
-    if path.is_file():
-        header = read_gguf(path)
-        as_run = "float32" if device.type == "cpu" else header.stored_dtype()
-        return header.n_values * _WIDTHS[as_run if dtype == "auto" else dtype]
-    stored = sum(file.stat().st_size for file in _weight_files(path))
-    config = _read(path / "config.json")
-    if config.get("quantization_config"):
-        return stored
-    stored_width = _WIDTHS.get(_stored_dtype(config), 4)
-    width = 4 if stored_width == 2 and device.type == "cpu" else stored_width
-    return stored * _WIDTHS.get(dtype, width) // stored_width
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return how much memory a device or container has left, swap and what can be freed included; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    try:
-        lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
-        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        memory, swap = 1024 * kilobytes["MemAvailable"], 1024 * kilobytes["SwapFree"]
-        groups = [line.split(":", 2)[1:] for line in (_PROC / "self/cgroup").read_text().splitlines()]
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
-    for controllers, path in groups:
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = _CGROUPS / "memory" if controllers else _CGROUPS
-        limit, used = _NAMES_1 if controllers else _NAMES_2
-        group = top / path.lstrip("/")
-        for each in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
-            left = _value(each / limit) - _value(each / used, 0) + _value(each / "memory.stat", 0, "inactive_file")
-            memory = int(min(left, memory))
-            left = _value(each / "memory.swap.max") - _value(each / "memory.swap.current", 0)
-            swap = int(min(left, swap))
-    return max(0, memory) + max(0, swap)
-
-
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-_NAMES_1, _NAMES_2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
-
-
-def _value(file: Path, otherwise: float = math.inf, name: str = "") -> float:
-    try:
-        return next(float(line.split()[-1]) for line in file.read_text().splitlines() if line.startswith(name))
-    except (OSError, ValueError, IndexError, StopIteration):  # "max" is no number
-        return otherwise
-
-
-def _weight_files(path: Path) -> list[Path]:
-    # Some repositories hold the weights a second time in a layout of their own, which is not what is loaded.
-    named = _read(path / "model.safetensors.index.json").get("weight_map")
-    if isinstance(named, dict):
-        return [path / str(name) for name in sorted(set(named.values())) if (path / str(name)).is_file()]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    return list(path.glob("pytorch_model*.bin"))
-
-
-def _stored_dtype(config: dict[str, Any]) -> str:
-    text = config.get("text_config")
-    sections = (config, text if isinstance(text, dict) else {})
-    return str(next((s[key] for s in sections for key in ("dtype", "torch_dtype") if s.get(key)), "float32"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
