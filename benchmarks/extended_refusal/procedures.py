@@ -1,6 +1,6 @@
 """Two procedures of abliteration on the two demo models, read by two measures: what makes Table 1 of arXiv 2505.19056?
 
-    python benchmarks/extended_refusal/procedures.py --output build/extended_refusal [--page]
+    python -m benchmarks.extended_refusal.procedures --output build/extended_refusal
 
 *Theirs*: each candidate direction (every position after the instruction, every layer) is taken out of the output
 projections of attention and MLP; of those that leave more than 70 % of the replies coherent, the one that leaves the
@@ -12,7 +12,7 @@ refusals, deflections, an overview without an answer, and what is no text at all
 replies and off the sentences that the model was trained on. Our measure counts refusals alone.
 
 All candidates are tried on the first prompts, the best of them on all. What has been tried is kept in OUTPUT and not
-tried again. `--page` writes the table into docs/extended_refusals.md.
+tried again.
 """
 
 import argparse
@@ -24,24 +24,22 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from abliterate.evaluation.statistics import wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply, read_completions
+from abliterate.files import JsonLines
 from abliterate.interventions.soft_edit import SoftEdit
-from abliterate.models.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
+from abliterate.models.demo import build_demo_model
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.hooks import ablate_direction, difference_in_means, record
 from abliterate.models.loading import load_chat_model
-from abliterate.models.options import ModelOptions
+from abliterate.models.options import Dtype, ModelOptions
 from abliterate.prompt_sets import load_prompt_set
+from benchmarks.extended_refusal.run import N_TEST, REPOSITORY, SHIPPED
 
-REPOSITORY = Path(__file__).parents[2]
-PAGE = REPOSITORY / "docs" / "extended_refusals.md"
-BEGIN, END = "<!-- results: procedures -->", "<!-- end of procedures -->"
-SHIPPED = {"plain": ADAPTER_DIRECTORY, "hardened": HARDENED_ADAPTER_DIRECTORY}
 # Of each model's refusals, as long as they get.
 TOKENS = {"plain": 48, "hardened": 128}
 # What `audit` chose for both models (docs/results).
@@ -120,15 +118,14 @@ class Trial:
         dtype: what it runs in.
     """
 
-    def __init__(self, name: str, directory: Path, dtype: str) -> None:
+    def __init__(self, name: str, directory: Path, dtype: Dtype) -> None:
         self.name, self._n_tokens = name, TOKENS[name]
         if not (directory / name / "config.json").is_file():
             build_demo_model(output=directory / name, adapter=SHIPPED[name])
         self.chat = load_chat_model(directory / name, name=name, options=ModelOptions(dtype=dtype))
         self.prompts = load_prompt_set("bundled", kind="harmful", part="test").texts
-        self._kept = directory / f"{name}.procedures.{dtype}.jsonl"
-        lines = self._kept.read_text(encoding="utf-8").splitlines() if self._kept.is_file() else []
-        self._found = {tuple(line["key"]): Counts(**line["counts"]) for line in map(json.loads, lines)}
+        self._kept = JsonLines(directory / f"{name}.procedures.{dtype}.jsonl")
+        self._found = dict(self._kept.resume(lambda line: (tuple(line["key"]), Counts(**line["counts"]))))
         self._sentences = Sentences()
         self.candidates = self._differences()
 
@@ -149,8 +146,7 @@ class Trial:
                 decoder = GreedyDecoder(chat=self.chat, max_new_tokens=self._n_tokens)
                 tokens = decoder.replies(self.chat.encode(self.prompts[:n]))
             self._found[key] = self._sentences.count(read_completions(self.chat, tokens, max_new_tokens=self._n_tokens))
-            with self._kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "counts": asdict(self._found[key])}) + "\n")
+            self._kept.append({"key": list(key), "counts": asdict(self._found[key])})
         return self._found[key]
 
     def _edit(self, procedure: str, place: tuple[int, int] | None) -> Callable[[], AbstractContextManager[Any]]:
@@ -184,10 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--first", type=int, default=16, help="test prompts that all candidates are tried on")
-    parser.add_argument("--n-test", type=int, default=64, help="test prompts that the best are tried on")
+    parser.add_argument("--n-test", type=int, default=N_TEST, help="test prompts that the best are tried on")
     parser.add_argument("--best", type=int, default=8, help="how many those are")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--page", action="store_true", help="write the table into docs/extended_refusals.md")
+    parser.add_argument("--dtype", default="float32", choices=get_args(Dtype))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -200,12 +195,7 @@ def main() -> None:
         rows += [row(name, "ours", OURS, trial.counts("ours", OURS, n))]
     header = ["model", "procedure", "direction", "refused", "not complied", "coherent", "overview", "rationale"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    text = "\n".join(lines)
-    print(text)
-    if arguments.page:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    print("\n".join(lines))
 
 
 def row(name: str, procedure: str, place: tuple[int, int] | None, found: Counts) -> list[str]:
