@@ -27,6 +27,7 @@ from abliterate.prompt_sets import (
     find_bundled_problems,
     fold,
     load_openings,
+    load_plain_texts,
     load_prompt_set,
     load_translated,
     sample_prompts,
@@ -269,6 +270,16 @@ def test_translations_are_in_their_language(language: str) -> None:
     letters = [c for text in texts for c in text if c.isalpha()]
     script = SCRIPTS.get(language, "LATIN")
     assert sum(unicodedata.name(c).startswith(script) for c in letters) >= 0.99 * len(letters)
+
+
+@pytest.mark.parametrize("name", ["harmful/test.tlh", "harmful/train.de", "harmful", ""])
+def test_a_bundled_set_that_is_none_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(
+        PromptSetError, match=f"bundled:{name}: no bundled set has that name; `abliterate prompts` lists"
+    ):
+        load(f"bundled:{name}")
+    with pytest.raises(PromptSetError, match="no bundled set has that name"):
+        load_plain_texts(f"bundled:{name}")
 
 
 def test_openings_are_harmless_questions_that_no_set_holds(all_sets: dict[str, PromptSet]) -> None:

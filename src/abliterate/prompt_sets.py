@@ -183,7 +183,7 @@ def load_prompt_set(spec: str, *, kind: Kind, part: Part) -> PromptSet:
             return load_translated(bundled_kind, language)
     if spec == _OPENINGS:
         return load_openings()
-    return _named(spec, read_prompts(spec))
+    return _read(spec)
 
 
 def load_translated(kind: Kind, language: str) -> PromptSet:
@@ -211,6 +211,12 @@ def load_plain_texts(spec: str) -> PromptSet:
     if spec == BUNDLED:
         path = bundled_prompts_directory() / "plain_text" / "sample.jsonl"
         return _named(f"{BUNDLED}:plain_text/sample", read_prompt_file(path, column="text"))
+    return _read(spec)
+
+
+def _read(spec: str) -> PromptSet:
+    if spec.startswith(f"{BUNDLED}:"):
+        raise PromptSetError(f"{spec}: no bundled set has that name; `abliterate prompts` lists them")
     return _named(spec, read_prompts(spec))
 
 
