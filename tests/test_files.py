@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.errors import InputError
-from abliterate.files import check_writable, write_csv, write_file, write_json
+from abliterate.files import check_writable, in_one_line, write_csv, write_file, write_json
 
 
 def names(directory: Path) -> list[str]:
@@ -112,3 +112,16 @@ def test_documents_and_tables(tmp_path: Path) -> None:
     write_csv(tmp_path / "x.csv", ("a", "b"), [(1, None), ("x,y", 0.5)])
     assert (tmp_path / "x.csv").read_bytes() == b'a,b\r\n1,\r\n"x,y",0.5\r\n'
     assert names(tmp_path) == ["x.csv", "x.json"]
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        ("no such\n  file.", "no such file"),
+        ("a red \x1b[31m word", "a red \\x1b[31m word"),
+        ("n" * 300, "n" * 300),
+        ("n" * 301, "n" * 297 + "..."),
+    ],
+)
+def test_what_a_library_says_becomes_part_of_a_line(says: str, line: str) -> None:
+    assert in_one_line(ValueError(says)) == line

@@ -74,9 +74,13 @@ def printable(text: str) -> str:
     return "".join(c if _is_plain(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+_LONGEST_SAID = 300
+
+
 def in_one_line(error: BaseException) -> str:
     """Return what an error of a library says, as part of a message of ours: one line, shortened, printable."""
-    return printable(" ".join(str(error).split())).rstrip(".")[:300]
+    said = printable(" ".join(str(error).split())).rstrip(".")
+    return said if len(said) <= _LONGEST_SAID else said[: _LONGEST_SAID - 3] + "..."
 
 
 _SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
