@@ -44,6 +44,20 @@ def test_the_first_layer_of_each_kind_is_kept_and_lists_of_numbers_follow():
     assert shrunk["moe_layers"] == [2, 3]
 
 
+def test_a_list_of_all_layers_makes_no_kinds():
+    config = {"num_hidden_layers": 6, "moe_layers": [0, 1, 2, 3, 4, 5], "no_rope_layers": [1, 1, 1, 0, 1, 1]}
+    shrunk = shrink_config(config)
+    assert shrunk == {"num_hidden_layers": 3, "moe_layers": [0, 1, 2], "no_rope_layers": [1, 1, 0]}
+
+
+def test_a_layer_that_takes_the_keys_of_another_stays_with_it():
+    own = {"num_hidden_layers": 8, "kv_source_layers": [0, 1, 2, 3, 4, 5, 6, 7]}
+    assert shrink_config(own) == {"num_hidden_layers": 3, "kv_source_layers": [0, 1, 2]}
+    shared = shrink_config({"num_hidden_layers": 8, "kv_source_layers": [0, 1, 2, 3, 4, 4, 6, 6]})
+    # The first, the first that takes another's, that other one, and one more.
+    assert shared == {"num_hidden_layers": 3, "kv_source_layers": [0, 1, 1]}
+
+
 def test_lists_of_sizes_shrink_and_layers_that_are_counted_from_one_follow():
     kinds = ["linear", "linear", "linear", "indexed", "linear", "linear"]
     config = {"num_hidden_layers": 6, "layer_types": kinds, "ple_layer_ids": [2, 6], "intermediate_size": [8192] * 6}

@@ -53,6 +53,8 @@ _LAYER_INDEX_LISTS = frozenset(
 )
 # The same, counted from 1.
 _LAYER_NUMBER_LISTS = frozenset({"ple_layer_ids"})
+# For each layer the one whose keys and values it takes; itself, or an earlier one that is its own.
+_SOURCE_LISTS = frozenset({"kv_source_layers"})
 _PERIODS = frozenset({"attn_layer_period", "expert_layer_period"})
 _STATE_SPACE_HEADS = (
     ("mamba_d_ssm", "mamba_expand", "mamba_n_heads", "mamba_d_head"),
@@ -116,6 +118,8 @@ def _shrink(name: str, value: Any, layers: Sequence[int] | None, depth: int | No
             return [layers.index(item) for item in value if item in layers]
         if layers and name in _LAYER_NUMBER_LISTS:
             return [layers.index(item - 1) + 1 for item in value if item - 1 in layers]
+        if layers and name in _SOURCE_LISTS and len(value) == depth:
+            return [layers.index(value[layer]) if value[layer] in layers else value[layer] for layer in layers]
         if name in _SIZES:
             value = [min(_SIZES[name], size) if type(size) is int else size for size in value]
         return [value[layer] for layer in layers] if layers and len(value) == depth else value
@@ -140,15 +144,22 @@ def _kept_layers(config: Mapping[str, Any]) -> list[int] | None:
     depth = _depth(config)
     if depth is None:
         return None
-    lists = [v for v in config.values() if isinstance(v, (list, tuple)) and len(v) == depth]
+    # Lists of layers hold numbers; what differs in them tells no kinds apart.
+    others = _LAYER_INDEX_LISTS | _LAYER_NUMBER_LISTS | _SOURCE_LISTS
+    lists = [v for k, v in config.items() if isinstance(v, (list, tuple)) and len(v) == depth and k not in others]
     indices = [config[name] for name in sorted(_LAYER_INDEX_LISTS) if isinstance(config.get(name), list)]
     numbers = [config[name] for name in sorted(_LAYER_NUMBER_LISTS) if isinstance(config.get(name), list)]
     indices += [[number - 1 for number in each if type(number) is int] for each in numbers]
+    sources = [config[k] for k in sorted(_SOURCE_LISTS) if isinstance(config.get(k), list) and len(config[k]) == depth]
     first_of_kind: dict[str, int] = {}
     for layer in range(depth):
-        kind = repr([[items[layer] for items in lists], [layer in items for items in indices]])
+        own = [items[layer] == layer for items in sources]
+        kind = repr([[items[layer] for items in lists], [layer in items for items in indices], own])
         first_of_kind.setdefault(kind, layer)
     kept = set(first_of_kind.values())
+    kept |= {
+        items[layer] for items in sources for layer in kept if type(items[layer]) is int and 0 <= items[layer] < depth
+    }
     for layer in range(depth):
         if len(kept) >= _MIN_LAYERS:
             break
