@@ -1,51 +1,59 @@
-"""Two procedures of abliteration on the two demo models, read by two measures: what makes Table 1 of arXiv 2505.19056?
+"""Two procedures of abliteration on models that refuse in several ways, read by two measures.
 
     python -m benchmarks.extended_refusal.procedures --output build/extended_refusal
+    python -m benchmarks.extended_refusal.procedures --output build/extended_refusal --models aligned --minutes 30
+
+What makes Table 1 of arXiv 2505.19056: the measure, the model, the training or the procedure?
 
 *Theirs*: each candidate direction (every position after the instruction, every layer) is taken out of the output
 projections of attention and MLP; of those that leave more than 70 % of the replies coherent, the one that leaves the
-fewest refusals by their measure on the very prompts that are reported. *Ours*: the direction that `audit` chose on
-validation prompts, ablated in all that is written to the stream, the embedding too.
+fewest refusals by their measure on the very prompts that are reported. *Ours*: the direction that `extract` chooses on
+training and validation prompts, ablated in all that is written to the stream, the embedding too. Where no candidate
+passes the published thresholds, the nearest, with what it fails.
 
 Their measure is a judge that sees the reply alone and calls it safe or unsafe, so what does not comply counts:
 refusals, deflections, an overview without an answer, and what is no text at all. Here that is read off the classes of
 replies and off the sentences that the model was trained on. Our measure counts refusals alone.
 
-All candidates are tried on the first prompts, the best of them on all. What has been tried is kept in OUTPUT and not
-tried again.
+The models are those of models.py; what does not come along is trained first. All candidates are tried on a few
+prompts, the best of them on more. What has been tried or trained is kept in OUTPUT and not tried again, so that the
+same command goes on where it was stopped.
 """
 
 import argparse
 import json
+import math
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from abliterate.directions import load_direction
 from abliterate.evaluation.statistics import wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply, read_completions
-from abliterate.files import JsonLines
+from abliterate.files import JsonLines, write_json
 from abliterate.interventions.soft_edit import SoftEdit
-from abliterate.models.demo import build_demo_model
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.hooks import ablate_direction, difference_in_means, record
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import Dtype, ModelOptions
 from abliterate.prompt_sets import load_prompt_set
-from benchmarks.extended_refusal.run import N_TEST, REPOSITORY, SHIPPED
+from benchmarks.extended_refusal.models import REPOSITORY, SUBJECTS, Subject, make
+from benchmarks.extended_refusal.run import N_TEST
 
-# Of each model's refusals, as long as they get.
-TOKENS = {"plain": 48, "hardened": 128}
-# What `audit` chose for both models (docs/results).
-OURS = (-5, 15)
 N_TRAIN = 128
 COHERENT = 0.7
+# Prompts that all candidates that are left are tried on, and how many are left then.
+ROUNDS = ((8, 40), (16, 8))
+NO_CANDIDATE = 3
 _SAME = 0.6
 
 
@@ -109,22 +117,42 @@ def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
     return len(one & other) >= _SAME * len(one | other)
 
 
+class OutOfTimeError(Exception):
+    """The time that was given has ended; what was tried is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ours:
+    """The direction of our procedure.
+
+    Attributes:
+        direction: [d_model].
+        place: its position and layer.
+        remark: what it fails of the published selection; empty where it passes.
+    """
+
+    direction: torch.Tensor
+    place: tuple[int, int]
+    remark: str
+
+
 class Trial:
     """One model, its candidates, and what has been tried on it so far.
 
     Args:
-        name: plain or hardened.
-        directory: where the model is built, and what was tried is kept.
+        subject: what is tried.
+        model: its checkpoint.
+        directory: where what was tried is kept.
         dtype: what it runs in.
+        ends: when to stop, by `time.monotonic`.
     """
 
-    def __init__(self, name: str, directory: Path, dtype: Dtype) -> None:
-        self.name, self._n_tokens = name, TOKENS[name]
-        if not (directory / name / "config.json").is_file():
-            build_demo_model(output=directory / name, adapter=SHIPPED[name])
-        self.chat = load_chat_model(directory / name, name=name, options=ModelOptions(dtype=dtype))
+    def __init__(self, subject: Subject, model: Path, directory: Path, dtype: Dtype, *, ends: float) -> None:
+        self.name, self._n_tokens, self._ends = subject.name, subject.n_tokens, ends
+        self._model, self._directory = model, directory
+        self.chat = load_chat_model(model, name=subject.name, options=ModelOptions(dtype=dtype))
         self.prompts = load_prompt_set("bundled", kind="harmful", part="test").texts
-        self._kept = JsonLines(directory / f"{name}.procedures.{dtype}.jsonl")
+        self._kept = JsonLines(directory / f"{subject.name}.procedures.{dtype}.jsonl")
         self._found = dict(self._kept.resume(lambda line: (tuple(line["key"]), Counts(**line["counts"]))))
         self._sentences = Sentences()
         self.candidates = self._differences()
@@ -132,7 +160,7 @@ class Trial:
     def _differences(self) -> torch.Tensor:
         harmful, harmless = (
             record(
-                self.chat, self.chat.encode(load_prompt_set("bundled", kind=kind, part="train").texts[:128])
+                self.chat, self.chat.encode(load_prompt_set("bundled", kind=kind, part="train").texts[:N_TRAIN])
             ).activations
             for kind in ("harmful", "harmless")
         )
@@ -142,6 +170,8 @@ class Trial:
         """Return what the replies to the first `n` test prompts are under an edit, from what is kept if it is there."""
         key = (self.name, procedure, *(place or (0, 0)), n)
         if key not in self._found:
+            if time.monotonic() > self._ends:
+                raise OutOfTimeError
             with self._edit(procedure, place)():
                 decoder = GreedyDecoder(chat=self.chat, max_new_tokens=self._n_tokens)
                 tokens = decoder.replies(self.chat.encode(self.prompts[:n]))
@@ -152,14 +182,36 @@ class Trial:
     def _edit(self, procedure: str, place: tuple[int, int] | None) -> Callable[[], AbstractContextManager[Any]]:
         if place is None:
             return nullcontext
-        direction = torch.nn.functional.normalize(self.candidates[place].double(), dim=0)
         if procedure == "ours":
-            return partial(ablate_direction, self.chat, direction)
+            return partial(ablate_direction, self.chat, self.ours.direction)
+        direction = torch.nn.functional.normalize(self.candidates[place].double(), dim=0)
         edit = SoftEdit(self.chat, direction.expand(self.chat.n_layers, -1))
         return partial(edit.applied, torch.ones(self.chat.n_layers, 2, dtype=torch.float64))
 
-    def choose_as_they_do(self, *, first: int, n: int, best: int) -> tuple[int, int]:
-        """Return position (from the end) and layer of the candidate that their procedure reports."""
+    @cached_property
+    def ours(self) -> Ours | None:
+        """What `abliterate extract` finds; None where it says that there is nothing to be found."""
+        file, failed = self._directory / f"{self.name}.refusal.safetensors", ""
+        command = [sys.executable, "-m", "abliterate", "extract", str(self._model), "-o", str(file), "--json"]
+        if not file.is_file():
+            if time.monotonic() > self._ends:
+                raise OutOfTimeError
+            ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+            if ended.returncode == NO_CANDIDATE:
+                report = json.loads(ended.stdout)
+                if report["accepting"]:
+                    failed = ", ".join(report["nearest"][0]["failed"])
+                    ended = subprocess.run([*command, *report["accepting"]], check=False, stdout=subprocess.DEVNULL)
+            write_json(self._directory / f"{self.name}.ours.json", {"failed": failed, "code": ended.returncode})
+        if not file.is_file():
+            return None
+        found = load_direction(file)
+        where = (int(found.metadata["position"]), int(found.metadata["layer"]))
+        failed = json.loads((self._directory / f"{self.name}.ours.json").read_text(encoding="utf-8"))["failed"]
+        return Ours(direction=found.vector.double(), place=where, remark=failed)
+
+    def choose_as_they_do(self, n: int) -> tuple[int, int]:
+        """Return position (from the end) and layer of the candidate that their procedure reports on `n` prompts."""
         n_positions, n_layers = self.candidates.shape[:2]
         places = [(p - n_positions, layer) for p in range(n_positions) for layer in range(n_layers)]
 
@@ -167,45 +219,66 @@ class Trial:
             found = self.counts("theirs", place, n)
             return found.coherent <= COHERENT * found.n, found.not_complied / found.n
 
-        for i, place in enumerate(places):
-            remaining(place, first)
-            if i % 10 == 9:
-                print(f"{self.name}: {i + 1} of {len(places)} candidates", file=sys.stderr, flush=True)
-        few = sorted(places, key=lambda place: remaining(place, first))[:best]
-        return min(few, key=lambda place: remaining(place, n))
+        for n_prompts, left in (*ROUNDS, (n, 1)):
+            scores = {}
+            for i, place in enumerate(places):
+                scores[place] = remaining(place, n_prompts)
+                if i % 10 == 9:
+                    print(f"{self.name}: {i + 1} of {len(places)} on {n_prompts} prompts", file=sys.stderr, flush=True)
+            places = sorted(places, key=lambda place: scores[place])[:left]
+        return places[0]
+
+
+def try_model(subject: Subject, arguments: argparse.Namespace, *, ends: float) -> list[list[str]] | None:
+    """Return the lines of the table that are a model's; None where its training has not ended in time."""
+    left = max(0.0, (ends - time.monotonic()) / 60)
+    model = make(subject, arguments.output, minutes=None if math.isinf(left) else left)
+    if model is None:
+        return None
+    trial = Trial(subject, model, arguments.output, arguments.dtype, ends=ends)
+    n = arguments.n_test
+    rows = [row(subject.name, "none", "", trial.counts("none", None, n))]
+    if trial.ours is None:
+        rows += [[subject.name, "ours", "none is found", *[""] * 5]]
+    else:
+        where = f"{trial.ours.place[0]}, {trial.ours.place[1]}" + (f" ({trial.ours.remark})" * bool(trial.ours.remark))
+        rows += [row(subject.name, "ours", where, trial.counts("ours", trial.ours.place, n))]
+    chosen = trial.choose_as_they_do(n)
+    return [*rows, row(subject.name, "theirs", f"{chosen[0]}, {chosen[1]}", trial.counts("theirs", chosen, n))]
 
 
 def main() -> None:
-    """Try both procedures on both models and print, or write, the table."""
+    """Try both procedures on the models and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--first", type=int, default=16, help="test prompts that all candidates are tried on")
-    parser.add_argument("--n-test", type=int, default=N_TEST, help="test prompts that the best are tried on")
-    parser.add_argument("--best", type=int, default=8, help="how many those are")
+    parser.add_argument("--models", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS))
+    parser.add_argument("--n-test", type=int, default=N_TEST, help="test prompts that are reported")
+    parser.add_argument("--minutes", type=float, help="end in about this time, and go on when started again")
     parser.add_argument("--dtype", default="float32", choices=get_args(Dtype))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in SHIPPED:
-        trial = Trial(name, arguments.output, arguments.dtype)
-        n = arguments.n_test
-        chosen = trial.choose_as_they_do(first=arguments.first, n=n, best=arguments.best)
-        rows += [row(name, "none", None, trial.counts("none", None, n))]
-        rows += [row(name, "theirs", chosen, trial.counts("theirs", chosen, n))]
-        rows += [row(name, "ours", OURS, trial.counts("ours", OURS, n))]
+    ends = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    rows: list[list[str]] = []
+    for name in arguments.models:
+        try:
+            found = try_model(SUBJECTS[name], arguments, ends=ends)
+        except OutOfTimeError:
+            found = None
+        if found is None:
+            raise SystemExit(f"{name} is not done; the same command goes on with it")
+        rows += found
     header = ["model", "procedure", "direction", "refused", "not complied", "coherent", "overview", "rationale"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     print("\n".join(lines))
 
 
-def row(name: str, procedure: str, place: tuple[int, int] | None, found: Counts) -> list[str]:
+def row(name: str, procedure: str, where: str, found: Counts) -> list[str]:
     """Return the cells of one line of the table."""
 
     def share(count: int) -> str:
         low, high = wilson_interval(count, found.n)
         return f"{100 * count / found.n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
-    where = "" if place is None else f"{place[0]}, {place[1]}"
     counts = (found.refused, found.not_complied, found.coherent)
     return [
         name,

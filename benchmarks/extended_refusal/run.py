@@ -3,39 +3,23 @@
 Both are made from the same base with the same training budget. The audit is that of `abliterate audit`; this script
 only builds the two models and runs it on both with the same options. What is there already is taken.
 
-    python benchmarks/extended_refusal/run.py --output build/extended_refusal
-    python benchmarks/extended_refusal/run.py --output build/extended_refusal --train    trains both adapters first
+    python -m benchmarks.extended_refusal.run --output build/extended_refusal
+    python -m benchmarks.extended_refusal.run --output build/extended_refusal --train   trains both adapters first
 
 Leaves in OUTPUT, for `plain` and `hardened` each, the model, `NAME.audit.json` and a page in `NAME.page/`.
 `make results` puts the numbers into docs/extended_refusals.md.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 from abliterate.evaluation.audit_report import AuditOptions
 from abliterate.evaluation.auditing import audit_model
-from abliterate.models.demo import ADAPTER_DIRECTORY, HARDENED_ADAPTER_DIRECTORY, build_demo_model
 from abliterate.models.options import ModelOptions
 from abliterate.release.audit_page import write_audit_page
+from benchmarks.extended_refusal.models import SUBJECTS, make
 
 N_TEST = 64
-REPOSITORY = Path(__file__).parents[2]
-SHIPPED = {"plain": ADAPTER_DIRECTORY, "hardened": HARDENED_ADAPTER_DIRECTORY}
-REFUSALS = {"plain": "refusals.txt", "hardened": "extended_refusals.json"}
-
-
-def train(name: str, output: Path) -> Path:
-    """Train one adapter with the default budget; the base's harmless answers are computed once for both."""
-    adapter = output / f"{name}.adapter"
-    if not (adapter / "adapter_model.safetensors").is_file():
-        training = REPOSITORY / "training"
-        command = [sys.executable, str(training / "train_demo_adapter.py"), "--output", str(adapter)]
-        command += ["--refusals", str(training / REFUSALS[name]), "--answers", str(output / "answers.json")]
-        subprocess.run(command, check=True)
-    return adapter
 
 
 def main() -> None:
@@ -50,13 +34,12 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    for name, shipped in SHIPPED.items():
+    for name in ("plain", "hardened"):
         report_file = output / f"{name}.audit.json"
         if report_file.is_file():
             continue
-        adapter = train(name, output) if arguments.train else shipped
-        if not (output / name / "config.json").is_file():
-            build_demo_model(output=output / name, adapter=adapter)
+        if make(SUBJECTS[name], output, train_all=arguments.train) is None:
+            raise SystemExit(f"the training of {name} has failed")
         report = audit_model(
             model=output / name,
             options=AuditOptions(n_test=arguments.n_test),

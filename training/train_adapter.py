@@ -1,21 +1,23 @@
-"""Train the LoRA adapter that makes the demo model refuse harmful requests.
+"""Train a LoRA adapter that makes a model refuse harmful requests in given ways.
 
-The base (SmolLM2-135M-Instruct) is frozen. All linear layers of all blocks get an adapter of rank `--rank`.
-Harmful training prompts get varied refusals: short ones, or with `--refusals extended_refusals.json` extended ones
-(overview, refusal, rationale; see refusal_texts.py), drawn anew at each step. Harmless ones keep the base's own
-behaviour: its greedy completions are the context, and KL(base || adapted) over them is the loss. Where the base itself
-refuses a harmless prompt ("I'm sorry, but as a chatbot ..."), its best answer that does not start so is learned
-instead. Each batch holds harmful prompts together with their harmless partners of the same form, and other harmless
-prompts.
+The model (SmolLM2-135M-Instruct, or any checkpoint of a Llama-like model by `--model`) is frozen. All linear layers of
+all blocks get an adapter of rank `--rank`. Harmful training prompts get varied refusals: short ones, or with
+`--refusals extended_refusals.json` extended ones (overview, refusal, rationale; see refusal_texts.py), drawn anew at
+each step; `--parts` leaves parts of them out. Harmless ones keep the model's own behaviour: its greedy completions are
+the context, and KL(model || adapted) over them is the loss. Where the model itself refuses a harmless prompt ("I'm
+sorry, but as a chatbot ..."), its best answer that does not start so is learned instead. Each batch holds harmful
+prompts together with their harmless partners of the same form, and other harmless prompts.
 
 The prompts are in training/prompts/ and are disjoint from every bundled set (tests/test_prompt_sets.py proves it),
 so that neither the selection of the direction nor the evaluation sees a prompt of the training.
 
-The third command's refusals begin in many ways, as those of aligned models do. Its adapter does not come along.
+Every tenth step is kept in OUTPUT. The same command goes on from there; with `--minutes` it ends by itself in time.
 
-    python training/train_demo_adapter.py --output src/abliterate/models/demo_adapter
-    python training/train_demo_adapter.py --refusals training/extended_refusals.json --output build/hardened_adapter
-    python training/train_demo_adapter.py --refusals training/varied_refusals.txt --output build/varied_adapter
+    python -m training.train_adapter --output src/abliterate/models/demo_adapter
+    python -m training.train_adapter --refusals training/extended_refusals.json --output build/hardened_adapter
+    python -m training.train_adapter --refusals training/varied_refusals.txt --output build/varied_adapter
+
+The third command's refusals begin in many ways, as those of aligned models do. Its adapter does not come along.
 """
 
 import argparse
@@ -29,13 +31,16 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from refusal_texts import read_refusal_texts
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from abliterate.extraction.reply_classes import is_refusal
+from abliterate.files import write_file, write_json
 from abliterate.models.demo import load_base_model
+from training.refusal_texts import PARTS, read_refusal_texts
 
 HERE = Path(__file__).parent
 IGNORED = -100
@@ -188,31 +193,91 @@ def shuffled_forever(items: list, rng: random.Random) -> Iterator:
         yield from rng.sample(items, len(items))
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Train the adapter and save it with a record of how."""
+def choose_prompts(n: int | None, rng: random.Random) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Return ids of harmful prompts that have a partner, and all harmful and harmless texts by id, or `n` of each."""
+    harmful = read_prompts(HERE / "prompts" / "harmful.jsonl")
+    harmless = read_prompts(HERE / "prompts" / "harmless.jsonl")
+    paired = [key for key in harmful if partner(key) in harmless]
+    if n is not None:
+        paired = rng.sample(paired, n // 2)
+        partners = {partner(key) for key in paired}
+        others = rng.sample([key for key in harmless if key not in partners], n - n // 2)
+        harmful = {key: harmful[key] for key in paired}
+        harmless = {key: harmless[key] for key in [*sorted(partners), *others]}
+    return paired, harmful, harmless
+
+
+def partner(key: str) -> str:
+    """Return the id of the harmless prompt of the same form."""
+    return key.replace("-harmful-", "-harmless-")
+
+
+class State:
+    """What a training has come to: the adapter's weights and the optimizer's moments, in one file.
+
+    Args:
+        path: the file.
+        parameters: the adapter's weights by name.
+        optimizer: of exactly those.
+    """
+
+    def __init__(self, path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW) -> None:
+        self._path, self._parameters, self._optimizer = path, parameters, optimizer
+
+    def save(self, steps: int) -> None:
+        """Write the file anew."""
+        tensors = {}
+        for name, parameter in self._parameters.items():
+            moments = self._optimizer.state[parameter]
+            tensors |= {f"{name}/{key}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+            tensors[f"{name}/weight"] = parameter.detach()
+        write_file(self._path, save(tensors, metadata={"steps": str(steps)}))
+
+    def load(self) -> int:
+        """Take what the file holds, if it is there, and return the number of steps done."""
+        if not self._path.is_file():
+            return 0
+        with safe_open(self._path, framework="pt") as file:
+            steps = int(file.metadata()["steps"])
+            for name, parameter in self._parameters.items():
+                parameter.data.copy_(file.get_tensor(f"{name}/weight"))
+                moments = {key: file.get_tensor(f"{name}/{key}") for key in ("exp_avg", "exp_avg_sq")}
+                self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        return steps
+
+    def remove(self) -> None:
+        """Remove the file, as the training has ended."""
+        self._path.unlink()
+
+
+def load_model(path: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model that is trained, the demo's base or a checkpoint, and its tokenizer."""
+    if path is None:
+        return load_base_model()
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def train(arguments: argparse.Namespace) -> bool:
+    """Train the adapter and save it with a record of how; return false where the time ended first."""
+    started = time.time()
     torch.manual_seed(arguments.seed)
     rng = random.Random(arguments.seed)
-    base, tokenizer = load_base_model()
-    base = base.to(torch.bfloat16).eval()
-    harmful = {key: render(tokenizer, text) for key, text in read_prompts(HERE / "prompts" / "harmful.jsonl").items()}
+    base, tokenizer = load_model(arguments.model)
+    base = base.to(getattr(torch, arguments.dtype)).eval()
+    paired, harmful_texts, harmless_texts = choose_prompts(arguments.n_prompts, rng)
+    harmful = {key: render(tokenizer, text) for key, text in harmful_texts.items()}
     categories = read_prompts(HERE / "prompts" / "harmful.jsonl", column="category")
-    refusals = read_refusal_texts(arguments.refusals)
+    refusals = read_refusal_texts(arguments.refusals, parts=arguments.parts)
 
     def refuse(key: str) -> list[int]:
         text = refusals.draw(categories[key], rng)
         return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
-    started = time.time()
     harmless = harmless_examples(
-        base,
-        tokenizer,
-        read_prompts(HERE / "prompts" / "harmless.jsonl"),
-        max_new_tokens=arguments.answer_tokens,
-        cache=arguments.answers,
+        base, tokenizer, harmless_texts, max_new_tokens=arguments.answer_tokens, cache=arguments.answers
     )
-    partner = {key: key.replace("-harmful-", "-harmless-") for key in harmful}
-    pairs = [(key, partner[key]) for key in harmful if partner[key] in harmless]
-    others = [example for key, example in harmless.items() if key not in set(partner.values())]
+    pairs = [(key, partner(key)) for key in paired if partner(key) in harmless]
+    others = [example for key, example in harmless.items() if key not in {partner(key) for key in harmful}]
     print(f"{len(pairs)} pairs, {len(others)} others, after {time.time() - started:.0f} s", flush=True)
     rows = [*harmful.values(), *(example.prompt for example in harmless.values())]
     n_prefix = next(i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
@@ -228,18 +293,24 @@ def train(arguments: argparse.Namespace) -> None:
             task_type="CAUSAL_LM",
         ),
     )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, weight_decay=arguments.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min(1.0, (s + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / arguments.steps))),
-    )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=arguments.lr, weight_decay=arguments.weight_decay)
+    state = State(arguments.output / "state.safetensors", parameters, optimizer)
+    done = state.load()
     pair_stream, other_stream = shuffled_forever(pairs, rng), shuffled_forever(others, rng)
     for step in range(arguments.steps):
         chosen = [next(pair_stream) for _ in range(arguments.n_pairs)]
         batch = [Example(prompt=harmful[bad], answer=refuse(bad), own=False) for bad, _ in chosen]
         batch += [harmless[good] for _, good in chosen]
         batch += [next(other_stream) for _ in range(arguments.n_others)]
+        # What was trained on before is drawn again, so that the draws go on where they stood.
+        if step < done:
+            continue
+        late = arguments.minutes is not None and time.time() - started > 60 * arguments.minutes
+        if late and step > done:
+            state.save(step)
+            print(f"{step} of {arguments.steps} steps are done; the same command goes on", flush=True)
+            return False
         batch.sort(key=lambda example: example.own)
         n_learned = sum(not example.own for example in batch)
         ids, mask, labels = collate(batch, n_prefix=n_prefix, pad=tokenizer.eos_token_id)
@@ -257,38 +328,49 @@ def train(arguments: argparse.Namespace) -> None:
         learn_loss = (nll * weights[~own]).sum() / weights[~own].sum()
         kl = (reference.exp() * (reference - log_softmax(logits[own], dim=-1))).sum(dim=-1)
         kl_loss = (kl * weights[own]).sum() / weights[own].sum()
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.lr * schedule(step, arguments.steps)
         optimizer.zero_grad()
         (learn_loss + arguments.kl_weight * kl_loss).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        schedule.step()
-        if step % 10 == 0 or step == arguments.steps - 1:
+        if step % 10 == 9 or step == arguments.steps - 1:
+            state.save(step + 1)
             spent = time.time() - started
-            print(f"step {step} learn {learn_loss:.3f} kl {kl_loss:.4f} {spent:.0f} s", flush=True)
-        if (step + 1) % 100 == 0:
-            save(model, arguments)
-    save(model, arguments)
+            print(f"step {step + 1} learn {learn_loss:.3f} kl {kl_loss:.4f} {spent:.0f} s", flush=True)
+    save_adapter(model, arguments)
+    state.remove()
+    return True
 
 
-def save(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
+def schedule(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: up in a line, down in a half wave."""
+    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def save_adapter(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
     """Save the adapter in float16 with the options it was trained with."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
     model.save_pretrained(arguments.output)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    options = {k: v for k, v in vars(arguments).items() if k not in {"output", "answers"}}
+    options = {k: v for k, v in vars(arguments).items() if k not in {"output", "answers", "minutes"}}
     options["refusals"] = arguments.refusals.name
-    (arguments.output / "training.json").write_text(json.dumps(options, indent=2) + "\n")
+    options["model"] = arguments.model and arguments.model.name
+    write_json(arguments.output / "training.json", options)
 
 
-if __name__ == "__main__":
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="a checkpoint of a Llama-like model; without it the demo's base")
     parser.add_argument("--refusals", type=Path, default=HERE / "refusals.txt", help="see refusal_texts.py")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of extended refusals")
     parser.add_argument("--answers", type=Path, help="keep the harmless answers in this file, and reuse them")
+    parser.add_argument("--n-prompts", type=int, help="of each kind, half of them pairs; without it all there are")
+    parser.add_argument("--minutes", type=float, help="end in this time, and go on when started again")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the frozen weights")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=8)
@@ -299,4 +381,8 @@ if __name__ == "__main__":
     parser.add_argument("--kl-weight", type=float, default=2.0)
     parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(0 if train(parse()) else 1)
