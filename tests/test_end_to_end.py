@@ -28,7 +28,7 @@ def shell(script: str, directory: Path) -> str:
 def test_extract_orthogonalize_evaluate_push(demo_directory: Path, tmp_path: Path) -> None:
     extracted = json.loads(
         shell(
-            f"abliterate extract {demo_directory} -o refusal.safetensors --n-train 48 --n-val 12 --json"
+            f"abliterate extract {demo_directory} -o refusal.safetensors --n-train 24 --n-val 6 --json"
             " --kl-threshold 0.3 | python -m json.tool",
             tmp_path,
         )
@@ -46,12 +46,14 @@ def test_extract_orthogonalize_evaluate_push(demo_directory: Path, tmp_path: Pat
     assert max(tensor["component_after"] for tensor in record["tensors"]) < 1e-6
     prompts = REPOSITORY / "prompts"
     for kind in ("harmful", "harmless"):
-        lines = (prompts / kind / "test.jsonl").read_text().splitlines()[::6]
+        lines = (prompts / kind / "test.jsonl").read_text().splitlines()[::12]
         (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "plain.txt").write_text("The river rises in the hills.\nIt reaches the sea after a week.\n")
     evaluation = json.loads(
         shell(
             f"abliterate evaluate out --base {demo_directory} --harmful harmful.jsonl --harmless harmless.jsonl"
-            " --borderline harmless.jsonl --max-new-tokens 24 -o out/evaluation.json --json | python -m json.tool",
+            " --borderline harmless.jsonl --text plain.txt --max-new-tokens 16 -o out/evaluation.json"
+            " --json | python -m json.tool",
             tmp_path,
         )
     )
