@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.evaluation.report import PARTS
 from abliterate.release.audit_page import write_audit_page
 from abliterate.release.charts import Interval, Line, Threshold, interval_chart, line_chart, tick_values
-from abliterate.release.evaluation_page import write_evaluation_page
+from abliterate.release.evaluation_page import ASKED, write_evaluation_page
 from abliterate.release.extraction_page import write_extraction_page
 from abliterate.release.page import Section, build_page, commands, facts, paragraph, quoted, table
 from tests.support.pages import Page, audit_report, evaluation_report, score_table
@@ -215,3 +216,8 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
 def test_there_are_never_many_ticks(span: float) -> None:
     found = tick_values(-span / 3, 2 * span / 3, symlog=False)
     assert 2 <= len(found) <= 7
+
+
+def test_every_way_of_asking_has_its_words() -> None:
+    assert set(ASKED) == set(PARTS)
+    assert len(set(ASKED.values())) == len(ASKED)
