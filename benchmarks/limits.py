@@ -6,7 +6,7 @@ The checkpoints are sparse, real headers over files of nothing but holes, and ar
 
     plan      960 GB in the shapes of a 480B MoE (qwen3_moe, one tensor for each expert's matrices): planned only
     edit      40 GB of such shapes with 1 % edited, beside 4 GB with 10 % edited: peak memory of both
-    terabyte  1 % of the 960 GB edited: peak memory beside the same 4 GB (hashes all of it; not unless it is asked for)
+    terabyte  1 % of the 960 GB edited: peak memory beside 4 GB of matrices as large (hashes all; only if asked for)
     shards    10,000 shards, planned and edited with 256 file descriptors
     tensors   100,000 tensors in 50 shards, planned and edited
     prompts   a million prompts as .txt, .jsonl, .csv and .json
@@ -107,8 +107,9 @@ SMALL = {"hidden": 2048, "experts": 64, "intermediate": 1024, "heads": 16, "voca
 
 
 def terabyte(directory: Path) -> dict[str, Any]:
-    """Edit 1 % of a terabyte, and 10 % of 4 GB."""
-    small = _edit(directory / "small", shard_bytes=2 * _GB, layers=5, edited="2:3", **SMALL)
+    """Edit 1 % of a terabyte, and two of three layers of 4 GB, whose matrices are as large: a block is a part of one."""
+    shape = LARGE | {"experts": 8, "vocabulary": 32000}
+    small = _edit(directory / "small", shard_bytes=2 * _GB, layers=3, edited="0:2", **shape)
     large = _edit(directory / "large", shard_bytes=4 * _GB, layers=62, edited="2:4", **LARGE)
     assert large["peak_mb"] < 1.25 * small["peak_mb"], (small, large)
     return {"small": small, "large": large}
