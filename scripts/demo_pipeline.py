@@ -81,7 +81,7 @@ def small_steps(directory: Path) -> list[Step]:
     return [
         build,
         *edit_steps(directory, extract=("--kl-threshold", SMALL_KL), minutes=(3, 0.2)),
-        evaluate_step(directory, minutes=3, options=("--max-new-tokens", "32")),
+        evaluate_step(directory, minutes=8, options=("--max-new-tokens", "32")),
         report_step(directory),
     ]
 
