@@ -107,7 +107,7 @@ SMALL = {"hidden": 2048, "experts": 64, "intermediate": 1024, "heads": 16, "voca
 
 
 def terabyte(directory: Path) -> dict[str, Any]:
-    """Edit 1 % of a terabyte, and two of three layers of 4 GB, whose matrices are as large: a block is a part of one."""
+    """Edit 1 % of a terabyte, and two of three layers of 4 GB with matrices as large: memory is by the block."""
     shape = LARGE | {"experts": 8, "vocabulary": 32000}
     small = _edit(directory / "small", shard_bytes=2 * _GB, layers=3, edited="0:2", **shape)
     large = _edit(directory / "large", shard_bytes=4 * _GB, layers=62, edited="2:4", **LARGE)
