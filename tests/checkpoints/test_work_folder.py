@@ -114,3 +114,11 @@ def test_empty_directories_do_not_keep_a_folder_that_goes(folder):
     lock_in(folder / OWN).release()
     remove_own(folder)
     assert not folder.exists()
+
+
+def test_a_list_knows_names_that_cannot_be_shown(tmp_path: Path) -> None:
+    """Found by the fuzzer of checkpoints: a base may hold a file with a line break in its name."""
+    files = {"a\nb\x1b[31m.txt": None, "x" * 250: (1, 2, 3)}
+    (tmp_path / OWN).mkdir()
+    claim(tmp_path, files)
+    assert claimed(tmp_path) == files

@@ -136,7 +136,8 @@ def claim(directory: Path, files: Owned | None) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    content = json.dumps({"files": None if files is None else dict(files)})
+    # As pairs: what others call their files may be no name that a document of ours can have.
+    content = json.dumps({"files": None if files is None else list(files.items())})
     # Where somebody has renamed the directory meanwhile, none of its name is made.
     write_file(directory / OWN / _LIST, content, parents=False)
 
@@ -153,7 +154,8 @@ def claimed(directory: Path) -> Owned | None:
         files = parse_json(path.read_bytes())["files"]
         if files is None:
             return None
-        return {str(name): None if state is None else (state[0], state[1], state[2]) for name, state in files.items()}
+        pairs = files.items() if isinstance(files, dict) else files
+        return {str(name): None if state is None else (state[0], state[1], state[2]) for name, state in pairs}
     except FileNotFoundError:
         return None if any((directory / OWN).glob(JOURNALS)) else {}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
