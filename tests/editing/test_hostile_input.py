@@ -489,14 +489,14 @@ class TestFiles:
         assert call_main("orthogonalize", base, "--direction", direction, "-o", out)[0] == 0
         assert not (out / ".abliterate").exists()
 
-    @pytest.mark.parametrize("name", [b"\xff.txt", b"sub/\xe9.json"])
-    def test_a_name_that_is_not_unicode(self, refused, name):
+    @pytest.mark.parametrize("name", [b"\xff.txt", b"sub/\xe9.json", b"a\nb\x1b[31m.txt"])
+    def test_a_name_that_cannot_be_shown(self, refused, name):
         def damage(base: Path) -> None:
             path = os.path.join(os.fsencode(base), name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             Path(os.fsdecode(path)).write_text("x")
 
-        refused(damage, "is not UTF-8; rename or remove it")
+        refused(damage, "has characters that cannot be shown; rename or remove it")
 
     def test_blobs_beside_a_snapshot_may_not_be_a_link_themselves(self, base, refused):
         def damage(base: Path) -> None:

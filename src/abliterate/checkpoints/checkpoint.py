@@ -121,9 +121,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     check_tensor_names(path, shards, index)
     is_shard = set(shard_names).__contains__
     others = sorted(entry for entry in regular_files(path) if not is_shard(entry[0]))
-    for name, _ in others:
-        if not _is_unicode(name):
-            raise CheckpointError(f"{path}: the name of the file {shown(name)} is not UTF-8; rename or remove it")
+    for name, is_inside in others:
+        # What is copied is recorded, and no record has such a name; bytes that are not UTF-8 are no characters either.
+        if is_inside and not name.isprintable():
+            raise CheckpointError(
+                f"{path}: the name of the file {shown(name)} has characters that cannot be shown; rename or remove it"
+            )
     return Checkpoint(
         path=path,
         config=config,
@@ -260,11 +263,6 @@ def _is_shard_name(name: Any) -> bool:
         and len(name.encode()) <= _MAX_FILE_NAME
         and not set(name) & set("/\\")
     )
-
-
-def _is_unicode(name: str) -> bool:
-    # Bytes that are not UTF-8 appear as lone surrogates, which a JSON file, such as the record, cannot hold.
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _read_small(path: Path) -> bytes:

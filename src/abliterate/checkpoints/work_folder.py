@@ -154,8 +154,7 @@ def claimed(directory: Path) -> Owned | None:
         files = parse_json(path.read_bytes())["files"]
         if files is None:
             return None
-        pairs = files.items() if isinstance(files, dict) else files
-        return {str(name): None if state is None else (state[0], state[1], state[2]) for name, state in pairs}
+        return {str(name): None if state is None else (state[0], state[1], state[2]) for name, state in files}
     except FileNotFoundError:
         return None if any((directory / OWN).glob(JOURNALS)) else {}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
