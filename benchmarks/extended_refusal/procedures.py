@@ -54,6 +54,8 @@ COHERENT = 0.7
 # Prompts that all candidates that are left are tried on, and how many are left then.
 ROUNDS = ((8, 40), (16, 8))
 NO_CANDIDATE = 3
+# Position from the end, and layer.
+Place = tuple[int, int]
 _SAME = 0.6
 
 
@@ -132,7 +134,7 @@ class Ours:
     """
 
     direction: torch.Tensor
-    place: tuple[int, int]
+    place: Place
     remark: str
 
 
@@ -166,7 +168,7 @@ class Trial:
         )
         return difference_in_means(harmful=harmful, harmless=harmless)
 
-    def counts(self, procedure: str, place: tuple[int, int] | None, n: int) -> Counts:
+    def counts(self, procedure: str, place: Place | None, n: int) -> Counts:
         """Return what the replies to the first `n` test prompts are under an edit, from what is kept if it is there."""
         key = (self.name, procedure, *(place or (0, 0)), n)
         if key not in self._found:
@@ -179,7 +181,7 @@ class Trial:
             self._kept.append({"key": list(key), "counts": asdict(self._found[key])})
         return self._found[key]
 
-    def _edit(self, procedure: str, place: tuple[int, int] | None) -> Callable[[], AbstractContextManager[Any]]:
+    def _edit(self, procedure: str, place: Place | None) -> Callable[[], AbstractContextManager[Any]]:
         if place is None:
             return nullcontext
         if procedure == "ours":
@@ -210,23 +212,33 @@ class Trial:
         failed = json.loads((self._directory / f"{self.name}.ours.json").read_text(encoding="utf-8"))["failed"]
         return Ours(direction=found.vector.double(), place=where, remark=failed)
 
-    def choose_as_they_do(self, n: int) -> tuple[int, int]:
-        """Return position (from the end) and layer of the candidate that their procedure reports on `n` prompts."""
+    def places(self) -> list[Place]:
+        """Return position (from the end) and layer of every candidate."""
         n_positions, n_layers = self.candidates.shape[:2]
-        places = [(p - n_positions, layer) for p in range(n_positions) for layer in range(n_layers)]
+        return [(p - n_positions, layer) for p in range(n_positions) for layer in range(n_layers)]
 
-        def remaining(place: tuple[int, int], n: int) -> tuple[bool, float]:
-            found = self.counts("theirs", place, n)
-            return found.coherent <= COHERENT * found.n, found.not_complied / found.n
 
-        for n_prompts, left in (*ROUNDS, (n, 1)):
-            scores = {}
-            for i, place in enumerate(places):
-                scores[place] = remaining(place, n_prompts)
-                if i % 10 == 9:
-                    print(f"{self.name}: {i + 1} of {len(places)} on {n_prompts} prompts", file=sys.stderr, flush=True)
-            places = sorted(places, key=lambda place: scores[place])[:left]
-        return places[0]
+def choose_as_they_do(places: Sequence[Place], counts: Callable[[Place, int], Counts], *, n: int) -> Place:
+    """Return the candidate that their procedure reports on `n` prompts: coherent, and with the least not complied with.
+
+    Args:
+        places: position and layer of each candidate.
+        counts: what the replies to so many prompts are with a candidate taken out.
+        n: prompts that are reported; on fewer of them most candidates are left out, see `ROUNDS`.
+    """
+
+    def remaining(place: Place, n: int) -> tuple[bool, float]:
+        found = counts(place, n)
+        return found.coherent <= COHERENT * found.n, found.not_complied / found.n
+
+    for n_prompts, left in (*ROUNDS, (n, 1)):
+        scores = {}
+        for i, place in enumerate(places):
+            scores[place] = remaining(place, n_prompts)
+            if i % 10 == 9:
+                print(f"{i + 1} of {len(places)} candidates on {n_prompts} prompts", file=sys.stderr, flush=True)
+        places = sorted(places, key=scores.__getitem__)[:left]
+    return places[0]
 
 
 def try_model(subject: Subject, arguments: argparse.Namespace, *, ends: float) -> list[list[str]] | None:
@@ -243,7 +255,7 @@ def try_model(subject: Subject, arguments: argparse.Namespace, *, ends: float) -
     else:
         where = f"{trial.ours.place[0]}, {trial.ours.place[1]}" + (f" ({trial.ours.remark})" * bool(trial.ours.remark))
         rows += [row(subject.name, "ours", where, trial.counts("ours", trial.ours.place, n))]
-    chosen = trial.choose_as_they_do(n)
+    chosen = choose_as_they_do(trial.places(), partial(trial.counts, "theirs"), n=n)
     return [*rows, row(subject.name, "theirs", f"{chosen[0]}, {chosen[1]}", trial.counts("theirs", chosen, n))]
 
 

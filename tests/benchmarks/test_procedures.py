@@ -5,7 +5,7 @@ import json
 import pytest
 
 from abliterate.extraction.reply_classes import read_reply
-from benchmarks.extended_refusal.procedures import Counts, Sentences
+from benchmarks.extended_refusal.procedures import ROUNDS, Counts, Sentences, choose_as_they_do
 from tests.support.paths import REPOSITORY
 
 PARTS = json.loads((REPOSITORY / "training" / "extended_refusals.json").read_text(encoding="utf-8"))
@@ -35,3 +35,18 @@ def counts(**changes: int) -> Counts:
 )
 def test_a_reply_is_read_by_its_parts(reply: str, expected: Counts) -> None:
     assert Sentences().count([read_reply(reply)]) == expected
+
+
+def test_the_least_not_complied_with_is_chosen_among_what_is_coherent() -> None:
+    places = [(-1, layer) for layer in range(60)]
+    asked: list[int] = []
+
+    def found(place: tuple[int, int], n: int) -> Counts:
+        asked.append(n)
+        layer = place[1]
+        # Layer 20 leaves nothing but breaks the replies; 30 leaves the least; 31 looks as good on a few prompts.
+        left = {20: 0, 30: 1, 31: 1 if n < 64 else 5}.get(layer, n)
+        return counts(n=n, not_complied=left, coherent=n // 2 if layer == 20 else n)
+
+    assert choose_as_they_do(places, found, n=64) == (-1, 30)
+    assert [asked.count(n) for n in (8, 16, 64)] == [60, ROUNDS[0][1], ROUNDS[1][1]]

@@ -218,7 +218,7 @@ def _parts(report: EvaluationReport) -> Section:
     rows, points = [], []
     for name, part in report.parts.items():
         for kind, rate in part.rates.items():
-            row: list[object] = [ASKED.get(name, name), _NAMES.get(kind, kind), rate.n]
+            row: list[object] = [ASKED[name], _NAMES.get(kind, kind), rate.n]
             row += [_rate(part.base_rates[kind])] if part.base_rates else []
             row += [_rate(rate)]
             row += [p_value_in_words(part.changes[kind].p_value)] if has_base else []
@@ -226,7 +226,7 @@ def _parts(report: EvaluationReport) -> Section:
             row += ["", ""] if plain is None else [f"{plain.share_before:.1%}", p_value_in_words(plain.p_value)]
             rows.append(row)
         base = part.base_rates["harmful"] if part.base_rates else None
-        points.append((ASKED.get(name, name), _intervals(base, part.rates["harmful"])))
+        points.append((ASKED[name], _intervals(base, part.rates["harmful"])))
     return Section(
         heading="Asked in other ways",
         blocks=(
