@@ -12,6 +12,7 @@ from abliterate.models.hooks import (
     ablate_direction,
     add_direction,
     capture_inputs,
+    finish_with_last_tokens,
     start_at_block,
 )
 from abliterate.models.stream_probe import probe_stream
@@ -123,6 +124,20 @@ def test_starting_at_a_block_gives_the_same_logits(chat: ChatModel) -> None:
         assert len(calls) == (1 if layer <= 1 else 0)
     handle.remove()
     assert torch.equal(chat.forward(ROWS), expected)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2])
+def test_the_last_mlp_may_be_run_for_the_last_tokens_alone(chat: ChatModel, n_tokens: int) -> None:
+    expected = chat.forward(ROWS, n_logits=n_tokens)
+    lengths = []
+    owner = chat.model.get_submodule(next(one.owner for one in chat.stream.blocks[-1].writers if one.role == "mlp"))
+    handle = owner.register_forward_hook(lambda _module, args, _output: lengths.append(args[0].shape[1]))
+    with finish_with_last_tokens(chat, n_tokens) as n_modules:
+        assert torch.allclose(chat.forward(ROWS, n_logits=n_tokens), expected, atol=1e-5)
+    handle.remove()
+    assert n_modules == 1
+    assert lengths == [n_tokens]
+    assert torch.equal(chat.forward(ROWS, n_logits=n_tokens), expected)
 
 
 def test_hooks_are_removed_whatever_happens(chat: ChatModel) -> None:

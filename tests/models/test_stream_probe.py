@@ -8,7 +8,7 @@ from torch import nn
 
 from abliterate.errors import ModelError, UnsupportedArchitectureError
 from abliterate.evaluation.auditing import audit_model
-from abliterate.extraction.refusal import FirstTokens
+from abliterate.extraction.refusal import FirstTokens, Openings, RefusalMeasure
 from abliterate.extraction.run import extract_direction
 from abliterate.extraction.scoring import CandidateScorer
 from abliterate.models.chat_model import ChatModel
@@ -95,16 +95,31 @@ def test_a_model_that_reads_its_embedding_past_the_first_block(llama_chat: ChatM
     handle.remove()
 
 
-def test_scores_are_the_same_whether_a_pass_starts_at_a_block_or_not(llama_chat: ChatModel) -> None:
+@pytest.mark.parametrize("shortcut", ["starts_at_blocks", "mlp_by_token"])
+@pytest.mark.parametrize("measure", [FirstTokens((3,)), Openings(((3, 7), (9,)))])
+def test_scores_are_the_same_whether_passes_are_run_in_part_or_not(
+    llama_chat: ChatModel, shortcut: str, measure: RefusalMeasure
+) -> None:
     probe = probe_stream(llama_chat)
+    assert getattr(probe, shortcut)
     candidates = torch.randn(2, llama_chat.n_layers, llama_chat.d_model, generator=torch.Generator().manual_seed(1))
-    rows = [[*range(5, 15), *row] for row in ROWS]
+    rows = [[*range(5, 15), *row] for row in (*ROWS, ROWS[0][:3])]
     given = {"chat": llama_chat, "candidates": candidates, "harmful_rows": rows, "harmless_rows": rows}
-    given["measure"] = FirstTokens((3,))
-    started = CandidateScorer(**given, probe=probe)
-    plain = CandidateScorer(**given, probe=replace(probe, starts_at_blocks=False))
+    in_part = CandidateScorer(**given, measure=measure, probe=probe)
+    whole = CandidateScorer(**given, measure=measure, probe=replace(probe, **{shortcut: False}))
     for layer in range(llama_chat.n_layers):
-        assert started.induce(-1, layer) == pytest.approx(plain.induce(-1, layer), abs=1e-4)
+        for score in ("induce", "bypass", "kl"):
+            found, expected = (getattr(scorer, score)(-1, layer) for scorer in (in_part, whole))
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_mlp_that_looks_at_other_tokens_is_run_whole(llama_chat: ChatModel, monkeypatch) -> None:
+    mlp = llama_chat.blocks[-1].mlp
+    plain = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda hidden: plain(hidden + hidden.roll(1, dims=1)))
+    probe = probe_stream(llama_chat, rows=ROWS)
+    assert probe.starts_at_blocks
+    assert not probe.mlp_by_token
 
 
 def test_a_refused_type_is_refused_before_a_prompt_is_run(llama_chat: ChatModel, monkeypatch) -> None:

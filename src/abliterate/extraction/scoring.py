@@ -1,15 +1,15 @@
 """The three scores of a candidate direction: bypass, induce and KL (Arditi et al. 2024, section 2.3, appendix C).
 
 Nothing is approximated: the same forward passes as the published procedure, with the tokens that all prompts share
-run once per candidate, several candidates in one batch, logits at the last token only, and activation addition
-restarted at its own block.
+run once per candidate, several candidates in one batch, the last MLP and logits at the last token only, and activation
+addition restarted at its own block.
 
 Where layers are streamed the values are the same, from a fixed number of readings: one records all prompts, one adds
 every candidate at its own layer, one ablates every candidate that is left; see `streamed_model`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
 from statistics import fmean as mean
 
@@ -25,6 +25,7 @@ from abliterate.models.hooks import (
     ablate_subspace,
     add_direction,
     capture_inputs,
+    finish_with_last_tokens,
     start_at_block,
 )
 from abliterate.models.stream_probe import StreamProbe, probe_stream
@@ -92,7 +93,8 @@ class CandidateScorer:
         self._candidates = candidates
         self._measure = measure
         asked = measure.ask(harmless_rows if inducing_rows is None else inducing_rows)
-        self._stream = _RecordedInputs(chat, asked, probe or probe_stream(chat), keep=measure.n_logits)
+        self._probe = probe or probe_stream(chat)
+        self._stream = _RecordedInputs(chat, asked, self._probe, keep=measure.n_logits)
         plain = asked == [list(row) for row in harmless_rows]
         self.base_harmless_logits = self._stream.logits if plain else _measurable(chat.last_logits(harmless_rows))
         asked = measure.ask(harmful_rows)
@@ -241,7 +243,7 @@ class CandidateScorer:
 
         def run(pairs: list[int]) -> None:
             variants, places = torch.tensor(pairs) // n_rows, torch.tensor(pairs) % n_rows
-            with ablate_direction(chat, vectors[variants]):
+            with ablate_direction(chat, vectors[variants]), _tail(chat, self._probe, n_logits):
                 logits = chat.forward(
                     [rows[i] for i in places],
                     cache=cache,
@@ -253,6 +255,10 @@ class CandidateScorer:
                 receive(variants[part], places[part], _measurable(logits[part]))
 
         chat.for_batches([len(row) + chat.cached_share(n_cached) for row in rows] * len(vectors), run)
+
+
+def _tail(chat: ChatModel, probe: StreamProbe, n_logits: int) -> AbstractContextManager[object]:
+    return finish_with_last_tokens(chat, n_logits) if probe.mlp_by_token else nullcontext()
 
 
 class _RecordedInputs:
@@ -320,7 +326,7 @@ class _RecordedInputs:
             variants, places = torch.tensor(pairs) // n_rows, first + torch.tensor(pairs) % n_rows
             batch = [self._rows[i] for i in places]
             hidden = self._inputs[layer][places, -max(len(row) for row in batch) :].to(chat.device)
-            with self._from_block(layer, hidden, vectors[variants]):
+            with self._from_block(layer, hidden, vectors[variants]), _tail(chat, self._probe, measure.n_logits):
                 logits = chat.forward(
                     batch,
                     cache=cache,

@@ -215,6 +215,45 @@ def start_at_block(
 
 
 @contextmanager
+def finish_with_last_tokens(chat: ChatModel, n_tokens: int) -> Iterator[int]:
+    """Run the MLP of the last block for the last tokens of each row alone.
+
+    Theirs are the only logits that are right then, and what the block puts out at the other tokens is not the model's.
+    Where an MLP does not treat tokens one by one, this is not the same pass; `stream_probe` finds out.
+
+    Args:
+        chat: the model.
+        n_tokens: how many of the last tokens are read.
+
+    Yields:
+        how many modules are run in part; 0 where none is known to be an MLP and nothing more.
+    """
+    last = chat.stream.blocks[-1]
+    owners = [(writer.role, chat.model.get_submodule(writer.owner)) for writer in last.writers]
+    with ExitStack() as stack:
+        n_modules = 0
+        for child in last.block.children():
+            inside = set(child.modules())
+            if {role for role, owner in owners if owner in inside} == {"mlp"}:
+                stack.enter_context(replaced_forward(child, _for_last_tokens(child.forward, n_tokens)))
+                n_modules += 1
+        yield n_modules
+
+
+def _for_last_tokens(run: Callable[..., Any], n_tokens: int) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        n_left_out = hidden_states.shape[1] - n_tokens
+        if hidden_states.dim() != 3 or n_left_out <= 0:
+            return run(hidden_states, *args, **kwargs)
+        output = run(hidden_states[:, -n_tokens:].contiguous(), *args, **kwargs)
+        written, *rest = output if isinstance(output, tuple) else (output,)
+        padded = nn.functional.pad(written, (0, 0, n_left_out, 0))
+        return (padded, *rest) if isinstance(output, tuple) else padded
+
+    return forward
+
+
+@contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module call `forward` instead of its own, which may itself stand in for another (as accelerate's do)."""
     before = module.__dict__.get("forward")

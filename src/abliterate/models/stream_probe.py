@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.hooks import ablate_direction, ablate_in_block, capture_stream, start_at_block
+from abliterate.models.hooks import (
+    ablate_direction,
+    ablate_in_block,
+    capture_stream,
+    finish_with_last_tokens,
+    start_at_block,
+)
 from abliterate.models.stream import no_extraction
 
 _PROMPTS = ("Name a color.", "What is a river? Say it in one sentence.")
-_STARTS = 8
+_STARTS = 4
 """At so many blocks at most a pass is started, to compare it with the plain one."""
 _ROUNDINGS = 64
 """So many times the number format's precision may a value be off that is computed in another order."""
@@ -32,11 +38,13 @@ class StreamProbe:
     Attributes:
         returned: of each block how many values it returns; 0 for one that is not in a tuple.
         starts_at_blocks: a pass may start at any block, given that block's input.
+        mlp_by_token: the last block's MLP may be run for the last tokens alone where only their logits are read.
         reads_embedding: something beside the first block reads what starts the stream.
     """
 
     returned: tuple[int, ...]
     starts_at_blocks: bool
+    mlp_by_token: bool
     reads_embedding: bool
 
 
@@ -66,9 +74,11 @@ def probe_stream(chat: ChatModel, rows: Sequence[Sequence[int]] | None = None) -
     if wrong is not None:
         raise no_extraction(kind, f"a block's input has the shape {list(wrong.shape)}, not [prompts, tokens, d_model]")
     ablated = _check_ablation(chat, batch, [hidden for _, hidden in inputs[1:]], kind)
+    starts = _starts_at_blocks(chat, batch, dict(inputs), returned, logits)
     return StreamProbe(
         returned=returned,
-        starts_at_blocks=_starts_at_blocks(chat, batch, dict(inputs), returned, logits),
+        starts_at_blocks=starts,
+        mlp_by_token=_has_mlp_by_token(chat, batch, inputs[-2][1] if starts else None, returned, logits),
         reads_embedding=not _is_close(_ablated_in_blocks(chat, batch), ablated),
     )
 
@@ -169,3 +179,19 @@ def _starts_at_blocks(
         if not _is_close(found, logits):
             return False
     return True
+
+
+def _has_mlp_by_token(
+    chat: ChatModel, batch: list[list[int]], hidden: Tensor | None, returned: Sequence[int], logits: Tensor
+) -> bool:
+    """Tell whether a pass that starts at the last block, or at the first where `hidden` is None, may end in part."""
+    with ExitStack() as stack:
+        if hidden is not None:
+            stack.enter_context(start_at_block(chat, hidden, layer=chat.n_layers - 1, returned=returned))
+        n_modules = stack.enter_context(finish_with_last_tokens(chat, 1))
+        if not n_modules:
+            return False
+        try:
+            return _is_close(chat.forward(batch), logits)
+        except _NEEDS_MORE:
+            return False
