@@ -51,7 +51,7 @@ RANDOM = {
 
 @contextmanager
 def counted(chat: Any) -> Iterator[dict[str, int]]:
-    """Count tokens through blocks, by their MLP's output, and through the output head."""
+    """Count tokens through blocks, by what the last matrix of each computes, and through the output head."""
     counts = {"token_layers": 0, "head_tokens": 0}
 
     def counter(name: str) -> Callable[..., None]:
@@ -61,8 +61,8 @@ def counted(chat: Any) -> Iterator[dict[str, int]]:
 
         return count
 
-    last_writes = [block.writes[-1].module for block in chat.stream.blocks]
-    handles = [module.register_forward_hook(counter("token_layers")) for module in last_writes]
+    last_matrices = [chat.model.get_submodule(block.writers[-1].owner) for block in chat.stream.blocks]
+    handles = [module.register_forward_hook(counter("token_layers")) for module in last_matrices]
     handles.append(chat.model.get_output_embeddings().register_forward_hook(counter("head_tokens")))
     try:
         yield counts
