@@ -225,7 +225,8 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from abliterate.extraction.report import NoCandidatePassesError
     from abliterate.extraction.run import N_PREFIX_PROMPTS, extract_direction
     from abliterate.extraction.selection import CandidateScore, passing_candidates
-    from abliterate.models.chat_model import find_response_prefix, with_response_prefix
+    from abliterate.models.chat_model import with_response_prefix
+    from abliterate.models.greedy import find_response_prefix
     from abliterate.prompt_sets import split_for_extraction
 
     chat, device = load(arguments), arguments.device

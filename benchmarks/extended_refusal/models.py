@@ -90,7 +90,7 @@ def real_base(output: Path) -> Path:
     if not (directory / "model" / "config.json").is_file():
         fetch(QWEN, directory)
         if not came_as_checkpoint(directory):
-            convert_gguf(directory / "model.gguf", directory / "model", overwrite=True)
+            convert_gguf(source=directory / "model.gguf", output=directory / "model", overwrite=True)
     return directory / "model"
 
 

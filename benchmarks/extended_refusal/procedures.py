@@ -27,22 +27,24 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig
 
 from abliterate.directions import load_direction
 from abliterate.evaluation.statistics import wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply, read_completions
 from abliterate.files import JsonLines, write_json
-from abliterate.interventions.soft_edit import SoftEdit
-from abliterate.models.greedy import GreedyDecoder
-from abliterate.models.hooks import ablate_direction, difference_in_means, record
+from abliterate.models.chat_model import stop_tokens
+from abliterate.models.hooks import ablate_direction, difference_in_means, edit_output, record
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import Dtype, ModelOptions
 from abliterate.prompt_sets import load_prompt_set
@@ -56,6 +58,10 @@ ROUNDS = ((8, 40), (16, 8))
 NO_CANDIDATE = 3
 # Position from the end, and layer.
 Place = tuple[int, int]
+NOWHERE: Place = (0, 0)
+Procedure = Literal["none", "ours", "theirs"]
+# Replies that are generated side by side.
+ROWS_AT_ONCE = 64
 _SAME = 0.6
 
 
@@ -168,27 +174,60 @@ class Trial:
         )
         return difference_in_means(harmful=harmful, harmless=harmless)
 
-    def counts(self, procedure: str, place: Place | None, n: int) -> Counts:
-        """Return what the replies to the first `n` test prompts are under an edit, from what is kept if it is there."""
-        key = (self.name, procedure, *(place or (0, 0)), n)
-        if key not in self._found:
+    def counts(self, procedure: Procedure, places: Sequence[Place], n: int) -> list[Counts]:
+        """Return what the replies to the first `n` test prompts are under each edit; what is kept is not tried again.
+
+        Replies of several edits are generated side by side: a product with few rows mostly reads weights.
+        """
+
+        def key(place: Place) -> tuple[str | int, ...]:
+            return (self.name, procedure, *place, n)
+
+        missing = [place for place in places if key(place) not in self._found]
+        size = max(1, ROWS_AT_ONCE // n)
+        for start in range(0, len(missing), size):
             if time.monotonic() > self._ends:
                 raise OutOfTimeError
-            with self._edit(procedure, place)():
-                decoder = GreedyDecoder(chat=self.chat, max_new_tokens=self._n_tokens)
-                tokens = decoder.replies(self.chat.encode(self.prompts[:n]))
-            self._found[key] = self._sentences.count(read_completions(self.chat, tokens, max_new_tokens=self._n_tokens))
-            self._kept.append({"key": list(key), "counts": asdict(self._found[key])})
-        return self._found[key]
+            group = missing[start : start + size]
+            with self._edited(procedure, group, n):
+                tokens = self._replies(self.chat.encode(self.prompts[:n]) * len(group))
+            for i, place in enumerate(group):
+                replies = read_completions(self.chat, tokens[i * n : i * n + n], max_new_tokens=self._n_tokens)
+                found = self._found[key(place)] = self._sentences.count(replies)
+                self._kept.append({"key": list(key(place)), "counts": asdict(found)})
+            done = f"{start + len(group)} of {len(missing)} edits ({procedure}) on {n} prompts"
+            print(f"{self.name}: {done}", file=sys.stderr, flush=True)
+        return [self._found[key(place)] for place in places]
 
-    def _edit(self, procedure: str, place: Place | None) -> Callable[[], AbstractContextManager[Any]]:
-        if place is None:
-            return nullcontext
-        if procedure == "ours":
-            return partial(ablate_direction, self.chat, self.ours.direction)
-        direction = torch.nn.functional.normalize(self.candidates[place].double(), dim=0)
-        edit = SoftEdit(self.chat, direction.expand(self.chat.n_layers, -1))
-        return partial(edit.applied, torch.ones(self.chat.n_layers, 2, dtype=torch.float64))
+    @torch.inference_mode()
+    def _replies(self, rows: list[list[int]]) -> list[list[int]]:
+        """Return greedy replies, all rows in one batch, in which each stays where it is."""
+        stops = stop_tokens(self.chat)
+        config = GenerationConfig(
+            max_new_tokens=self._n_tokens,
+            do_sample=False,
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=self.chat.pad_token_id,
+        )
+        ids, mask = self.chat.pad(rows)
+        model = cast(Any, self.chat.model)
+        # What a given configuration leaves open is filled from the model's own.
+        model.generation_config = GenerationConfig()
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        return [list(takewhile(lambda token: token not in stops, row)) for row in out[:, ids.shape[1] :].tolist()]
+
+    @contextmanager
+    def _edited(self, procedure: Procedure, places: Sequence[Place], n: int) -> Iterator[None]:
+        """Edit the model, for each `n` rows after one another with another place's direction."""
+        directions = torch.stack([self.candidates[place] for place in places]).repeat_interleave(n, dim=0)
+        with ExitStack() as stack:
+            if procedure == "ours" and self.ours is not None:
+                stack.enter_context(ablate_direction(self.chat, self.ours.direction))
+            for write in (write for block in self.chat.stream.blocks for write in block.writes):
+                if procedure == "theirs":
+                    edit = partial(without, directions=torch.nn.functional.normalize(directions, dim=-1))
+                    stack.callback(edit_output(write.module, edit, output=write.output).remove)
+            yield
 
     @cached_property
     def ours(self) -> Ours | None:
@@ -218,25 +257,28 @@ class Trial:
         return [(p - n_positions, layer) for p in range(n_positions) for layer in range(n_layers)]
 
 
-def choose_as_they_do(places: Sequence[Place], counts: Callable[[Place, int], Counts], *, n: int) -> Place:
+def without(written: Tensor, directions: Tensor) -> Tensor:
+    """Return what a module wrote, [n, tokens, d_model], without each row's own direction, unit vectors [n, d_model]."""
+    unit = directions.to(written.dtype)
+    return written - torch.einsum("ntd,nd->nt", written, unit).unsqueeze(-1) * unit.unsqueeze(1)
+
+
+def choose_as_they_do(
+    places: Sequence[Place], counts: Callable[[Sequence[Place], int], Sequence[Counts]], *, n: int
+) -> Place:
     """Return the candidate that their procedure reports on `n` prompts: coherent, and with the least not complied with.
 
     Args:
         places: position and layer of each candidate.
-        counts: what the replies to so many prompts are with a candidate taken out.
+        counts: what the replies to so many prompts are with each candidate taken out.
         n: prompts that are reported; on fewer of them most candidates are left out, see `ROUNDS`.
     """
 
-    def remaining(place: Place, n: int) -> tuple[bool, float]:
-        found = counts(place, n)
+    def remaining(found: Counts) -> tuple[bool, float]:
         return found.coherent <= COHERENT * found.n, found.not_complied / found.n
 
     for n_prompts, left in (*ROUNDS, (n, 1)):
-        scores = {}
-        for i, place in enumerate(places):
-            scores[place] = remaining(place, n_prompts)
-            if i % 10 == 9:
-                print(f"{i + 1} of {len(places)} candidates on {n_prompts} prompts", file=sys.stderr, flush=True)
+        scores = dict(zip(places, map(remaining, counts(places, n_prompts)), strict=True))
         places = sorted(places, key=scores.__getitem__)[:left]
     return places[0]
 
@@ -249,14 +291,14 @@ def try_model(subject: Subject, arguments: argparse.Namespace, *, ends: float) -
         return None
     trial = Trial(subject, model, arguments.output, arguments.dtype, ends=ends)
     n = arguments.n_test
-    rows = [row(subject.name, "none", "", trial.counts("none", None, n))]
+    rows = [row(subject.name, "none", "", *trial.counts("none", [NOWHERE], n))]
     if trial.ours is None:
         rows += [[subject.name, "ours", "none is found", *[""] * 5]]
     else:
         where = f"{trial.ours.place[0]}, {trial.ours.place[1]}" + (f" ({trial.ours.remark})" * bool(trial.ours.remark))
-        rows += [row(subject.name, "ours", where, trial.counts("ours", trial.ours.place, n))]
+        rows += [row(subject.name, "ours", where, *trial.counts("ours", [trial.ours.place], n))]
     chosen = choose_as_they_do(trial.places(), partial(trial.counts, "theirs"), n=n)
-    return [*rows, row(subject.name, "theirs", f"{chosen[0]}, {chosen[1]}", trial.counts("theirs", chosen, n))]
+    return [*rows, row(subject.name, "theirs", f"{chosen[0]}, {chosen[1]}", *trial.counts("theirs", [chosen], n))]
 
 
 def main() -> None:

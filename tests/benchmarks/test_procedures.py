@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from abliterate.extraction.reply_classes import read_reply
-from benchmarks.extended_refusal.procedures import ROUNDS, Counts, Sentences, choose_as_they_do
+from benchmarks.extended_refusal.procedures import ROUNDS, Counts, Sentences, choose_as_they_do, without
 from tests.support.paths import REPOSITORY
 
 PARTS = json.loads((REPOSITORY / "training" / "extended_refusals.json").read_text(encoding="utf-8"))
@@ -48,5 +49,11 @@ def test_the_least_not_complied_with_is_chosen_among_what_is_coherent() -> None:
         left = {20: 0, 30: 1, 31: 1 if n < 64 else 5}.get(layer, n)
         return counts(n=n, not_complied=left, coherent=n // 2 if layer == 20 else n)
 
-    assert choose_as_they_do(places, found, n=64) == (-1, 30)
+    assert choose_as_they_do(places, lambda places, n: [found(place, n) for place in places], n=64) == (-1, 30)
     assert [asked.count(n) for n in (8, 16, 64)] == [60, ROUNDS[0][1], ROUNDS[1][1]]
+
+
+def test_each_row_is_rid_of_its_own_direction() -> None:
+    written, directions = torch.randn(2, 3, 4), torch.tensor([[1.0, 0, 0, 0], [0, 0.6, 0.8, 0]])
+    for row, one, unit in zip(without(written, directions), written, directions, strict=True):
+        assert torch.allclose(row, one - (one @ unit)[:, None] * unit)
