@@ -54,7 +54,7 @@ from benchmarks.extended_refusal.run import N_TEST
 N_TRAIN = 128
 COHERENT = 0.7
 # Prompts that all candidates that are left are tried on, and how many are left then.
-ROUNDS = ((8, 40), (16, 8))
+ROUNDS = ((8, 32), (16, 6))
 NO_CANDIDATE = 3
 # Position from the end, and layer.
 Place = tuple[int, int]
