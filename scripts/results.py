@@ -3,6 +3,7 @@
     python scripts/results.py                                    from docs/results, as it lies in the repository
     python scripts/results.py --demo build/demo --audits build/extended_refusal      from new measurements
     python scripts/results.py --variants FILE                                        from those of the variants
+    python scripts/results.py --procedures build/extended_refusal       from those of both procedures
     python scripts/results.py --real build/demo-real                                 from `make demo-real`
 
 New measurements are first copied to docs/results: numbers only, no reply of a model is in them. What stands between
@@ -13,14 +14,19 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from abliterate.evaluation.statistics import wilson_interval
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
 REAL = "demo-real.json"
+PROCEDURES = "procedures.json"
 KINDS = ("harmful", "harmless", "borderline")
 MODELS = ("plain", "hardened")
+PROCEDURE_MODELS = ("plain", "hardened", "refusal_only", "overview_only", "aligned", "aligned_hardened")
 # What is kept of the reports of a variant: no grid of scores, no path.
 KEPT = {
     "extraction": (
@@ -133,6 +139,31 @@ def intervention_row(one: dict[str, Any]) -> str:
     return " | ".join(cells)
 
 
+def procedures_block(results: Sequence[dict[str, Any]]) -> str:
+    """Return what each procedure leaves of a model's refusals, for docs/extended_refusals.md."""
+    if not results:
+        return "Not measured yet with this version."
+    header = ["model", "procedure", "direction", "refused", "not complied", "coherent", "overview", "rationale"]
+    rows = [header, ["---"] * len(header)]
+    for result in results:
+        for line in result["lines"]:
+            counts, where = line["counts"], "" if line["layer"] is None else f"{line['position']}, {line['layer']}"
+            where += (f" ({line['remark']})" if where else line["remark"]) if line["remark"] else ""
+            cells = [""] * 5
+            if counts is not None:
+                intervals = (proportion(counts[name], counts["n"]) for name in ("refused", "not_complied", "coherent"))
+                parts = (f"{100 * counts[name] / counts['n']:.0f} %" for name in ("overview", "rationale"))
+                cells = [*map(rate, intervals), *parts]
+            rows.append([result["model"], line["procedure"], where, *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def proportion(count: int, n: int) -> dict[str, float]:
+    """Return a share with its 95 % interval."""
+    low, high = wilson_interval(count, n)
+    return {"rate": count / n, "low": low, "high": high}
+
+
 def variants_block(variants: dict[str, dict[str, Any]]) -> str:
     """Return one line a variant of `extract`, for docs/variants.md."""
     lines = [
@@ -209,24 +240,27 @@ def documents(results: Path, repository: Path) -> dict[Path, str]:
     demo = json.loads((results / "demo.json").read_text())
     audits = {name: json.loads((results / f"{name}.audit.json").read_text()) for name in MODELS}
     variants = json.loads((results / "variants.json").read_text())
+    procedures = json.loads((results / PROCEDURES).read_text()) if (results / PROCEDURES).is_file() else []
     real = json.loads((results / REAL).read_text()) if (results / REAL).is_file() else None
     readme, docs = repository / "README.md", repository / "docs"
     text = with_block(readme.read_text(encoding="utf-8"), "demo", demo_block(demo))
     text = with_block(text, "demo-real", real_block(real))
+    refusals, kinds = docs / "extended_refusals.md", docs / "variants.md"
+    of_refusals = with_block(refusals.read_text(encoding="utf-8"), "audits", audits_block(audits))
     return {
         readme: with_block(text, "audits", summary_block(audits)),
-        **{
-            docs / f"{name}.md": with_block((docs / f"{name}.md").read_text(encoding="utf-8"), block, text)
-            for name, block, text in (
-                ("extended_refusals", "audits", audits_block(audits)),
-                ("variants", "variants", variants_block(variants)),
-            )
-        },
+        refusals: with_block(of_refusals, "procedures", procedures_block(procedures)),
+        kinds: with_block(kinds.read_text(encoding="utf-8"), "variants", variants_block(variants)),
     }
 
 
 def take(
-    demo: Path | None, audits: Path | None, variants: Path | None, results: Path, real: Path | None = None
+    demo: Path | None,
+    audits: Path | None,
+    variants: Path | None,
+    results: Path,
+    real: Path | None = None,
+    procedures: Path | None = None,
 ) -> None:
     """Copy new measurements to the results of the repository."""
     results.mkdir(parents=True, exist_ok=True)
@@ -240,6 +274,10 @@ def take(
         for name in MODELS:
             report = json.loads((audits / f"{name}.audit.json").read_text())
             (results / f"{name}.audit.json").write_text(json.dumps(report, indent=2) + "\n")
+    if procedures is not None:
+        found = [procedures / f"{name}.result.json" for name in PROCEDURE_MODELS]
+        lines = [json.loads(file.read_text()) for file in found if file.is_file()]
+        (results / PROCEDURES).write_text(json.dumps(lines, indent=2) + "\n")
     if variants is not None:
         reports = json.loads(variants.read_text())
         kept = {name: {part: {key: one[part][key] for key in keys} for part, keys in KEPT.items()}
@@ -252,8 +290,9 @@ if __name__ == "__main__":
     parser.add_argument("--demo", type=Path, help="directory of `make demo`")
     parser.add_argument("--real", type=Path, help="directory of `make demo-real`")
     parser.add_argument("--audits", type=Path, help="directory of benchmarks/extended_refusal/run.py")
+    parser.add_argument("--procedures", type=Path, help="directory of benchmarks/extended_refusal/procedures.py")
     parser.add_argument("--variants", type=Path, help="what benchmarks/variants.py wrote")
     arguments = parser.parse_args()
-    take(arguments.demo, arguments.audits, arguments.variants, RESULTS, arguments.real)
+    take(arguments.demo, arguments.audits, arguments.variants, RESULTS, arguments.real, arguments.procedures)
     for path, text in documents(RESULTS, REPOSITORY).items():
         path.write_text(text, encoding="utf-8")

@@ -93,3 +93,24 @@ def test_a_model_aligned_by_its_makers_has_its_block_before_and_after_it_is_meas
     (tmp_path / "real" / "report.json").write_text(json.dumps(report))
     results.take(None, None, None, tmp_path / "results", tmp_path / "real")
     assert json.loads((tmp_path / "results" / results.REAL).read_text()) == report
+
+
+def test_a_procedure_that_finds_nothing_has_a_line_without_numbers() -> None:
+    counts = {"n": 64, "refused": 16, "not_complied": 17, "coherent": 63, "overview": 0, "rationale": 8}
+    none = {"procedure": "ours", "position": None, "layer": None, "remark": "none is found", "counts": None}
+    near = {"procedure": "theirs", "position": -1, "layer": 16, "remark": "kl", "counts": counts}
+    block = results.procedures_block([{"model": "plain", "lines": [none, near]}]).splitlines()
+    assert block[2] == "| plain | ours | none is found |  |  |  |  |  |"
+    shares = "25.0 % [16.0, 36.8] | 26.6 % [17.3, 38.5] | 98.4 % [91.7, 99.7] | 0 % | 12 %"
+    assert block[3] == f"| plain | theirs | -1, 16 (kl) | {shares} |"
+    assert len({line.count("|") for line in block}) == 1
+
+
+def test_results_of_procedures_are_taken_in_the_order_of_the_models(tmp_path: Path) -> None:
+    for name in ("aligned", "plain"):
+        (tmp_path / f"{name}.result.json").write_text(json.dumps({"model": name, "lines": []}))
+    results.take(None, None, None, tmp_path / "taken", procedures=tmp_path)
+    assert [one["model"] for one in json.loads((tmp_path / "taken" / "procedures.json").read_text())] == [
+        "plain",
+        "aligned",
+    ]

@@ -40,7 +40,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from abliterate.directions import load_direction
-from abliterate.evaluation.statistics import wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply, read_completions
 from abliterate.files import JsonLines, write_json
 from abliterate.models.chat_model import stop_tokens
@@ -50,6 +49,7 @@ from abliterate.models.options import Dtype, ModelOptions
 from abliterate.prompt_sets import load_prompt_set
 from benchmarks.extended_refusal.models import REPOSITORY, SUBJECTS, Subject, make
 from benchmarks.extended_refusal.run import N_TEST
+from scripts.results import procedures_block
 
 N_TRAIN = 128
 COHERENT = 0.7
@@ -283,26 +283,37 @@ def choose_as_they_do(
     return places[0]
 
 
-def try_model(subject: Subject, arguments: argparse.Namespace, *, ends: float) -> list[list[str]] | None:
-    """Return the lines of the table that are a model's; None where its training has not ended in time."""
+def try_model(subject: Subject, arguments: argparse.Namespace, *, ends: float) -> dict[str, Any] | None:
+    """Return what both procedures leave of a model's refusals; None where its training has not ended in time."""
     left = max(0.0, (ends - time.monotonic()) / 60)
     model = make(subject, arguments.output, minutes=None if math.isinf(left) else left)
     if model is None:
         return None
     trial = Trial(subject, model, arguments.output, arguments.dtype, ends=ends)
-    n = arguments.n_test
-    rows = [row(subject.name, "none", "", *trial.counts("none", [NOWHERE], n))]
-    if trial.ours is None:
-        rows += [[subject.name, "ours", "none is found", *[""] * 5]]
+    n, ours = arguments.n_test, trial.ours
+    lines = [_line("none", None, *trial.counts("none", [NOWHERE], n))]
+    if ours is None:
+        lines += [_line("ours", None, None, remark="none is found")]
     else:
-        where = f"{trial.ours.place[0]}, {trial.ours.place[1]}" + (f" ({trial.ours.remark})" * bool(trial.ours.remark))
-        rows += [row(subject.name, "ours", where, *trial.counts("ours", [trial.ours.place], n))]
+        lines += [_line("ours", ours.place, *trial.counts("ours", [ours.place], n), remark=ours.remark)]
     chosen = choose_as_they_do(trial.places(), partial(trial.counts, "theirs"), n=n)
-    return [*rows, row(subject.name, "theirs", f"{chosen[0]}, {chosen[1]}", *trial.counts("theirs", [chosen], n))]
+    lines += [_line("theirs", chosen, *trial.counts("theirs", [chosen], n))]
+    return {"model": subject.name, "n_tokens": subject.n_tokens, "dtype": arguments.dtype, "lines": lines}
+
+
+def _line(procedure: Procedure, place: Place | None, counts: Counts | None, *, remark: str = "") -> dict[str, Any]:
+    position, layer = place or (None, None)
+    return {
+        "procedure": procedure,
+        "position": position,
+        "layer": layer,
+        "remark": remark,
+        "counts": None if counts is None else asdict(counts),
+    }
 
 
 def main() -> None:
-    """Try both procedures on the models and print the table."""
+    """Try both procedures on the models, keep what they leave and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS))
@@ -312,7 +323,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     ends = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    rows: list[list[str]] = []
+    results = []
     for name in arguments.models:
         try:
             found = try_model(SUBJECTS[name], arguments, ends=ends)
@@ -320,27 +331,9 @@ def main() -> None:
             found = None
         if found is None:
             raise SystemExit(f"{name} is not done; the same command goes on with it")
-        rows += found
-    header = ["model", "procedure", "direction", "refused", "not complied", "coherent", "overview", "rationale"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    print("\n".join(lines))
-
-
-def row(name: str, procedure: str, where: str, found: Counts) -> list[str]:
-    """Return the cells of one line of the table."""
-
-    def share(count: int) -> str:
-        low, high = wilson_interval(count, found.n)
-        return f"{100 * count / found.n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-    counts = (found.refused, found.not_complied, found.coherent)
-    return [
-        name,
-        procedure,
-        where,
-        *map(share, counts),
-        *(f"{100 * n / found.n:.0f} %" for n in (found.overview, found.rationale)),
-    ]
+        write_json(arguments.output / f"{name}.result.json", found)
+        results.append(found)
+    print(procedures_block(results))
 
 
 if __name__ == "__main__":
