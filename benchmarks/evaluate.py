@@ -8,14 +8,20 @@ Loading the model is not timed. No reply is kept.
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import load_prompt_set
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -32,8 +38,8 @@ def main() -> None:
     rows = chat.encode(load_prompt_set("bundled", kind="harmless", part="test").texts[:: arguments.every])
     for length in map(int, arguments.max_new_tokens.split(",")):
         (ours, wall, cpu), (plain, plain_wall, plain_cpu) = (
-            timed(lambda length=length: GreedyDecoder(chat=chat, max_new_tokens=length).replies(rows)),
-            timed(lambda length=length: chat.generate(rows, max_new_tokens=length)),
+            timed(partial(side_by_side, chat, rows, max_new_tokens=length)),
+            timed(partial(chat.generate, rows, max_new_tokens=length)),
         )
         same = sum(one == other for one, other in zip(ours, plain, strict=True))
         mean = sum(map(len, ours)) / len(ours)
@@ -44,7 +50,12 @@ def main() -> None:
         )
 
 
-def timed(run):  # type: ignore[no-untyped-def]
+def side_by_side(chat: ChatModel, rows: list[list[int]], *, max_new_tokens: int) -> list[list[int]]:
+    """Return the replies as `evaluate` generates them."""
+    return GreedyDecoder(chat=chat, max_new_tokens=max_new_tokens).replies(rows)
+
+
+def timed(run: Callable[[], T]) -> tuple[T, float, float]:
     """Return what `run` returns, and its wall and CPU time in seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     found = run()

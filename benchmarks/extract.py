@@ -37,7 +37,7 @@ from torch import Tensor
 
 WAYS = ("published", "exhaustive", "lazy")
 BATCH = 32
-RANDOM = {
+RANDOM: dict[str, dict[str, Any]] = {
     "random-1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,

@@ -187,7 +187,7 @@ class Rounds:
         """Stop the reader and remove the result."""
         self.stopped.set()
         self.reader.join()
-        self.counts["looks of the reader"], self.counts["half-written"] = self.looks
+        self.counts["looks of the reader"], self.counts["half-written"] = self.looks[:]
         shutil.rmtree(self.out)
 
 

@@ -32,7 +32,7 @@ PAUSE = 5.0
 # torch is imported by the process that makes the checkpoint alone: what a child process has at its peak begins with
 # what its parent had.
 D_MODEL, D_MLP, D_KV, VOCABULARY, SHARD_BYTES = 4096, 14336, 1024, 128256, 1 << 30
-LAYER = {
+LAYER: dict[str, tuple[int, ...]] = {
     "input_layernorm.weight": (D_MODEL,),
     "mlp.down_proj.weight": (D_MODEL, D_MLP),
     "mlp.gate_proj.weight": (D_MLP, D_MODEL),
@@ -64,7 +64,7 @@ def tensor_shapes(size: float) -> dict[str, tuple[int, ...]]:
     layer = sum(2 * math.prod(shape) for shape in LAYER.values())
     left = size * 1e9 - sum(2 * math.prod(shape) for shape in ends.values())
     n_layers = max(1, round(left / layer))
-    shapes = {"model.embed_tokens.weight": ends["model.embed_tokens.weight"]}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": ends["model.embed_tokens.weight"]}
     for index in range(n_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in LAYER.items()}
     return shapes | {"model.norm.weight": (D_MODEL,), "lm_head.weight": ends["lm_head.weight"]}
@@ -85,7 +85,7 @@ def make_checkpoint(path: Path, size: float) -> None:
         if sum(2 * math.prod(each) for each in shards[-1].values()) >= SHARD_BYTES:
             shards.append({})
         shards[-1][name] = shape
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

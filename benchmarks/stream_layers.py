@@ -56,7 +56,8 @@ def make_checkpoint(directory: Path, *, n_layers: int, width: int) -> int:
     kv = max(1, n_heads // 8) * 64
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(torch.bfloat16)
+        scale: float = columns**-0.5
+        return (torch.randn(rows, columns, generator=generator) * scale).to(torch.bfloat16)
 
     def layer(i: int) -> dict[str, torch.Tensor]:
         shapes = {
@@ -98,7 +99,7 @@ def measure(model: Path, way: str, arguments: argparse.Namespace) -> dict[str, A
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
-    report = json.loads(process.stdout.read())
+    report: dict[str, Any] = json.loads(process.stdout.read())
     _, _, usage = os.wait4(process.pid, 0)
     return report | {"seconds": time.perf_counter() - started, "peak_mb": usage.ru_maxrss / 1024}
 
@@ -106,7 +107,7 @@ def measure(model: Path, way: str, arguments: argparse.Namespace) -> dict[str, A
 def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Return the largest difference between scores that both ways computed."""
     return max(
-        abs(a[name] - b[name])
+        float(abs(a[name] - b[name]))
         for a, b in zip(one["scores"], other["scores"], strict=True)
         for name in ("bypass", "induce", "kl")
         if a[name] is not None and b[name] is not None

