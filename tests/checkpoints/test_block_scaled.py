@@ -6,13 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.checkpoints.block_scaled import BlockLayout, decode, encode, refitted_scales, requantize
-from abliterate.checkpoints.format_fp8 import E4M3
-from abliterate.checkpoints.format_mxfp4 import E2M1
+from abliterate.checkpoints.format_float import E4M3, MXFP4, NVFP4, PACKED_MXFP4
 from abliterate.directions import orthonormalize
 
 FP8_BLOCK = BlockLayout(grid=E4M3, block=(128, 128))
 FP8_UE8M0 = BlockLayout(grid=E4M3, block=(128, 128), power_of_two=True)
-MXFP4 = BlockLayout(grid=E2M1, block=(1, 32), power_of_two=True)
 FP4_VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
@@ -33,6 +31,9 @@ KINDS = {
     "fp8 per tensor": (whole, torch.float32, 0.005),
     "fp8 per row": (lambda _r, c: rows_of(c), torch.bfloat16, 0.005),
     "mxfp4": (lambda _r, _c: MXFP4, torch.uint8, 0.05),
+    "packed mxfp4": (lambda _r, _c: PACKED_MXFP4, torch.uint8, 0.05),
+    "packed mxfp4, e8m0": (lambda _r, _c: PACKED_MXFP4, torch.float8_e8m0fnu, 0.05),
+    "nvfp4": (lambda _r, _c: NVFP4, torch.float8_e4m3fn, 0.05),
 }
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from abliterate import checkpoints
 from abliterate.checkpoints.block_scaled import BlockEncoding
-from abliterate.checkpoints.format_mxfp4 import LAYOUT
+from abliterate.checkpoints.format_float import MXFP4
 from abliterate.checkpoints.quantized import is_handled, quantized_formats
 from abliterate.checkpoints.safetensors_file import TensorInfo
 
@@ -16,7 +16,7 @@ def info(name: str, shape: tuple[int, ...], start: int, size: int) -> TensorInfo
 def test_a_stack_is_cut_with_its_companions_but_for_those_of_all_matrices() -> None:
     codes, scales = info("w_blocks", (2, 4, 1, 16), 100, 128), info("w_scales", (2, 4, 1), 300, 8)
     shared = info("w_global", (1,), 400, 1)
-    encoding = BlockEncoding(codes=codes, companions=(scales, shared), layout=LAYOUT, turned=True)
+    encoding = BlockEncoding(codes=codes, companions=(scales, shared), layout=MXFP4, turned=True)
     first, second = encoding.matrices(2)
     assert (first.codes.start, first.codes.end, second.codes.start, second.codes.end) == (100, 164, 164, 228)
     assert second.codes.shape == (4, 1, 16)
@@ -27,7 +27,7 @@ def test_a_stack_is_cut_with_its_companions_but_for_those_of_all_matrices() -> N
 
 def test_each_module_of_a_format_is_found() -> None:
     modules = sorted(Path(checkpoints.__path__[0]).glob("format_*.py"))
-    assert len(quantized_formats()) == len(modules) >= 2
+    assert len(quantized_formats()) >= len(modules) >= 2
     names = [name for each in quantized_formats() for name in each.names]
     assert len(names) == len(set(names))
 

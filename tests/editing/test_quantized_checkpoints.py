@@ -3,11 +3,12 @@
 import json
 import mmap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import abliterate.editing.edited_tensors
 from abliterate.checkpoints.checkpoint import open_checkpoint
@@ -23,22 +24,33 @@ from abliterate.release.options import VerificationOptions
 from abliterate.release.reverting import revert_checkpoint
 from abliterate.release.verification import VerificationReport, verify_checkpoint
 from tests.support.loaded_models import stored, stream_component, tree
+from tests.support.quantized_models import LAYOUTS, save_quantized_llama
 from tests.support.tiny_models import FP8_FORMATS, random_direction, save_fp8_llama, save_mxfp4_gpt_oss, save_tiny_llama
 
 REQUANTIZE = EditOptions(quantized="requantize")
 DEQUANTIZE = EditOptions(quantized="dequantize")
-KINDS = [*FP8_FORMATS, "mxfp4"]
-# What transformers loads without a package of the format's own.
-LOADED = ["block", "ue8m0", "per tensor", "mxfp4"]
+KINDS = [*FP8_FORMATS, "mxfp4", *LAYOUTS]
+# Those of eight bits; the others have four.
+EIGHT_BITS = [*FP8_FORMATS, "int8 groups", "int8 rows", "gptq, 8 bits", "modelopt fp8"]
+COMPRESSED = [kind for kind, (content, _) in LAYOUTS.items() if content["quant_method"] == "compressed-tensors"]
+# What transformers loads, by itself or with the format's own package, compressed-tensors, where that decodes on a CPU.
+LOADED = ["block", "ue8m0", "per tensor", "mxfp4", "fp4 in bytes", *COMPRESSED]
 
 
 def save(path: Path, kind: str) -> tuple[Path, Direction]:
-    base = save_mxfp4_gpt_oss(path) if kind == "mxfp4" else save_fp8_llama(path, kind)
+    if kind in LAYOUTS:
+        base = save_quantized_llama(path, kind)
+    else:
+        base = save_mxfp4_gpt_oss(path) if kind == "mxfp4" else save_fp8_llama(path, kind)
     return base, make_direction(mean_difference=random_direction(64 if kind == "mxfp4" else 256))
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval().to(dtype)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+    content = json.loads((path / "config.json").read_text()).get("quantization_config", {})
+    if content.get("quant_method") == "compressed-tensors" and content["format"] != "float-quantized":
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval().to(dtype)
 
 
 def verify(out: Path, *, quick: bool = False) -> VerificationReport:
@@ -57,7 +69,7 @@ def test_the_layout_stays_and_next_to_nothing_survives(tmp_path, kind):
     assert [(n, t.dtype, t.shape) for n, t in new.items()] == [(n, t.dtype, t.shape) for n, t in old.items()]
     quantized = [tensor for tensor in report.tensors if tensor.edit.stored_as]
     assert len(quantized) == (3 if kind == "mxfp4" else 6)
-    most = 0.05 if kind == "mxfp4" else 0.005
+    most = 0.005 if kind in EIGHT_BITS else 0.05
     for tensor in report.tensors:
         assert tensor.component_before > 0.01
         assert tensor.survivor < (most if tensor.edit.stored_as else 0.005)
@@ -164,6 +176,17 @@ def test_what_is_seen_is_what_transformers_loads(tmp_path):
     assert "quantization_config" not in view.config
 
 
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_what_is_seen_is_what_the_package_of_the_format_decodes(tmp_path, kind):
+    base, _ = save(tmp_path / "base", kind)
+    view, loaded = plain_view(open_checkpoint(base)), load(base).state_dict()
+    names = [info.name for info in view.tensors() if info.encoding is not None]
+    assert len(names) == 21
+    for name in names:
+        # It multiplies in bfloat16.
+        torch.testing.assert_close(read_tensor(base, view.tensor(name)), loaded[name], rtol=2**-8, atol=0)
+
+
 def test_several_directions_strength_and_layers(tmp_path):
     base = save_fp8_llama(tmp_path / "base", "block")
     directions = [make_direction(mean_difference=random_direction(256, seed=seed)) for seed in (7, 8)]
@@ -230,10 +253,10 @@ def test_by_default_it_is_refused_with_the_ways_out(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        {"quant_method": "gptq", "bits": 4},
-        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "gptq", "bits": 4, "desc_act": True},
+        {"quant_method": "awq", "bits": 4, "version": "gemv"},
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"quant_method": "compressed-tensors", "format": "marlin-24"},
         {"quant_method": "fp8", "fmt": "e5m2"},
         {"quant_method": "brand-new"},
     ],

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from abliterate.checkpoints.block_scaled import BlockLayout, encode
-from abliterate.checkpoints.format_fp8 import E4M3
-from abliterate.checkpoints.format_mxfp4 import E2M1
+from abliterate.checkpoints.format_float import E4M3, MXFP4
 from abliterate.models.chat_model import ChatModel, make_chat_model
 from tests.support.loaded_models import stored
 
@@ -267,7 +266,7 @@ def save_fp8_llama(path: Path, kind: str, *, hidden_size: int = 256, **options: 
         layout = BlockLayout(grid=E4M3, block=block_of(*tensor.shape), power_of_two=content.get("scale_fmt") == "ue8m0")
         tensors[name], scales = encode(tensor.float(), layout=layout, scale_dtype=scale_dtype)
         tensors[name + suffix] = scales.reshape(()) if kind == "per tensor" else scales
-    _rewrite(path, tensors, content)
+    rewrite_quantized(path, tensors, content)
     return path
 
 
@@ -286,7 +285,7 @@ def save_mxfp4_gpt_oss(path: Path) -> Path:
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         dtype=torch.bfloat16,
     )
-    layout = BlockLayout(grid=E2M1, block=(1, 32), power_of_two=True)
+    layout = MXFP4
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored(path).items():
         if not name.endswith(("down_proj", "gate_up_proj")):
@@ -295,11 +294,14 @@ def save_mxfp4_gpt_oss(path: Path) -> Path:
         pairs = [encode(matrix.T.float(), layout=layout, scale_dtype=torch.uint8) for matrix in tensor]
         tensors[f"{name}_blocks"] = torch.stack([codes for codes, _ in pairs])
         tensors[f"{name}_scales"] = torch.stack([scales for _, scales in pairs])
-    _rewrite(path, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]})
+    rewrite_quantized(
+        path, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]}
+    )
     return path
 
 
-def _rewrite(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+def rewrite_quantized(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    """Write these tensors in the place of a checkpoint's, in two shards, and what config.json says of them."""
     for old in path.glob("model*.safetensors*"):
         old.unlink()
     # The second shard begins in the middle of a layer, so that codes and scales may part.

@@ -178,9 +178,10 @@ def refitted_scales(
         directions: U, [k, d_model], orthonormal rows.
         strength: Share of the component that is removed.
     """
-    old = _scale_numbers(scales, layout).reshape(_scale_shape(layout.grid.levels(codes), layout))
+    levels = layout.grid.levels(codes)
+    old = _scale_numbers(scales, layout).reshape(_scale_shape(levels, layout))
     largest = torch.zeros_like(old)
-    for chunk in _Chunk.cut(codes, old, layout):
+    for chunk in _Chunk.cut(levels, old, layout):
         exact, _ = _projected(chunk.values, directions, strength)
         chunk.gather_largest(exact, largest)
     magnitudes = layout.grid.magnitudes
@@ -206,32 +207,77 @@ def requantize(
         strength: Share of the component that is removed.
 
     Raises:
-        ValueError: It holds NaN or infinite values.
+        ValueError: It holds NaN or infinite values, or scales that are no powers of two where they must be.
     """
+    if (
+        layout.power_of_two
+        and scales.dtype != torch.uint8
+        and bool((torch.frexp(scales.float())[0].abs() != 0.5).any())
+    ):
+        raise ValueError("the scales are to be powers of two, and some are not")
     new_scales = refitted_scales(codes, scales, layout=layout, directions=directions, strength=strength)
-    shape = _scale_shape(layout.grid.levels(codes), layout)
+    levels = layout.grid.levels(codes)
+    shape = _scale_shape(levels, layout)
     old_numbers, new_numbers = (_scale_numbers(each, layout).reshape(shape) for each in (scales, new_scales))
-    new_levels = torch.empty_like(layout.grid.levels(codes))
+    rounded = round_levels(levels, old_numbers, new_numbers, layout=layout, directions=directions, strength=strength)
+    return Requantized(
+        codes=layout.grid.replaced(codes, rounded.levels),
+        scales=new_scales,
+        before=rounded.before,
+        after=rounded.after,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedLevels:
+    """Levels of an edited matrix, and how much of the directions it has; see `Requantized`."""
+
+    levels: Tensor
+    before: tuple[float, float]
+    after: tuple[float, float]
+
+
+def round_levels(
+    levels: Tensor,
+    old: Tensor,
+    new: Tensor,
+    *,
+    layout: BlockLayout,
+    directions: Tensor,
+    strength: float = 1.0,
+    bounds: tuple[Tensor, Tensor] | None = None,
+) -> RoundedLevels:
+    """Project directions out of a matrix given as levels and scales, and round it to levels again.
+
+    Args:
+        levels: [d_model, n], of a matrix whose rows index the residual stream.
+        old: What the levels of each block are multiplied with, [block rows, block columns], float32.
+        new: What the new ones are to be multiplied with.
+        layout: How they are stored.
+        directions: U, [k, d_model], orthonormal rows.
+        strength: Share of the component that is removed.
+        bounds: The least and the greatest level in each block; None: all of the grid.
+
+    Raises:
+        ValueError: The matrix holds NaN or infinite values.
+    """
+    new_levels = torch.empty_like(levels)
     sums = torch.zeros(4, dtype=torch.float64)
     basis = directions.float()
-    for chunk in _Chunk.cut(codes, old_numbers, layout):
+    for chunk in _Chunk.cut(levels, old, layout):
         exact, wanted = _projected(chunk.values, basis, strength)
         if not bool(torch.isfinite(exact).all()):
-            raise ValueError("the matrix holds NaN or infinite values")
-        factors = chunk.factors_of(new_numbers)
-        levels = _round_apart(exact, factors, basis, wanted, layout.grid)
-        new_levels[:, chunk.columns] = levels
-        new = layout.grid.numbers(levels) * factors
-        for index, value in enumerate((chunk.values, new)):
+            raise ValueError("it holds NaN or infinite values")
+        factors = chunk.factors_of(new)
+        limits = None if bounds is None else (chunk.factors_of(bounds[0]), chunk.factors_of(bounds[1]))
+        found = _Rounding(grid=layout.grid, basis=basis, factors=factors, limits=limits).round_apart(exact, wanted)
+        new_levels[:, chunk.columns] = found
+        stored = layout.grid.numbers(found) * factors
+        for index, value in enumerate((chunk.values, stored)):
             sums[2 * index] += (directions.double() @ value.double()).square().sum()
             sums[2 * index + 1] += value.double().square().sum()
     along, norm, along_after, norm_after = sums.sqrt().tolist()
-    return Requantized(
-        codes=layout.grid.replaced(codes, new_levels),
-        scales=new_scales,
-        before=(along, norm),
-        after=(along_after, norm_after),
-    )
+    return RoundedLevels(levels=new_levels, before=(along, norm), after=(along_after, norm_after))
 
 
 def _projected(values: Tensor, directions: Tensor, strength: float) -> tuple[Tensor, Tensor]:
@@ -240,57 +286,89 @@ def _projected(values: Tensor, directions: Tensor, strength: float) -> tuple[Ten
     return values - strength * (basis.T @ before), (1 - strength) * before
 
 
-def _round_apart(exact: Tensor, factors: Tensor, basis: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
-    """Return levels [d_model, n] whose numbers, times `factors`, have the components `wanted` [k, n] and are near."""
-    share = (len(basis) / exact.shape[0]) ** 0.5
-    goal = (_TOLERANCE * share * torch.linalg.vector_norm(exact, dim=0)).square()
-    target = exact.clone()
-    levels = grid.nearest(target / factors)
-    error = basis @ (grid.numbers(levels) * factors) - wanted
-    sizes = error.square().sum(dim=0)
-    best, best_error, best_sizes = levels.clone(), error.clone(), sizes.clone()
-    for _ in range(_MOST_ROUNDS):
-        before = float(best_sizes.sum())
-        if not bool((best_sizes > goal).any()):
-            break
-        target -= basis.T @ error
-        levels = grid.nearest(target / factors)
-        error = basis @ (grid.numbers(levels) * factors) - wanted
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rounding:
+    """Rounding of some columns to levels, such that the directions have the components that they are to have.
+
+    Attributes:
+        grid: What levels mean.
+        basis: U, [k, d_model], float32.
+        factors: [d_model, n], what the number of each entry's level is multiplied with.
+        limits: The least and the greatest level of each entry, [d_model, n]; None: all of the grid.
+    """
+
+    grid: Grid
+    basis: Tensor
+    factors: Tensor
+    limits: tuple[Tensor, Tensor] | None
+
+    def _within(self, levels: Tensor, columns: Tensor | None = None) -> Tensor:
+        if self.limits is None:
+            top = len(self.grid.magnitudes) - 1
+            return levels.clamp(-top, top)
+        low, high = (each if columns is None else each[:, columns] for each in self.limits)
+        return torch.minimum(torch.maximum(levels, low), high)
+
+    def _nearest(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nearest levels of some values, and what they stand for."""
+        # Where a block has a scale of 0 every level stands for 0.
+        scaled = (values / self.factors).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        levels = self._within(self.grid.nearest(scaled))
+        return levels, self.grid.numbers(levels) * self.factors
+
+    def round_apart(self, exact: Tensor, wanted: Tensor) -> Tensor:
+        """Return levels [d_model, n] whose numbers have the components `wanted` [k, n] and are near `exact`."""
+        basis = self.basis
+        share = (len(basis) / exact.shape[0]) ** 0.5
+        goal = (_TOLERANCE * share * torch.linalg.vector_norm(exact, dim=0)).square()
+        target = exact.clone()
+        levels, numbers = self._nearest(target)
+        error = basis @ numbers - wanted
         sizes = error.square().sum(dim=0)
-        better = sizes < best_sizes
-        best = torch.where(better, levels, best)
-        best_error = torch.where(better, error, best_error)
-        best_sizes = torch.where(better, sizes, best_sizes)
-        if float(best_sizes.sum()) > (1 - _LEAST_GAIN) ** 2 * before:
-            break
-    _step_towards(best, best_error, factors, basis, goal, grid)
-    return best
+        best, best_error, best_sizes = levels.clone(), error.clone(), sizes.clone()
+        for _ in range(_MOST_ROUNDS):
+            before = float(best_sizes.sum())
+            if not bool((best_sizes > goal).any()):
+                break
+            target -= basis.T @ error
+            levels, numbers = self._nearest(target)
+            error = basis @ numbers - wanted
+            sizes = error.square().sum(dim=0)
+            better = sizes < best_sizes
+            best = torch.where(better, levels, best)
+            best_error = torch.where(better, error, best_error)
+            best_sizes = torch.where(better, sizes, best_sizes)
+            if float(best_sizes.sum()) > (1 - _LEAST_GAIN) ** 2 * before:
+                break
+        self._step_towards(best, best_error, goal)
+        return best
 
-
-def _step_towards(levels: Tensor, error: Tensor, factors: Tensor, basis: Tensor, goal: Tensor, grid: Grid) -> None:
-    """Move single entries of `levels` to a neighbour, in place, while that brings U Q closer to what it must be."""
-    lengths = basis.square().sum(dim=0).unsqueeze(1)
-    top = len(grid.magnitudes) - 1
-    factors = factors.expand_as(levels)
-    for _ in range(min(_MOST_STEPS, math.ceil(_LARGEST_MOVED_SHARE * len(levels)))):
-        open_columns = (error.square().sum(dim=0) > goal).nonzero().squeeze(1)
-        if not len(open_columns):
-            return
-        here, scale = levels[:, open_columns], factors[:, open_columns]
-        numbers = grid.numbers(here)
-        slope = 2 * (basis.T @ error[:, open_columns])
-        steps = torch.stack([(grid.numbers((here + way).clamp(-top, top)) - numbers) * scale for way in (1, -1)])
-        # What |U Q - wanted|^2 gains by each step: s^2 |u_i|^2 + 2 s u_i . error.
-        gains = steps * (slope + steps * lengths)
-        best, entry = gains.flatten(0, 1).min(dim=0)
-        helps = best < 0
-        columns, entry = open_columns[helps], entry[helps]
-        if not len(columns):
-            return
-        way, row = entry // len(levels), entry % len(levels)
-        step = steps[way, row, helps.nonzero().squeeze(1)]
-        levels[row, columns] += torch.where(way == 0, 1, -1).to(levels.dtype)
-        error[:, columns] += basis[:, row] * step
+    def _step_towards(self, levels: Tensor, error: Tensor, goal: Tensor) -> None:
+        """Move single entries of `levels` to a neighbour, in place, while that brings U Q closer to what it must be."""
+        grid, basis = self.grid, self.basis
+        lengths = basis.square().sum(dim=0).unsqueeze(1)
+        factors = self.factors.expand_as(levels)
+        for _ in range(min(_MOST_STEPS, math.ceil(_LARGEST_MOVED_SHARE * len(levels)))):
+            open_columns = (error.square().sum(dim=0) > goal).nonzero().squeeze(1)
+            if not len(open_columns):
+                return
+            here, scale = levels[:, open_columns], factors[:, open_columns]
+            numbers = grid.numbers(here)
+            slope = 2 * (basis.T @ error[:, open_columns])
+            steps = torch.stack(
+                [(grid.numbers(self._within(here + way, open_columns)) - numbers) * scale for way in (1, -1)]
+            )
+            # What |U Q - wanted|^2 gains by each step: s^2 |u_i|^2 + 2 s u_i . error.
+            gains = steps * (slope + steps * lengths)
+            best, entry = gains.flatten(0, 1).min(dim=0)
+            helps = best < 0
+            columns, entry = open_columns[helps], entry[helps]
+            if not len(columns):
+                return
+            way, row = entry // len(levels), entry % len(levels)
+            step = steps[way, row, helps.nonzero().squeeze(1)]
+            levels[row, columns] += torch.where(way == 0, 1, -1).to(levels.dtype)
+            error[:, columns] += basis[:, row] * step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,8 +381,7 @@ class _Chunk:
     columns_of: Tensor
 
     @classmethod
-    def cut(cls, codes: Tensor, factors: Tensor, layout: BlockLayout) -> "Iterator[_Chunk]":
-        levels = layout.grid.levels(codes)
+    def cut(cls, levels: Tensor, factors: Tensor, layout: BlockLayout) -> "Iterator[_Chunk]":
         rows, columns = _block_indices(levels.shape[0], levels.shape[1], layout)
         width = max(1, _BLOCK_ELEMENTS // levels.shape[0])
         for first in range(0, levels.shape[1], width):
@@ -342,6 +419,10 @@ def _needed_scales(largest: Tensor, layout: BlockLayout) -> Tensor:
 def _store_scales(numbers: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
     if dtype == torch.uint8:
         return (torch.log2(numbers).round() + _EXPONENT_BIAS).clamp(0, 254).to(torch.uint8)
+    if not layout.power_of_two and dtype != torch.float32:
+        # The ends of a narrow format; the least number is a subnormal one.
+        limits = torch.finfo(dtype)
+        numbers = numbers.clamp(limits.tiny * limits.eps, limits.max / (1 + limits.eps))
     stored = numbers.to(dtype)
     if not layout.power_of_two and dtype != torch.float32:
         # Never below what the largest entry needs.

@@ -1,8 +1,8 @@
 """What a quantised format is to the rest of the program: how it finds its tensors, reads them and writes them again.
 
-A format lives in a module of its own, `format_NAME.py` in this package, whose `FORMAT` is found by that name. It has
-two parts: `QuantizedFormat` recognises it in a config and in the tensors of a checkpoint, and the `Encoding` that it
-returns for a tensor decodes that tensor and requantises it. Everything that differs between formats stands behind
+Formats live in modules `format_NAME.py` of this package, a family each, whose `FORMATS` are found by that name. Each
+has two parts: `QuantizedFormat` recognises it in a config and in the tensors of a checkpoint, and the `Encoding` that
+it returns for a tensor decodes that tensor and requantises it. Everything that differs between formats stands behind
 these two; nobody else asks for a format by its name.
 """
 
@@ -98,6 +98,15 @@ class Encoding(ABC):
 def encoded_tensor(encoding: Encoding, *, name: str, shape: tuple[int, ...]) -> TensorInfo:
     """Return the tensor that codes and companions mean, which has this name and shape once it is plain."""
     return replace(encoding.codes, name=name, dtype="BF16", shape=shape, encoding=encoding)
+
+
+def compressed_formats(content: Mapping[str, Any]) -> frozenset[str]:
+    """Return the formats that a config of compressed-tensors names: one, or one for each group where they are mixed."""
+    groups = content.get("config_groups")
+    named = [content.get("format")]
+    if named == ["mixed-precision"] and isinstance(groups, dict):
+        named = [group.get("format") for group in groups.values() if isinstance(group, dict)]
+    return frozenset(name for name in named if isinstance(name, str))
 
 
 class EncodingError(ValueError):

@@ -36,12 +36,12 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] 
 
 @functools.cache
 def quantized_formats() -> tuple[QuantizedFormat, ...]:
-    """Return the `FORMAT` of each module `format_NAME` of this package, by name of the module."""
+    """Return the `FORMATS` of each module `format_NAME` of this package, by name of the module."""
     names = sorted(each.name for each in pkgutil.iter_modules(checkpoints.__path__))
     modules = (
         importlib.import_module(f"{checkpoints.__name__}.{name}") for name in names if name.startswith("format_")
     )
-    return tuple(module.FORMAT for module in modules)
+    return tuple(each for module in modules for each in module.FORMATS)
 
 
 def is_handled(config: Mapping[str, Any]) -> bool:

@@ -332,7 +332,7 @@ class QuantizedEdit:
         numbers = self.encoding.decode(*self.stored(index)).bfloat16()
         matrix = (numbers.T if self.encoding.turned else numbers).contiguous()
         if not bool(torch.isfinite(matrix).all()):
-            raise self._not_finite()
+            raise self._damaged("it holds NaN or infinite values")
         if self.projection is None:
             return matrix
         return project_out(
@@ -359,7 +359,7 @@ class QuantizedEdit:
         try:
             return self.encoding.requantize(*self.stored(index), directions=made.directions, strength=made.strength)
         except ValueError as error:
-            raise self._not_finite() from error
+            raise self._damaged(str(error)) from error
 
     @property
     def _made(self) -> Projection:
@@ -367,11 +367,8 @@ class QuantizedEdit:
             raise TypeError(f"{self.info.name}: there is nothing to take out")
         return self.projection
 
-    def _not_finite(self) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: tensor {self.encoding.codes.name} holds NaN or infinite values; "
-            "download the checkpoint again"
-        )
+    def _damaged(self, how: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: tensor {self.encoding.codes.name}: {how}; download the checkpoint again")
 
 
 class MadeMatrices(ComputedSegment):
