@@ -14,7 +14,7 @@ each column the one that takes most away, until next to nothing is left.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,8 @@ from abliterate.checkpoints.encoding import Encoding
 _BLOCK_ELEMENTS = 1 << 20
 _MOST_ROUNDS = 60
 _LEAST_GAIN = 0.1
+# Columns that are then so many times their goal away are searched for.
+_FAR = 50
 
 # Of a column at most 24 entries are moved, and at most one in 16: each moves by a whole step of the grid.
 _MOST_STEPS = 24
@@ -317,11 +319,30 @@ class _Rounding:
         return levels, self.grid.numbers(levels) * self.factors
 
     def round_apart(self, exact: Tensor, wanted: Tensor) -> Tensor:
-        """Return levels [d_model, n] whose numbers have the components `wanted` [k, n] and are near `exact`."""
-        basis = self.basis
-        share = (len(basis) / exact.shape[0]) ** 0.5
+        """Return levels [d_model, n] whose numbers have the components `wanted` [k, n] and are near `exact`.
+
+        A matrix that was on the grid before leaves it unevenly where steps are wide: no entry moves until what is fed
+        back has grown to half a step, and then many do at once. For columns that are far from their goal after that,
+        the length of what is fed back is searched for.
+        """
+        share = (len(self.basis) / exact.shape[0]) ** 0.5
         goal = (_TOLERANCE * share * torch.linalg.vector_norm(exact, dim=0)).square()
-        target = exact.clone()
+        levels, error = self._fed_back(exact, wanted, goal)
+        self._step_towards(levels, error, goal)
+        sizes = error.square().sum(dim=0)
+        far = (sizes > _FAR**2 * goal).nonzero().squeeze(1)
+        if len(far):
+            limits = None if self.limits is None else (self.limits[0][:, far], self.limits[1][:, far])
+            part = replace(self, factors=self.factors.expand_as(exact)[:, far], limits=limits)
+            found, new_error = part._searched(exact[:, far], wanted[:, far], goal[far])
+            part._step_towards(found, new_error, goal[far])
+            better = new_error.square().sum(dim=0) < sizes[far]
+            levels[:, far[better]] = found[:, better]
+        return levels
+
+    def _fed_back(self, exact: Tensor, wanted: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best levels of some rounds, each of which is given the last one's error, and their error."""
+        basis, target = self.basis, exact.clone()
         levels, numbers = self._nearest(target)
         error = basis @ numbers - wanted
         sizes = error.square().sum(dim=0)
@@ -340,8 +361,36 @@ class _Rounding:
             best_sizes = torch.where(better, sizes, best_sizes)
             if float(best_sizes.sum()) > (1 - _LEAST_GAIN) ** 2 * before:
                 break
-        self._step_towards(best, best_error, goal)
-        return best
+        return best, best_error
+
+    def _searched(self, exact: Tensor, wanted: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return levels and their error; of what is fed back the length is searched for, in each column.
+
+        It lies between one that moved nothing yet and one that moved too much; where that is not known it is doubled.
+        """
+        basis, target = self.basis, exact.clone()
+        levels, numbers = self._nearest(target)
+        error = basis @ numbers - wanted
+        sizes, length = error.square().sum(dim=0), torch.ones_like(goal)
+        nothing, too_much = torch.zeros_like(goal), torch.full_like(goal, torch.inf)
+        for _ in range(_MOST_ROUNDS):
+            if not bool((sizes > goal).any()):
+                break
+            tried = target - length * (basis.T @ error)
+            new_levels, numbers = self._nearest(tried)
+            new_error = basis @ numbers - wanted
+            new_sizes = new_error.square().sum(dim=0)
+            better, beyond = new_sizes < sizes, (new_error * error).sum(dim=0) < 0
+            nothing = torch.where(better, 0.0, torch.where(beyond, nothing, length))
+            too_much = torch.where(better, torch.inf, torch.where(beyond, length, too_much))
+            middle = torch.where(too_much.isinf(), 2 * length, (nothing + too_much) / 2)
+            length = torch.where(better, length, middle)
+            target, levels, error = (
+                torch.where(better, new, old)
+                for new, old in ((tried, target), (new_levels, levels), (new_error, error))
+            )
+            sizes = torch.where(better, new_sizes, sizes)
+        return levels, error
 
     def _step_towards(self, levels: Tensor, error: Tensor, goal: Tensor) -> None:
         """Move single entries of `levels` to a neighbour, in place, while that brings U Q closer to what it must be."""
