@@ -30,8 +30,8 @@ from types import FrameType
 from typing import TypeVar
 
 from abliterate.directions import Direction
-from tests.support.checkpoint_mutations import make_bases
-from tests.support.fuzzing import attempt, make_fuzz_direction
+from tests.support.checkpoint_mutations import make_bases, make_quantized_bases
+from tests.support.fuzzing import OPTIONS, QUANTIZED_OPTIONS, attempt, make_fuzz_direction
 
 Sound = TypeVar("Sound")
 
@@ -50,15 +50,19 @@ def main() -> int:
     """Fuzz, print what came of it, and return the exit code."""
     parser = argparse.ArgumentParser(description="Fuzz the reading of checkpoints.")
     add_arguments(parser)
+    parser.add_argument("--quantized", action="store_true", help="quantised checkpoints")
+    arguments = parser.parse_args()
+    make = make_quantized_bases if arguments.quantized else make_bases
+    options = QUANTIZED_OPTIONS if arguments.quantized else OPTIONS
 
     def prepare(directory: Path) -> tuple[list[Path], Direction]:
-        return make_bases(directory / "bases"), make_fuzz_direction()
+        return make(directory / "bases"), make_fuzz_direction()
 
     def edit(sound: tuple[list[Path], Direction], work: Path, random: Random) -> str:
         bases, direction = sound
-        return attempt(random.choice(bases), work, random, direction)
+        return attempt(random.choice(bases), work, random, direction, lambda: options)
 
-    return fuzz(parser.parse_args(), prepare=prepare, attempt=edit, succeeded=lambda outcome: outcome == "edited")
+    return fuzz(arguments, prepare=prepare, attempt=edit, succeeded=lambda outcome: outcome == "edited")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

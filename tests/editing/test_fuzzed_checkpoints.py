@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from abliterate.editing.options import EditOptions
 from tests.support import fuzzing
-from tests.support.checkpoint_mutations import make_bases
+from tests.support.checkpoint_mutations import make_bases, make_quantized_bases
 from tests.support.fuzzing import attempt, make_fuzz_direction, writes_elsewhere
 
 _numbers = iter(range(10**9))
@@ -41,6 +41,18 @@ FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": list(Hea
 @given(which=st.integers(0, 5), seed=st.integers(0, 2**32))
 def test_a_broken_checkpoint_is_edited_or_refused(try_one, which, seed):
     try_one(which, seed)
+
+
+@pytest.fixture(scope="module")
+def quantized_bases(tmp_path_factory) -> list[Path]:
+    return make_quantized_bases(tmp_path_factory.mktemp("quantized"))
+
+
+@settings(max_examples=40, **FUZZ)
+@given(which=st.integers(0, 9), seed=st.integers(0, 2**32))
+def test_a_broken_quantised_checkpoint_is_edited_or_refused(quantized_bases, tmp_path_factory, which, seed):
+    work = tmp_path_factory.getbasetemp() / f"fuzzed-{next(_numbers)}"
+    assert attempt(quantized_bases[which], work, Random(seed), make_fuzz_direction(), lambda: fuzzing.QUANTIZED_OPTIONS)
 
 
 @pytest.mark.proof

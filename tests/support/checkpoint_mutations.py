@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from tests.support.quantized_models import save_quantized_llama
 from tests.support.tiny_models import save_tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -31,6 +32,7 @@ _KEYS = [
     "hidden_size", "num_hidden_layers", "model_type", "tie_word_embeddings", "text_config", "quantization_config",
     "num_local_experts", "mlp_bias", "attention_bias", "layer_types", "auto_map", "weight_map", "metadata",
     "__metadata__", "dtype", "shape", "data_offsets", "total_size", "residual_multiplier",
+    "quant_method", "format", "bits", "group_size", "config_groups", "weights", "num_bits", "strategy",
 ]  # fmt: skip
 
 
@@ -44,6 +46,13 @@ def make_bases(directory: Path) -> list[Path]:
         save_tiny_model(directory / "mixtral", "mixtral", num_local_experts=2, num_hidden_layers=2),
     ]
     return [*bases, _make_wrapper(directory / "wrapper", bases[1])]
+
+
+def make_quantized_bases(directory: Path) -> list[Path]:
+    """Save sound checkpoints in quantised layouts that 32 columns can have."""
+    kinds = ("int4 groups", "int4 groups with zeros", "int8 rows", "gptq", "awq", "nvfp4", "modelopt nvfp4",
+             "packed mxfp4", "fp4 in bytes", "modelopt fp8")  # fmt: skip
+    return [save_quantized_llama(directory / kind, kind, hidden_size=32) for kind in kinds]
 
 
 def _make_wrapper(directory: Path, text_model: Path) -> Path:

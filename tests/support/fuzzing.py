@@ -6,13 +6,14 @@ Whatever is opened for writing, made, renamed or removed outside the directory f
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.quantized import plain_view
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
@@ -29,6 +30,13 @@ OPTIONS = (
     EditOptions(layers=(0, 2), components=("mlp",), preserve_norms=True),
     EditOptions(add=1.0),
     EditOptions(unverified=True),
+)
+QUANTIZED_OPTIONS = (
+    EditOptions(),
+    EditOptions(quantized="requantize"),
+    EditOptions(quantized="requantize", strength=0.5),
+    EditOptions(quantized="dequantize"),
+    EditOptions(quantized="dequantize", tied="untie", preserve_norms=True),
 )
 # Audit event -> which of its arguments is a place that it changes, and which the open directory that the place is in.
 _CHANGED = {
@@ -50,7 +58,13 @@ def make_fuzz_direction() -> Direction:
     return make_direction(mean_difference=random_direction(), metadata={"layer": 1})
 
 
-def attempt(base: Path, work: Path, random: Random, direction: Direction) -> str:
+def attempt(
+    base: Path,
+    work: Path,
+    random: Random,
+    direction: Direction,
+    options_of: Callable[[], Sequence[EditOptions]] = lambda: OPTIONS,
+) -> str:
     """Break a copy of a checkpoint, plan its edit and edit it.
 
     Args:
@@ -58,6 +72,7 @@ def attempt(base: Path, work: Path, random: Random, direction: Direction) -> str
         work: A directory that is not there; it is gone afterwards.
         random: Where all choices come from.
         direction: What is projected out or added.
+        options_of: Returns what options are drawn from.
 
     Returns:
         What came of it: "edited", or the kind of error and its message without names and numbers.
@@ -72,7 +87,7 @@ def attempt(base: Path, work: Path, random: Random, direction: Direction) -> str
         make_harmless(work)
         break_checkpoint(checkpoint, random)
         before = listing(work, without=results)
-        options = random.choice(OPTIONS)
+        options = random.choice(options_of())
         with writes_elsewhere(results) as elsewhere:
             outcome = _edit(checkpoint, results / "out", options, direction)
         assert elsewhere == [], elsewhere
@@ -81,9 +96,9 @@ def attempt(base: Path, work: Path, random: Random, direction: Direction) -> str
         assert left == (["out"] if outcome == "edited" else []), left
         if outcome == "edited":
             assert not any(path.is_symlink() for path in results.rglob("*"))
-            assert {tensor.name for tensor in open_checkpoint(checkpoint).tensors()} <= {
-                tensor.name for tensor in open_checkpoint(results / "out").tensors()
-            }
+            was, became = open_checkpoint(checkpoint), open_checkpoint(results / "out")
+            was = plain_view(was) if options.quantized == "dequantize" else was
+            assert {tensor.name for tensor in was.tensors()} <= {tensor.name for tensor in became.tensors()}
         return outcome
     finally:
         shutil.rmtree(work)
@@ -93,7 +108,10 @@ def _edit(checkpoint: Path, output: Path, options: EditOptions, direction: Direc
     known: list[str] = []
     for run in (
         lambda: open_checkpoint(checkpoint),
-        lambda: plan_layout(read_layout(model=str(checkpoint)), options=EditOptions(unverified=options.unverified)),
+        lambda: plan_layout(
+            read_layout(model=str(checkpoint)),
+            options=EditOptions(unverified=options.unverified, quantized=options.quantized),
+        ),
         lambda: orthogonalize_checkpoint(
             source=checkpoint, direction=direction, output=None, options=options, dry_run=True
         ),
