@@ -60,7 +60,7 @@ def main() -> int:
 
     def edit(sound: tuple[list[Path], Direction], work: Path, random: Random) -> str:
         bases, direction = sound
-        return attempt(random.choice(bases), work, random, direction, lambda: options)
+        return attempt(random.choice(bases), work, random, direction, options)
 
     return fuzz(arguments, prepare=prepare, attempt=edit, succeeded=lambda outcome: outcome == "edited")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.evaluation.audit_report import AuditThresholds
+from benchmarks.extended_refusal.models import SUBJECTS
 from scripts import results
 from tests.support.paths import REPOSITORY
 
@@ -104,6 +105,10 @@ def test_a_procedure_that_finds_nothing_has_a_line_without_numbers() -> None:
     shares = "25.0 % [16.0, 36.8] | 26.6 % [17.3, 38.5] | 98.4 % [91.7, 99.7] | 0 % | 12 %"
     assert block[3] == f"| plain | theirs | -1, 16 (kl) | {shares} |"
     assert len({line.count("|") for line in block}) == 1
+
+
+def test_the_models_of_the_procedures_are_those_of_their_benchmark() -> None:
+    assert tuple(SUBJECTS) == results.PROCEDURE_MODELS
 
 
 def test_results_of_procedures_are_taken_in_the_order_of_the_models(tmp_path: Path) -> None:

@@ -164,6 +164,14 @@ class Trial:
         self._found = dict(self._kept.resume(lambda line: (tuple(line["key"]), Counts(**line["counts"]))))
         self._sentences = Sentences()
         self.candidates = self._differences()
+        self._stops = stop_tokens(self.chat)
+        # Its own is set aside, which may sample, or punish repetition; `stop_tokens` reads it.
+        self.chat.model.generation_config = GenerationConfig(
+            max_new_tokens=self._n_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self._stops) or None,
+            pad_token_id=self.chat.pad_token_id,
+        )
 
     def _differences(self) -> torch.Tensor:
         harmful, harmless = (
@@ -202,30 +210,20 @@ class Trial:
     @torch.inference_mode()
     def _replies(self, rows: list[list[int]]) -> list[list[int]]:
         """Return greedy replies, all rows in one batch, in which each stays where it is."""
-        stops = stop_tokens(self.chat)
-        config = GenerationConfig(
-            max_new_tokens=self._n_tokens,
-            do_sample=False,
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=self.chat.pad_token_id,
-        )
         ids, mask = self.chat.pad(rows)
-        model = cast(Any, self.chat.model)
-        # What a given configuration leaves open is filled from the model's own.
-        model.generation_config = GenerationConfig()
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return [list(takewhile(lambda token: token not in stops, row)) for row in out[:, ids.shape[1] :].tolist()]
+        out = cast(Any, self.chat.model).generate(input_ids=ids, attention_mask=mask)
+        return [list(takewhile(lambda token: token not in self._stops, row)) for row in out[:, ids.shape[1] :].tolist()]
 
     @contextmanager
     def _edited(self, procedure: Procedure, places: Sequence[Place], n: int) -> Iterator[None]:
         """Edit the model, for each `n` rows after one another with another place's direction."""
-        directions = torch.stack([self.candidates[place] for place in places]).repeat_interleave(n, dim=0)
         with ExitStack() as stack:
             if procedure == "ours" and self.ours is not None:
                 stack.enter_context(ablate_direction(self.chat, self.ours.direction))
-            for write in (write for block in self.chat.stream.blocks for write in block.writes):
-                if procedure == "theirs":
-                    edit = partial(without, directions=torch.nn.functional.normalize(directions, dim=-1))
+            if procedure == "theirs":
+                found = torch.stack([self.candidates[place] for place in places]).repeat_interleave(n, dim=0)
+                edit = partial(without, directions=torch.nn.functional.normalize(found, dim=-1))
+                for write in (write for block in self.chat.stream.blocks for write in block.writes):
                     stack.callback(edit_output(write.module, edit, output=write.output).remove)
             yield
 

@@ -26,6 +26,11 @@ def pair(rows=8, columns=6, scales=(2, 2)):
     return {CODES: torch.zeros(rows, columns, dtype=torch.float8_e4m3fn), SCALES: torch.ones(scales)}
 
 
+def _mixed(*formats: str) -> dict[str, object]:
+    groups = {f"group_{number}": {"format": name} for number, name in enumerate(formats)}
+    return {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
+
+
 @pytest.mark.parametrize(
     ("content", "handled"),
     [
@@ -36,6 +41,8 @@ def pair(rows=8, columns=6, scales=(2, 2)):
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, True),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, True),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, False),
+        (_mixed("nvfp4-pack-quantized", "float-quantized"), True),
+        (_mixed("naive-quantized"), False),
         ({"quant_method": "gptq"}, False),
         ({"quant_method": "gptq", "bits": 4}, True),
         ({"quant_method": "gptq", "bits": 3}, False),

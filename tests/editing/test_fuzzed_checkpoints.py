@@ -52,7 +52,7 @@ def quantized_bases(tmp_path_factory) -> list[Path]:
 @given(which=st.integers(0, 9), seed=st.integers(0, 2**32))
 def test_a_broken_quantised_checkpoint_is_edited_or_refused(quantized_bases, tmp_path_factory, which, seed):
     work = tmp_path_factory.getbasetemp() / f"fuzzed-{next(_numbers)}"
-    assert attempt(quantized_bases[which], work, Random(seed), make_fuzz_direction(), lambda: fuzzing.QUANTIZED_OPTIONS)
+    assert attempt(quantized_bases[which], work, Random(seed), make_fuzz_direction(), fuzzing.QUANTIZED_OPTIONS)
 
 
 @pytest.mark.proof

@@ -20,11 +20,10 @@ from abliterate.errors import (
     UnsupportedArchitectureError,
 )
 from tests.support.fake_hub import FakeHub
+from tests.support.quantized_models import save_mxfp4_gpt_oss, save_quantized_llama
 from tests.support.tiny_models import (
     N_LAYERS,
     random_direction,
-    save_fp8_llama,
-    save_mxfp4_gpt_oss,
     save_tiny_model,
 )
 
@@ -137,7 +136,7 @@ def test_options_that_do_not_fit_are_refused(wide):
 
 
 @pytest.mark.parametrize("policy", ["requantize", "dequantize"])
-@pytest.mark.parametrize("make", [lambda path: save_fp8_llama(path, "block"), save_mxfp4_gpt_oss])
+@pytest.mark.parametrize("make", [lambda path: save_quantized_llama(path, "block"), save_mxfp4_gpt_oss])
 def test_a_quantised_model_is_planned_as_it_would_be_edited(tmp_path, make, policy):
     base, out = tmp_path / "base", tmp_path / "out"
     make(base)

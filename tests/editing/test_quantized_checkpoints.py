@@ -24,31 +24,28 @@ from abliterate.release.options import VerificationOptions
 from abliterate.release.reverting import revert_checkpoint
 from abliterate.release.verification import VerificationReport, verify_checkpoint
 from tests.support.loaded_models import stored, stream_component, tree
-from tests.support.quantized_models import LAYOUTS, save_quantized_llama
-from tests.support.tiny_models import FP8_FORMATS, random_direction, save_fp8_llama, save_mxfp4_gpt_oss, save_tiny_llama
+from tests.support.quantized_models import LAYOUTS, save_mxfp4_gpt_oss, save_quantized_llama
+from tests.support.tiny_models import random_direction, save_tiny_llama
 
 REQUANTIZE = EditOptions(quantized="requantize")
 DEQUANTIZE = EditOptions(quantized="dequantize")
-KINDS = [*FP8_FORMATS, "mxfp4", *LAYOUTS]
+KINDS = [*LAYOUTS, "mxfp4"]
 # Those of eight bits; the others have four.
-EIGHT_BITS = [*FP8_FORMATS, "int8 groups", "int8 rows", "gptq, 8 bits", "modelopt fp8"]
-COMPRESSED = [kind for kind, (content, _) in LAYOUTS.items() if content["quant_method"] == "compressed-tensors"]
+EIGHT_BITS = ["block", "ue8m0", "per tensor", "compressed", "modelopt fp8", "int8 groups", "int8 rows", "gptq, 8 bits"]
+COMPRESSED = [kind for kind, (content, _) in LAYOUTS.items() if "config_groups" in content]
 # What transformers loads, by itself or with the format's own package, compressed-tensors, where that decodes on a CPU.
 LOADED = ["block", "ue8m0", "per tensor", "mxfp4", "fp4 in bytes", *COMPRESSED]
 
 
 def save(path: Path, kind: str) -> tuple[Path, Direction]:
-    if kind in LAYOUTS:
-        base = save_quantized_llama(path, kind)
-    else:
-        base = save_mxfp4_gpt_oss(path) if kind == "mxfp4" else save_fp8_llama(path, kind)
+    base = save_mxfp4_gpt_oss(path) if kind == "mxfp4" else save_quantized_llama(path, kind)
     return base, make_direction(mean_difference=random_direction(64 if kind == "mxfp4" else 256))
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32):
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     content = json.loads((path / "config.json").read_text()).get("quantization_config", {})
-    if content.get("quant_method") == "compressed-tensors" and content["format"] != "float-quantized":
+    if "config_groups" in content:
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(path, **options).eval().to(dtype)
 
@@ -142,7 +139,7 @@ def test_dequantized_it_loads_and_the_stream_is_clean(tmp_path, kind):
 
 
 def test_dequantized_and_untied_and_reverted(tmp_path):
-    base = save_fp8_llama(tmp_path / "base", "block", tied=True)
+    base = save_quantized_llama(tmp_path / "base", "block", tied=True)
     direction = make_direction(mean_difference=random_direction(256))
     options = EditOptions(quantized="dequantize", tied="untie", preserve_norms=True)
     orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", options=options)
@@ -188,7 +185,7 @@ def test_what_is_seen_is_what_the_package_of_the_format_decodes(tmp_path, kind):
 
 
 def test_several_directions_strength_and_layers(tmp_path):
-    base = save_fp8_llama(tmp_path / "base", "block")
+    base = save_quantized_llama(tmp_path / "base", "block")
     directions = [make_direction(mean_difference=random_direction(256, seed=seed)) for seed in (7, 8)]
     options = EditOptions(quantized="requantize", layers=(1, 2), strength=0.5)
     report = orthogonalize_checkpoint(source=base, direction=directions, output=tmp_path / "out", options=options)
@@ -302,6 +299,17 @@ def test_codes_whose_scales_do_not_fit_are_refused_by_name(tmp_path, change, mat
     change_tensors(base, change)
     with pytest.raises(QuantizedCheckpointError, match=match):
         orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", options=REQUANTIZE)
+
+
+@pytest.mark.parametrize("options", [REQUANTIZE, DEQUANTIZE])
+@pytest.mark.parametrize(("kind", "scale"), [("nvfp4", "weight_global_scale"), ("modelopt nvfp4", "weight_scale_2")])
+def test_a_scale_the_other_way_up_is_refused_and_nothing_is_left(tmp_path, kind, scale, options):
+    base, direction = save(tmp_path / "base", kind)
+    name = f"model.layers.1.mlp.down_proj.{scale}"
+    change_tensors(base, lambda tensors: tensors.update({name: tensors[name].reciprocal()}))
+    with pytest.raises(CheckpointError, match=r"down_proj.*the scale of the whole matrix, .* cannot be right"):
+        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out", options=options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 def test_codes_that_are_no_numbers_are_refused_and_nothing_is_left(tmp_path):

@@ -6,7 +6,7 @@ Whatever is opened for writing, made, renamed or removed outside the directory f
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -63,7 +63,7 @@ def attempt(
     work: Path,
     random: Random,
     direction: Direction,
-    options_of: Callable[[], Sequence[EditOptions]] = lambda: OPTIONS,
+    options: Sequence[EditOptions] | None = None,
 ) -> str:
     """Break a copy of a checkpoint, plan its edit and edit it.
 
@@ -72,7 +72,7 @@ def attempt(
         work: A directory that is not there; it is gone afterwards.
         random: Where all choices come from.
         direction: What is projected out or added.
-        options_of: Returns what options are drawn from.
+        options: What is drawn from; None: `OPTIONS`.
 
     Returns:
         What came of it: "edited", or the kind of error and its message without names and numbers.
@@ -87,9 +87,9 @@ def attempt(
         make_harmless(work)
         break_checkpoint(checkpoint, random)
         before = listing(work, without=results)
-        options = random.choice(options_of())
+        chosen = random.choice(options or OPTIONS)
         with writes_elsewhere(results) as elsewhere:
-            outcome = _edit(checkpoint, results / "out", options, direction)
+            outcome = _edit(checkpoint, results / "out", chosen, direction)
         assert elsewhere == [], elsewhere
         assert listing(work, without=results) == before
         left = sorted(path.name for path in results.iterdir())
@@ -97,7 +97,7 @@ def attempt(
         if outcome == "edited":
             assert not any(path.is_symlink() for path in results.rglob("*"))
             was, became = open_checkpoint(checkpoint), open_checkpoint(results / "out")
-            was = plain_view(was) if options.quantized == "dequantize" else was
+            was = plain_view(was) if chosen.quantized == "dequantize" else was
             assert {tensor.name for tensor in was.tensors()} <= {tensor.name for tensor in became.tensors()}
         return outcome
     finally:

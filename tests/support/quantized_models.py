@@ -1,19 +1,21 @@
-"""A llama stored in the layouts that people download: packed integers, two-level FP4, ModelOpt's names.
+"""Models stored in the layouts that people download: FP8, packed integers, one- and two-level FP4.
 
-The numbers are quantised and packed here in plain loops, apart from the code under test.
+Whole numbers are quantised and packed here in plain loops, apart from the code under test.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from abliterate.checkpoints.block_scaled import BlockLayout, encode
-from abliterate.checkpoints.format_float import E4M3, NVFP4, PACKED_MXFP4
+from abliterate.checkpoints.format_float import E4M3, MXFP4, NVFP4, PACKED_MXFP4
 from tests.support.loaded_models import stored
-from tests.support.tiny_models import CHAT_VOCABULARY, rewrite_quantized, save_tiny_model
+from tests.support.tiny_models import CHAT_VOCABULARY, make_tokenizer, save_tiny_model
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Stored = dict[str, Tensor]
@@ -115,19 +117,18 @@ def fp4(content: dict[str, Any], layout: BlockLayout, scale_dtype: torch.dtype, 
     return content, store
 
 
-def modelopt_fp8() -> Any:
-    """Return how ModelOpt stores FP8: one scale for a matrix."""
+def fp8(content: dict[str, Any], block: tuple[int | None, int | None], scale_dtype: torch.dtype, scale: str) -> Any:
+    """Return how FP8 is stored: blocks of so many rows and columns (None: all of them), and the name of the scales."""
 
     def store(stem: str, matrix: Tensor) -> Stored:
-        layout = BlockLayout(grid=E4M3, block=(matrix.shape[0], matrix.shape[1]))
-        codes, scales = encode(matrix.float(), layout=layout, scale_dtype=torch.float32)
-        return {
-            f"{stem}.weight": codes,
-            f"{stem}.weight_scale": scales.reshape(()),
-            f"{stem}.input_scale": torch.ones(()),
-        }
+        rows, columns = (size or all_of_them for size, all_of_them in zip(block, matrix.shape, strict=True))
+        power_of_two = content.get("scale_fmt") == "ue8m0"
+        layout = BlockLayout(grid=E4M3, block=(rows, columns), power_of_two=power_of_two)
+        codes, scales = encode(matrix.float(), layout=layout, scale_dtype=scale_dtype)
+        found = {f"{stem}.weight": codes, f"{stem}.{scale}": scales.reshape(()) if block == (None, None) else scales}
+        return found | ({f"{stem}.input_scale": torch.ones(())} if content["quant_method"] == "modelopt" else {})
 
-    return {"quant_method": "modelopt", "quant_algo": "FP8"}, store
+    return content, store
 
 
 _FP4_WEIGHTS = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
@@ -144,7 +145,20 @@ def _compressed_fp4(name: str, weights: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+_BLOCKS = _FP8 | {"weight_block_size": [128, 128]}
+
 LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], Stored]]] = {
+    "block": fp8(_BLOCKS, (128, 128), torch.float32, "weight_scale_inv"),
+    "ue8m0": fp8(_BLOCKS | {"scale_fmt": "ue8m0"}, (128, 128), torch.float8_e8m0fnu, "weight_scale_inv"),
+    "per tensor": fp8(_FP8 | {"weight_block_size": None}, (None, None), torch.float32, "weight_scale_inv"),
+    "compressed": fp8(
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]},
+        (1, None),
+        torch.bfloat16,
+        "weight_scale",
+    ),
+    "modelopt fp8": fp8({"quant_method": "modelopt", "quant_algo": "FP8"}, (None, None), torch.float32, "weight_scale"),
     "int4 groups": compressed_whole(4, 32),
     "int4 groups with zeros": compressed_whole(4, 32, symmetric=False),
     "int4 rows": compressed_whole(4, None),
@@ -177,12 +191,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], Stored]]] = {
         torch.float8_e8m0fnu,
         {"codes": "weight", "scales": "scale"},
     ),
-    "modelopt fp8": modelopt_fp8(),
 }
 """Layout -> what config.json says of it, and the tensors that a Linear weight becomes."""
 
 
-def save_quantized_llama(path: Path, kind: str, *, hidden_size: int = 256) -> Path:
+def save_quantized_llama(path: Path, kind: str, *, hidden_size: int = 256, **options: Any) -> Path:
     """Save a llama whose Linear weights are stored in this layout, in several shards."""
     content, store = LAYOUTS[kind]
     save_tiny_model(
@@ -193,10 +206,58 @@ def save_quantized_llama(path: Path, kind: str, *, hidden_size: int = 256) -> Pa
         vocab_size=CHAT_VOCABULARY,
         max_position_embeddings=512,
         dtype=torch.bfloat16,
+        **options,
     )
     tensors: Stored = {}
     for name, tensor in stored(path).items():
         stem = name.removesuffix(".weight")
         tensors |= store(stem, tensor) if stem.endswith("proj") else {name: tensor}
-    rewrite_quantized(path, tensors, content)
+    _rewrite(path, tensors, content)
     return path
+
+
+def save_mxfp4_gpt_oss(path: Path) -> Path:
+    """Save a gpt_oss whose experts are stored in MXFP4, as they are released: [expert, out, group, byte]."""
+    save_tiny_model(
+        path,
+        "gpt_oss",
+        hidden_size=64,
+        head_dim=16,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=CHAT_VOCABULARY,
+        max_position_embeddings=512,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        dtype=torch.bfloat16,
+    )
+    tensors: Stored = {}
+    for name, tensor in stored(path).items():
+        if not name.endswith(("down_proj", "gate_up_proj")):
+            tensors[name] = tensor
+            continue
+        pairs = [encode(matrix.T.float(), layout=MXFP4, scale_dtype=torch.uint8) for matrix in tensor]
+        tensors[f"{name}_blocks"] = torch.stack([codes for codes, _ in pairs])
+        tensors[f"{name}_scales"] = torch.stack([scales for _, scales in pairs])
+    _rewrite(path, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]})
+    return path
+
+
+def _rewrite(path: Path, tensors: Stored, content: dict[str, Any]) -> None:
+    """Write these tensors in the place of a checkpoint's, in two shards, and what config.json says of them."""
+    for old in path.glob("model*.safetensors*"):
+        old.unlink()
+    # The second shard begins in the middle of a layer, so that codes and scales may part.
+    names = sorted(tensors)
+    parts = [names[0::2], names[1::2]]
+    weight_map = {}
+    for number, part in enumerate(parts, start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        save_file({name: tensors[name].contiguous() for name in part}, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": content}))
+    make_tokenizer().save_pretrained(path)

@@ -54,7 +54,11 @@ class Encoding(ABC):
 
     @abstractmethod
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
-        """Return the numbers that are stored, float32, as the codes lie."""
+        """Return the numbers that are stored, float32, as the codes lie.
+
+        Raises:
+            ValueError: What belongs to the whole matrix cannot be right.
+        """
 
     @abstractmethod
     def refit(
@@ -80,7 +84,7 @@ class Encoding(ABC):
             strength: See `refit`.
 
         Raises:
-            ValueError: The matrix holds NaN or infinite values.
+            ValueError: The matrix holds NaN or infinite values, or its companions cannot be right.
         """
 
     @abstractmethod
@@ -114,7 +118,7 @@ class EncodingError(ValueError):
 
     def __init__(self, codes: TensorInfo, companion: TensorInfo, reason: str) -> None:
         super().__init__(
-            f"tensor {codes.name} ({codes.dtype} {list(codes.shape)}) has scales {companion.name} "
+            f"tensor {codes.name} ({codes.dtype} {list(codes.shape)}) has beside it {companion.name} "
             f"({companion.dtype} {list(companion.shape)}), {reason}"
         )
 

@@ -158,20 +158,25 @@ class TwoLevelEncoding(BlockEncoding):
         """See `Encoding.decode`."""
         return BlockEncoding.decode(self, codes, companions[:1]) * self._unit(companions)
 
-    def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
-        """See `Encoding.requantize`.
+    def refit(
+        self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float
+    ) -> tuple[Tensor, ...]:
+        """See `Encoding.refit`."""
+        scales = BlockEncoding.refit(self, codes, companions[:1], directions=directions, strength=strength)
+        return *scales, companions[1]
 
-        Raises:
-            ValueError: That number cannot be right: it is no positive number, or the other way up.
-        """
-        unit = float(self._unit(companions))
-        if not 0 < unit <= _LARGEST_UNIT:
-            raise ValueError(f"the scale of the whole matrix, {float(companions[1].reshape(())):g}, cannot be right")
+    def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
+        """See `Encoding.requantize`."""
+        self._unit(companions)
         return BlockEncoding.requantize(self, codes, companions, directions=directions, strength=strength)
 
     def _unit(self, companions: Sequence[Tensor]) -> Tensor:
+        """Return what blocks' numbers are multiplied with; ValueError if it is not positive or the other way up."""
         whole = companions[1].float().reshape(())
-        return whole.reciprocal() if self.divides else whole
+        unit = whole.reciprocal() if self.divides else whole
+        if not 0 < float(unit) <= _LARGEST_UNIT:
+            raise ValueError(f"the scale of the whole matrix, {float(whole):g}, cannot be right")
+        return unit
 
     @property
     def rewritten(self) -> tuple[TensorInfo, ...]:

@@ -162,11 +162,14 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
     """Read one floating-point tensor from its shard in `directory`; one with an encoding is decoded to float32.
 
     Raises:
-        CheckpointError: The file cannot be read or has become shorter.
+        CheckpointError: The file cannot be read or has become shorter, or what is stored cannot be decoded.
     """
     if info.encoding is not None:
         codes, companions = read_codes(directory, info.encoding)
-        numbers = info.encoding.decode(codes, companions)
+        try:
+            numbers = info.encoding.decode(codes, companions)
+        except ValueError as error:
+            raise CheckpointError(f"{directory / info.shard}: tensor {info.encoding.codes.name}: {error}") from error
         return numbers.transpose(-1, -2) if info.encoding.turned else numbers
     path = directory / info.shard
     try:

@@ -329,7 +329,10 @@ class QuantizedEdit:
         Raises:
             CheckpointError: It holds NaN or infinite values.
         """
-        numbers = self.encoding.decode(*self.stored(index)).bfloat16()
+        try:
+            numbers = self.encoding.decode(*self.stored(index)).bfloat16()
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
         matrix = (numbers.T if self.encoding.turned else numbers).contiguous()
         if not bool(torch.isfinite(matrix).all()):
             raise self._damaged("it holds NaN or infinite values")
