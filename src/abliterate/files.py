@@ -19,10 +19,11 @@ import reprlib
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from abliterate.errors import CheckpointError, InputError
+from abliterate.errors import AbliterateError, CheckpointError, InputError, ModelError
 
 # Real ones: 15 levels, 40 characters a number, names of 150 characters, 30 MB.
 _MAX_DEPTH = 64
@@ -81,6 +82,31 @@ def in_one_line(error: BaseException) -> str:
     """Return what an error of a library says, as part of a message of ours: one line, shortened, printable."""
     said = printable(" ".join(str(error).split())).rstrip(".")
     return said if len(said) <= _LONGEST_SAID else said[: _LONGEST_SAID - 3] + "..."
+
+
+@contextmanager
+def known_error(failure: str, *, hint: str = "") -> Iterator[None]:
+    """Raise whatever goes wrong while a library reads files that came from elsewhere as one known error.
+
+    A broken file makes transformers fail in any way that Python knows, and tokenizers, which is written in Rust, in one
+    that is no `Exception`. Signals pass.
+
+    Args:
+        failure: What the message begins with.
+        hint: What it ends with.
+
+    Raises:
+        ModelError: Something went wrong.
+    """
+    try:
+        yield
+    except AbliterateError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = in_one_line(error) or type(error).__name__
+        raise ModelError(f"{failure}: {said}{hint}") from error
 
 
 _SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from abliterate import checkpoints
-from abliterate.checkpoints.block_scaled import BlockEncoding
-from abliterate.checkpoints.format_float import MXFP4
-from abliterate.checkpoints.quantized import is_handled, quantized_formats
+from abliterate import formats
 from abliterate.checkpoints.safetensors_file import TensorInfo
+from abliterate.formats.block_scaled import BlockEncoding
+from abliterate.formats.format_float import MXFP4
+from abliterate.formats.quantized import is_handled, quantized_formats
 
 
 def info(name: str, shape: tuple[int, ...], start: int, size: int) -> TensorInfo:
@@ -26,7 +26,7 @@ def test_a_stack_is_cut_with_its_companions_but_for_those_of_all_matrices() -> N
 
 
 def test_each_module_of_a_format_is_found() -> None:
-    modules = sorted(Path(checkpoints.__path__[0]).glob("format_*.py"))
+    modules = sorted(Path(formats.__path__[0]).glob("format_*.py"))
     assert len(quantized_formats()) >= len(modules) >= 2
     names = [name for each in quantized_formats() for name in each.names]
     assert len(names) == len(set(names))

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import abliterate.editing.edited_tensors
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.quantized import plain_view
 from abliterate.checkpoints.safetensors_file import read_tensor, tensor_bytes
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.adapter import write_adapter
 from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import CheckpointError, InputError, QuantizedCheckpointError, VerificationError
+from abliterate.formats.quantized import plain_view
 from abliterate.models.options import ModelOptions
 from abliterate.release.options import VerificationOptions
 from abliterate.release.reverting import revert_checkpoint

@@ -11,7 +11,7 @@ from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import CheckpointError, InputError, ModelError
 from abliterate.models.conversion import convert_gguf
-from abliterate.models.gguf_file import load_gguf
+from abliterate.models.gguf_loading import load_gguf
 from abliterate.models.loading import class_of
 from tests.support.gguf_models import ARCHITECTURES, F16, Q8_0, logits, tiny, write, write_gguf
 from tests.support.tiny_models import make_tokenizer, random_direction

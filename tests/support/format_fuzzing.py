@@ -29,10 +29,11 @@ from abliterate.editing.record import read_record, resolve_base
 from abliterate.editing.strengths import read_strengths
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.replies import Answers, ReplyCache, generate_replies, read_replies
+from abliterate.formats.gguf_config import read_gguf_config
+from abliterate.formats.gguf_file import read_gguf
 from abliterate.models import chat_template
 from abliterate.models.chat_format import find_chat_format
 from abliterate.models.chat_model import ChatModel, make_chat_model
-from abliterate.models.gguf_file import read_gguf, read_gguf_config
 from abliterate.models.loading import load_chat_model, load_streamed_model, open_model
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_files import read_prompts

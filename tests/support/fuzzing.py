@@ -13,12 +13,12 @@ from random import Random
 from typing import Any
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.quantized import plain_view
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan_report import plan_layout, read_layout
 from abliterate.errors import AbliterateError
+from abliterate.formats.quantized import plain_view
 from tests.support.checkpoint_mutations import break_checkpoint, make_harmless
 from tests.support.tiny_models import random_direction
 

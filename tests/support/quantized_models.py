@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.checkpoints.block_scaled import BlockLayout, encode
-from abliterate.checkpoints.format_float import E4M3, MXFP4, NVFP4, PACKED_MXFP4
+from abliterate.formats.block_scaled import BlockLayout, encode
+from abliterate.formats.format_float import E4M3, MXFP4, NVFP4, PACKED_MXFP4
 from tests.support.loaded_models import stored
 from tests.support.tiny_models import CHAT_VOCABULARY, make_tokenizer, save_tiny_model
 

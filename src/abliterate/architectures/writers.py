@@ -17,10 +17,10 @@ from abliterate.architectures.config import TextModel, read_text_model
 from abliterate.architectures.names import NormChains, Part, PostNorm, Role, TensorName, parse_name
 from abliterate.architectures.table import Architecture
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
-from abliterate.checkpoints.quantized import CONFIG_KEYS, base_in_words, is_handled, quantization_of
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
 from abliterate.files import shown
+from abliterate.formats.quantized import CONFIG_KEYS, base_in_words, is_handled, quantization_of
 
 _SUBLAYERS: dict[Role, str] = {"attn": "attention (or another mixer)", "mlp": "an MLP"}
 

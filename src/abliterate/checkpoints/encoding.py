@@ -1,9 +1,9 @@
 """What a quantised format is to the rest of the program: how it finds its tensors, reads them and writes them again.
 
-Formats live in modules `format_NAME.py` of this package, a family each, whose `FORMATS` are found by that name. Each
-has two parts: `QuantizedFormat` recognises it in a config and in the tensors of a checkpoint, and the `Encoding` that
-it returns for a tensor decodes that tensor and requantises it. Everything that differs between formats stands behind
-these two; nobody else asks for a format by its name.
+Formats live in modules `format_NAME.py` of the package `formats`, a family each, whose `FORMATS` are found by that
+name. Each has two parts: `QuantizedFormat` recognises it in a config and in the tensors of a checkpoint, and the
+`Encoding` that it returns for a tensor decodes that tensor and requantises it. Everything that differs between formats
+stands behind these two; nobody else asks for a format by its name.
 """
 
 from abc import ABC, abstractmethod

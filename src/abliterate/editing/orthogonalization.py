@@ -19,7 +19,6 @@ from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.partial_run import partial_run
 from abliterate.checkpoints.provenance import values_sha256, versions
-from abliterate.checkpoints.quantized import plain_view
 from abliterate.directions import Direction
 from abliterate.editing.checks import compare_layouts, measure_survivors, rounding_bound
 from abliterate.editing.edited_files import EditedFiles
@@ -35,6 +34,7 @@ from abliterate.editing.record import (
     write_record,
 )
 from abliterate.errors import InputError, VerificationError
+from abliterate.formats.quantized import plain_view
 from abliterate.progress import SILENT, ProgressReporter
 
 

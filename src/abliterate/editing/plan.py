@@ -12,12 +12,6 @@ from torch import Tensor
 from abliterate.architectures.writers import ResidualWriter, StreamMap, map_stream
 from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.quantized import (
-    dequantized_config_changes,
-    dequantized_layout,
-    plain_info,
-    plain_view,
-)
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, Shard
 from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.checks import RemovedDirections, removed_directions
@@ -32,6 +26,12 @@ from abliterate.editing.edits import (
 from abliterate.editing.options import EditOptions
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.files import printable, shown
+from abliterate.formats.quantized import (
+    dequantized_config_changes,
+    dequantized_layout,
+    plain_info,
+    plain_view,
+)
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3

@@ -28,7 +28,6 @@ from abliterate.checkpoints.checkpoint import (
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
-from abliterate.checkpoints.quantized import dequantized_layout, plain_view
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.edits import TensorEdit, projection_of
 from abliterate.editing.options import EditOptions
@@ -52,6 +51,7 @@ from abliterate.editing.record import (
 )
 from abliterate.errors import InputError
 from abliterate.files import MAX_BYTES, has_file
+from abliterate.formats.quantized import dequantized_layout, plain_view
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
 _WORKSPACE_BYTES = 40_000_000

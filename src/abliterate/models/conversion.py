@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from abliterate.checkpoints.atomic_directory import check_output_directory, published_directory
 from abliterate.errors import ModelError
 from abliterate.files import in_one_line
-from abliterate.models.gguf_file import GgufFile, load_gguf, load_gguf_tokenizer, read_gguf
+from abliterate.formats.gguf_file import GgufFile, read_gguf
+from abliterate.models.gguf_loading import load_gguf, load_gguf_tokenizer
 from abliterate.models.loading import choose_device, class_of
 from abliterate.models.memory import check_memory
 from abliterate.models.options import ConvertedDtype

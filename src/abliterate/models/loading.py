@@ -22,13 +22,15 @@ from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.directions import Direction
 from abliterate.errors import AbliterateError, InputError, ModelError
-from abliterate.files import in_one_line
+from abliterate.files import in_one_line, known_error
+from abliterate.formats.gguf_config import read_gguf_config
+from abliterate.formats.gguf_file import read_gguf
 from abliterate.models.chat_format import ChatFormat
 from abliterate.models.chat_model import ChatModel, make_chat_model, with_response_prefix
 from abliterate.models.chat_template import processor_template, start_rendering
-from abliterate.models.gguf_file import load_gguf, load_gguf_tokenizer, read_gguf, read_gguf_config
+from abliterate.models.gguf_loading import load_gguf, load_gguf_tokenizer
 from abliterate.models.layer_weights import LayerWeights
-from abliterate.models.loading_report import OF_MLX, check_complete, known_error
+from abliterate.models.loading_report import OF_MLX, check_complete
 from abliterate.models.memory import check_memory
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import check_extractable, find_blocks

@@ -4,14 +4,13 @@ That is silent but for a warning, so a model of other names (MLX's, another pref
 measured on it is noise. Here each parameter that is missing is an error with its likely cause.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterate.checkpoints.checkpoint import is_of_mlx
-from abliterate.errors import AbliterateError, ModelError
-from abliterate.files import in_one_line, printable
+from abliterate.errors import ModelError
+from abliterate.files import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,31 +18,6 @@ if TYPE_CHECKING:
 OF_MLX = "the files are in MLX's layout, which only MLX loads; use the release they were converted from"
 # Buffers that a model computes as it is made; older releases stored some of them.
 _COMPUTED = {"inv_freq", "original_inv_freq", "position_ids", "masked_bias", "bias", "cos_cached", "sin_cached"}
-
-
-@contextmanager
-def known_error(failure: str, *, hint: str = "") -> Iterator[None]:
-    """Raise whatever goes wrong while a library reads files that came from elsewhere as one known error.
-
-    A broken file makes transformers fail in any way that Python knows, and tokenizers, which is written in Rust, in one
-    that is no `Exception`. Signals pass.
-
-    Args:
-        failure: What the message begins with.
-        hint: What it ends with.
-
-    Raises:
-        ModelError: Something went wrong.
-    """
-    try:
-        yield
-    except AbliterateError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        said = in_one_line(error) or type(error).__name__
-        raise ModelError(f"{failure}: {said}{hint}") from error
 
 
 def check_complete(model: "PreTrainedModel", report: Mapping[str, Any], *, path: Path, name: str) -> None:

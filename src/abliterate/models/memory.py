@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from abliterate.errors import ModelError
-from abliterate.models.gguf_file import read_gguf
+from abliterate.formats.gguf_file import read_gguf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

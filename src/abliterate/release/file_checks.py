@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
-from abliterate.checkpoints.quantized import dequantized_layout, plain_view, quantization_of
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 from abliterate.editing.checks import (
     RemovedDirections,
@@ -27,6 +26,7 @@ from abliterate.editing.options import EditOptions
 from abliterate.editing.projection import Component
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
+from abliterate.formats.quantized import dequantized_layout, plain_view, quantization_of
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.release.recorded_edits import (
     RecordedTensor,

@@ -15,12 +15,12 @@ from abliterate.architectures.writers import ROLES, PostNorm, Remainder, Residua
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, refuse_gguf
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import ModelSource, resolve_model
-from abliterate.checkpoints.quantized import plain_view
 from abliterate.editing.edits import Kind, edits_of_writers
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import select_writers
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, decode_subspace
 from abliterate.errors import CheckpointError, InputError
+from abliterate.formats.quantized import plain_view
 
 _AGAIN = "run `abliterate orthogonalize` again"
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from abliterate.checkpoints.encoding import EncodingError
-from abliterate.checkpoints.format_float import FORMATS
 from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.directions import orthonormalize
+from abliterate.formats.format_float import FORMATS
 from tests.support.quantized_models import LAYOUTS
 
 FP4 = ["nvfp4", "modelopt nvfp4", "packed mxfp4", "fp4 in bytes"]

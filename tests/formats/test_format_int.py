@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.checkpoints.encoding import EncodingError
-from abliterate.checkpoints.format_int import FORMATS, Packing
 from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.directions import orthonormalize
+from abliterate.formats.format_int import FORMATS, Packing
 from tests.support.quantized_models import AWQ_ORDER, LAYOUTS, pack
 
 WHOLE = [kind for kind in LAYOUTS if kind.startswith(("int", "gptq", "awq"))]

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.quantized import base_in_words, dequantized_layout, is_handled, plain_view, quantization_of
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
+from abliterate.formats.quantized import base_in_words, dequantized_layout, is_handled, plain_view, quantization_of
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [4, 4]}
 CODES, SCALES = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight_scale_inv"

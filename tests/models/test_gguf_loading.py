@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from abliterate.errors import InputError, MissingDependencyError, ModelError
-from abliterate.models.gguf_file import load_gguf, read_gguf, read_gguf_config
+from abliterate.formats.gguf_config import read_gguf_config
+from abliterate.formats.gguf_file import read_gguf
+from abliterate.models.gguf_loading import load_gguf
 from abliterate.models.loading import class_of, load_streamed_model, load_tokenizer, open_model
 from abliterate.models.memory import estimate_bytes
 from abliterate.models.options import ModelOptions

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from abliterate import checkpoints
+from abliterate import formats
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
 from abliterate.checkpoints.encoding import Encoding, EncodingError, QuantizedFormat
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, new_header
@@ -37,10 +37,8 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] 
 @functools.cache
 def quantized_formats() -> tuple[QuantizedFormat, ...]:
     """Return the `FORMATS` of each module `format_NAME` of this package, by name of the module."""
-    names = sorted(each.name for each in pkgutil.iter_modules(checkpoints.__path__))
-    modules = (
-        importlib.import_module(f"{checkpoints.__name__}.{name}") for name in names if name.startswith("format_")
-    )
+    names = sorted(each.name for each in pkgutil.iter_modules(formats.__path__))
+    modules = (importlib.import_module(f"{formats.__name__}.{name}") for name in names if name.startswith("format_"))
     return tuple(each for module in modules for each in module.FORMATS)
 
 

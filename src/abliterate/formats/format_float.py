@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.block_scaled import BlockEncoding, BlockLayout, Grid
 from abliterate.checkpoints.encoding import EncodingError, QuantizedFormat, compressed_formats, encoded_tensor
 from abliterate.checkpoints.safetensors_file import TensorInfo
+from abliterate.formats.block_scaled import BlockEncoding, BlockLayout, Grid
 
 _METHODS = {"fp8", "mxfp8"}
 _E4M3_NAMES = {None, "e4m3", "e4m3fn", "float8_e4m3fn"}

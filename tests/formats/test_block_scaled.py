@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.checkpoints.block_scaled import BlockLayout, decode, encode, refitted_scales, requantize
-from abliterate.checkpoints.format_float import E4M3, MXFP4, NVFP4, PACKED_MXFP4
 from abliterate.directions import orthonormalize
+from abliterate.formats.block_scaled import BlockLayout, decode, encode, refitted_scales, requantize
+from abliterate.formats.format_float import E4M3, MXFP4, NVFP4, PACKED_MXFP4
 
 FP8_BLOCK = BlockLayout(grid=E4M3, block=(128, 128))
 FP8_UE8M0 = BlockLayout(grid=E4M3, block=(128, 128), power_of_two=True)
@@ -198,7 +198,7 @@ def test_nan_is_refused():
 def test_chunks_do_not_show(monkeypatch):
     layout, codes, scales, _ = stored("fp8 block", 64, 300)
     whole_result = requantize(codes, scales, layout=layout, directions=basis(1, 64))
-    monkeypatch.setattr("abliterate.checkpoints.block_scaled._BLOCK_ELEMENTS", 64 * 50)
+    monkeypatch.setattr("abliterate.formats.block_scaled._BLOCK_ELEMENTS", 64 * 50)
     result = requantize(codes, scales, layout=layout, directions=basis(1, 64))
     assert torch.equal(result.scales, whole_result.scales)
     assert result.after[0] < 1e-3 * result.before[0]

@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.block_scaled import BlockLayout, Grid, round_levels
 from abliterate.checkpoints.encoding import (
     Encoding,
     EncodingError,
@@ -30,6 +29,7 @@ from abliterate.checkpoints.encoding import (
     encoded_tensor,
 )
 from abliterate.checkpoints.safetensors_file import TensorInfo
+from abliterate.formats.block_scaled import BlockLayout, Grid, round_levels
 
 _SCALE_DTYPES = {"F32", "BF16", "F16"}
 _BITS = (4, 8)

@@ -1,0 +1,150 @@
+"""The config of the model in a GGUF file, as transformers reads it, and what it leaves out put right."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from abliterate.errors import ModelError
+from abliterate.files import known_error, shown
+from abliterate.formats.gguf_file import F32, GgufFile, GgufTensor, damaged_gguf, is_count, read_gguf
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FREQUENCIES = "rope_freqs.weight"
+
+
+def read_gguf_config(path: Path, *, name: str, header: GgufFile | None = None) -> "PretrainedConfig":
+    """Return the config of the model in a GGUF file, its rotary frequencies included.
+
+    Raises:
+        InputError: the file cannot be read.
+        ModelError: transformers does not know the architecture, or its config cannot say what the file holds.
+        MissingDependencyError: the package `gguf` is not installed.
+    """
+    from transformers import AutoConfig
+
+    header = header or read_gguf(path)
+    with loads_as_a_model(name):
+        with alone(path) as (directory, file):
+            config = AutoConfig.from_pretrained(directory, gguf_file=file)
+        blocks = config.get_text_config(decoder=True).num_hidden_layers
+        # Each has tensors of its own; and the names of all of them are made before any is looked for.
+        if not is_count(blocks, len(header.tensors)):
+            raise damaged_gguf(path, f"{shown(blocks)} blocks for {len(header.tensors)} tensors")
+        _complete(header, config)
+        _say_rotary(header, config)
+    return cast("PretrainedConfig", config)
+
+
+_CLASSES_OF_27B = {"gemma2": 46, "gemma3": 62}
+
+
+def _complete(header: GgufFile, config: Any) -> None:
+    """Put right what transformers leaves at the default of the config's class, whatever the file says."""
+    for key, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if f"tokenizer.ggml.{stored}_token_id" not in header.metadata:
+            setattr(config, f"{key}_token_id", None)
+    width = header.own("attention.key_length")
+    if width and header.architecture in {"qwen3", "gemma2", "gemma3"}:
+        config.head_dim = int(width)
+        if layers := _CLASSES_OF_27B.get(header.architecture):
+            # GGUF has no key for it; its readers tell the largest of each by its depth.
+            largest = config.num_hidden_layers == layers
+            config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else int(width)
+
+
+@contextmanager
+def loads_as_a_model(name: str) -> Iterator[None]:
+    """Name in one line what transformers makes of a file that it does not read.
+
+    Raises:
+        ModelError: it does not.
+    """
+    failure = f"{name} does not load as a causal language model"
+    with known_error(failure):
+        try:
+            yield
+        except KeyError as error:
+            raise ModelError(f"{failure}: {error.args[0] if error.args else 'something'} is missing") from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield a directory in which the file lies alone, and its name there.
+
+    A tokenizer.json or config.json that happens to lie beside it would be taken in the place of what is in the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="abliterate-gguf-") as directory:
+        try:
+            (Path(directory) / "model.gguf").symlink_to(path.resolve())
+        except OSError:  # a system or account that makes no links
+            yield str(path.resolve().parent), path.name
+            return
+        yield directory, "model.gguf"
+
+
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _say_rotary(header: GgufFile, config: Any) -> None:
+    """Put into the config what a GGUF says of rotary frequencies and transformers does not read.
+
+    Raises:
+        ModelError: no config can say it.
+    """
+    if any(tensor.name.startswith("rope_factors_") for tensor in header.tensors):
+        raise ModelError(_rotary_refusal(header, "the factors of LongRoPE"))
+    kind, factor = header.own("rope.scaling.type"), header.own("rope.scaling.factor")
+    found: dict[str, Any] = {}
+    if header.tensor(FREQUENCIES) is not None:
+        found = _llama3_factors(header, config)
+    elif kind not in {None, "none"} and factor not in {None, 0.0, 1.0}:
+        if kind not in {"linear", "yarn"}:
+            raise ModelError(_rotary_refusal(header, f"scaling of the kind {kind}"))
+        found = {"rope_type": kind, "factor": float(factor)}
+        if kind == "yarn" and (original := header.own("rope.scaling.original_context_length")):
+            found["original_max_position_embeddings"] = int(original)
+    if not found:
+        return
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        raise ModelError(_rotary_refusal(header, f"scaling of the kind {found['rope_type']}"))
+    # Where layers differ, those with a sliding window are not scaled.
+    whole = parameters.get("full_attention", parameters)
+    whole.update(found)
+
+
+def _llama3_factors(header: GgufFile, config: Any) -> dict[str, Any]:
+    """Return what the config of Llama 3 says in place of one factor a frequency, if it comes to the same."""
+    import numpy as np
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stored = cast(GgufTensor, header.tensor(FREQUENCIES))
+    if stored.kind != F32:
+        raise ModelError(_rotary_refusal(header, f"{FREQUENCIES} in another format than float32"))
+    values = np.fromfile(header.path, dtype="<f4", count=prod(stored.shape), offset=stored.offset)
+    factors = torch.from_numpy(values).double()
+    if bool((factors == 1).all()):
+        return {}
+    parameters = dict(config.rope_parameters)
+    found = {"rope_type": "llama3", "factor": round(float(factors.max()), 4), **_LLAMA3}
+    config.rope_parameters = parameters | found
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    config.rope_parameters = parameters
+    width = 2 * len(factors)
+    plain = parameters["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if len(scaled) != len(factors) or not torch.allclose(plain / scaled.double(), factors, rtol=1e-3):
+        raise ModelError(_rotary_refusal(header, f"{FREQUENCIES}, which is not as Llama 3 scales"))
+    return found
+
+
+def _rotary_refusal(header: GgufFile, what: str) -> str:
+    return (
+        f"{header.path}: holds {what} for its rotary positions, which transformers does not read from a GGUF file; "
+        "use the original checkpoint"
+    )
