@@ -45,6 +45,26 @@ class Encoding(ABC):
         """Those of `stored` that an edit may change; the others keep their bytes."""
         return self.stored
 
+    @property
+    def stored_dtype(self) -> str:
+        """What the format calls the way in which the tensor is stored."""
+        return self.codes.dtype
+
+    @property
+    def can_be_edited(self) -> bool:
+        """Whether there is a way to write it again."""
+        return True
+
+    def parts(self, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], Self]]:
+        """Return the parts that are read and written one at a time, one behind the other: shape of each, and how it is.
+
+        Args:
+            shape: Of the whole tensor; a stack is taken apart into its matrices.
+        """
+        if len(shape) < 3:
+            return [(shape, self)]
+        return [(shape[1:], each) for each in self.matrices(shape[0])]
+
     def matrices(self, count: int) -> list[Self]:
         """Return how each matrix of a stack is stored."""
         codes = _slices(self.codes, count)

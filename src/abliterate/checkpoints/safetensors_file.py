@@ -58,6 +58,11 @@ class TensorInfo:
     encoding: "Encoding | None" = None
 
     @property
+    def stored_dtype(self) -> str:
+        """What the file calls the way in which it is stored; `dtype`, unless it has an encoding."""
+        return self.dtype if self.encoding is None else self.encoding.stored_dtype
+
+    @property
     def plain_bytes(self) -> int:
         """Bytes of a tensor of this dtype and shape."""
         return math.prod(self.shape) * _DTYPE_BITS[self.dtype] // 8
@@ -65,17 +70,26 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One safetensors file; `header_bytes` is all that precedes the weights, `tensors` are in file order."""
+    """One file of weights, as a rule safetensors.
+
+    Attributes:
+        file_name: Its name.
+        header_bytes: All that precedes the weights.
+        metadata: What its header says besides; None for nothing.
+        tensors: In file order.
+        padding: Bytes after the last tensor, of which the safetensors format has none.
+    """
 
     file_name: str
     header_bytes: bytes
     metadata: dict[str, str] | None
     tensors: tuple[TensorInfo, ...]
+    padding: int = 0
 
     @property
     def size(self) -> int:
         """Size of the file in bytes."""
-        return self.tensors[-1].end if self.tensors else len(self.header_bytes)
+        return (self.tensors[-1].end if self.tensors else len(self.header_bytes)) + self.padding
 
 
 def read_shard(path: Path) -> Shard:
@@ -179,14 +193,13 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def encoded_matrices(info: TensorInfo) -> list[TensorInfo]:
-    """Return the matrices that a tensor with an encoding is a stack of, each as a tensor of its own; itself if one."""
-    encoding = info.encoding
-    if encoding is None or len(info.shape) < 3:
+def encoded_parts(info: TensorInfo) -> list[TensorInfo]:
+    """Return the parts of a tensor with an encoding, matrices of a stack for example, each as a tensor of its own."""
+    if info.encoding is None:
         return [info]
     return [
-        replace(info, shape=info.shape[1:], start=each.codes.start, end=each.codes.end, encoding=each)
-        for each in encoding.matrices(info.shape[0])
+        replace(info, shape=shape, start=each.codes.start, end=each.codes.end, encoding=each)
+        for shape, each in info.encoding.parts(info.shape)
     ]
 
 

@@ -22,7 +22,7 @@ from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     TensorInfo,
-    encoded_matrices,
+    encoded_parts,
     read_tensor,
     tensor_bytes,
 )
@@ -279,14 +279,13 @@ def measure_survivors(
 
 
 def _measure(checkpoint: Checkpoint, info: TensorInfo, basis: Tensor, residual_axis: int) -> Component:
-    # Of a quantised stack one matrix at a time: decoded it has four to eight times the size.
-    matrices = encoded_matrices(info)
-    axis = residual_axis - (len(info.shape) - len(matrices[0].shape))
-    parts = [
-        component_and_norm(read_tensor(checkpoint.path, matrix), directions=basis, residual_axis=axis)
-        for matrix in matrices
+    # Of a quantised tensor one part at a time: decoded it has four to eight times the size.
+    parts = encoded_parts(info)
+    axis = residual_axis - (len(info.shape) - len(parts[0].shape))
+    found = [
+        component_and_norm(read_tensor(checkpoint.path, part), directions=basis, residual_axis=axis) for part in parts
     ]
-    return Component(math.hypot(*(part.along for part in parts)), math.hypot(*(part.norm for part in parts)))
+    return Component(math.hypot(*(each.along for each in found)), math.hypot(*(each.norm for each in found)))
 
 
 def _find(infos: Mapping[str, TensorInfo], name: str, checkpoint: Checkpoint) -> TensorInfo:
@@ -332,7 +331,7 @@ def _are_decoded(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInf
     try:
         with (new_path / new.shard).open("rb") as file:
             file.seek(new.start)
-            for matrix in encoded_matrices(old):
+            for matrix in encoded_parts(old):
                 plain = tensor_bytes(read_tensor(old_path, matrix).bfloat16())
                 if file.read(len(plain)) != plain:
                     return False
@@ -343,7 +342,7 @@ def _are_decoded(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInf
 
 
 def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
-    if old.encoding is not None:
+    if old.encoding is not None and new.encoding is None:
         return _are_decoded(old_path, new_path, old, new, advance)
     left = old.end - old.start
     if left != new.end - new.start:

@@ -37,7 +37,7 @@ from abliterate.checkpoints.safetensors_file import (
     tensor_bytes,
 )
 from abliterate.editing.checks import directions_through
-from abliterate.editing.edited_tensors import MadeMatrices, ProjectedTensor, Projection, QuantizedEdit
+from abliterate.editing.edited_tensors import MadeParts, ProjectedTensor, Projection, QuantizedEdit
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
 from abliterate.editing.projection import Component
@@ -162,12 +162,12 @@ class EditedShard:
         place = [each.name for each in made.encoding.stored].index(stored.name)
         if place == 0:
             self.edits[edit.name] = None
+        n_parts = made.n_parts
         self._add(
-            MadeMatrices(
+            MadeParts(
                 start=self._end,
-                nbytes=stored.end - stored.start,
+                sizes=made.part_bytes if place == 0 else [(stored.end - stored.start) // n_parts] * n_parts,
                 make=made.edit if place == 0 else functools.partial(made.refit, companion=place - 1),
-                matrices=made.matrices,
                 name=f"{stored.shard}: tensor {stored.name}",
             )
         )
@@ -176,11 +176,10 @@ class EditedShard:
         made = self._quantized_edit(source, edit)
         name = source.name if edit is None else edit.name
         self._add(
-            MadeMatrices(
+            MadeParts(
                 start=self._end,
-                nbytes=source.plain_bytes,
+                sizes=made.plain_part_bytes,
                 make=made.decoded,
-                matrices=made.matrices,
                 name=f"{source.shard}: tensor {name}",
             )
         )

@@ -1,14 +1,16 @@
 """A tensor that is edited on its way into a new file, block by block, and measured as it is read back.
 
-A quantised one goes matrix by matrix, in its own layout or dequantised. Its codes and companions may lie in different
-files, in any order, so each computes what it needs by itself: new scales take a pass over the decoded numbers, new
-codes that pass and the edit.
+A quantised one goes part by part (the matrices of a stack), in its own layout or dequantised. Its codes and companions
+may lie in different files, in any order, so each computes what it needs by itself: new scales take a pass over the
+decoded numbers, new codes that pass and the edit.
 
 A block fits into memory and holds whole vectors along the residual axis. Where that axis is the last, such vectors lie
 in one piece and a block is one range of the file. Where it is not, a block of columns is `d_model` pieces, one a row;
 unless the matrix is small enough to be a block itself.
 """
 
+import bisect
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,7 @@ from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     TensorInfo,
-    encoded_matrices,
+    encoded_parts,
     read_codes,
     tensor_bytes,
 )
@@ -314,14 +316,24 @@ class QuantizedEdit:
         return self.info.encoding
 
     @property
-    def matrices(self) -> int:
-        """How many matrices it is a stack of."""
-        return self.info.shape[0] if len(self.info.shape) == 3 else 1
+    def n_parts(self) -> int:
+        """In how many parts it is made."""
+        return len(encoded_parts(self.info))
+
+    @property
+    def part_bytes(self) -> list[int]:
+        """Bytes of the codes of each part."""
+        return [part.end - part.start for part in encoded_parts(self.info)]
+
+    @property
+    def plain_part_bytes(self) -> list[int]:
+        """Bytes of each part once it is decoded."""
+        return [part.plain_bytes for part in encoded_parts(self.info)]
 
     def stored(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        """Return codes and companions of one matrix as they are stored in the checkpoint."""
-        matrix = encoded_matrices(self.info)[index]
-        return read_codes(self.path, matrix.encoding or self.encoding)
+        """Return codes and companions of one part as they are stored in the checkpoint."""
+        part = encoded_parts(self.info)[index]
+        return read_codes(self.path, part.encoding or self.encoding)
 
     def decoded(self, index: int) -> Tensor:
         """Return one matrix in bfloat16, the directions projected out if there are any.
@@ -374,26 +386,25 @@ class QuantizedEdit:
         return CheckpointError(f"{self.path}: tensor {self.encoding.codes.name}: {how}; download the checkpoint again")
 
 
-class MadeMatrices(ComputedSegment):
-    """A tensor that is made matrix by matrix: new codes or scales, or the numbers they mean.
+class MadeParts(ComputedSegment):
+    """A tensor that is made part by part, such as the matrices of a stack: new codes or scales, or what they mean.
 
     Args:
         start: Where it begins in the new file.
-        nbytes: Its size.
-        make: Index of a matrix -> the matrix, of the dtype that is stored.
-        matrices: How many there are.
+        sizes: Bytes of each part.
+        make: Index of a part -> the part, of the dtype that is stored.
         name: What the tensor is called in the new file, with the shard.
     """
 
-    def __init__(self, *, start: int, nbytes: int, make: Callable[[int], Tensor], matrices: int, name: str) -> None:
-        super().__init__(start=start, end=start + nbytes)
+    def __init__(self, *, start: int, sizes: Sequence[int], make: Callable[[int], Tensor], name: str) -> None:
+        self._starts = [0, *itertools.accumulate(sizes)]
+        super().__init__(start=start, end=start + self._starts[-1])
         self._make, self._name = make, name
-        self._matrix_bytes = nbytes // matrices
-        self._sums: list[int | None] = [None] * matrices
+        self._sums: list[int | None] = [None] * len(sizes)
         self._sum_read = 0
 
     def fills(self) -> Sequence[Fill]:
-        """See `ComputedSegment.fills`: a task a matrix."""
+        """See `ComputedSegment.fills`: a task a part."""
 
         def fill_of(index: int) -> Fill:
             return lambda target, worker: self._fill(index, target, worker)
@@ -403,16 +414,17 @@ class MadeMatrices(ComputedSegment):
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
         """See `ComputedSegment.check`."""
         while written:
-            index, at = divmod(offset, self._matrix_bytes)
-            part = written[: self._matrix_bytes - at]
-            self._sum_read = zlib.crc32(part, self._sum_read if at else 0)
-            if at + len(part) == self._matrix_bytes and self._sum_read != self._sums[index]:
+            index = bisect.bisect_right(self._starts, offset) - 1
+            begins, ends = self._starts[index], self._starts[index + 1]
+            part = written[: ends - offset]
+            self._sum_read = zlib.crc32(part, 0 if offset == begins else self._sum_read)
+            if offset + len(part) == ends and self._sum_read != self._sums[index]:
                 raise changed_on_the_way(self._name)
             written, offset = written[len(part) :], offset + len(part)
 
     def _fill(self, index: int, target: PlainFile, worker: Worker) -> None:
         data = tensor_bytes(self._make(index))
         self._sums[index] = zlib.crc32(data)
-        target.write(data, self.start + index * self._matrix_bytes)
+        target.write(data, self.start + self._starts[index])
         worker.traffic.read += len(data)
         worker.traffic.written += len(data)

@@ -78,8 +78,8 @@ class TensorEdit:
 
     @property
     def stored_dtype(self) -> str:
-        """Its dtype as safetensors names it; of a tensor that is stored quantised that of its codes."""
-        return self.info.dtype if self.info.encoding is None else self.info.encoding.codes.dtype
+        """How it is stored, as the file names it; of a tensor that is stored quantised often the dtype of its codes."""
+        return self.info.stored_dtype
 
     @property
     def nbytes(self) -> int:
@@ -114,11 +114,17 @@ def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
     """Check that each edit of a quantised tensor is one that an `Encoding` makes.
 
     Raises:
-        QuantizedCheckpointError: A matrix is stored with the residual stream along its rows, or is to be untied.
+        QuantizedCheckpointError: A matrix is stored in a way that is not written, or with the residual stream along
+            its rows, or is to be untied.
     """
     for edit in edits:
         if edit.info.encoding is None:
             continue
+        if not edit.info.encoding.can_be_edited:
+            raise QuantizedCheckpointError(
+                f"{path / edit.info.shard}: tensor {edit.name} is stored as {edit.stored_dtype}, which is not written "
+                "here; use the model it was quantised from, or a file of another type"
+            )
         rows = len(edit.info.shape) - (1 if edit.info.encoding.turned else 2)
         if edit.writer.residual_axis != rows or edit.is_new:
             raise QuantizedCheckpointError(

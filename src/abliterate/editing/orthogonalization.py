@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.partial_run import partial_run
 from abliterate.checkpoints.provenance import values_sha256, versions
@@ -34,6 +33,7 @@ from abliterate.editing.record import (
     write_record,
 )
 from abliterate.errors import InputError, VerificationError
+from abliterate.formats.gguf_checkpoint import open_weights
 from abliterate.formats.quantized import plain_view
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -111,7 +111,7 @@ def orthogonalize_checkpoint(
         raise InputError("no output directory was given; name one with -o, or give --dry-run")
     target = None if output is None else Path(output)
     if target is not None:
-        check_output(target, plan.checkpoint.path, overwrite=overwrite)
+        check_output(target, plan.source.path, overwrite=overwrite)
     report = planned_report(plan, target, dry_run=dry_run)
     if dry_run or target is None:
         return report
@@ -173,7 +173,7 @@ def _measure_requantized(plan: EditPlan, partial: Path, progress: ProgressReport
         return {}
     with progress.task("Decoding", total=sum(edit.nbytes for edit in edits), unit="bytes") as advance:
         found = measure_survivors(
-            plain_view(open_checkpoint(partial)),
+            plain_view(open_weights(partial)),
             base=plan.view,
             writers=[edit.writer for edit in edits],
             made_from={edit.name: edit.source.name for edit in edits if edit.source},
@@ -193,7 +193,7 @@ def _check_written(plan: EditPlan, partial: Path, made: Mapping[str, EditedTenso
         raise VerificationError(f"{partial}: {len(missed)} planned edits were not made, first {missed[0]}")
     problems = compare_layouts(
         dataclasses.replace(plan.layout, config=plan.checkpoint.config),
-        open_checkpoint(partial),
+        open_weights(partial),
         added={edit.name for edit in plan.edits if edit.is_new},
         config_changes=plan.config_changes,
     )
@@ -223,6 +223,6 @@ def _check_survivor(plan: EditPlan, made: EditedTensor) -> None:
     if not math.isfinite(after.norm) or (is_known and left > bound):
         raise VerificationError(
             f"{edit.info.shard}: tensor {edit.name}, reread, has a component of {after.along:.3g} along what "
-            f"was to be removed, {wanted:.3g} was to be left, and rounding to {edit.info.dtype} "
+            f"was to be removed, {wanted:.3g} was to be left, and rounding to {edit.stored_dtype} "
             f"explains {bound:.3g}; disk or memory may be faulty, run again"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap, map_stream
-from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint, refuse_adapter
+from abliterate.checkpoints.checkpoint import Checkpoint, is_gguf, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, Shard
 from abliterate.directions import Direction, load_direction, orthonormalize
@@ -26,6 +26,7 @@ from abliterate.editing.edits import (
 from abliterate.editing.options import EditOptions
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.files import printable, shown
+from abliterate.formats.gguf_checkpoint import holds_gguf, open_weights
 from abliterate.formats.quantized import (
     dequantized_config_changes,
     dequantized_layout,
@@ -213,7 +214,7 @@ def make_edit_plan(
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or cannot express an addition.
     """
     model = _as_source(source)
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = open_weights(model.path)
     refuse_adapter(checkpoint.path, checkpoint.side_files)
     view = checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
     stream = map_stream(
@@ -234,6 +235,8 @@ def make_edit_plan(
         edits = tuple(dataclasses.replace(edit, info=plain_info(edit.info)) for edit in edits)
         config_changes = config_changes | dequantized_config_changes(checkpoint.config)
     check_codes(edits, path=view.path)
+    if holds_gguf(model.path):
+        _check_gguf(edits, options, path=model.path)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,
@@ -247,6 +250,19 @@ def make_edit_plan(
         edit_notes=planned.notes,
         partial=partial_edit(stream, proof),
     )
+
+
+def _check_gguf(edits: Sequence[TensorEdit], options: EditOptions, *, path: Path) -> None:
+    """Refuse what a GGUF file, which is edited tensor by tensor in the place where each lies, cannot become."""
+    convert = f"convert it first (`abliterate convert {path.name} DIRECTORY`) and edit what comes out"
+    if options.quantized == "dequantize":
+        raise InputError(f"{path}: a GGUF file is edited in the types that it has, never dequantised; {convert}")
+    if any(edit.is_new for edit in edits):
+        raise InputError(f"{path}: the edit adds tensors, for which a GGUF file has no place; {convert}")
+    if options.preserve_norms and any(edit.stored_as for edit in edits):
+        raise InputError(
+            f"{path}: --preserve-norms scales rows, which in few bits would be rounded away again; {convert}"
+        )
 
 
 def _check_strengths(options: EditOptions, stream: StreamMap, directions: Sequence[Direction], *, model: str) -> None:
@@ -325,7 +341,7 @@ def select_writers(stream: StreamMap, *, options: EditOptions, model: str) -> tu
 def _as_source(source: ModelSource | Path | str) -> ModelSource:
     if isinstance(source, ModelSource):
         return source
-    if not Path(source).is_dir():
+    if not Path(source).is_dir() and not is_gguf(Path(source)):
         raise InputError(
             f"{source}: there is no such directory; give a checkpoint directory, or resolve a Hub id with "
             "abliterate.checkpoints.hub.resolve_model"

@@ -20,12 +20,10 @@ from abliterate.checkpoints.checkpoint import (
     Checkpoint,
     check_tensor_names,
     choose_shards,
-    open_checkpoint,
     parse_config,
     read_json_object,
     refuse_adapter,
 )
-from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
@@ -51,6 +49,7 @@ from abliterate.editing.record import (
 )
 from abliterate.errors import InputError
 from abliterate.files import MAX_BYTES, has_file
+from abliterate.formats.gguf_checkpoint import config_sha256, open_weights
 from abliterate.formats.quantized import dequantized_layout, plain_view
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
@@ -244,9 +243,10 @@ def plan_layout(layout: Layout, *, options: EditOptions | None = None, proof: Tw
 
 
 def _read_local(path: Path, name: str) -> Layout:
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_weights(path)
     refuse_adapter(path, checkpoint.side_files)
     sizes = [shard.size for shard in checkpoint.shards]
+    path = checkpoint.path
     sizes += [(path / file).stat().st_size for file in checkpoint.side_files]
     return Layout(
         name=name,
@@ -376,7 +376,7 @@ def group_tensors(tensors: Iterable[TensorEdit]) -> tuple[TensorGroup, ...]:
     for tensor in tensors:
         writer, info = tensor.writer, tensor.info
         norms = tuple(pattern_of(norm.weight) for norm in writer.norm_chain)
-        key = (pattern_of(info.name), writer.role, info.shape, info.dtype, writer.residual_axis, norms)
+        key = (pattern_of(info.name), writer.role, info.shape, info.stored_dtype, writer.residual_axis, norms)
         grouped.setdefault(key, []).append(tensor)
     return tuple(
         TensorGroup(
@@ -472,7 +472,7 @@ def _describe_base(plan: EditPlan) -> dict[str, Any]:
         "model": plan.source.name,
         "revision": plan.source.revision,
         "model_type": plan.stream.model_type,
-        "config_file_sha256": hash_file(checkpoint.path / CONFIG_NAME),
+        "config_file_sha256": config_sha256(plan.source.path),
         "tied_embeddings": plan.stream.tied_embeddings,
         "pipeline_tag": pipeline_tag(checkpoint.config),
     }

@@ -248,6 +248,7 @@ def round_levels(
     directions: Tensor,
     strength: float = 1.0,
     bounds: tuple[Tensor, Tensor] | None = None,
+    offsets: Tensor | None = None,
 ) -> RoundedLevels:
     """Project directions out of a matrix given as levels and scales, and round it to levels again.
 
@@ -259,6 +260,7 @@ def round_levels(
         directions: U, [k, d_model], orthonormal rows.
         strength: Share of the component that is removed.
         bounds: The least and the greatest level in each block; None: all of the grid.
+        offsets: What is added to each block's numbers, old and new; None: nothing.
 
     Raises:
         ValueError: The matrix holds NaN or infinite values.
@@ -267,15 +269,17 @@ def round_levels(
     sums = torch.zeros(4, dtype=torch.float64)
     basis = directions.float()
     for chunk in _Chunk.cut(levels, old, layout):
-        exact, wanted = _projected(chunk.values, basis, strength)
+        added = None if offsets is None else chunk.factors_of(offsets)
+        before = chunk.values if added is None else chunk.values + added
+        exact, wanted = _projected(before, basis, strength)
         if not bool(torch.isfinite(exact).all()):
             raise ValueError("it holds NaN or infinite values")
         factors = chunk.factors_of(new)
         limits = None if bounds is None else (chunk.factors_of(bounds[0]), chunk.factors_of(bounds[1]))
-        found = _Rounding(grid=layout.grid, basis=basis, factors=factors, limits=limits).round_apart(exact, wanted)
+        rounding = _Rounding(grid=layout.grid, basis=basis, factors=factors, limits=limits, offsets=added)
+        found = rounding.round_apart(exact, wanted)
         new_levels[:, chunk.columns] = found
-        stored = layout.grid.numbers(found) * factors
-        for index, value in enumerate((chunk.values, stored)):
+        for index, value in enumerate((before, rounding.numbers(found))):
             sums[2 * index] += (directions.double() @ value.double()).square().sum()
             sums[2 * index + 1] += value.double().square().sum()
     along, norm, along_after, norm_after = sums.sqrt().tolist()
@@ -297,12 +301,28 @@ class _Rounding:
         basis: U, [k, d_model], float32.
         factors: [d_model, n], what the number of each entry's level is multiplied with.
         limits: The least and the greatest level of each entry, [d_model, n]; None: all of the grid.
+        offsets: What is added to each entry, [d_model, n]; None: nothing.
     """
 
     grid: Grid
     basis: Tensor
     factors: Tensor
     limits: tuple[Tensor, Tensor] | None
+    offsets: Tensor | None = None
+
+    def numbers(self, levels: Tensor) -> Tensor:
+        """Return what levels stand for."""
+        numbers = self.grid.numbers(levels) * self.factors
+        return numbers if self.offsets is None else numbers + self.offsets
+
+    def _of(self, columns: Tensor) -> "_Rounding":
+        """Return the rounding of some of the columns."""
+        return replace(
+            self,
+            factors=self.factors[:, columns],
+            limits=None if self.limits is None else (self.limits[0][:, columns], self.limits[1][:, columns]),
+            offsets=None if self.offsets is None else self.offsets[:, columns],
+        )
 
     def _within(self, levels: Tensor, columns: Tensor | None = None) -> Tensor:
         if self.limits is None:
@@ -314,9 +334,10 @@ class _Rounding:
     def _nearest(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest levels of some values, and what they stand for."""
         # Where a block has a scale of 0 every level stands for 0.
+        values = values if self.offsets is None else values - self.offsets
         scaled = (values / self.factors).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         levels = self._within(self.grid.nearest(scaled))
-        return levels, self.grid.numbers(levels) * self.factors
+        return levels, self.numbers(levels)
 
     def round_apart(self, exact: Tensor, wanted: Tensor) -> Tensor:
         """Return levels [d_model, n] whose numbers have the components `wanted` [k, n] and are near `exact`.
@@ -332,8 +353,7 @@ class _Rounding:
         sizes = error.square().sum(dim=0)
         far = (sizes > _FAR**2 * goal).nonzero().squeeze(1)
         if len(far):
-            limits = None if self.limits is None else (self.limits[0][:, far], self.limits[1][:, far])
-            part = replace(self, factors=self.factors.expand_as(exact)[:, far], limits=limits)
+            part = replace(self, factors=self.factors.expand_as(exact))._of(far)
             found, new_error = part._searched(exact[:, far], wanted[:, far], goal[far])
             part._step_towards(found, new_error, goal[far])
             better = new_error.square().sum(dim=0) < sizes[far]

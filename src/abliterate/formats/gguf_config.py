@@ -1,7 +1,12 @@
-"""The config of the model in a GGUF file, as transformers reads it, and what it leaves out put right."""
+"""The config of the model in a GGUF file, as transformers reads it, and what it leaves out put right.
 
+transformers takes half a minute to read a vocabulary that it then only counts, so it is given the file without one,
+and the embedding tells how many tokens there are.
+"""
+
+import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -25,19 +30,67 @@ def read_gguf_config(path: Path, *, name: str, header: GgufFile | None = None) -
         ModelError: transformers does not know the architecture, or its config cannot say what the file holds.
         MissingDependencyError: the package `gguf` is not installed.
     """
+    header = header or read_gguf(path)
+    config = config_of(header, header.tensors, name=name)
+    with loads_as_a_model(name):
+        _say_rotary(header, config)
+    return config
+
+
+def config_of(header: GgufFile, tensors: Sequence[GgufTensor], *, name: str) -> "PretrainedConfig":
+    """Return what a header says of its model, but for rotary frequencies.
+
+    Args:
+        header: of the file, of a split model the first.
+        tensors: of the whole model.
+        name: what to call it in messages.
+
+    Raises:
+        InputError: the file cannot be read.
+        ModelError: transformers does not know the architecture.
+    """
     from transformers import AutoConfig
 
-    header = header or read_gguf(path)
     with loads_as_a_model(name):
-        with alone(path) as (directory, file):
-            config = AutoConfig.from_pretrained(directory, gguf_file=file)
-        blocks = config.get_text_config(decoder=True).num_hidden_layers
+        with tempfile.TemporaryDirectory(prefix="abliterate-gguf-") as directory:
+            _write_without_vocabulary(header, tensors, Path(directory) / "model.gguf")
+            config = AutoConfig.from_pretrained(directory, gguf_file="model.gguf")
+        config._name_or_path = ""
+        text = config.get_text_config(decoder=True)
         # Each has tensors of its own; and the names of all of them are made before any is looked for.
-        if not is_count(blocks, len(header.tensors)):
-            raise damaged_gguf(path, f"{shown(blocks)} blocks for {len(header.tensors)} tensors")
+        if not is_count(text.num_hidden_layers, len(tensors)):
+            raise damaged_gguf(header.path, f"{shown(text.num_hidden_layers)} blocks for {len(tensors)} tensors")
+        rows = next(
+            (tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight" and tensor.shape), None
+        )
+        if rows is not None and header.own("vocab_size") is None:
+            text.vocab_size = rows
         _complete(header, config)
-        _say_rotary(header, config)
     return cast("PretrainedConfig", config)
+
+
+_LONGEST_VALUE = 4096
+
+
+def _write_without_vocabulary(header: GgufFile, tensors: Sequence[GgufTensor], target: Path) -> None:
+    """Write what a config is read from: all values but long ones of the tokenizer, and that there are the tensors."""
+    kept = [
+        (begins, ends)
+        for key, (begins, ends) in header.ranges.items()
+        if not (key.startswith("tokenizer.") and ends - begins > _LONGEST_VALUE)
+    ]
+    with header.path.open("rb") as source, target.open("wb") as file:
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(kept)))
+        for begins, ends in kept:
+            source.seek(begins)
+            file.write(source.read(ends - begins))
+        for tensor in tensors:
+            text = tensor.name.encode()
+            file.write(struct.pack("<Q", len(text)) + text)
+            # Nobody reads what is in them: each is as if it were one number.
+            file.write(struct.pack("<IQIQ", 1, 1, F32, 0))
+        alignment = header.metadata.get("general.alignment", 32)
+        file.write(bytes(2 * alignment + 4))
 
 
 _CLASSES_OF_27B = {"gemma2": 46, "gemma3": 62}

@@ -50,12 +50,18 @@ class GgufFile:
     Attributes:
         path: the file.
         metadata: its values by key; of a list of texts only the length is kept.
+        ranges: where in the file each key and its value lie, first byte and end.
         tensors: what is stored, in the order of the file.
+        start: where the tensors begin.
+        size: bytes of the file.
     """
 
     path: Path
     metadata: dict[str, Any]
+    ranges: dict[str, tuple[int, int]]
     tensors: tuple[GgufTensor, ...]
+    start: int
+    size: int
 
     @property
     def architecture(self) -> str:
@@ -87,8 +93,12 @@ class GgufFile:
         return sorted({int(token) for token in found if token is not None})
 
 
-def read_gguf(path: Path) -> GgufFile:
+def read_gguf(path: Path, *, may_be_a_part: bool = False) -> GgufFile:
     """Read the header of a GGUF file, and check that the file holds all that it tells of.
+
+    Args:
+        path: the file.
+        may_be_a_part: whether it may be one of the files of a split model.
 
     Raises:
         InputError: it cannot be read.
@@ -99,21 +109,20 @@ def read_gguf(path: Path) -> GgufFile:
         raise MissingDependencyError(f"{path}: to read a GGUF file the package gguf is needed: {INSTALL_HINT}")
     try:
         with path.open("rb") as file:
-            header = _read_header(path, file)
-            size = os.fstat(file.fileno()).st_size
+            header = _read_header(path, file, size=os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (struct.error, UnicodeDecodeError, EOFError) as error:
         raise damaged_gguf(path, f"its header ends too early or is no header ({error})") from error
     _check_counts(header)
     n_parts = header.metadata.get("split.count", 1)
-    if n_parts > 1:
+    if n_parts > 1 and not may_be_a_part:
         raise ModelError(
             f"{path}: is one of {n_parts} parts of a model; put them together first (`llama-gguf-split --merge`)"
         )
-    if not header.tensors:
+    if not header.tensors and not (n_parts > 1 and may_be_a_part):
         raise ModelError(f"{path}: holds no weights; give the file with the model itself")
-    _check_extents(header, size)
+    _check_extents(header)
     return header
 
 
@@ -134,7 +143,7 @@ def damaged_gguf(path: Path, reason: str) -> ModelError:
     return ModelError(f"{path}: the GGUF file is damaged: {reason}; download it again")
 
 
-def _read_header(path: Path, file: BinaryIO) -> GgufFile:
+def _read_header(path: Path, file: BinaryIO, *, size: int) -> GgufFile:
     if file.read(4) != _MAGIC:
         raise ModelError(f"{path}: is not a GGUF file: it does not begin with GGUF; give a .gguf file of a model")
     (version,) = _numbers(file, "I")
@@ -144,11 +153,14 @@ def _read_header(path: Path, file: BinaryIO) -> GgufFile:
     if max(n_tensors, n_values) > _MOST_ENTRIES:
         raise damaged_gguf(path, f"it claims {max(n_tensors, n_values)} entries")
     metadata: dict[str, Any] = {}
+    ranges: dict[str, tuple[int, int]] = {}
     for _ in range(n_values):
-        key = _string(file)
+        begins, key = file.tell(), _string(file)
         (kind,) = _numbers(file, "I")
         metadata[key] = _value(file, kind)
-    if not isinstance(metadata.get("general.architecture"), str):
+        ranges[key] = begins, file.tell()
+    # Of a split model the first part says it for all.
+    if not isinstance(metadata.get("general.architecture"), str) and not metadata.get("split.no"):
         raise damaged_gguf(path, "it does not say which architecture it is of")
     tensors = [_tensor(file) for _ in range(n_tensors)]
     aligned = metadata.get("general.alignment")
@@ -157,6 +169,9 @@ def _read_header(path: Path, file: BinaryIO) -> GgufFile:
     return GgufFile(
         path=path,
         metadata=metadata,
+        ranges=ranges,
+        start=start,
+        size=size,
         tensors=tuple(
             GgufTensor(name=name, shape=shape, kind=kind, offset=start + offset)
             for name, shape, kind, offset in tensors
@@ -211,7 +226,7 @@ def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
     return name, tuple(reversed(shape)), kind, offset
 
 
-def _check_extents(header: GgufFile, size: int) -> None:
+def _check_extents(header: GgufFile) -> None:
     """Check that the file is as long as its tensors need, and that their blocks can be decoded."""
     import gguf
     import numpy as np
@@ -228,7 +243,15 @@ def _check_extents(header: GgufFile, size: int) -> None:
                 f"{header.path}: {first} is stored as {named}, which the package gguf does not decode; "
                 "give the model in another quantisation, or a newer gguf"
             ) from error
-    ends = {t.name: t.offset + prod(t.shape) // sizes[t.kind][0] * sizes[t.kind][1] for t in header.tensors}
-    last = max(ends, key=ends.__getitem__)
-    if ends[last] > size:
-        raise damaged_gguf(header.path, f"it ends after {size} bytes, and {last} goes on to {ends[last]}")
+    if len({tensor.name for tensor in header.tensors}) < len(header.tensors):
+        raise damaged_gguf(header.path, "two of its tensors have the same name")
+    position, before = header.start, "the header"
+    for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):
+        n_entries, n_bytes = sizes[tensor.kind]
+        if tensor.shape and tensor.shape[-1] % n_entries:
+            raise damaged_gguf(header.path, f"the rows of {tensor.name} are no whole number of blocks")
+        if tensor.offset < position:
+            raise damaged_gguf(header.path, f"{tensor.name} begins before {before} ends")
+        position, before = tensor.offset + prod(tensor.shape) // n_entries * n_bytes, tensor.name
+    if position > header.size:
+        raise damaged_gguf(header.path, f"it ends after {header.size} bytes, and {before} goes on to {position}")

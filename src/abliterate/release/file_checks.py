@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 from abliterate.editing.checks import (
     RemovedDirections,
@@ -26,6 +26,7 @@ from abliterate.editing.options import EditOptions
 from abliterate.editing.projection import Component
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
+from abliterate.formats.gguf_checkpoint import open_weights
 from abliterate.formats.quantized import dequantized_layout, plain_view, quantization_of
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.release.recorded_edits import (
@@ -180,7 +181,7 @@ def _open_files(record: AbliterationRecord, base: Checkpoint | None, progress: P
     return _Files(
         record=record,
         base=base,
-        edited=open_checkpoint(record.directory),
+        edited=open_weights(record.directory),
         tensors=recorded_tensors(record),
         options=options,
         removed=removed_directions(recorded_subspace(record), options),
@@ -310,7 +311,7 @@ def _tensor_check(
     is_known = strength == 1.0 or not options.preserve_norms
     return TensorCheck(
         recorded=tensor,
-        dtype=info.dtype,
+        dtype=info.stored_dtype,
         before=before,
         after=after,
         expected=Component(abs(1.0 - strength) * before.along, after.norm).share,

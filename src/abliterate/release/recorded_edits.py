@@ -12,14 +12,14 @@ from typing import Any, get_args
 from torch import Tensor
 
 from abliterate.architectures.writers import ROLES, PostNorm, Remainder, ResidualWriter, StreamMap, map_stream
-from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, refuse_gguf
-from abliterate.checkpoints.file_ranges import hash_file
+from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.editing.edits import Kind, edits_of_writers
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import select_writers
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, decode_subspace
 from abliterate.errors import CheckpointError, InputError
+from abliterate.formats.gguf_checkpoint import config_sha256, holds_weights, open_weights
 from abliterate.formats.quantized import plain_view
 
 _AGAIN = "run `abliterate orthogonalize` again"
@@ -201,18 +201,17 @@ def find_base(record: AbliterationRecord, given: ModelSource | Path | str | None
     elif given is not None:
         # Of the same repository, what was edited is the commit in the record and not what `main` is today.
         source = resolve_model(str(given), revision=revision if str(given) == named else None)
-    elif revision or (Path(named) / CONFIG_NAME).is_file():
+    elif revision or holds_weights(Path(named)):
         source = resolve_model(named, revision=revision)
     else:
         raise InputError(
             f"{record.directory / RECORD_NAME}: names the base model {named}, which is not there; "
             "name a directory or a Hub id that holds it with --base"
         )
-    refuse_gguf(source.path)
     if not is_base(source.path, record):
         raise InputError(
-            f"{source.name}: is not the model that was edited: its config.json is not the one in "
-            f"{record.directory / RECORD_NAME}; name the right one with --base"
+            f"{source.name}: is not the model that was edited: its config.json (of a GGUF file the header) is not the "
+            f"one in {record.directory / RECORD_NAME}; name the right one with --base"
         )
     return source
 
@@ -224,15 +223,14 @@ def find_local_base(record: AbliterationRecord) -> Checkpoint | None:
     if base.get("revision") or not is_base(path, record):
         return None
     try:
-        return open_checkpoint(path)
+        return open_weights(path)
     except CheckpointError:
         return None
 
 
 def is_base(path: Path, record: AbliterationRecord) -> bool:
-    """Return whether the config.json in a directory is the one of the model that was edited."""
-    config = path / CONFIG_NAME
+    """Return whether config.json, or the header of a GGUF file, is the one of the model that was edited."""
     base = record.content["base"]
     # The first was its name until a direction's file had another hash by it.
     recorded = base.get("config_sha256", base.get("config_file_sha256"))
-    return config.is_file() and hash_file(config) == recorded
+    return holds_weights(path) and config_sha256(path) == recorded

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.checkpoints.atomic_directory import published_directory
-from abliterate.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.file_assembly import NewFile, assemble_files, copied_segments
 from abliterate.checkpoints.file_ranges import WrittenFile, open_file
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.editing.plan_report import check_output
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, Format, read_record
 from abliterate.errors import InputError, VerificationError
+from abliterate.formats.gguf_checkpoint import open_weights
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.release.file_checks import compare_with_base
 from abliterate.release.recorded_edits import find_base
@@ -78,7 +79,7 @@ def revert_checkpoint(
     """
     record = read_record(checkpoint)
     source = find_base(record, base)
-    original = open_checkpoint(source.path)
+    original = open_weights(source.path)
     if output is None and not dry_run:
         raise InputError("no output directory was given; name one with -o, or give --dry-run")
     if output is not None:
@@ -86,11 +87,11 @@ def revert_checkpoint(
             check_output(output, taken, overwrite=overwrite)
     compared = 0 if record.is_adapter else _compare(record, original, progress)
     names = sorted({*(shard.file_name for shard in original.shards), *original.side_files, *original.second_copies})
-    total = sum((source.path / name).stat().st_size for name in names)
+    total = sum((original.path / name).stat().st_size for name in names)
     files: dict[str, WrittenFile] = {}
     if output is not None and not dry_run:
         with published_directory(output, overwrite=overwrite, files=names) as partial:
-            files = _copy(source.path, names, partial, total=total, progress=progress)
+            files = _copy(original.path, names, partial, total=total, progress=progress)
     return RevertReport(
         checkpoint=str(checkpoint),
         format="adapter" if record.is_adapter else "checkpoint",

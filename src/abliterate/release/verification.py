@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.checkpoint import open_checkpoint, refuse_gguf
+from abliterate.checkpoints.checkpoint import is_gguf
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.errors import InputError, ModelError
+from abliterate.formats.gguf_checkpoint import gguf_file_of, holds_gguf, open_weights
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_subspace
 from abliterate.models.loading import open_model
@@ -72,8 +73,7 @@ def verify_checkpoint(
         PromptSetError: The prompts cannot be read.
     """
     options = options or VerificationOptions()
-    refuse_gguf(checkpoint)
-    record = read_record(checkpoint)
+    record = read_record(checkpoint.parent if is_gguf(checkpoint) else checkpoint)
     if record.is_adapter:
         raise InputError(
             f"{checkpoint}: is an adapter, which was merged and measured when it was written and holds no weights to "
@@ -82,7 +82,7 @@ def verify_checkpoint(
     subspace = recorded_subspace(record)
     failures = _compare_directions(record, subspace, directions)
     source = find_base(record, base)
-    original = open_checkpoint(source.path)
+    original = open_weights(source.path)
     files = verify_files(record, base=original, progress=progress)
     failures += files.failures
     remainder = recorded_remainder(record, original)
@@ -214,7 +214,8 @@ class _Run:
 
     def _load(self, path: Path, name: str) -> ChatModel:
         gc.collect()
-        source = ModelSource(path=path, name=name, revision=None)
+        file = gguf_file_of(path) if holds_gguf(path) else path
+        source = ModelSource(path=file, name=name, revision=None)
         return open_model(source, options=self.model_options, needs_template=False, progress=self.progress).chat
 
 
