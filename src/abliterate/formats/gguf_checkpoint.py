@@ -8,16 +8,12 @@ What llama.cpp's converter does to a writer of the residual stream, or to a norm
 architectures in `_NORM_OFFSETS`; others are refused by name.
 """
 
-import functools
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, GGUF_SUFFIX, Checkpoint, is_gguf, open_checkpoint
@@ -27,11 +23,8 @@ from abliterate.checkpoints.safetensors_file import Shard, TensorInfo
 from abliterate.errors import CheckpointError
 from abliterate.files import printable, regular_files, shown
 from abliterate.formats.ggml_blocks import BLOCK_TYPES, GgmlEncoding
-from abliterate.formats.gguf_config import FREQUENCIES, config_of, loads_as_a_model
+from abliterate.formats.gguf_config import FREQUENCIES, config_of, loads_as_a_model, names_of_class
 from abliterate.formats.gguf_file import GgufFile, GgufTensor, damaged_gguf, read_gguf
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # Architecture, as GGUF calls it -> what its norms are stored with in addition.
 _NORM_OFFSETS = {
@@ -219,34 +212,11 @@ def _type_name(kind: int) -> str:
     return str(gguf.GGMLQuantizationType(kind).name)
 
 
-@functools.lru_cache(maxsize=4)
-def _names_of_class(architecture: str, config_text: str, n_blocks: int) -> dict[str, str]:
-    """Return GGUF's name of each tensor of a model -> that of transformers, by a model without weights."""
-    import gguf
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    by_name = gguf.get_tensor_name_map(known[architecture], n_blocks)
-    content = json.loads(config_text)
-    config = AutoConfig.for_model(content.pop("model_type"), **content)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    found: dict[str, str] = {}
-    for key in model.state_dict():
-        stem, dot, suffix = key.rpartition(".")
-        if suffix not in {"weight", "bias"}:
-            stem, dot, suffix = key, ".", "weight"
-        name = by_name.get_name(stem)
-        if name is not None:
-            found.setdefault(f"{name}{dot}{suffix}", key)
-    return found
-
-
-def _names(header: GgufFile, tensors: Sequence[GgufTensor], config: "PretrainedConfig") -> dict[str, str]:
+def _names(header: GgufFile, tensors: Sequence[GgufTensor], config: Any) -> dict[str, str]:
     """Return the name of each tensor in transformers, or in GGUF where transformers has none and needs none."""
     n_blocks = int(config.get_text_config(decoder=True).num_hidden_layers)
     with loads_as_a_model(str(header.path)):
-        found = _names_of_class(header.architecture, config.to_json_string(use_diff=False), n_blocks)
+        found = names_of_class(header.architecture, config.to_json_string(use_diff=False), n_blocks)
     names = {}
     for tensor in tensors:
         name = found.get(tensor.name)

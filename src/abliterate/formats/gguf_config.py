@@ -4,6 +4,8 @@ transformers takes half a minute to read a vocabulary that it then only counts, 
 and the embedding tells how many tokens there are.
 """
 
+import functools
+import json
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -91,6 +93,36 @@ def _write_without_vocabulary(header: GgufFile, tensors: Sequence[GgufTensor], t
             file.write(struct.pack("<IQIQ", 1, 1, F32, 0))
         alignment = header.metadata.get("general.alignment", 32)
         file.write(bytes(2 * alignment + 4))
+
+
+@functools.lru_cache(maxsize=4)
+def names_of_class(architecture: str, config_text: str, n_blocks: int) -> dict[str, str]:
+    """Return GGUF's name of each tensor of a model -> that of transformers, by a model without weights.
+
+    Args:
+        architecture: as GGUF calls it.
+        config_text: the config as JSON.
+        n_blocks: how many it has.
+    """
+    import gguf
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    by_name = gguf.get_tensor_name_map(known[architecture], n_blocks)
+    content = json.loads(config_text)
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    found: dict[str, str] = {}
+    for key in model.state_dict():
+        stem, dot, suffix = key.rpartition(".")
+        if suffix not in {"weight", "bias"}:
+            stem, dot, suffix = key, ".", "weight"
+        name = by_name.get_name(stem)
+        if name is not None:
+            found.setdefault(f"{name}{dot}{suffix}", key)
+    return found
 
 
 _CLASSES_OF_27B = {"gemma2": 46, "gemma3": 62}
