@@ -18,9 +18,10 @@ ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
 }
-Q8_0, F16, F32, Q4_0 = (
+Q8_0, F16, BF16, F32, Q4_0 = (
     gguf.GGMLQuantizationType.Q8_0,
     gguf.GGMLQuantizationType.F16,
+    gguf.GGMLQuantizationType.BF16,
     gguf.GGMLQuantizationType.F32,
     gguf.GGMLQuantizationType.Q4_0,
 )
@@ -139,7 +140,36 @@ def write_gguf(
 def _add(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
     as_kind = kind if values.ndim > 1 else F32
     data = np.ascontiguousarray(values, dtype=np.float32)
-    writer.add_tensor(name, data if as_kind == F32 else gguf.quantize(data, as_kind), raw_dtype=as_kind)
+    writer.add_tensor(name, data if as_kind == F32 else stored_as(as_kind, data, seed=len(name)), raw_dtype=as_kind)
+
+
+# Where the halves are that scale a block, of types that the package does not quantise to.
+_HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,)}
+
+
+def stored_as(kind: gguf.GGMLQuantizationType, values: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Return values in blocks of a type; of a type that nothing quantises to here, others of about their size."""
+    try:
+        return gguf.quantize(values, kind)
+    except NotImplementedError:
+        blocks = random_blocks(kind, values.shape[0], values.shape[1], seed=seed)
+        numbers = gguf.dequantize(blocks, kind)
+        return random_blocks(kind, *values.shape, seed=seed, factor=0.001 * float(values.std() / numbers.std()))
+
+
+def random_blocks(
+    kind: gguf.GGMLQuantizationType, rows: int, columns: int, *, seed: int = 0, factor: float = 0.001
+) -> np.ndarray:
+    """Return rows of blocks, bytes [rows, bytes of a row]: codes and factors random, halves all the same."""
+    size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(seed).integers(0, 256, (rows, columns // size, nbytes), dtype=np.uint8)
+    if kind.name == "MXFP4":
+        blocks[..., 0] = 120
+    else:
+        half = np.array([factor], dtype=np.float16).view(np.uint8)
+        for at in _HALVES.get(kind.name, (0, 2) if kind.name.endswith("_1") else (0,)):
+            blocks[..., at : at + 2] = half
+    return blocks.reshape(rows, -1)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> None:

@@ -34,6 +34,7 @@ from abliterate.editing.plan_report import check_output, planned_report
 from abliterate.editing.projection import component_and_norm, project_out, residue_bound
 from abliterate.editing.record import RECORD_NAME, EditedTensor, OrthogonalizationReport, write_record
 from abliterate.errors import CheckpointError, InputError, VerificationError
+from abliterate.formats.gguf_checkpoint import holds_gguf
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -302,6 +303,11 @@ def write_adapter(
     options = options or EditOptions()
     _check_options(options)
     plan = make_edit_plan(source=source, direction=direction, options=options)
+    if holds_gguf(plan.source.path):
+        raise InputError(
+            f"{plan.source.name}: an adapter is merged into plain weights, and this is a GGUF file; convert it first "
+            "(`abliterate convert`), or leave out --format adapter to edit it in place"
+        )
     if plan.partial is not None:
         raise InputError(
             f"{plan.source.name}: of a model of type {plan.stream.model_type} an edit is partial, and what it leaves "

@@ -35,9 +35,11 @@ from abliterate.editing.projection import (
     residue_bound,
 )
 from abliterate.errors import CheckpointError
+from abliterate.formats.ggml_blocks import BLOCK_TYPES
 from abliterate.progress import Advance
 
 _CHUNK_BYTES = 4 << 20
+_FEW_BITS = 8
 
 
 def _ignore(_bytes: int) -> None:
@@ -406,6 +408,9 @@ def reasons_against_equal_logits(record: Mapping[str, Any]) -> tuple[str, ...]:
         reasons.append("norms were preserved, which scales what is left")
     if any(tensor.get("norm_chain") for tensor in record.get("tensors") or ()):
         reasons.append("norms stand between writers and the stream, so what was taken away is not the component alone")
+    few_bits = {kind.name for kind in BLOCK_TYPES.values() if kind.bits < _FEW_BITS}
+    if any(tensor.get("dtype") in few_bits for tensor in record.get("tensors") or ()):
+        reasons.append(f"weights of less than {_FEW_BITS} bits were rounded anew, by more than what was taken away")
     return tuple(reasons)
 
 

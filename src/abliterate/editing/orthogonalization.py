@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from abliterate.checkpoints.checkpoint import GGUF_SUFFIX
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.partial_run import partial_run
 from abliterate.checkpoints.provenance import values_sha256, versions
@@ -110,6 +111,11 @@ def orthogonalize_checkpoint(
     if output is None and not dry_run:
         raise InputError("no output directory was given; name one with -o, or give --dry-run")
     target = None if output is None else Path(output)
+    if target is not None and target.suffix == GGUF_SUFFIX and not target.is_dir():
+        raise InputError(
+            f"{target}: -o names a directory, in which the file keeps its name beside its record; leave {GGUF_SUFFIX} "
+            "away"
+        )
     if target is not None:
         check_output(target, plan.source.path, overwrite=overwrite)
     report = planned_report(plan, target, dry_run=dry_run)

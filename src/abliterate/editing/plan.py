@@ -234,9 +234,9 @@ def make_edit_plan(
     if options.quantized == "dequantize":
         edits = tuple(dataclasses.replace(edit, info=plain_info(edit.info)) for edit in edits)
         config_changes = config_changes | dequantized_config_changes(checkpoint.config)
-    check_codes(edits, path=view.path)
     if holds_gguf(model.path):
         _check_gguf(edits, options, path=model.path)
+    check_codes(edits, path=view.path)
     return EditPlan(
         source=model,
         checkpoint=checkpoint,

@@ -171,8 +171,9 @@ def logit_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: int
 
     Projecting a weight rounds it anew, by at most u of the format it is stored in, and every write to the stream by
     u of the format it runs in; a model's 2 L + 1 writes add up as above, and its layers may amplify that eightfold.
+    Codes with scales count as bfloat16.
     """
-    formats = [dtype, *(str(TORCH_DTYPES[check.dtype]).removeprefix("torch.") for check in tensors)]
+    formats = [dtype, *(str(TORCH_DTYPES.get(check.dtype, torch.bfloat16)).removeprefix("torch.") for check in tensors)]
     rounding = max(_roundoff(each) for each in formats) + 8 * _FLOAT32_ROUNDOFF
     return float(8 * math.sqrt(2 * n_layers + 1) * rounding)
 
