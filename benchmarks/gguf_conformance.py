@@ -61,8 +61,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "starcoder2": {},
     "falcon": {"multi_query": True, "num_kv_heads": 1},
     "nemotron": {},
-    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 64},
-    "qwen3_moe": {**_MOE, "head_dim": 16},
+    "qwen3_moe": {**_MOE, "head_dim": 16, "norm_topk_prob": True},
+    "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]},
 }
 KINDS = ("f32", "f16", "q8_0")
 # |r . h| / |h|: what rounding of the file's types leaves, and what a stream that was not edited has at least.

@@ -43,6 +43,7 @@ from abliterate.models.demo import DemoReport
 from abliterate.prompt_sets import PromptSetInfo
 from abliterate.release.file_checks import TensorCheck
 from abliterate.release.gates import Comparison, GateResult
+from abliterate.release.inspection import InspectionReport
 from abliterate.release.publishing import PushReport
 from abliterate.release.recorded_edits import RecordedTensor
 from abliterate.release.report import VerificationReport
@@ -106,6 +107,7 @@ DOCUMENTS: Mapping[str, tuple[type | str, Mapping[str, Key]]] = {
     "extract.not_found": ("What is nearest where no candidate passes the selection (exit code 3).", _NOT_FOUND),
     "extract.repair": (RepairReport, {"direction_file": _FILE}),
     "orthogonalize": (OrthogonalizationReport, {}),
+    "inspect": (InspectionReport, {}),
     "plan": (PlanReport, {}),
     "prompts": (
         "The bundled prompt sets.",

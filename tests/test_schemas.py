@@ -98,6 +98,7 @@ def test_what_each_command_prints_is_as_its_schema_says(
     run("orthogonalize", "model", *direction, "--dry-run")
     run("verify", "out", *prompts, "--n-prompts", 1, "--dtype", "float32")
     run("verify", "gentle", "--quick")
+    run("inspect", "out", *direction, "--base", "model")
     run("push", "out", "me/out", "--dry-run")
     run("revert", "out", "-o", "back")
     run("evaluate", "model", *few, "-o", "earlier.json")

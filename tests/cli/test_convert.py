@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from abliterate.directions import make_direction
 from tests.support.gguf_models import Q8_0, tiny, write, write_gguf
-from tests.support.tiny_models import make_tokenizer, random_direction
+from tests.support.tiny_models import make_tokenizer
 
 
 def test_it_says_what_was_written(call_main, tmp_path):
@@ -93,21 +92,6 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(call_main, tmp_path):
     assert "--overwrite" in call_main("convert", source, out).error_line
     assert "no checkpoint and is not replaced" in call_main("convert", source, out, "--overwrite").error_line
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
-
-
-@pytest.mark.parametrize("command", ["orthogonalize", "plan", "verify", "verify --base"])
-def test_commands_on_checkpoints_say_to_convert_it_first(call_main, tmp_path, command):
-    source = write(tmp_path)
-    make_direction(mean_difference=random_direction()).save(tmp_path / "r.safetensors")
-    more = ["--direction", tmp_path / "r.safetensors", "-o", tmp_path / "edited"]
-    if command == "verify --base":
-        call_main("convert", source, tmp_path / "base")
-        call_main("orthogonalize", tmp_path / "base", *more)
-        result = call_main("verify", tmp_path / "edited", "--base", source)
-    else:
-        result = call_main(command, source, *(more if command == "orthogonalize" else []))
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert f"convert it first: abliterate convert {source} model" in result.error_line
 
 
 def test_extract_evaluate_and_trace_take_the_file_and_find_what_they_find_in_the_checkpoint(call_main, tmp_path):

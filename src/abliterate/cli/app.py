@@ -23,6 +23,7 @@ from abliterate.cli.extract import extract
 from abliterate.cli.options import expand_home
 from abliterate.cli.orthogonalize import orthogonalize
 from abliterate.cli.output import accept_any_text
+from abliterate.cli.plan import inspect as inspect_command
 from abliterate.cli.plan import plan
 from abliterate.cli.push import push
 from abliterate.cli.refine import refine
@@ -67,7 +68,8 @@ def _with_expanded_paths(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _COMMANDS = (
-    extract, refine, plan, orthogonalize, revert, verify, evaluate, audit, trace, chat, push, convert, prompts, demo
+    extract, refine, plan, orthogonalize, revert, verify, inspect_command, evaluate, audit, trace, chat, push, convert,
+    prompts, demo,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command(help=_help_of(_command), epilog=EXIT_CODES)(_with_expanded_paths(_command))

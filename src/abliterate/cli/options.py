@@ -45,7 +45,6 @@ def expand_home(value: Any) -> Any:
     return [expand_home(each) for each in value] if isinstance(value, list) else value
 
 
-CheckpointArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory or a Hub id.")]
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory, a .gguf file or a Hub id.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of MODEL on the Hub.")]
 BaseRevisionOption = Annotated[

@@ -11,11 +11,11 @@ from rich.table import Column, Table
 
 from abliterate.cli.options import (
     ALL_COMPONENTS,
-    CheckpointArg,
     ComponentsOption,
     DirectionsOption,
     JsonOption,
     LayersOption,
+    ModelArg,
     PartialOption,
     QuantizedOption,
     RevisionOption,
@@ -44,7 +44,7 @@ DEFAULTS = EditOptions()
 
 def orthogonalize(
     context: typer.Context,
-    model: CheckpointArg,
+    model: ModelArg,
     directions: DirectionsOption,
     output_directory: Annotated[
         Path | None,

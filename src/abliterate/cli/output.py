@@ -51,6 +51,7 @@ SCHEMAS: Mapping[str, int] = {
     "extract": 1,
     "extract.not_found": 1,
     "extract.repair": 1,
+    "inspect": 1,
     "orthogonalize": 1,
     "plan": 1,
     "prompts": 1,

@@ -1,16 +1,18 @@
-"""`abliterate plan`: what an edit would touch, leave alone and need, before anything is downloaded."""
+"""`abliterate plan` and `inspect`: from files alone, what an edit would touch, and what is left of a direction."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
 
 from abliterate.cli.options import (
     ALL_COMPONENTS,
-    CheckpointArg,
+    BaseRevisionOption,
     ComponentsOption,
+    DirectionsOption,
     JsonOption,
     LayersOption,
+    ModelArg,
     PartialOption,
     QuantizedOption,
     RevisionOption,
@@ -23,6 +25,7 @@ from abliterate.editing.options import EditOptions
 
 if TYPE_CHECKING:
     from abliterate.editing.plan_report import PlanReport
+    from abliterate.release.inspection import InspectionReport
 
 
 DEFAULTS = EditOptions()
@@ -30,7 +33,7 @@ DEFAULTS = EditOptions()
 
 def plan(
     context: typer.Context,
-    model: CheckpointArg,
+    model: ModelArg,
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
     quantized: QuantizedOption = DEFAULTS.quantized,
@@ -120,3 +123,50 @@ def _facts(report: "PlanReport") -> list[Table | str]:
             "The embeddings are tied: the output head is one matrix with the token embedding, so editing one edits both"
         )
     return list(lines)
+
+
+def inspect(
+    context: typer.Context,
+    model: ModelArg,
+    directions: DirectionsOption,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="What each tensor is held against: the model before its edit."),
+    ] = None,
+    revision: RevisionOption = None,
+    base_revision: BaseRevisionOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show what MODEL's weights have of a direction, whoever made them and however they are stored.
+
+    Every tensor that writes to the residual stream is read, decoded and measured: safetensors, quantised or not, and
+    GGUF. With --base also as a share of what the base has: what plain quantisation of an edited model gives back, for
+    example. Nothing is run.
+    """
+    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.editing.record import resolve_base
+    from abliterate.release.inspection import inspect_model
+
+    output = Output.of(context, json_output=json_output)
+    source = resolve_model(model, revision=revision)
+    original = None
+    if base is not None:
+        original = resolve_base(base, revision=base_revision, edited=source, progress=output.progress)
+    report = inspect_model(model=source, base=original, directions=directions, progress=output.progress)
+    output.report(report, tables=lambda: _readings(report))
+
+
+def _readings(report: "InspectionReport") -> list[Table | str]:
+    table = Table("role", "tensors", "dtype", "|U·W|/|W|", "largest")
+    if report.base is not None:
+        table.add_column("share of the base's")
+        table.add_column("largest share")
+    for role in report.roles:
+        cells = [role.role, str(role.tensors), ", ".join(role.dtypes), f"{role.component:.2e}", f"{role.largest:.2e}"]
+        if role.left is not None and role.most_left is not None:
+            cells += [f"{role.left:.2%}", f"{role.most_left:.2%}"]
+        table.add_row(*cells)
+    lines = [f"{report.model}: {report.model_type}; a matrix of random numbers has {report.random:.2e}"]
+    if report.left is not None:
+        lines.append(f"Of what {report.base} has of the direction, {report.left:.2%} is in it, over all tensors")
+    return [table, *lines]

@@ -126,6 +126,10 @@ def names_of_class(architecture: str, config_text: str, n_blocks: int) -> dict[s
 
 
 _CLASSES_OF_27B = {"gemma2": 46, "gemma3": 62}
+_OF_EXPERTS = {
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
 
 
 def _complete(header: GgufFile, config: Any) -> None:
@@ -133,6 +137,9 @@ def _complete(header: GgufFile, config: Any) -> None:
     for key, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if f"tokenizer.ggml.{stored}_token_id" not in header.metadata:
             setattr(config, f"{key}_token_id", None)
+    for key, stored in _OF_EXPERTS.items():
+        if header.own(stored) and hasattr(config, key):
+            setattr(config, key, int(header.own(stored)))
     width = header.own("attention.key_length")
     if width and header.architecture in {"qwen3", "gemma2", "gemma3"}:
         config.head_dim = int(width)

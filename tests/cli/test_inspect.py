@@ -1,0 +1,71 @@
+"""`abliterate inspect`, and GGUF files on the command line: exit codes, stdout and stderr."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from abliterate.directions import make_direction
+from tests.support.command_line import CommandLine
+from tests.support.gguf_models import tiny, write
+from tests.support.tiny_models import random_direction, save_tiny_llama
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    (tmp_path / "base").mkdir()
+    return write(tmp_path / "base", tiny(hidden_size=64, num_hidden_layers=2, head_dim=16))
+
+
+@pytest.fixture
+def direction(tmp_path) -> Path:
+    path = tmp_path / "r.safetensors"
+    make_direction(mean_difference=random_direction(64)).save(path)
+    return path
+
+
+def test_a_file_is_planned_edited_inspected_verified_and_restored(call_main: CommandLine, tmp_path, file, direction):
+    out = tmp_path / "out"
+    planned = call_main("plan", file, "--json")
+    assert planned.exit_code == 0
+    assert {group["dtype"] for group in json.loads(planned.stdout)["groups"]} == {"F32"}
+    assert call_main("orthogonalize", file, "--direction", direction, "--dry-run").exit_code == 0
+    assert not out.exists()
+    assert call_main("orthogonalize", file, "--direction", direction, "-o", out).exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["abliteration.json", "model.gguf"]
+    seen = call_main("inspect", out, "--direction", direction, "--base", file)
+    assert seen.exit_code == 0
+    assert f"Of what {file} has of the direction, 0.00% is in it, over all tensors" in seen.stdout
+    assert "share of the base's" in seen.stdout
+    assert call_main("verify", out, "--quick").exit_code == 0
+    assert call_main("revert", out, "-o", tmp_path / "back").exit_code == 0
+    assert (tmp_path / "back" / "model.gguf").read_bytes() == file.read_bytes()
+    assert call_main("orthogonalize", file, "--direction", direction, "-o", out, "--overwrite").exit_code == 0
+
+
+def test_json_is_one_document_and_a_base_is_not_needed(call_main, tmp_path, direction):
+    model = save_tiny_llama(tmp_path / "m", hidden_size=64)
+    report = json.loads(call_main("inspect", model, "--direction", direction, "--json").stdout)
+    assert report["schema"] == "abliterate.inspect/1"
+    assert report["left"] is None
+    assert len(report["tensors"]) == sum(role["tensors"] for role in report["roles"])
+    assert "share" not in call_main("inspect", model, "--direction", direction).stdout
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), [
+    (["inspect", "{file}"], 2, "Missing option '--direction'"),
+    (["inspect", "{file}.txt", "--direction", "{direction}"], 1, "no such directory"),
+    (["inspect", "{file}", "--direction", "{file}"], 1, "model.gguf"),
+    (["orthogonalize", "{file}", "--direction", "{direction}", "-o", "x.gguf"], 1, "-o names a directory"),
+    (["orthogonalize", "{file}", "--direction", "{direction}", "-o", "o", "--quantized", "dequantize"], 1, "convert"),
+    (["orthogonalize", "{file}", "--direction", "{direction}", "-o", "o", "--format", "adapter"], 1, "GGUF file"),
+    (["verify", "{file}"], 1, "abliteration.json"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_one_line(call_main, tmp_path, monkeypatch, file, direction, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = call_main(*(word.format(file=file, direction=direction) for word in arguments))
+    assert result.exit_code == code
+    assert said in result.error_line
+    assert result.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,88 @@
+"""What any checkpoint has of a direction, read from its files."""
+
+from pathlib import Path
+
+import gguf
+import pytest
+from safetensors.torch import load_file
+
+from abliterate.checkpoints.hub import ModelSource
+from abliterate.directions import make_direction
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.errors import InputError
+from abliterate.release.inspection import inspect_model
+from tests.support.gguf_models import F32, Q4_0, Q8_0, tiny, write_gguf
+from tests.support.tiny_models import make_tokenizer, random_direction, save_chat_model
+
+D_MODEL = 64
+SIZES = {"hidden_size": D_MODEL, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+
+
+def source(path: Path) -> ModelSource:
+    return ModelSource(path=path, name=path.name, revision=None)
+
+
+@pytest.fixture
+def direction(tmp_path) -> Path:
+    make_direction(mean_difference=random_direction(D_MODEL)).save(tmp_path / "r.safetensors")
+    return tmp_path / "r.safetensors"
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return save_chat_model(tmp_path / "base", tiny(**SIZES))
+
+
+def quantized(checkpoint: Path, target: Path, kind: gguf.GGMLQuantizationType) -> Path:
+    """Store a checkpoint's weights in a GGUF file, as plain quantisation does."""
+    model = tiny(**SIZES)
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+    return write_gguf(target, model, make_tokenizer(), kind=kind)
+
+
+def test_each_writer_is_measured_beside_the_base(tmp_path, base, direction):
+    orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
+    report = inspect_model(model=source(tmp_path / "out"), base=source(base), directions=[direction])
+    vector = random_direction(D_MODEL).double()
+    unit = vector / vector.norm()
+    assert len(report.tensors) == 5
+    weights = load_file(base / "model.safetensors")
+    for tensor in report.tensors:
+        weight = weights[tensor.name].double()
+        along = (weight @ unit if tensor.role == "embed" else unit @ weight).norm() / weight.norm()
+        assert tensor.base_component == pytest.approx(float(along), rel=1e-6)
+        assert tensor.left is not None
+        assert tensor.left < 1e-4
+        assert tensor.dtype == "F32"
+    assert {role.role: role.tensors for role in report.roles} == {"embed": 1, "attn": 2, "mlp": 2}
+    assert report.random == D_MODEL**-0.5
+    assert report.left is not None
+    assert report.left < 1e-4
+
+
+def test_plain_quantisation_gives_back_what_is_measured(tmp_path, base, direction):
+    orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
+    left = {}
+    for kind in (F32, Q8_0, Q4_0):
+        file = quantized(tmp_path / "out", tmp_path / f"{kind.name}.gguf", kind)
+        report = inspect_model(model=source(file), base=source(base), directions=[direction])
+        assert {tensor.dtype for tensor in report.tensors} == {kind.name}
+        assert report.left is not None
+        assert all(role.most_left is not None and role.left <= role.most_left for role in report.roles)
+        left[kind.name] = report.left
+    assert left["F32"] < 1e-4 < 5e-3 < left["Q8_0"] < left["Q4_0"]
+
+
+def test_without_a_base_there_is_no_share(base, direction):
+    report = inspect_model(model=source(base), directions=[direction])
+    assert report.base is None
+    assert report.left is None
+    assert all(tensor.left is None and tensor.base_component is None for tensor in report.tensors)
+    # About what random numbers have.
+    assert all(0.3 * report.random < role.component < 3 * report.random for role in report.roles)
+
+
+def test_a_base_of_other_shapes_is_named(tmp_path, base, direction):
+    other = save_chat_model(tmp_path / "other", tiny(**{**SIZES, "intermediate_size": 96}))
+    with pytest.raises(InputError, match=r"other: cannot be the base of base: .*down_proj.* is \[64, 96\]"):
+        inspect_model(model=source(base), base=source(other), directions=[direction])
