@@ -153,7 +153,18 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], Stored]]] = {
     "ue8m0": fp8(_BLOCKS | {"scale_fmt": "ue8m0"}, (128, 128), torch.float8_e8m0fnu, "weight_scale_inv"),
     "per tensor": fp8(_FP8 | {"weight_block_size": None}, (None, None), torch.float32, "weight_scale_inv"),
     "compressed": fp8(
-        {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+                }
+            },
+            "ignore": ["lm_head"],
+        },
         (1, None),
         torch.bfloat16,
         "weight_scale",

@@ -35,11 +35,11 @@ from abliterate.editing.projection import (
     residue_bound,
 )
 from abliterate.errors import CheckpointError
-from abliterate.formats.ggml_blocks import BLOCK_TYPES
 from abliterate.progress import Advance
 
 _CHUNK_BYTES = 4 << 20
-_FEW_BITS = 8
+# Of what is stored quantised, the whole numbers of eight bits, whose steps are about what an edit changes.
+_FINE = {"I8", "Q8_0"}
 
 
 def _ignore(_bytes: int) -> None:
@@ -408,9 +408,8 @@ def reasons_against_equal_logits(record: Mapping[str, Any]) -> tuple[str, ...]:
         reasons.append("norms were preserved, which scales what is left")
     if any(tensor.get("norm_chain") for tensor in record.get("tensors") or ()):
         reasons.append("norms stand between writers and the stream, so what was taken away is not the component alone")
-    few_bits = {kind.name for kind in BLOCK_TYPES.values() if kind.bits < _FEW_BITS}
-    if any(tensor.get("dtype") in few_bits for tensor in record.get("tensors") or ()):
-        reasons.append(f"weights of less than {_FEW_BITS} bits were rounded anew, by more than what was taken away")
+    if any(tensor.get("stored_as") and tensor.get("dtype") not in _FINE for tensor in record.get("tensors") or ()):
+        reasons.append("weights in few bits were rounded anew, by more than what was taken away")
     return tuple(reasons)
 
 

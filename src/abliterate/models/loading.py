@@ -22,7 +22,7 @@ from abliterate.checkpoints.hub import ModelSource, as_source
 from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.directions import Direction
 from abliterate.errors import AbliterateError, InputError, ModelError
-from abliterate.files import in_one_line, known_error
+from abliterate.files import in_one_line, known_error, shown
 from abliterate.formats.gguf_config import read_gguf_config
 from abliterate.formats.gguf_file import read_gguf
 from abliterate.models.chat_format import ChatFormat
@@ -195,6 +195,7 @@ def load_weights(
                 use_safetensors=True,
                 device_map=options.device_map,
                 output_loading_info=True,
+                **_reading(config, name=name, on_cpu=device.type == "cpu" and options.device_map is None),
             )
         except SafetensorError as error:
             _refuse_pointers(path, error)
@@ -203,10 +204,34 @@ def load_weights(
             ) from error
     check_complete(model, report, path=path, name=name)
     if options.device_map is None:
-        if options.dtype == "auto" and device.type == "cpu" and model.dtype in {torch.bfloat16, torch.float16}:
+        is_half = model.dtype in {torch.bfloat16, torch.float16} and not getattr(model, "is_quantized", False)
+        if options.dtype == "auto" and device.type == "cpu" and is_half:
             model = model.float()
         model = cast(Any, model).to(device)
     return cast("PreTrainedModel", model)
+
+
+def _reading(config: "PretrainedConfig", *, name: str, on_cpu: bool) -> dict[str, Any]:
+    """Return how transformers is to read weights in few bits: decoded, where nothing runs them as they are.
+
+    Raises:
+        ModelError: it does not know the format, and would take codes for numbers.
+    """
+    content = getattr(config, "quantization_config", None)
+    if content is None:
+        return {}
+    from transformers import CompressedTensorsConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    content = content if isinstance(content, dict) else content.to_dict()
+    if not AutoHfQuantizer.supports_quant_method(content):
+        raise ModelError(
+            f"{name}: is quantised ({shown(content.get('quant_method'))}) in a way that transformers does not read; "
+            "use the model it was quantised from"
+        )
+    if on_cpu and content.get("quant_method") == "compressed-tensors":
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return {}
 
 
 def _load_gguf(

@@ -1,0 +1,28 @@
+"""Edit a tiny model in each quantised format and write the tables of docs/quantisation.md and README.
+
+python -m scripts.format_table
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.support.format_table import NAMES, PAGE, README, measure, short_table, table, with_table
+
+
+def main() -> None:
+    """Measure all formats, and write the tables."""
+    import torch
+
+    torch.set_num_threads(1)
+    rows = []
+    for name in NAMES:
+        with tempfile.TemporaryDirectory() as work:
+            rows.append(measure(name, Path(work)))
+        print(rows[-1], file=sys.stderr)
+    for path, made in ((PAGE, table(rows)), (README, short_table(rows))):
+        path.write_text(with_table(path.read_text(encoding="utf-8"), made), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

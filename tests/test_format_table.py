@@ -1,0 +1,34 @@
+"""The tables of formats in docs/quantisation.md and README are what a tiny model in each of them shows."""
+
+import re
+
+import pytest
+
+from tests.support.format_table import GGUF, NAMES, PAGE, README, SAFETENSORS, cells, measure, written
+
+OFTEN = {"block", "int4 groups with zeros", "gptq", "modelopt fp8", "GGUF Q4_K", "GGUF Q8_0"}
+PROOF = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.proof) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", PROOF)
+def test_a_format_is_what_its_row_says(tmp_path, name):
+    row = measure(name, tmp_path)
+    assert cells(row) in written(PAGE).splitlines(), "run `python -m scripts.format_table`"
+    # The limits of what may be left: half a percent at eight bits and more, five percent below.
+    assert row.left < (0.005 if row.bits >= 8 else 0.05)
+    assert row.left <= row.plain
+
+
+def test_both_tables_have_all_formats_and_no_other():
+    names = [*(label for label, _ in SAFETENSORS.values()), *(f"GGUF {kind}" for kind in GGUF)]
+    rows = written(PAGE).splitlines()[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == names
+    short = written(README)
+    listed = [
+        f"GGUF {name}" if cell.startswith("GGUF: ") else name
+        for cell in re.findall(r"^\| (.*?) \| yes", short, re.MULTILINE)
+        for name in re.split(r", (?=[A-Z])|; ", cell.removeprefix("GGUF: "))
+        if cell.startswith("GGUF: ")
+    ]
+    assert listed == [name for name in names if name.startswith("GGUF")]
+    assert all(label in short for label, _ in SAFETENSORS.values())
