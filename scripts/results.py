@@ -1,4 +1,4 @@
-"""Write the results in README.md, docs/extended_refusals.md and docs/variants.md anew from measurements.
+"""Write the results in README.md and in docs (extended_refusals, quantisation, variants) anew from measurements.
 
     python scripts/results.py                                    from docs/results, as it lies in the repository
     python scripts/results.py --demo build/demo --audits build/extended_refusal      from new measurements
@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
 REAL = "demo-real.json"
 PROCEDURES = "procedures.json"
+QUANTISATION = "quantisation.json"
 KINDS = ("harmful", "harmless", "borderline")
 MODELS = ("plain", "hardened")
 PROCEDURE_MODELS = ("plain", "hardened", "refusal_only", "overview_only", "aligned", "aligned_hardened")
@@ -158,6 +159,22 @@ def procedures_block(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+def quantisation_block(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Return what quantised models have of a direction and refuse, for docs/quantisation.md."""
+    if not results:
+        return "Not measured yet with this version."
+    header = ["model", "", "share of the component", "refused, transformers", "refused, llama.cpp"]
+    rows = [header, ["---"] * len(header)]
+    for model, lines in results.items():
+        for line in lines:
+            in_llama_cpp = line.get("refused_in_llama_cpp")
+            rates = [
+                "" if count is None else rate(proportion(count, line["n"])) for count in (line["refused"], in_llama_cpp)
+            ]
+            rows.append([model, line["name"], f"{100 * line['left']:.3g} %", *rates])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
 def proportion(count: int, n: int) -> dict[str, float]:
     """Return a share with its 95 % interval."""
     low, high = wilson_interval(count, n)
@@ -241,15 +258,17 @@ def documents(results: Path, repository: Path) -> dict[Path, str]:
     audits = {name: json.loads((results / f"{name}.audit.json").read_text()) for name in MODELS}
     variants = json.loads((results / "variants.json").read_text())
     procedures = json.loads((results / PROCEDURES).read_text()) if (results / PROCEDURES).is_file() else []
+    quantised = json.loads((results / QUANTISATION).read_text()) if (results / QUANTISATION).is_file() else {}
     real = json.loads((results / REAL).read_text()) if (results / REAL).is_file() else None
     readme, docs = repository / "README.md", repository / "docs"
     text = with_block(readme.read_text(encoding="utf-8"), "demo", demo_block(demo))
     text = with_block(text, "demo-real", real_block(real))
-    refusals, kinds = docs / "extended_refusals.md", docs / "variants.md"
+    refusals, kinds, layouts = (docs / f"{name}.md" for name in ("extended_refusals", "variants", "quantisation"))
     of_refusals = with_block(refusals.read_text(encoding="utf-8"), "audits", audits_block(audits))
     return {
         readme: with_block(text, "audits", summary_block(audits)),
         refusals: with_block(of_refusals, "procedures", procedures_block(procedures)),
+        layouts: with_block(layouts.read_text(encoding="utf-8"), "quantisation", quantisation_block(quantised)),
         kinds: with_block(kinds.read_text(encoding="utf-8"), "variants", variants_block(variants)),
     }
 

@@ -68,9 +68,14 @@ def test_new_measurements_are_taken_from_where_the_commands_leave_them(tmp_path:
         real = tmp_path / "real"
         real.mkdir()
         (real / "report.json").write_text((results.RESULTS / results.REAL).read_text())
-    results.take(demo, audits, results.RESULTS / "variants.json", taken, real)
+    procedures = tmp_path / "procedures"
+    procedures.mkdir()
+    for found in json.loads((results.RESULTS / results.PROCEDURES).read_text()):
+        (procedures / f"{found['model']}.result.json").write_text(json.dumps(found))
+    results.take(demo, audits, results.RESULTS / "variants.json", taken, real, procedures)
+    # `benchmarks.quantisation` files its own.
     assert {path.name: path.read_text() for path in taken.iterdir()} == {
-        path.name: path.read_text() for path in results.RESULTS.iterdir()
+        path.name: path.read_text() for path in results.RESULTS.iterdir() if path.name != results.QUANTISATION
     }
 
 

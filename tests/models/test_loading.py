@@ -84,3 +84,13 @@ class TestTemplateOfItsOwnFile:
         (tmp_path / "chat_template.json").write_text(content)
         with pytest.raises(ModelError, match="has no chat template"):
             open_model(tmp_path, options=ModelOptions(device="cpu"))
+
+
+def test_a_format_that_transformers_does_not_read_is_refused_by_name(tmp_path: Path) -> None:
+    # It would warn, and take the codes for the numbers that they stand for.
+    model = save_chat_model(tmp_path / "m", tiny_llama(n_layers=1))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"is quantised .*modelopt.* in a way that transformers does not read"):
+        load_weights(model, name="m", options=ModelOptions(device="cpu"))

@@ -25,6 +25,7 @@ from abliterate.directions import encode_rows, is_direction_file, load_direction
 from abliterate.editing.adapter import write_adapter
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.plan_report import plan_layout, read_layout
 from abliterate.editing.record import read_record, resolve_base
 from abliterate.editing.strengths import read_strengths
 from abliterate.errors import AbliterateError
@@ -363,8 +364,14 @@ def _break_gguf(directory: Path, random: Random) -> None:
         path.write_bytes(content[:at] + bytes([random.randrange(256)]) + content[at + 1 :])
 
 
-def _run_gguf(files: Path, _results: Path, _random: Random) -> Iterable[Run]:
-    path = files / "model.gguf"
+def _run_gguf(files: Path, results: Path, random: Random) -> Iterable[Run]:
+    path, out = files / "model.gguf", results / "edited"
+    options = EditOptions(strength=random.choice((1.0, 0.5)), tied=random.choice(("edit", "skip")))
+    yield lambda: plan_layout(read_layout(model=str(path)))
+    yield lambda: orthogonalize_checkpoint(
+        source=path, direction=make_direction(mean_difference=random_direction()), output=out, options=options
+    )
+    yield lambda: out.is_dir() and verify_checkpoint(checkpoint=out, options=VerificationOptions(quick=True))
     yield lambda: read_gguf(path)
     yield lambda: read_gguf_config(path, name="model.gguf")
     yield lambda: _use(path)
