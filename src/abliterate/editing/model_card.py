@@ -372,13 +372,14 @@ def build_model_card(
     facts = facts or CardFacts()
     base_id = base_model_id(record, facts)
     is_adapter = record.get("format") == "adapter"
+    is_gguf = all(name.endswith(".gguf") for name in mapping(record.get("shards")))
     front_matter = ModelCardData(
         base_model=base_id,
         base_model_relation=("adapter" if is_adapter else "finetune") if base_id else None,
         license=facts.license,
         license_name=facts.license_name if facts.license else None,
         license_link=facts.license_link if facts.license else None,
-        library_name="peft" if is_adapter else "transformers",
+        library_name="peft" if is_adapter else "gguf" if is_gguf else "transformers",
         pipeline_tag=str(record["base"].get("pipeline_tag", "text-generation")),
         tags=[*_TAGS, "lora"] if is_adapter else _TAGS,
     )
