@@ -30,7 +30,7 @@ from abliterate.checkpoints.safetensors_file import read_tensor
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.extraction.reply_classes import read_completions, read_reply
 from abliterate.files import JsonLines, read_json_report, write_json
-from abliterate.formats.gguf_checkpoint import open_gguf
+from abliterate.formats.gguf_checkpoint import gguf_file_of, holds_gguf, open_gguf
 from abliterate.models.chat_model import stop_tokens
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
@@ -114,7 +114,8 @@ class Measuring:
 
     @torch.inference_mode()
     def _refused(self, path: Path) -> int:
-        chat = load_chat_model(path, name=path.name, options=ModelOptions(dtype="float32", device="cpu"))
+        file = gguf_file_of(path) if holds_gguf(path) else path
+        chat = load_chat_model(file, name=path.name, options=ModelOptions(dtype="float32", device="cpu"))
         stops, tokens = stop_tokens(chat), self._arguments.tokens
         # Its own is set aside, which may sample; `stop_tokens` reads it.
         chat.model.generation_config = GenerationConfig(
@@ -128,8 +129,12 @@ class Measuring:
         return sum(reply.refused for reply in read_completions(chat, replies, max_new_tokens=tokens))
 
     def _refused_in_llama_cpp(self, path: Path) -> int:
-        file = path if path.is_file() else next(path.glob("*.gguf"))
-        task = {"file": str(file), "prompts": self.prompts, "tokens": self._arguments.tokens, "threads": 2}
+        task = {
+            "file": str(gguf_file_of(path)),
+            "prompts": self.prompts,
+            "tokens": self._arguments.tokens,
+            "threads": 2,
+        }
         command = [str(self._arguments.llama_cpp), "-c", _LLAMA_CPP]
         ended = subprocess.run(command, input=json.dumps(task), check=True, capture_output=True, text=True)
         texts = json.loads(ended.stdout.rpartition("REPLIES")[2])

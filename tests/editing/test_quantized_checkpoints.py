@@ -31,7 +31,17 @@ REQUANTIZE = EditOptions(quantized="requantize")
 DEQUANTIZE = EditOptions(quantized="dequantize")
 KINDS = [*LAYOUTS, "mxfp4"]
 # Those of eight bits; the others have four.
-EIGHT_BITS = ["block", "ue8m0", "per tensor", "compressed", "modelopt fp8", "int8 groups", "int8 rows", "gptq, 8 bits"]
+EIGHT_BITS = [
+    "block",
+    "mxfp8",
+    "ue8m0",
+    "per tensor",
+    "compressed",
+    "modelopt fp8",
+    "int8 groups",
+    "int8 rows",
+    "gptq, 8 bits",
+]
 COMPRESSED = [kind for kind, (content, _) in LAYOUTS.items() if "config_groups" in content]
 # What transformers loads, by itself or with the format's own package, compressed-tensors, where that decodes on a CPU.
 LOADED = ["block", "ue8m0", "per tensor", "mxfp4", "fp4 in bytes", *COMPRESSED]

@@ -40,6 +40,7 @@ SAFETENSORS = {
     "ue8m0": ("FP8, blocks, scales ue8m0", 8),
     "per tensor": ("FP8, a scale a tensor", 8),
     "compressed": ("FP8 of compressed-tensors", 8),
+    "mxfp8": ("MXFP8 of compressed-tensors", 8),
     "modelopt fp8": ("FP8 of ModelOpt", 8),
     "int8 groups": ("int8 of compressed-tensors, packed", 8),
     "int8 rows": ("int8 of compressed-tensors", 8),

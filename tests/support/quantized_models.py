@@ -122,7 +122,7 @@ def fp8(content: dict[str, Any], block: tuple[int | None, int | None], scale_dty
 
     def store(stem: str, matrix: Tensor) -> Stored:
         rows, columns = (size or all_of_them for size, all_of_them in zip(block, matrix.shape, strict=True))
-        power_of_two = content.get("scale_fmt") == "ue8m0"
+        power_of_two = content.get("scale_fmt") == "ue8m0" or scale_dtype == torch.uint8
         layout = BlockLayout(grid=E4M3, block=(rows, columns), power_of_two=power_of_two)
         codes, scales = encode(matrix.float(), layout=layout, scale_dtype=scale_dtype)
         found = {f"{stem}.weight": codes, f"{stem}.{scale}": scales.reshape(()) if block == (None, None) else scales}
@@ -167,6 +167,22 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], Stored]]] = {
         },
         (1, None),
         torch.bfloat16,
+        "weight_scale",
+    ),
+    "mxfp8": fp8(
+        _compressed_fp4(
+            "mxfp8-quantized",
+            {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "group",
+                "group_size": 32,
+                "symmetric": True,
+                "scale_dtype": "torch.uint8",
+            },
+        ),
+        (1, 32),
+        torch.uint8,
         "weight_scale",
     ),
     "modelopt fp8": fp8({"quant_method": "modelopt", "quant_algo": "FP8"}, (None, None), torch.float32, "weight_scale"),

@@ -1,7 +1,8 @@
 """Codes that are floating-point numbers of few bits, with scales: FP8 (e4m3) and FP4 (e2m1: MXFP4, NVFP4).
 
 FP8: beside `x.weight` of dtype F8_E4M3, one code a byte, stand its scales, called `x.weight_scale_inv`,
-`x.weight_scale` (compressed-tensors, ModelOpt) or, in some releases, `x.scale` or `x.qscale_weight`.
+`x.weight_scale` (compressed-tensors, ModelOpt) or, in some releases, `x.scale` or `x.qscale_weight`. MXFP8: these are
+the exponents of 32 numbers of a row each, U8 or F8_E8M0.
 
 FP4: two codes of a row share a byte, the first in the low half, and each 32 (MXFP4) or 16 (NVFP4) of them a scale.
 
@@ -24,6 +25,8 @@ from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.formats.block_scaled import BlockEncoding, BlockLayout, Grid
 
 _METHODS = {"fp8", "mxfp8"}
+# Of a scale that is an exponent, where the config does not say.
+_MX_BLOCK = (1, 32)
 _E4M3_NAMES = {None, "e4m3", "e4m3fn", "float8_e4m3fn"}
 _ACTIVATION_SCALES = ("activation_scale", "input_scale", "qscale_act")
 _SIGN_BIT = 0x80
@@ -56,13 +59,13 @@ E4M3: Grid = _E4M3()
 
 
 class _Fp8:
-    names = ("fp8", "float-quantized of compressed-tensors", "FP8 of ModelOpt")
+    names = ("fp8", "mxfp8", "float-quantized and mxfp8 of compressed-tensors", "FP8 and MXFP8 of ModelOpt")
 
     def is_named_by(self, method: str, content: Mapping[str, Any]) -> bool:
         if method == "compressed-tensors":
-            return bool(compressed_formats(content) & {"float-quantized"})
+            return bool(compressed_formats(content) & {"float-quantized", "mxfp8-quantized"})
         if method == "modelopt":
-            return content.get("quant_algo") == "FP8"
+            return content.get("quant_algo") in {"FP8", "MXFP8"}
         return method in _METHODS and content.get("fmt") in _E4M3_NAMES
 
     def find(
@@ -79,6 +82,8 @@ class _Fp8:
         if scales.dtype not in {"F32", "BF16", "F16", "U8", "F8_E8M0"}:
             raise EncodingError(info, scales, "of a dtype that is not known")
         block = _block_of(info.shape, scales.shape, content)
+        if block is None and scales.dtype in {"U8", "F8_E8M0"}:
+            block = _block_of(info.shape, scales.shape, {"weight_block_size": _MX_BLOCK})
         if block is None:
             raise EncodingError(info, scales, "whose blocks are not those that config.json names")
         power_of_two = scales.dtype in {"U8", "F8_E8M0"} or content.get("scale_fmt") == "ue8m0"
