@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from abliterate import formats
 from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.formats.block_scaled import BlockEncoding
@@ -37,3 +39,11 @@ def test_a_config_is_handled_where_a_format_is_named_by_it() -> None:
     assert is_handled({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}})
     assert not is_handled({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}})
     assert not is_handled({"quantization_config": {"quant_method": "gptq"}})
+
+
+@pytest.mark.parametrize("method", ["fp8", "modelopt", "compressed-tensors", "gptq", "awq", "mxfp4"])
+@pytest.mark.parametrize("value", [{}, [], {"a": 1}, 7, None, ""])
+def test_what_a_config_says_may_be_of_any_kind(method: str, value: object) -> None:
+    keys = ("fmt", "quant_algo", "format", "config_groups", "bits", "checkpoint_format", "version", "desc_act")
+    for key in keys:
+        assert is_handled({"quantization_config": {"quant_method": method, key: value}}) in {True, False}

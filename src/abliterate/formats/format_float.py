@@ -27,7 +27,8 @@ from abliterate.formats.block_scaled import BlockEncoding, BlockLayout, Grid
 _METHODS = {"fp8", "mxfp8"}
 # Of a scale that is an exponent, where the config does not say.
 _MX_BLOCK = (1, 32)
-_E4M3_NAMES = {None, "e4m3", "e4m3fn", "float8_e4m3fn"}
+# A tuple, since what a config says may be something that no set can be asked for.
+_E4M3_NAMES = (None, "e4m3", "e4m3fn", "float8_e4m3fn")
 _ACTIVATION_SCALES = ("activation_scale", "input_scale", "qscale_act")
 _SIGN_BIT = 0x80
 
@@ -65,7 +66,7 @@ class _Fp8:
         if method == "compressed-tensors":
             return bool(compressed_formats(content) & {"float-quantized", "mxfp8-quantized"})
         if method == "modelopt":
-            return content.get("quant_algo") in {"FP8", "MXFP8"}
+            return content.get("quant_algo") in ("FP8", "MXFP8")
         return method in _METHODS and content.get("fmt") in _E4M3_NAMES
 
     def find(
@@ -208,7 +209,7 @@ class _Fp4:
             return _of_gpt_oss(info, tensors)
         if info.dtype == "U8" and kind in {"weight_packed", "weight"}:
             return _packed_fp4(info, tensors, stem=stem)
-        if info.dtype == "I8" and kind == "weight" and content.get("quant_method") in _METHODS:
+        if info.dtype == "I8" and kind == "weight" and str(content.get("quant_method")) in _METHODS:
             return _packed_fp4(info, tensors, stem=stem, scale="scale")
         return None
 

@@ -247,7 +247,7 @@ class _InputFirst:
 
     def is_named_by(self, method: str, content: Mapping[str, Any]) -> bool:
         if method == "gptq":
-            known = content.get("checkpoint_format", "gptq") in {"gptq", "gptq_v2"}
+            known = content.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2")
             return known and content.get("bits") in _BITS and not content.get("desc_act")
         return method == "awq" and content.get("bits") == 4 and str(content.get("version", "gemm")).lower() == "gemm"
 
@@ -265,7 +265,7 @@ class _InputFirst:
         rows, columns = info.shape
         inputs, outputs = (rows, columns * packing.per_word) if is_awq else (rows * packing.per_word, columns)
         size = content.get("group_size", -1)
-        group = inputs if size in {-1, None} else size
+        group = inputs if size in (-1, None) else size
         if not isinstance(group, int) or group < 1 or inputs % group or outputs % packing.per_word:
             raise EncodingError(info, scales, "whose groups are not those that config.json names")
         n_groups = inputs // group
