@@ -30,7 +30,7 @@ from abliterate.formats.gguf_file import GgufFile, GgufTensor, damaged_gguf, rea
 # Architecture, as GGUF calls it -> what its norms are stored with in addition.
 _NORM_OFFSETS = {
     "llama": 0.0, "qwen2": 0.0, "qwen3": 0.0, "qwen3moe": 0.0, "phi3": 0.0, "stablelm": 0.0,
-    "starcoder2": 0.0, "falcon": 0.0, "lfm2": 0.0, "nemotron": 0.0, "gemma2": 1.0, "gemma3": 1.0,
+    "starcoder2": 0.0, "falcon": 0.0, "lfm2": 0.0, "nemotron": 1.0, "gemma2": 1.0, "gemma3": 1.0,
 }  # fmt: skip
 _PLAIN = {0: "F32", 1: "F16", 30: "BF16"}
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
