@@ -51,7 +51,8 @@ def make_bases(directory: Path) -> list[Path]:
 def make_quantized_bases(directory: Path) -> list[Path]:
     """Save sound checkpoints in quantised layouts that 32 columns can have."""
     kinds = ("int4 groups", "int4 groups with zeros", "int8 rows", "gptq", "awq", "nvfp4", "modelopt nvfp4",
-             "packed mxfp4", "fp4 in bytes", "modelopt fp8", "mxfp8", "per tensor", "compressed", "int4 rows")  # fmt: skip
+             "packed mxfp4", "fp4 in bytes", "modelopt fp8", "mxfp8", "per tensor", "compressed",
+             "int4 rows")  # fmt: skip
     return [save_quantized_llama(directory / kind, kind, hidden_size=32) for kind in kinds]
 
 
