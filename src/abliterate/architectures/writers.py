@@ -16,7 +16,7 @@ from abliterate.architectures import vocabulary
 from abliterate.architectures.config import TextModel, read_text_model
 from abliterate.architectures.names import NormChains, Part, PostNorm, Role, TensorName, parse_name
 from abliterate.architectures.table import Architecture
-from abliterate.checkpoints.checkpoint import CONFIG_NAME
+from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
 from abliterate.files import shown
@@ -89,7 +89,17 @@ def check_experts(
             )
 
 
-__all__ = ["ROLES", "LeftAlone", "PostNorm", "Remainder", "ResidualWriter", "Role", "StreamMap", "map_stream"]
+__all__ = [
+    "ROLES",
+    "LeftAlone",
+    "PostNorm",
+    "Remainder",
+    "ResidualWriter",
+    "Role",
+    "StreamMap",
+    "map_checkpoint",
+    "map_stream",
+]
 
 ROLES: tuple[Role, ...] = ("embed", "attn", "mlp")
 
@@ -217,6 +227,18 @@ def map_stream(
     refuse_quantization_config(config, tensors, path)
     model = read_text_model(config=config, path=path, unverified=unverified, partial=partial)
     return _Mapper(model, tensors, path, same_bytes).map()
+
+
+def map_checkpoint(checkpoint: Checkpoint, *, unverified: bool = False, partial: bool = False) -> StreamMap:
+    """Return what each tensor of a checkpoint that lies on this machine does to the stream; see `map_stream`."""
+    return map_stream(
+        config=checkpoint.config,
+        tensors=tuple(checkpoint.tensors()),
+        path=checkpoint.path,
+        same_bytes=checkpoint.same_bytes,
+        unverified=unverified,
+        partial=partial,
+    )
 
 
 class _Mapper:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.architectures.writers import ResidualWriter, StreamMap, map_stream
+from abliterate.architectures.writers import ResidualWriter, StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import Checkpoint, is_gguf, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, Shard
@@ -217,14 +217,7 @@ def make_edit_plan(
     checkpoint = open_weights(model.path)
     refuse_adapter(checkpoint.path, checkpoint.side_files)
     view = checkpoint if options.quantized == "refuse" else plain_view(checkpoint)
-    stream = map_stream(
-        config=view.config,
-        tensors=tuple(view.tensors()),
-        path=view.path,
-        same_bytes=view.same_bytes,
-        unverified=options.unverified,
-        partial=options.partial,
-    )
+    stream = map_checkpoint(view, unverified=options.unverified, partial=options.partial)
     options = dataclasses.replace(options, unverified=not stream.verified, partial=stream.remainder is not None)
     given = [direction] if isinstance(direction, (Direction, Path, str)) else list(direction)
     directions = tuple(_as_direction(each, d_model=stream.d_model, model=model.name) for each in given)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.architectures.vocabulary import LAYER_LISTS, TOWER
-from abliterate.architectures.writers import StreamMap, map_stream
+from abliterate.architectures.writers import StreamMap, map_checkpoint, map_stream
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
 from abliterate.directions import make_direction
 from abliterate.editing.options import EditOptions
@@ -101,7 +101,7 @@ def _try(view: Checkpoint, stream: StreamMap, work: Path) -> TwinProof:
         _check_tie(model, stream)
         model.save_pretrained(base, max_shard_size=_SHARD_SIZE)
     with _refusing(refusal, "a tiny model of it cannot be edited as this checkpoint would be"):
-        _check_same_writers(stream, _map(base, unverified=True))
+        _check_same_writers(stream, map_checkpoint(open_checkpoint(base), unverified=True))
         directions = _edit(base, edited, n=1, options=EditOptions(unverified=True))
     with _refusing(refusal, "a tiny model of it does not show that the edit is complete"):
         proof = _measure(model, base, edited, directions)
@@ -116,7 +116,7 @@ def _try_partial(view: Checkpoint, stream: StreamMap, work: Path) -> TwinProof:
         model = _build(_tiny_config(_text_config(view.config, stream)), torch.float32)
         model.save_pretrained(base, max_shard_size=_SHARD_SIZE)
     with _refusing(refusal, "a tiny model of it cannot be edited"):
-        _check_same_kinds(stream, _map(base, partial=True))
+        _check_same_kinds(stream, map_checkpoint(open_checkpoint(base), partial=True))
         directions = _edit(base, edited, n=_PARTIAL_DIRECTIONS, options=EditOptions(partial=True))
     with _refusing(refusal, "a tiny model of it does not show that the edit takes anything away"):
         proof = _measure(model, base, edited, directions)
@@ -124,21 +124,9 @@ def _try_partial(view: Checkpoint, stream: StreamMap, work: Path) -> TwinProof:
     return proof
 
 
-def _map(path: Path, *, unverified: bool = False, partial: bool = False) -> StreamMap:
-    checkpoint = open_checkpoint(path)
-    return map_stream(
-        config=checkpoint.config,
-        tensors=tuple(checkpoint.tensors()),
-        path=checkpoint.path,
-        same_bytes=checkpoint.same_bytes,
-        unverified=unverified,
-        partial=partial,
-    )
-
-
 def _edit(base: Path, edited: Path, *, n: int, options: EditOptions) -> Tensor:
     """Take n random directions out of a checkpoint and return them, [n, d_model], orthonormal."""
-    d_model = _map(base, unverified=options.unverified, partial=options.partial).d_model
+    d_model = map_checkpoint(open_checkpoint(base), unverified=options.unverified, partial=options.partial).d_model
     generator = torch.Generator().manual_seed(0)
     vectors = torch.linalg.qr(torch.randn(n, d_model, generator=generator, dtype=torch.float64).T).Q.T
     directions = [make_direction(mean_difference=vector) for vector in vectors]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from abliterate.architectures.writers import Role, StreamMap, map_stream
+from abliterate.architectures.writers import Role, StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import load_direction, orthonormalize
@@ -153,15 +153,7 @@ def inspect_model(
 
 def _open(source: ModelSource) -> tuple[Checkpoint, StreamMap]:
     view = plain_view(open_weights(source.path))
-    stream = map_stream(
-        config=view.config,
-        tensors=tuple(view.tensors()),
-        path=view.path,
-        same_bytes=view.same_bytes,
-        unverified=False,
-        partial=True,
-    )
-    return view, stream
+    return view, map_checkpoint(view, partial=True)
 
 
 def _check_base(

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from abliterate.architectures.writers import ROLES, PostNorm, Remainder, ResidualWriter, StreamMap, map_stream
+from abliterate.architectures.writers import ROLES, PostNorm, Remainder, ResidualWriter, StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.hub import ModelSource, resolve_model
 from abliterate.editing.edits import Kind, edits_of_writers
@@ -153,15 +153,7 @@ def recorded_remainder(record: AbliterationRecord, base: Checkpoint) -> Remainde
 def _stream_of(base: Checkpoint, options: EditOptions) -> tuple[Checkpoint, StreamMap]:
     if options.quantized != "refuse":
         base = plain_view(base)
-    stream = map_stream(
-        config=base.config,
-        tensors=tuple(base.tensors()),
-        path=base.path,
-        same_bytes=base.same_bytes,
-        unverified=options.unverified,
-        partial=options.partial,
-    )
-    return base, stream
+    return base, map_checkpoint(base, unverified=options.unverified, partial=options.partial)
 
 
 def _read_tensor(entry: Mapping[str, Any]) -> RecordedTensor:
