@@ -105,3 +105,16 @@ def test_tensors_that_share_bytes_or_names_are_damage(tmp_path: Path, change, sa
     )
     with pytest.raises(AbliterateError, match=said):
         open_gguf(file)
+
+
+def test_a_norm_in_blocks_is_damage_and_no_traceback(tmp_path):
+    # Read without its offset it would mean another norm.
+    file = write(tmp_path, tiny("gemma2"))
+    name = b"blk.0.post_ffw_norm.weight"
+    data = file.read_bytes()
+    # Behind the name: how many axes, the length of the one, and the type.
+    at = data.index(name) + len(name) + 4 + 8
+    assert data[at : at + 4] == bytes(4)
+    file.write_bytes(data[:at] + bytes([8, 0, 0, 0]) + data[at + 4 :])
+    with pytest.raises(AbliterateError, match=r"the norm blk\.0\.post_ffw_norm\.weight is stored as Q8_0"):
+        open_gguf(file)

@@ -93,7 +93,7 @@ def refuse_gguf(path: Path) -> None:
     """
     if is_gguf(path):
         raise CheckpointError(
-            f"{path}: is a GGUF file, and what is edited and verified are safetensors checkpoints; convert it first: "
+            f"{path}: is a GGUF file, and here a safetensors checkpoint is read; convert it first: "
             f"{shlex.join(['abliterate', 'convert', str(path), path.stem or 'converted'])}"
         )
 

@@ -124,10 +124,11 @@ class OrthogonalizationReport:
             those that merging gives, `shards` is the adapter's weights, and `bytes_total` counts the base's.
         tool: Name and version of the tool and of the libraries that did the arithmetic.
         created: Time of writing, ISO 8601, UTC.
-        base: The model that was edited: model, revision, model_type, config_file_sha256 (of the bytes of config.json),
-            tied_embeddings, pipeline_tag (what the Hub calls models that take what it takes); where they are tied,
-            `tied_tensor`, the stored one of the pair; for an adapter `auto_class`, the class of transformers
-            that loads it; and `abliteration`, the earlier edit, if it had been orthogonalized before.
+        base: The model that was edited: model, revision, model_type, config_file_sha256 (of the bytes of config.json,
+            of a GGUF file of those of its header), tied_embeddings, pipeline_tag (what the Hub calls models that take
+            what it takes); where they are tied, `tied_tensor`, the stored one of the pair; for an adapter
+            `auto_class`, the class of transformers that loads it; and `abliteration`, the earlier edit, if it had
+            been orthogonalized before.
         directions: sha256, d_model and metadata of each direction.
         subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
         options: What was asked for.

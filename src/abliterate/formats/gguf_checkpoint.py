@@ -10,8 +10,9 @@ architectures in `_NORM_OFFSETS`; others are refused by name.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,12 @@ def _tensor_info(header: GgufFile, tensor: GgufTensor, name: str, architecture: 
         dtype=_PLAIN.get(tensor.kind, "U8"),
         shape=tensor.shape,
         start=tensor.offset,
-        end=tensor.offset + _count(tensor.shape) // n_entries * n_bytes,
+        end=tensor.offset + prod(tensor.shape) // n_entries * n_bytes,
     )
     offset = _NORM_OFFSETS[architecture]
     if offset and name.endswith("norm.weight"):
+        if tensor.kind not in _PLAIN:
+            raise damaged_gguf(header.path, f"the norm {printable(tensor.name)} is stored as {_type_name(tensor.kind)}")
         return encoded_tensor(OffsetEncoding(codes=plain, companions=(), offset=offset), name=name, shape=tensor.shape)
     if tensor.kind in _PLAIN:
         return plain
@@ -198,13 +201,6 @@ def _tensor_info(header: GgufFile, tensor: GgufTensor, name: str, architecture: 
         codes = replace(plain, shape=(*rows, width // n_entries, n_bytes))
         encoding = GgmlEncoding(codes=codes, companions=(), kind=kind, turned=tensor.name in _TOKEN_ROWS)
     return encoded_tensor(encoding, name=name, shape=tensor.shape)
-
-
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _type_name(kind: int) -> str:
@@ -243,27 +239,35 @@ def _name_beside(name: str, found: dict[str, str]) -> str | None:
     return None
 
 
+_NEVER = "what is copied is never edited: `check_codes` refuses a plan that would"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _ReadOnly(Encoding):
-    """See `Encoding`: what is copied and never edited."""
+class _CopiedEncoding(Encoding):
+    """See `Encoding`: what is copied and never edited; a plan that would have to is refused (`can_be_edited`)."""
+
+    @property
+    def can_be_edited(self) -> bool:
+        """See `Encoding.can_be_edited`."""
+        return False
 
     def refit(
         self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float
     ) -> tuple[Tensor, ...]:
         """See `Encoding.refit`."""
-        raise NotImplementedError(self.codes.name)
+        raise NotImplementedError(_NEVER)
 
     def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
         """See `Encoding.requantize`."""
-        raise NotImplementedError(self.codes.name)
+        raise NotImplementedError(_NEVER)
 
     def largest_residue(self, *, d_model: int, k: int, along: float, norm: float) -> float:
         """See `Encoding.largest_residue`."""
-        raise NotImplementedError(self.codes.name)
+        raise NotImplementedError(_NEVER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OffsetEncoding(_ReadOnly):
+class OffsetEncoding(_CopiedEncoding):
     """See `Encoding`: plain numbers, stored with a constant added, as the norms of Gemma are."""
 
     offset: float
@@ -274,7 +278,7 @@ class OffsetEncoding(_ReadOnly):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnknownEncoding(_ReadOnly):
+class UnknownEncoding(_CopiedEncoding):
     """See `Encoding`: blocks of a type that is not edited."""
 
     called: str
@@ -283,11 +287,6 @@ class UnknownEncoding(_ReadOnly):
     def stored_dtype(self) -> str:
         """See `Encoding.stored_dtype`."""
         return self.called
-
-    @property
-    def can_be_edited(self) -> bool:
-        """See `Encoding.can_be_edited`."""
-        return False
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
         """See `Encoding.decode`."""
