@@ -238,3 +238,18 @@ def test_the_record_says_which_file_it_was(tmp_path):
     assert record["base"]["config_file_sha256"] == hashlib.sha256(header).hexdigest()
     assert record["shards"].keys() == {file.name}
     assert record["base"]["model"] == str(file)
+
+
+def test_a_factor_that_is_no_number_names_the_file(tmp_path):
+    file = make(tmp_path / "base")
+    start = next(
+        int(each.data_offset) for each in gguf.GGUFReader(file).tensors if each.name == "blk.0.ffn_down.weight"
+    )
+    data = bytearray(file.read_bytes())
+    data[start : start + 2] = b"\x00\x7e"
+    file.write_bytes(bytes(data))
+    with pytest.raises(
+        CheckpointError, match=r"model\.gguf: tensor model\.layers\.0\.mlp\.down_proj\.weight: it holds NaN"
+    ):
+        edit(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

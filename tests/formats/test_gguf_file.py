@@ -3,7 +3,7 @@
 import gguf
 import pytest
 
-from abliterate.errors import ModelError
+from abliterate.errors import CheckpointError, ModelError
 from abliterate.formats.gguf_config import read_gguf_config
 from abliterate.formats.gguf_file import damaged_gguf, is_count, read_gguf
 from tests.support.gguf_models import Q8_0, tiny, write
@@ -36,3 +36,9 @@ def test_damage_says_what_to_do(tmp_path):
     error = damaged_gguf(tmp_path / "m.gguf", "it is empty")
     assert isinstance(error, ModelError)
     assert str(error) == f"{tmp_path}/m.gguf: the GGUF file is damaged: it is empty; download it again"
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(CheckpointError, match="is a pointer of Git LFS"):
+        read_gguf(tmp_path / "m.gguf")

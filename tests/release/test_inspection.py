@@ -4,6 +4,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from abliterate.checkpoints.hub import ModelSource
@@ -86,3 +87,16 @@ def test_a_base_of_other_shapes_is_named(tmp_path, base, direction):
     other = save_chat_model(tmp_path / "other", tiny(**{**SIZES, "intermediate_size": 96}))
     with pytest.raises(InputError, match=r"other: cannot be the base of base: .*down_proj.* is \[64, 96\]"):
         inspect_model(model=source(base), base=source(other), directions=[direction])
+
+
+def test_what_is_not_edited_is_read_all_the_same(tmp_path):
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 64}
+    file = write_gguf(tmp_path / "m.gguf", tiny(**wide), make_tokenizer(), kind=gguf.GGMLQuantizationType.IQ2_XXS)
+    make_direction(mean_difference=random_direction(256)).save(tmp_path / "r.safetensors")
+    report = inspect_model(model=source(file), directions=[tmp_path / "r.safetensors"])
+    vector = random_direction(256).double()
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}["blk.0.ffn_down.weight"]
+    weight = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy()).double()
+    found = next(tensor for tensor in report.tensors if tensor.role == "mlp")
+    assert found.dtype == "IQ2_XXS"
+    assert found.component == pytest.approx(float((vector / vector.norm() @ weight).norm() / weight.norm()), rel=1e-5)

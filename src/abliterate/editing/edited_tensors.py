@@ -383,7 +383,9 @@ class QuantizedEdit:
         return self.projection
 
     def _damaged(self, how: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: tensor {self.encoding.codes.name}: {how}; download the checkpoint again")
+        return CheckpointError(
+            f"{self.path / self.info.shard}: tensor {self.encoding.codes.name}: {how}; download the checkpoint again"
+        )
 
 
 class MadeParts(ComputedSegment):

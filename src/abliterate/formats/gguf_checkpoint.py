@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, GGUF_SUFFIX, Checkpoint, is_gguf, open_checkpoint
@@ -195,8 +196,9 @@ def _tensor_info(header: GgufFile, tensor: GgufTensor, name: str, architecture: 
     kind = BLOCK_TYPES.get(tensor.kind)
     *rows, width = tensor.shape
     if kind is None:
-        # What is only copied may be stored in any way.
-        encoding: Encoding = UnknownEncoding(codes=plain, companions=(), called=_type_name(tensor.kind))
+        # What is only copied or looked at may be stored in any way.
+        codes = replace(plain, shape=(*rows, width // n_entries * n_bytes))
+        encoding: Encoding = UnknownEncoding(codes=codes, companions=(), kind=tensor.kind)
     else:
         codes = replace(plain, shape=(*rows, width // n_entries, n_bytes))
         encoding = GgmlEncoding(codes=codes, companions=(), kind=kind, turned=tensor.name in _TOKEN_ROWS)
@@ -279,15 +281,21 @@ class OffsetEncoding(_CopiedEncoding):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnknownEncoding(_CopiedEncoding):
-    """See `Encoding`: blocks of a type that is not edited."""
+    """See `Encoding`: blocks of a type that is not edited.
 
-    called: str
+    Attributes:
+        kind: Its number in a GGUF file.
+    """
+
+    kind: int
 
     @property
     def stored_dtype(self) -> str:
         """See `Encoding.stored_dtype`."""
-        return self.called
+        return _type_name(self.kind)
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
-        """See `Encoding.decode`."""
-        raise ValueError(f"it is stored as {self.called}, which is not decoded here")
+        """See `Encoding.decode`; as the package gguf does."""
+        import gguf
+
+        return torch.from_numpy(gguf.dequantize(codes.numpy(), gguf.GGMLQuantizationType(self.kind)))

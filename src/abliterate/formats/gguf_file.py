@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.errors import InputError, MissingDependencyError, ModelError
 from abliterate.files import shown
 
@@ -102,11 +103,14 @@ def read_gguf(path: Path, *, may_be_a_part: bool = False) -> GgufFile:
 
     Raises:
         InputError: it cannot be read.
+        CheckpointError: it is a pointer of Git LFS.
         ModelError: it is no GGUF file, it is damaged, ends too early, or is a part of a split model.
         MissingDependencyError: the package `gguf` is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError(f"{path}: to read a GGUF file the package gguf is needed: {INSTALL_HINT}")
+    if is_lfs_pointer(path):
+        raise lfs_pointer(path)
     try:
         with path.open("rb") as file:
             header = _read_header(path, file, size=os.fstat(file.fileno()).st_size)
