@@ -1,5 +1,6 @@
 """GGUF files edited in place: transformers loads what comes out, its stream is clean, all else keeps its bytes."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -9,14 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from abliterate.checkpoints.file_assembly import _Assembly
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.adapter import write_adapter
-from abliterate.editing.options import EditOptions
+from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import AbliterateError, CheckpointError, InputError, QuantizedCheckpointError
 from abliterate.formats.gguf_checkpoint import open_gguf
 from abliterate.models.gguf_loading import load_gguf
 from abliterate.models.options import ModelOptions
+from abliterate.progress import SilentProgress
 from abliterate.release.options import VerificationOptions
 from abliterate.release.report import VerificationReport
 from abliterate.release.reverting import revert_checkpoint
@@ -170,6 +173,46 @@ def test_parts_of_a_split_model_are_shards(tmp_path):
     parts[1].unlink()
     with pytest.raises(CheckpointError, match=r"-00002-of-00002\.gguf, a part of the same model, is not there"):
         open_gguf(parts[0])
+
+
+def test_a_split_model_goes_on_where_the_disk_was_full(tmp_path, monkeypatch):
+    whole = make(tmp_path / "whole")
+    parts = split(whole, tmp_path / "parts")
+    edit(parts[0], tmp_path / "undisturbed")
+    finish, finished = _Assembly._finish, []
+
+    def full_after_the_first(self, *arguments):
+        if finished:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finish(self, *arguments)
+        finished.append(arguments)
+
+    monkeypatch.setattr(_Assembly, "_finish", full_after_the_first)
+    with pytest.raises(CheckpointError, match="No space left"):
+        edit(parts[0], tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    said: list[str] = []
+    orthogonalize_checkpoint(
+        source=parts[0],
+        direction=direction(),
+        output=tmp_path / "out",
+        writing=WriteOptions(resume=True),
+        progress=Told(said),
+    )
+    assert any("1 files are finished" in line for line in said), said
+    for part in parts:
+        assert (tmp_path / "out" / part.name).read_bytes() == (tmp_path / "undisturbed" / part.name).read_bytes()
+
+
+class Told(SilentProgress):
+    """Keeps what the user is told."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self._lines = lines
+
+    def message(self, text: str) -> None:
+        self._lines.append(text)
 
 
 def split(file: Path, directory: Path) -> list[Path]:

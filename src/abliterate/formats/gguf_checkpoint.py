@@ -198,7 +198,7 @@ def _tensor_info(header: GgufFile, tensor: GgufTensor, name: str, architecture: 
     if kind is None:
         # What is only copied or looked at may be stored in any way.
         codes = replace(plain, shape=(*rows, width // n_entries * n_bytes))
-        encoding: Encoding = UnknownEncoding(codes=codes, companions=(), kind=tensor.kind)
+        encoding: Encoding = UneditedEncoding(codes=codes, companions=(), kind=tensor.kind)
     else:
         codes = replace(plain, shape=(*rows, width // n_entries, n_bytes))
         encoding = GgmlEncoding(codes=codes, companions=(), kind=kind, turned=tensor.name in _TOKEN_ROWS)
@@ -280,7 +280,7 @@ class OffsetEncoding(_CopiedEncoding):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnknownEncoding(_CopiedEncoding):
+class UneditedEncoding(_CopiedEncoding):
     """See `Encoding`: blocks of a type that is not edited.
 
     Attributes:
