@@ -133,7 +133,7 @@ class Measuring:
             "file": str(gguf_file_of(path)),
             "prompts": self.prompts,
             "tokens": self._arguments.tokens,
-            "threads": 2,
+            "threads": self._arguments.threads,
         }
         command = [str(self._arguments.llama_cpp), "-c", _LLAMA_CPP]
         ended = subprocess.run(command, input=json.dumps(task), check=True, capture_output=True, text=True)
@@ -184,6 +184,9 @@ def main() -> None:
     parser.add_argument("--n-test", type=int, default=72)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--llama-cpp", type=Path, help="a Python that has xllamacpp")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of llama.cpp, which waits in a loop where they are too many"
+    )
     parser.add_argument("--name", help="under which the results are filed")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def base(tmp_path, model_type) -> Path:
 
 
 def map_by(monkeypatch, stream: StreamMap) -> None:
-    monkeypatch.setattr(abliterate.editing.plan, "map_stream", lambda **_: stream)
+    monkeypatch.setattr(abliterate.editing.plan, "map_checkpoint", lambda *_, **__: stream)
 
 
 @pytest.mark.parametrize("n_directions", [1, 3])
