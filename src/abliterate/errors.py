@@ -12,6 +12,7 @@
     │   └── QuantizedCheckpointError
     ├── VerificationError               what was written is not what was asked for
     ├── HubError                        the Hub refused, or could not be reached
+    ├── ServerError                     a server of a model cannot be reached, fails, or answers something else
     ├── MissingDependencyError          an optional package is not installed
     ├── InterruptedRunError             exit code 130, after SIGTERM 143: a signal stopped the run
     └── NoDirectionError                exit code 3: no candidate direction passes the selection
@@ -71,6 +72,10 @@ class VerificationError(AbliterateError):
 
 class HubError(AbliterateError):
     """The Hub refused a request or could not be reached."""
+
+
+class ServerError(AbliterateError):
+    """A server that should answer for a model cannot be reached, fails, or answers something else."""
 
 
 class MissingDependencyError(AbliterateError):

@@ -18,8 +18,8 @@ from abliterate.cli.options import (
     HarmlessOption,
     JsonOption,
     JunitOption,
-    ModelArg,
     RevisionOption,
+    ServedModelArg,
     SummaryOption,
     SystemPromptOption,
     TrustRemoteCodeOption,
@@ -36,7 +36,7 @@ from abliterate.cli.output import (
     starts_with,
     writing,
 )
-from abliterate.evaluation.report import EvaluationOptions, Intervention, TaskOptions, chosen_parts
+from abliterate.evaluation.report import EvaluationOptions, Intervention, ServerOptions, TaskOptions, chosen_parts
 from abliterate.files import write_file
 from abliterate.models.options import ModelOptions
 
@@ -51,7 +51,7 @@ DEFAULTS = EvaluationOptions()
 
 def evaluate(
     context: typer.Context,
-    model: ModelArg,
+    model: ServedModelArg = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="What to compare with: directory or Hub id.")
     ] = None,
@@ -70,6 +70,15 @@ def evaluate(
     judge: Annotated[list[str] | None, option(EvaluationOptions, "judges")] = None,
     judge_label: Annotated[str | None, option(EvaluationOptions, "judge_label")] = DEFAULTS.judge_label,
     judge_prompt: Annotated[str, option(EvaluationOptions, "judge_prompt")] = DEFAULTS.judge_prompt,
+    server: Annotated[str | None, option(ServerOptions, "url")] = None,
+    api_model: Annotated[str | None, option(ServerOptions, "api_model")] = None,
+    base_server: Annotated[str | None, option(ServerOptions, "base_url")] = None,
+    base_api_model: Annotated[str | None, option(ServerOptions, "base_api_model")] = None,
+    judge_server: Annotated[str | None, option(ServerOptions, "judge_url")] = None,
+    judge_api_model: Annotated[str | None, option(ServerOptions, "judge_api_model")] = None,
+    server_requests: Annotated[int, option(ServerOptions, "requests")] = DEFAULTS.server.requests,
+    server_timeout: Annotated[float, option(ServerOptions, "timeout")] = DEFAULTS.server.timeout,
+    server_body: Annotated[str | None, option(ServerOptions, "body")] = None,
     lm_eval: Annotated[str | None, option(TaskOptions, "tasks")] = None,
     lm_eval_path: Annotated[Path | None, option(TaskOptions, "path")] = DEFAULTS.tasks.path,
     lm_eval_limit: Annotated[int | None, option(TaskOptions, "limit")] = DEFAULTS.tasks.limit,
@@ -109,13 +118,16 @@ def evaluate(
     against that report _refusal_change and _refusal_p, for KIND harmful, harmless or borderline; with --base also of
     kl_first_token, kl_continuation, cross_entropy_change and recognition_change; and of recognition_auc. A rate can be
     of a part that --languages or --turns asks for: harmful_refusal_rate@de, harmful_refusal_rate@opening.
+
+    With --server the replies come from any server with the OpenAI protocol for chats (vLLM, SGLang, llama.cpp, Ollama,
+    ...). MODEL may then be left out; where it is given, the prompts that its record names are left out. A base can be
+    served, too. What takes the model's own numbers is measured as far as the server gives log-probabilities.
     """
-    from abliterate.checkpoints.hub import resolve_model
-    from abliterate.evaluation.run import evaluate_model
     from abliterate.release import gates
     from abliterate.release.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
+    _check_where(context, server=server, model=model)
     if report_completions and (report_directory is None or save_completions is None):
         raise typer.BadParameter("--report-completions needs --report DIR and --save-completions FILE")
     check_outputs(
@@ -132,35 +144,55 @@ def evaluate(
     )
     conditions = [gates.parse_gate(text, gates.EVALUATION_NAMES) for text in fail_if or ()]
     asked = chosen_parts(_listed(languages), turns=turns)
-    gates.check_measured(conditions, has_base=base is not None, has_earlier=against is not None, parts=asked)
+    gates.check_measured(
+        conditions,
+        has_base=base is not None or base_server is not None or base_api_model is not None,
+        has_earlier=against is not None,
+        parts=asked,
+        served=server is not None,
+    )
     earlier = None if against is None else gates.read_earlier(against)
-    report = evaluate_model(
-        model=resolve_model(model, revision=revision),
+    options = EvaluationOptions(
+        harmful=harmful,
+        harmless=harmless,
+        borderline=borderline,
+        texts=tuple(text or DEFAULTS.texts),
+        max_new_tokens=max_new_tokens,
+        thinking=thinking,
+        intervention=intervention,
+        coefficient=coefficient,
+        languages=_listed(languages),
+        turns=turns,
+        judges=tuple(judge or ()),
+        judge_label=judge_label,
+        judge_prompt=judge_prompt,
+        tasks=TaskOptions(
+            tasks=_listed(lm_eval),
+            path=lm_eval_path,
+            limit=lm_eval_limit,
+        ),
+        server=ServerOptions(
+            url=server,
+            api_model=api_model,
+            base_url=base_server,
+            base_api_model=base_api_model,
+            judge_url=judge_server,
+            judge_api_model=judge_api_model,
+            requests=server_requests,
+            timeout=server_timeout,
+            body=server_body,
+        ),
+        save_completions=save_completions,
+        cache=cache,
+    )
+    report = _measure(
+        output,
+        model=model,
+        revision=revision,
         base=base,
         base_revision=base_revision,
         direction=direction,
-        options=EvaluationOptions(
-            harmful=harmful,
-            harmless=harmless,
-            borderline=borderline,
-            texts=tuple(text or DEFAULTS.texts),
-            max_new_tokens=max_new_tokens,
-            thinking=thinking,
-            intervention=intervention,
-            coefficient=coefficient,
-            languages=_listed(languages),
-            turns=turns,
-            judges=tuple(judge or ()),
-            judge_label=judge_label,
-            judge_prompt=judge_prompt,
-            tasks=TaskOptions(
-                tasks=_listed(lm_eval),
-                path=lm_eval_path,
-                limit=lm_eval_limit,
-            ),
-            save_completions=save_completions,
-            cache=cache,
-        ),
+        options=options,
         model_options=ModelOptions(
             dtype=dtype,
             device=device,
@@ -168,7 +200,6 @@ def evaluate(
             system_prompt=system_prompt,
             trust_remote_code=trust_remote_code,
         ),
-        progress=output.progress,
     )
     comparisons = () if earlier is None else gates.compare_reports(report, earlier)
     results = gates.judge_gates(conditions, gates.evaluation_numbers(report, comparisons))
@@ -192,6 +223,64 @@ def evaluate(
         with writing(summary, "--summary"):
             write_file(summary, gates.evaluation_summary(report, comparisons, results))
     gates.require(results)
+
+
+_IN_PROCESS = ("base", "base_revision", "coefficient", "dtype", "device", "batch_size", "trust_remote_code")
+_OF_SERVER = ("api_model", "base_server", "base_api_model", "judge_server", "judge_api_model", "server_body")
+
+
+def _check_where(context: typer.Context, *, server: str | None, model: str | None) -> None:
+    """Refuse options that would play no part: those of a model in this process with a server, and the other way."""
+    others = _OF_SERVER if server is None else _IN_PROCESS
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in others and source is not None and source.name == "COMMANDLINE":
+            flag = parameter.opts[0]
+            if server is None:
+                raise typer.BadParameter(f"{flag} is about a server; name it with --server URL")
+            raise typer.BadParameter(
+                f"{flag} is about a model in this process, and --server asks another; leave it out"
+            )
+    if server is None and model is None:
+        raise typer.BadParameter("MODEL is missing: a local model directory, a .gguf file or a Hub id; or --server URL")
+
+
+def _measure(
+    output: Output,
+    *,
+    model: str | None,
+    revision: str | None,
+    base: str | None,
+    base_revision: str | None,
+    direction: Path | None,
+    options: EvaluationOptions,
+    model_options: ModelOptions,
+) -> "EvaluationReport":
+    from abliterate.checkpoints.hub import resolve_model
+
+    source = None if model is None else resolve_model(model, revision=revision)
+    if options.server.url is not None:
+        from abliterate.evaluation.served import evaluate_server
+
+        return evaluate_server(
+            options=options,
+            model=source,
+            direction=direction,
+            system_prompt=model_options.system_prompt,
+            progress=output.progress,
+        )
+    from abliterate.evaluation.run import evaluate_model
+
+    assert source is not None
+    return evaluate_model(
+        model=source,
+        base=base,
+        base_revision=base_revision,
+        direction=direction,
+        options=options,
+        model_options=model_options,
+        progress=output.progress,
+    )
 
 
 def _listed(words: str | None) -> tuple[str, ...]:

@@ -46,6 +46,12 @@ def expand_home(value: Any) -> Any:
 
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory, a .gguf file or a Hub id.")]
+ServedModelArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]", help="A local model directory, a .gguf file or a Hub id; may be left out with --server."
+    ),
+]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of MODEL on the Hub.")]
 BaseRevisionOption = Annotated[
     str | None,

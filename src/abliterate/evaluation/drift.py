@@ -292,6 +292,7 @@ class Findings:
         own_answers: cross-entropy of the base's own harmless answers; None without a base.
         texts: SPEC -> cross-entropy of plain text.
         recognition: how well the model's verdict tells harmful from harmless prompts; None where it has none.
+        least_divergence: KL to the base at the first token as far as the likeliest tokens show it; None without them.
         replies: kind of prompts -> the model's replies.
         base_replies: the same of the base; None without one.
     """
@@ -300,6 +301,7 @@ class Findings:
     own_answers: CrossEntropy | None
     texts: Mapping[str, CrossEntropy]
     recognition: Recognition | None = None
+    least_divergence: float | None = None
     replies: Mapping[str, Sequence[Reply]]
     base_replies: Mapping[str, Sequence[Reply]] | None
 
@@ -317,6 +319,12 @@ def divergences(findings: Findings) -> Iterator[Measurement]:
             name=f"KL(base || model), harmless, the base's answers (up to {found.per_prompt} tokens)",
             unit=NATS,
             model=found.continuation,
+        )
+    if findings.least_divergence is not None:
+        yield Measurement(
+            name="KL(base || model), harmless, first token: at least, by the likeliest tokens",
+            unit=NATS,
+            model=findings.least_divergence,
         )
 
 

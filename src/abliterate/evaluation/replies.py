@@ -8,10 +8,10 @@ change of any makes a new file. Each line holds one reply as token ids, under th
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.provenance import model_sha256, values_sha256
@@ -28,39 +28,55 @@ from abliterate.prompt_sets import PromptSet
 
 _MOST_TOKENS = 1 << 31
 
+Kept = TypeVar("Kept")
 
-class ReplyCache:
-    """The replies of one model under one set of conditions.
+
+class KeptReplies(Generic[Kept]):
+    """The replies of one model under one set of conditions, in a file.
 
     Args:
         directory: where the file lies; made if need be, readable by its owner alone.
-        conditions: everything a reply depends on but its prompt, as values JSON can hold.
+        conditions: everything a reply depends on but what was asked, as values JSON can hold.
+        parse: makes a reply of JSON; a TypeError, ValueError or KeyError means that it is none.
 
     Raises:
         InputError: the folder or the file cannot be written.
     """
 
-    def __init__(self, directory: Path, conditions: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, conditions: Mapping[str, Any], *, parse: Callable[[Any], Kept]) -> None:
         self.path = directory / f"{values_sha256(dict(conditions))[:32]}.jsonl"
         self.hits = 0
         self._lines = JsonLines(self.path, remedy="delete the file, and its replies are generated again", mode=0o600)
+
+        def read(line: Any) -> tuple[str, Kept]:
+            if not isinstance(line["prompt"], str):
+                raise TypeError("not a prompt's hash")
+            return line["prompt"], parse(line["reply"])
+
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._replies: dict[str, list[int]] = dict(self._lines.resume(_kept_reply))
+            self._replies: dict[str, Kept] = dict(self._lines.resume(read))
         except OSError as error:
             raise InputError(f"--cache {directory}: cannot be used: {error.strerror or error}") from error
 
-    def get(self, row: Sequence[int]) -> list[int] | None:
-        """Return the reply to a rendered prompt (token ids), or None if it is not kept."""
-        reply = self._replies.get(_key(row))
+    def get(self, asked: Sequence[Any]) -> Kept | None:
+        """Return the reply to what was asked (token ids of a rendered prompt, or messages); None if it is not kept."""
+        reply = self._replies.get(values_sha256(list(asked)))
         self.hits += reply is not None
         return reply
 
-    def put(self, row: Sequence[int], reply: Sequence[int]) -> None:
+    def put(self, asked: Sequence[Any], reply: Kept) -> None:
         """Keep a reply; it is on the disk when this returns."""
-        key = _key(row)
-        self._replies[key] = list(reply)
-        self._lines.append({"prompt": key, "reply": list(reply)})
+        key = values_sha256(list(asked))
+        self._replies[key] = reply
+        self._lines.append({"prompt": key, "reply": reply})
+
+
+class ReplyCache(KeptReplies[list[int]]):
+    """Replies as token ids, each under its rendered prompt; see `KeptReplies`."""
+
+    def __init__(self, directory: Path, conditions: Mapping[str, Any]) -> None:
+        super().__init__(directory, conditions, parse=_kept_tokens)
 
 
 def reply_conditions(
@@ -88,16 +104,11 @@ def reply_conditions(
     }
 
 
-def _kept_reply(line: Any) -> tuple[str, list[int]]:
-    prompt, reply = line["prompt"], line["reply"]
+def _kept_tokens(reply: Any) -> list[int]:
     # A tokenizer takes no other numbers, and decodes those that it does not know as nothing.
-    if not isinstance(prompt, str) or not all(type(token) is int and 0 <= token < _MOST_TOKENS for token in reply):
-        raise TypeError("not a prompt's hash and a reply's tokens")
-    return prompt, reply
-
-
-def _key(row: Sequence[int]) -> str:
-    return values_sha256(list(row))
+    if not isinstance(reply, list) or not all(type(token) is int and 0 <= token < _MOST_TOKENS for token in reply):
+        raise TypeError("not a reply's tokens")
+    return reply
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,6 +72,74 @@ class TaskOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Servers that answer instead of a model in this process, by the OpenAI protocol for chats.
+
+    Attributes:
+        url: where the model is served; None: it runs in this process.
+        api_model: what the server calls the model; None: the only one that it lists.
+        base_url: where the base is served; None: there is no base, or it is at `url`, if it has a name there.
+        base_api_model: what that server calls the base.
+        judge_url: where a judge is served.
+        judge_api_model: what that server calls the judge.
+        requests: how many requests are under way at once.
+        timeout: seconds that one request may take.
+        body: JSON object that is added to each request, such as {"chat_template_kwargs": {"enable_thinking": false}}.
+    """
+
+    url: Annotated[
+        str | None,
+        Argument(
+            flag="--server",
+            metavar="URL",
+            help="Ask a server (OpenAI protocol) instead of loading MODEL; its key is read from ABLITERATE_API_KEY.",
+        ),
+    ] = None
+    api_model: Annotated[
+        str | None,
+        Argument(
+            flag="--api-model", metavar="NAME", help="What --server calls the model. Default: the only one there."
+        ),
+    ] = None
+    base_url: Annotated[
+        str | None, Argument(flag="--base-server", metavar="URL", help="Where the base is served, to compare with.")
+    ] = None
+    base_api_model: Annotated[
+        str | None,
+        Argument(flag="--base-api-model", metavar="NAME", help="What --base-server (or --server) calls the base."),
+    ] = None
+    judge_url: Annotated[
+        str | None,
+        Argument(flag="--judge-server", metavar="URL", help="A server whose model judges the replies, too."),
+    ] = None
+    judge_api_model: Annotated[
+        str | None, Argument(flag="--judge-api-model", metavar="NAME", help="What --judge-server calls the judge.")
+    ] = None
+    requests: Annotated[
+        int,
+        Argument(flag="--server-requests", minimum=1, help="Requests under way at once.", of_machine=True),
+    ] = 8
+    timeout: Annotated[
+        float,
+        Argument(
+            flag="--server-timeout",
+            metavar="SECONDS",
+            minimum=0.1,
+            help="How long one request may take.",
+            of_machine=True,
+        ),
+    ] = 600.0
+    body: Annotated[
+        str | None,
+        Argument(
+            flag="--server-body",
+            metavar="JSON",
+            help='More for each request, such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'.',
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions:
     """What is evaluated, and how.
 
@@ -93,6 +161,7 @@ class EvaluationOptions:
         judge_label: the label of a sequence classifier that means refusal; None to find it by its name.
         judge_prompt: auto, guard, yes-no, or a file with {prompt} and {reply}; see `judges`.
         tasks: what lm-evaluation-harness runs.
+        server: servers that answer instead of models in this process.
         save_completions: a JSON Lines file for all completions; None writes none.
         cache: a folder that keeps replies (token ids, those to harmful prompts too) for resuming; None keeps none.
     """
@@ -170,6 +239,7 @@ class EvaluationOptions:
         ),
     ] = "auto"
     tasks: TaskOptions = field(default_factory=TaskOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
     save_completions: Annotated[
         Path | None,
         Argument(flag="--save-completions", help="Write all completions here (JSON Lines).", of_machine=True),
@@ -275,6 +345,23 @@ class CategoryRate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedBy:
+    """The server that replied, and what it could not be asked.
+
+    Attributes:
+        url: of its API.
+        model: what it calls the model.
+        described: what it says about the model.
+        left_out: what was not measured, and why.
+    """
+
+    url: str
+    model: str
+    described: dict[str, Any]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReport:
     """Refusal rates of a model and of its base, and the damage done to harmless behaviour.
 
@@ -310,6 +397,9 @@ class EvaluationReport:
         prompt_sets: name, size and hash of each set as used.
         arguments: the arguments of `evaluate` that differ from its defaults.
         versions: of what computed this.
+        server: what replied in the model's place; None where the model ran in this process.
+        base_server: the same of the base.
+        kl_first_token_at_least: what the likeliest tokens alone show of `kl_harmless`; None where no server said them.
     """
 
     model: str
@@ -343,6 +433,9 @@ class EvaluationReport:
     prompt_sets: dict[str, dict[str, Any]]
     arguments: tuple[str, ...] = ()
     versions: dict[str, str]
+    server: ServedBy | None = None
+    base_server: ServedBy | None = None
+    kl_first_token_at_least: float | None = None
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""

@@ -6,7 +6,7 @@ Replies are greedy and are written only on request.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from abliterate.directions import Direction, load_direction
 from abliterate.editing.record import resolve_base, shards_sha256
 from abliterate.errors import InputError, InterruptedRunError
 from abliterate.evaluation.capability import TaskSamples, compare_tasks, require_harness, run_tasks
+from abliterate.evaluation.counting import Asked, Said, choose_prompts, completions_of, count, load_prompts
 from abliterate.evaluation.drift import (
     BaseDistributions,
     Divergence,
@@ -30,13 +31,12 @@ from abliterate.evaluation.drift import (
     measure,
     text_surprise,
 )
-from abliterate.evaluation.held_out import HeldOut, hold_out, record_of, used_for_checkpoint, used_prompts
+from abliterate.evaluation.held_out import record_of, used_for_checkpoint, used_prompts
 from abliterate.evaluation.judges import JudgeOptions, JudgeReport, judge_replies, load_judge
-from abliterate.evaluation.parts import Part, PartAnswers, answer_part, choose_parts, report_part
+from abliterate.evaluation.parts import PartAnswers, answer_part
 from abliterate.evaluation.recognition import Verdicts, ask_about, compare_verdicts
 from abliterate.evaluation.replies import (
     Answers,
-    Completions,
     ReplyCache,
     answer_prompts,
     let_think,
@@ -46,14 +46,10 @@ from abliterate.evaluation.replies import (
     write_completions,
 )
 from abliterate.evaluation.report import (
-    KINDS,
     SCORER,
     EvaluationOptions,
     EvaluationReport,
     Kind,
-    count_by_category,
-    count_replies,
-    refusal_change,
 )
 from abliterate.extraction.reply_classes import Reply
 from abliterate.files import check_writable, read_json_report
@@ -62,7 +58,7 @@ from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_tokenizer, open_model
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT, ProgressReporter
-from abliterate.prompt_sets import PromptSet, load_plain_texts, load_prompt_set, prompt_hash
+from abliterate.prompt_sets import PromptSet, load_plain_texts
 
 _COMPARED_PROMPTS = 64
 
@@ -107,7 +103,7 @@ def evaluate_model(
     _check_options(options, loaded)
     if options.tasks.tasks:
         require_harness()
-    sets = {kind: load_prompt_set(getattr(options, kind), kind=kind, part="test") for kind in KINDS}
+    sets = load_prompts(options)
     texts = {spec: load_plain_texts(spec) for spec in dict.fromkeys(options.texts)}
     source = as_source(model)
     base_source = source if options.intervention != "none" else None
@@ -118,20 +114,12 @@ def evaluate_model(
         raise InputError(f"--base-revision {base_revision}: is of --base, which is not given")
     judges = tuple(as_source(judge) for judge in options.judges)
     used = used_for_checkpoint(source.path) | (used_prompts(loaded.metadata) if loaded else frozenset())
-    held_out = {kind: hold_out(chosen, used) for kind, chosen in sets.items()}
-    for kind, held in held_out.items():
-        if held.repeated:
-            progress.message(f"{kind}: {held.repeated} prompts left out, since they repeat another one")
-        if held.excluded:
-            progress.message(f"{kind}: {held.excluded} prompts left out, since the direction was found with them")
-    parts = choose_parts(options, {kind: held.prompts for kind, held in held_out.items()}, used)
     return _Run(
         source=source,
         base_source=base_source,
         judges=judges,
         direction=loaded,
-        held_out=held_out,
-        parts=parts,
+        asked=choose_prompts(sets, options, used=used, progress=progress),
         texts={spec: chosen.texts for spec, chosen in texts.items()},
         options=options,
         model_options=model_options or ModelOptions(),
@@ -151,6 +139,11 @@ class _Side:
     texts: dict[str, Surprise]
     tasks: TaskSamples
 
+    @property
+    def said(self) -> Said:
+        """Its replies, classed."""
+        return Said(plain=self.replies, parts={name: part.replies for name, part in self.parts.items()})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
@@ -160,8 +153,7 @@ class _Run:
     base_source: ModelSource | None
     judges: tuple[ModelSource, ...]
     direction: Direction | None
-    held_out: dict[Kind, HeldOut]
-    parts: tuple[Part, ...]
+    asked: Asked
     texts: dict[str, tuple[str, ...]]
     options: EvaluationOptions
     model_options: ModelOptions
@@ -187,16 +179,9 @@ class _Run:
         base, model, divergence, device = self._measure()
         gc.collect()
         if self.options.save_completions is not None:
-            write_completions(self.options.save_completions, self._completions(base, model))
+            said = {"base": base.said if base else None, "model": model.said}
+            write_completions(self.options.save_completions, completions_of(self.asked, said))
         return self._report(base, model, divergence, self._judge(base, model, device))
-
-    def _completions(self, base: _Side | None, model: _Side) -> Iterator[Completions]:
-        sides = {"base": base, "model": model}
-        for label, side in ((label, side) for label, side in sides.items() if side is not None):
-            yield Completions(model=label, part=None, prompts=self._prompts, replies=side.replies)
-            for part in self.parts:
-                replies = side.parts[part.name].replies
-                yield Completions(model=label, part=part.name, prompts=part.prompts, replies=replies)
 
     def _check_comparable(self) -> None:
         """Find before hours of work that the two models do not read the same tokens.
@@ -241,7 +226,7 @@ class _Run:
 
     @property
     def _prompts(self) -> dict[Kind, PromptSet]:
-        return {kind: held.prompts for kind, held in self.held_out.items()}
+        return self.asked.prompts
 
     def _on(self, source: ModelSource, measure: Callable[[ChatModel], Found], shared: ChatModel | None) -> Found:
         """Measure a model and let it go: no name, here or in a caller, may hold it while the next one is loaded."""
@@ -311,7 +296,7 @@ class _Run:
         )
         parts = {
             part.name: answer_part(chat, part, answers, label=label, cache=cache, progress=self.progress)
-            for part in self.parts
+            for part in self.asked.parts
         }
         if cache is not None and cache.hits:
             self.progress.message(f"{label}: {cache.hits} replies taken from {cache.path}")
@@ -426,7 +411,6 @@ class _Run:
     def _report(
         self, base: _Side | None, model: _Side, divergence: Divergence | None, judges: tuple[JudgeReport, ...]
     ) -> EvaluationReport:
-        prompts = self._prompts
         compared = {
             spec: compare_surprise(base.texts[spec] if base else None, found) for spec, found in model.texts.items()
         }
@@ -442,6 +426,7 @@ class _Run:
             base_replies=base.replies if base else None,
         )
         return EvaluationReport(
+            **count(self.asked, model.said, base.said if base else None),
             model=self.source.name,
             base=self.base_source.name if self.base_source else None,
             revision=self.source.revision,
@@ -454,34 +439,7 @@ class _Run:
             thinking=self.options.thinking,
             system_prompt=self.model_options.system_prompt,
             scorer=SCORER,
-            rates={kind: count_replies(replies) for kind, replies in model.replies.items()},
-            base_rates={kind: count_replies(replies) for kind, replies in base.replies.items()} if base else None,
-            changes={
-                kind: refusal_change(base.replies[kind], replies) for kind, replies in model.replies.items() if base
-            },
-            parts={
-                part.name: report_part(
-                    part,
-                    model.parts[part.name].replies,
-                    base.parts[part.name].replies if base else None,
-                    plain=prompts,
-                    plain_model=model.replies,
-                    plain_base=base.replies if base else None,
-                )
-                for part in self.parts
-            },
             recognition=recognition,
-            categories={
-                kind: count_by_category(chosen.categories, model.replies[kind], base.replies[kind] if base else None)
-                for kind, chosen in prompts.items()
-            },
-            outcomes={
-                kind: {
-                    prompt_hash(text): reply.reply_class
-                    for text, reply in zip(chosen.texts, model.replies[kind], strict=True)
-                }
-                for kind, chosen in prompts.items()
-            },
             kl_harmless=divergence.first_token if divergence else None,
             divergence=divergence,
             cross_entropy=own_answers,
@@ -493,12 +451,6 @@ class _Run:
                 if self.options.tasks.tasks
                 else None
             ),
-            excluded={kind: held.excluded for kind, held in self.held_out.items()},
-            repeated={kind: held.repeated for kind, held in self.held_out.items()},
-            prompt_sets={
-                kind: {"name": chosen.name, "n": len(chosen), "sha256": chosen.sha256}
-                for kind, chosen in prompts.items()
-            },
             arguments=tuple(cli_arguments(self.options) + cli_arguments(self.model_options)),
             versions=versions("abliterate", "torch", "transformers"),
         )

@@ -33,7 +33,8 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 _GATE = re.compile(r"\s*(\w+(?:@\w+)?)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
 _OF_KIND = ("refusal_rate", "refusal_low", "refusal_high", "degenerate_rate")
 _AGAINST = ("refusal_change", "refusal_p")
-_WITH_BASE = ("kl_first_token", "kl_continuation", "cross_entropy_change", "recognition_change")
+_WITH_LOGITS = ("kl_first_token", "kl_continuation", "cross_entropy_change")
+_WITH_BASE = (*_WITH_LOGITS, "recognition_change")
 EVALUATION_NAMES = (
     *(f"{kind}_{name}" for kind in KINDS for name in (*_OF_KIND, *_AGAINST)),
     *_WITH_BASE,
@@ -133,7 +134,9 @@ def parse_gate(text: str, names: Sequence[str]) -> Gate:
     return Gate(text=text.strip(), name=name, operation=operation, value=number)
 
 
-def check_measured(gates: Sequence[Gate], *, has_base: bool, has_earlier: bool, parts: Sequence[str] = ()) -> None:
+def check_measured(
+    gates: Sequence[Gate], *, has_base: bool, has_earlier: bool, parts: Sequence[str] = (), served: bool = False
+) -> None:
     """Check before a run of `evaluate` that what its gates ask for will be measured.
 
     Args:
@@ -141,6 +144,7 @@ def check_measured(gates: Sequence[Gate], *, has_base: bool, has_earlier: bool, 
         has_base: whether there is a base.
         has_earlier: whether there is an earlier report.
         parts: the parts that are asked for.
+        served: whether a server replies.
 
     Raises:
         InputError: it takes --base, --against, --languages or --turns.
@@ -150,6 +154,8 @@ def check_measured(gates: Sequence[Gate], *, has_base: bool, has_earlier: bool, 
         if part and part not in parts:
             flag = f"--languages {part}" if part in LANGUAGES else "--turns"
             raise InputError(f"--fail-if {gate.text!r}: is measured with {flag}; give that, too")
+        if gate.name in _WITH_LOGITS and served:
+            raise InputError(f"--fail-if {gate.text!r}: needs the model in this process; a server gives no logits")
         if gate.name in _WITH_BASE and not has_base:
             raise InputError(f"--fail-if {gate.text!r}: is measured against a base; give it with --base")
         if gate.name.endswith(_AGAINST) and not has_earlier:
