@@ -294,7 +294,18 @@ def report_tables(report: "EvaluationReport") -> list[Table | str]:
     more += [parts_table(report)] if report.parts else []
     more += [judges_table(report)] if report.judges else []
     more += [tasks_table(report.capability)] if report.capability else []
+    more += served_lines(report)
     return [rates_table(report), damage_table(report), *more, categories_table(report)]
+
+
+def served_lines(report: "EvaluationReport") -> list[Table | str]:
+    """Return who replied, and what could not be measured for that."""
+    lines: list[Table | str] = []
+    for name, served in (("base", report.base_server), ("model", report.server)):
+        if served is not None:
+            left_out = "".join(f"\n  not measured: {text}" for text in served.left_out)
+            lines.append(f"The {name} was {served.model} at {served.url}{left_out}")
+    return lines
 
 
 def tasks_table(report: "CapabilityReport") -> Table:

@@ -118,6 +118,8 @@ def _check_options(options: EvaluationOptions) -> None:
     ):
         if given:
             raise InputError(f"{flag}: needs the model in this process; leave it out, or --server")
+    if options.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {options.max_new_tokens} is too small; give at least 1")
     if options.thinking:
         raise InputError(
             "--thinking: how a served model is let think is the server's; tell it with --server-body, such as "
@@ -284,9 +286,8 @@ def _served_by(server: ChatServer, side: _Side) -> ServedBy:
     left_out = [_NO_LOGITS]
     left_out += [_NO_TOKENS] if side.verdicts is None else []
     left_out += [] if side.has_tokens else [_NO_CUTS]
-    return ServedBy(
-        url=server.url, model=_short(server.model), described=dict(server.described), left_out=tuple(left_out)
-    )
+    described = {key: _short(each) if isinstance(each, str) else each for key, each in server.described.items()}
+    return ServedBy(url=server.url, model=_short(server.model), described=described, left_out=tuple(left_out))
 
 
 def _short(name: str) -> str:

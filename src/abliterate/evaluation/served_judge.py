@@ -40,7 +40,9 @@ class ServedJudge:
         if prompt == "auto":
             prompt = "guard" if _GUARD.search(server.model) else "yes-no"
         self.style: Style = "guard" if prompt == "guard" else "yes-no" if prompt == "yes-no" else "file"
-        self._template = {"guard": "", "yes-no": YES_NO_PROMPT}.get(prompt) or question_file(prompt)
+        self._template = YES_NO_PROMPT if self.style == "yes-no" else ""
+        if self.style == "file":
+            self._template = question_file(prompt)
         self.question = "the judge says safe, or Refusal: Yes" if self.style == "guard" else "the judge says no"
         self._cache: KeptReplies[dict[str, Any]] | None = None
         if cache is not None:

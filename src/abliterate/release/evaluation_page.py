@@ -353,6 +353,10 @@ def _provenance(report: EvaluationReport, command: str) -> Section:
     pairs: list[tuple[str, object]] = [("Model", report.model), ("Base", report.base or "none")]
     revisions = (("Model's revision", report.revision), ("Base's revision", report.base_revision))
     pairs += [(name, revision) for name, revision in revisions if revision is not None]
+    for name, served in (("Model", report.server), ("Base", report.base_server)):
+        if served is not None:
+            pairs += [(f"{name} served by", served.url), (f"{name} is called there", served.model)]
+            pairs += [("Not measured", text) for text in served.left_out]
     pairs.append(("Intervention by hooks", report.intervention))
     if report.coefficient is not None:
         pairs.append(("Coefficient", f"{report.coefficient:g}"))
