@@ -47,5 +47,5 @@ def test_what_is_left_out_and_what_was_said(options, tmp_path):
 
 
 def test_a_set_that_cannot_be_read(options):
-    with pytest.raises(PromptSetError, match="nothing.txt"):
+    with pytest.raises(PromptSetError, match=r"nothing\.txt"):
         load_prompts(EvaluationOptions(harmful="nothing.txt"))

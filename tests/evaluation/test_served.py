@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from abliterate.directions import make_direction
 from abliterate.errors import InputError, InterruptedRunError, ServerError
 from abliterate.evaluation import chat_server
+from abliterate.evaluation.judges import ServedJudge
 from abliterate.evaluation.report import EvaluationOptions, EvaluationReport, ServerOptions
 from abliterate.evaluation.run import evaluate_model
 from abliterate.evaluation.served import evaluate_server, least_divergence
-from abliterate.evaluation.served_judge import ServedJudge
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import load_openings, prompt_hash
 from tests.support.chat_servers import Scripted, llama_cpp_server, scripted_server, transformers_server
@@ -241,7 +241,7 @@ def test_other_questions_to_a_judge(server, options, tmp_path, prompt, style):
         prompt = str(tmp_path / "question.txt")
         Path(prompt).write_text("{prompt} / {reply}: declined, yes or no?")
     with scripted_server(answer=lambda _messages: "safe", models=("a-guard-model",)) as judge:
-        report = measured(server, options, more={"judge_url": judge.url}, judge_prompt=prompt)
+        report = measured(server, options, more={"judge_url": judge.url, "requests": 1}, judge_prompt=prompt)
         messages = judge.bodies[0]["messages"]
     assert report.judges[0].style == style
     if style == "guard":

@@ -20,7 +20,7 @@ from abliterate.evaluation.chat_server import TOP, ChatServer, Message, Request,
 from abliterate.evaluation.counting import Asked, Said, choose_prompts, completions_of, count, load_prompts
 from abliterate.evaluation.drift import Findings, measure
 from abliterate.evaluation.held_out import record_of, used_for_checkpoint, used_prompts
-from abliterate.evaluation.judges import JudgeOptions, JudgeReport, judge_replies, load_judge
+from abliterate.evaluation.judges import JudgeOptions, JudgeReport, ServedJudge, judge_replies, load_judge
 from abliterate.evaluation.recognition import QUESTIONS, Verdicts, compare_verdicts
 from abliterate.evaluation.replies import KeptReplies, write_completions
 from abliterate.evaluation.report import (
@@ -32,7 +32,6 @@ from abliterate.evaluation.report import (
     EvaluationReport,
     ServedBy,
 )
-from abliterate.evaluation.served_judge import ServedJudge
 from abliterate.extraction.reply_classes import Reply, read_reply
 from abliterate.files import check_writable
 from abliterate.progress import SILENT, ProgressReporter
