@@ -36,6 +36,7 @@ from abliterate.extraction.report import Baseline, ExtractionReport, RepairRepor
 from abliterate.extraction.selection import CandidateScore, Nearest
 from abliterate.files import write_file
 from abliterate.interventions.chatting import Turn
+from abliterate.interventions.hook_export import HookExport
 from abliterate.interventions.refinement_report import RefinementReport
 from abliterate.interventions.trace_report import TraceReport
 from abliterate.models.conversion import ConversionReport
@@ -108,6 +109,7 @@ DOCUMENTS: Mapping[str, tuple[type | str, Mapping[str, Key]]] = {
     "extract.repair": (RepairReport, {"direction_file": _FILE}),
     "orthogonalize": (OrthogonalizationReport, {}),
     "inspect": (InspectionReport, {}),
+    "orthogonalize.hooks": (HookExport, {}),
     "plan": (PlanReport, {}),
     "prompts": (
         "The bundled prompt sets.",

@@ -96,6 +96,7 @@ def test_what_each_command_prints_is_as_its_schema_says(
     run("orthogonalize", "model", *direction, "--strengths", "s.json", "-o", "gentle")
     run("orthogonalize", "model", *direction, "-o", "out")
     run("orthogonalize", "model", *direction, "--dry-run")
+    run("orthogonalize", "model", *direction, "--format", "hooks", "-o", "hooks")
     run("verify", "out", *prompts, "--n-prompts", 1, "--dtype", "float32")
     run("verify", "gentle", "--quick")
     run("inspect", "out", *direction, "--base", "model")

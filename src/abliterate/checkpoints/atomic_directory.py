@@ -33,7 +33,7 @@ from abliterate.errors import CheckpointError, InputError, InterruptedRunError
 from abliterate.files import check_writable
 
 # What tells a checkpoint or an adapter, which may be replaced, from a directory that was named by mistake.
-MARKERS = ("config.json", "adapter_config.json", "abliteration.json")
+MARKERS = ("config.json", "adapter_config.json", "abliteration.json", "hooks.json")
 
 # Of the system call renameat2, which Python does not have.
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Column, Table
@@ -27,7 +27,6 @@ from abliterate.cli.options import (
 )
 from abliterate.cli.output import Output
 from abliterate.editing.options import ROLES, EditOptions, TiedPolicy, WriteOptions
-from abliterate.editing.record import Format
 from abliterate.editing.strengths import read_strengths
 from abliterate.processes import in_first_process
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from abliterate.editing.edits import Kind
     from abliterate.editing.plan import TwinProof
     from abliterate.editing.record import EditedTensor, OrthogonalizationReport
+    from abliterate.interventions.hook_export import HookExport
 
 
 DEFAULTS = EditOptions()
@@ -59,11 +59,11 @@ def orthogonalize(
     add: Annotated[float | None, option(EditOptions, "add")] = DEFAULTS.add,
     quantized: QuantizedOption = DEFAULTS.quantized,
     output_format: Annotated[
-        Format,
+        Literal["checkpoint", "adapter", "hooks"],
         typer.Option(
             "--format",
-            help="A whole checkpoint, or the same edit as a LoRA adapter for PEFT to merge: megabytes. Without "
-            "--preserve-norms, --add and --tied untie.",
+            help="A whole checkpoint; the same edit as a LoRA adapter for PEFT to merge, without --preserve-norms, "
+            "--add and --tied untie; or where to hook a model whose weights must stay as they are.",
         ),
     ] = "checkpoint",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
@@ -113,10 +113,14 @@ def orthogonalize(
                 param_hint="'--add'",
             )
 
-    if output_format == "adapter" and (workers is not None or device != default_of(WriteOptions, "device") or resume):
+    if output_format != "checkpoint" and (
+        workers is not None or device != default_of(WriteOptions, "device") or resume
+    ):
         raise typer.BadParameter(
-            "adapter takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
+            f"{output_format} takes no --workers, --device and --resume; leave them out", param_hint="'--format'"
         )
+    if output_format == "hooks" and (dry_run or output_directory is None):
+        raise typer.BadParameter("hooks takes no --dry-run; `plan` shows what writes", param_hint="'--format'")
 
     options = EditOptions(
         strengths=None if strengths is None else read_strengths(strengths),
@@ -138,6 +142,19 @@ def orthogonalize(
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision)
+    if output_format == "hooks" and output_directory is not None:
+        from abliterate.interventions.hook_export import export_hooks
+
+        export = export_hooks(
+            source=source,
+            direction=directions,
+            output=output_directory,
+            options=options,
+            overwrite=overwrite,
+            progress=output.progress,
+        )
+        output.report(export, tables=lambda: _places(export), document="hooks")
+        return
     proof = _prove(source, options, output) if unverified or partial else None
     write: Callable[..., OrthogonalizationReport] = write_adapter
     if output_format == "checkpoint":
@@ -152,6 +169,18 @@ def orthogonalize(
         progress=output.progress,
     )
     output.report(report, tables=lambda: _tables(report))
+
+
+def _places(export: "HookExport") -> list[Table | str]:
+    table = Table("operation", "at", "role", "places", Column("such as", overflow="fold"))
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for place in export.places:
+        groups.setdefault((place.operation, place.at, place.role or "-"), []).append(place.module)
+    for key, modules in groups.items():
+        table.add_row(*key, str(len(modules)), modules[0])
+    whole = "together what --intervention does" if export.whole else "some of what writes to the stream"
+    control = "; a control vector for llama.cpp beside it" if export.control_vector else ""
+    return [table, f"{len(export.places)} places, {whole}{control}; written to {export.output}"]
 
 
 def _prove(source: "ModelSource", options: EditOptions, output: Output) -> "TwinProof | None":

@@ -53,6 +53,7 @@ SCHEMAS: Mapping[str, int] = {
     "extract.repair": 1,
     "inspect": 1,
     "orthogonalize": 1,
+    "orthogonalize.hooks": 1,
     "plan": 1,
     "prompts": 1,
     "prompts.set": 1,
