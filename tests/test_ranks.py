@@ -1,9 +1,11 @@
 """One, two and three processes: the same choice, scores and candidates to rounding."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from abliterate.directions import Direction, load_direction
 from abliterate.processes import Ranks
 from tests.support.paths import REPOSITORY
+from tests.support.refusing_models import refusing_model
 
 EXTRACT = ["--n-train", "9", "--n-val", "5", "--no-filter", "--refusal-token", "I"]
 EXTRACT += ["--kl-threshold", "1e9", "--induce-threshold", "-12"]
@@ -78,3 +81,76 @@ def test_shares_come_back_in_order() -> None:
     assert results == items
     assert Ranks().share(items, lambda part: [2 * item for item in part]) == [0, 2, 4, 6, 8, 10, 12]
     assert Ranks().share([], lambda part: part) == []
+
+
+EVALUATE = ["--max-new-tokens", "8", "--json"]
+
+
+def run_several(model: Path, folder: Path, n: int, *words: str) -> dict[str, Any]:
+    """Run a command in n processes, and return the one document that they print together."""
+    folder.mkdir(exist_ok=True)
+    (folder / "counted.py").write_text(COUNTED)
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={n}"] if n > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launch, str(folder / "counted.py"), "-q", words[0], str(model), *words[1:]],
+        env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [done.stderr.count(f"process {index} of {n}") for index in range(n)] == [1] * n
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def without_rounding(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: without_rounding(each) for key, each in value.items()}
+    return [without_rounding(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.fixture
+def refusing(tmp_path: Path) -> tuple[Path, list[str]]:
+    made = refusing_model("plain", tmp_path)
+    model = tmp_path / "model"
+    made.chat.model.save_pretrained(model)
+    made.chat.tokenizer.save_pretrained(model)
+    words = []
+    for kind in ("harmful", "harmless", "borderline"):
+        few = tmp_path / f"few_{kind}.txt"
+        few.write_text("\n".join(getattr(made, kind).read_text().splitlines()[:13]))
+        words += [f"--{kind}", str(few)]
+    return model, words
+
+
+@pytest.mark.parametrize("counts", [(2,), pytest.param((2, 3), marks=pytest.mark.proof)])
+def test_several_processes_measure_what_one_measures(refusing, tmp_path: Path, counts) -> None:
+    model, sets = refusing
+    more = ["--base", str(model), "--turns", *EVALUATE, *sets]
+    one = run_several(model, tmp_path / "1", 1, "evaluate", *more)
+    assert one["rates"]["harmful"]["rate"] > 0.9
+    for n in counts:
+        kept = ["--cache", str(tmp_path / f"kept{n}")]
+        for _ in range(2):
+            several = run_several(model, tmp_path / str(n), n, "evaluate", *more, *kept)
+            assert without_rounding(several) == without_rounding(one)
+        files = [file.read_text().splitlines() for file in (tmp_path / f"kept{n}").iterdir()]
+        assert len(files) == n
+        prompts = [json.loads(line)["prompt"] for lines in files for line in lines]
+        assert len(prompts) == len(set(prompts)), "a reply was generated twice"
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_processes_audit_as_one_does(refusing, tmp_path: Path, n: int) -> None:
+    model, sets = refusing
+    few = ["--n-train", "8", "--n-val", "2", "--n-test", "4", "--screen", "3", "--candidates", "2", "--bootstrap", "2"]
+    tests = ["--test-harmful", sets[1], "--test-harmless", sets[3]]
+    words = [*tests, *few, "--max-new-tokens", "8", "--json", "--harmful", str(tmp_path / "harmful.txt")]
+    words += ["--harmless", str(tmp_path / "harmless.txt")]
+    one = run_several(model, tmp_path / "1", 1, "audit", *words)
+    assert without_rounding(run_several(model, tmp_path / str(n), n, "audit", *words)) == without_rounding(one)

@@ -55,6 +55,10 @@ class Ranks:
         return self.exchange([value])
 
 
+ALONE = Ranks()
+"""One process that shares with no other."""
+
+
 def in_first_process() -> bool:
     """Tell, without joining the others, whether this process is the one that writes and reports."""
     return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"

@@ -2,6 +2,7 @@
 
 import json
 import stat
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from abliterate.evaluation.report import BUDGETS, count_replies
 from abliterate.extraction.reply_classes import read_reply
 from abliterate.models.chat_model import make_chat_model
 from abliterate.models.greedy import GreedyDecoder
+from abliterate.processes import Ranks
 from tests.support.tiny_models import CHATML, make_tokenizer, make_wider_tokenizer, tiny_gpt2
 
 ROWS = [[1, 2, 3], [4, 5], [6]]
@@ -248,3 +250,84 @@ def test_a_model_is_let_think_by_its_template(llama_chat, tail, without, thinkin
 
 def test_a_model_that_does_not_think_stays_as_it_is(llama_chat):
     assert let_think(llama_chat).chat_format == llama_chat.chat_format
+
+
+class StoppedError(Exception):
+    """A process that was killed."""
+
+
+def together(n: int, work) -> list:
+    """Run `work(ranks)` in n threads that exchange what they say as processes do, and return what each returns."""
+    barrier = threading.Barrier(n, timeout=20)
+    said: list = [None] * n
+    results: list = [None] * n
+
+    def ranks_of(index: int) -> Ranks:
+        def exchange(own: list) -> list:
+            said[index] = own
+            barrier.wait()
+            joined = [item for each in said for item in each]
+            barrier.wait()
+            return joined
+
+        return Ranks(index=index, count=n, exchange=exchange)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = work(ranks_of(index))
+        except (StoppedError, threading.BrokenBarrierError) as error:
+            barrier.abort()
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_several_processes_share_the_prompts(llama_chat, generated, tmp_path, n):
+    rows = [[i, i + 1] for i in range(7)]
+
+    def work(ranks: Ranks) -> list[list[int]]:
+        cache = ReplyCache(tmp_path, {"model": "a"}, rank=ranks.index)
+        return generate_replies(llama_chat, rows, max_new_tokens=4, cache=cache, ranks=ranks)
+
+    assert together(n, work) == [[[i + 1, i] for i in range(7)]] * n
+    assert sorted(generated) == rows
+    assert len(list(tmp_path.iterdir())) == n
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 3), (3, 1), (1, 2), (2, 3)])
+def test_what_any_of_them_had_kept_is_not_generated_again(llama_chat, generated, tmp_path, monkeypatch, before, after):
+    rows = [[i, i + 1] for i in range(9)]
+    whole = GreedyDecoder.replies
+
+    def stops_after_two(decoder, own, *, advance, receive):
+        whole(decoder, own[:2], advance=advance, receive=receive)
+        raise StoppedError
+
+    def work(ranks: Ranks) -> list[list[int]]:
+        cache = ReplyCache(tmp_path, {"model": "a"}, rank=ranks.index)
+        return generate_replies(llama_chat, rows, max_new_tokens=4, cache=cache, ranks=ranks)
+
+    monkeypatch.setattr(GreedyDecoder, "replies", stops_after_two)
+    assert all(isinstance(result, Exception) for result in together(before, work))
+    assert len(generated) == 2 * before
+    monkeypatch.setattr(GreedyDecoder, "replies", whole)
+    assert together(after, work) == [[[i + 1, i] for i in range(9)]] * after
+    assert sorted(generated) == rows
+
+
+def test_processes_that_see_no_files_of_others_tell_each_other_what_they_hold(llama_chat, generated, tmp_path):
+    rows = [[i, i + 1] for i in range(4)]
+
+    def work(ranks: Ranks) -> list[list[int]]:
+        cache = ReplyCache(tmp_path / str(ranks.index), {"model": "a"}, rank=ranks.index)
+        return generate_replies(llama_chat, rows, max_new_tokens=4, cache=cache, ranks=ranks)
+
+    first = together(2, work)
+    assert together(2, work) == first
+    assert sorted(generated) == rows

@@ -147,7 +147,11 @@ def test_the_first_blocks_have_no_control_vector(tmp_path):
         (DIRECTION, {"preserve_norms": True}, "--preserve-norms: is about weights"),
         (DIRECTION, {"quantized": "requantize"}, "--quantized: is about weights"),
         (DIRECTION, {"tied": "untie"}, "--tied: is about weights"),
-        (make_direction(mean_difference=random_direction()), {"add": 1.0}, "--add needs a direction file with its mean difference"),
+        (
+            make_direction(mean_difference=random_direction()),
+            {"add": 1.0},
+            "--add needs a direction file with its mean difference",
+        ),
         (make_direction(mean_difference=random_direction(16)), {}, "has 16 entries; the model's width is 32"),
     ],
 )

@@ -38,6 +38,7 @@ from abliterate.cli.output import (
 from abliterate.evaluation.audit_report import AuditOptions, AuditThresholds
 from abliterate.files import write_file
 from abliterate.models.options import ModelOptions
+from abliterate.processes import in_first_process
 
 if TYPE_CHECKING:
     from abliterate.evaluation.audit_report import AuditedIntervention, AuditReport
@@ -120,6 +121,8 @@ def audit(
     results: list[GateResult] = []
 
     def deliver(report: "AuditReport") -> None:
+        if not in_first_process():
+            return
         results.extend(gates.judge_gates(conditions, gates.audit_numbers(report)))
         # First: what the disk does not take is not lost.
         output.report(

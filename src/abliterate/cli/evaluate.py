@@ -39,6 +39,7 @@ from abliterate.cli.output import (
 from abliterate.evaluation.report import EvaluationOptions, Intervention, ServerOptions, TaskOptions, chosen_parts
 from abliterate.files import write_file
 from abliterate.models.options import ModelOptions
+from abliterate.processes import in_first_process
 
 if TYPE_CHECKING:
     from abliterate.evaluation.capability import CapabilityReport
@@ -127,6 +128,8 @@ def evaluate(
     from abliterate.release.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
+    if server is not None and not in_first_process():
+        return
     _check_where(context, server=server, model=model)
     if report_completions and (report_directory is None or save_completions is None):
         raise typer.BadParameter("--report-completions needs --report DIR and --save-completions FILE")
@@ -201,6 +204,8 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         ),
     )
+    if not in_first_process():
+        return
     comparisons = () if earlier is None else gates.compare_reports(report, earlier)
     results = gates.judge_gates(conditions, gates.evaluation_numbers(report, comparisons))
     more = {name: found for name, found in (("against", comparisons), ("gates", results)) if found}

@@ -38,7 +38,7 @@ from abliterate.models.hooks import ablate_direction, ablate_subspace, add_direc
 from abliterate.models.loading import open_model
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream_probe import StreamProbe, probe_stream
-from abliterate.processes import in_first_process
+from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts, Kind, PromptSet, load_prompt_set, split_for_extraction
 
@@ -80,16 +80,23 @@ def audit_model(
         "harmless": _test_set(options.test_harmless, "harmless", options.n_test, prompts),
     }
     model_options = model_options or ModelOptions()
+    ranks = find_ranks(device=model_options.device)
     opened = open_model(model, options=model_options, extracts=True, progress=progress)
     probe = probe_stream(opened.chat)
     chat = force_response_prefix(opened.chat, prompts, progress)
     parts = {part: getattr(prompts, part) for part in PARTS} | {f"{kind}_test": found for kind, found in test.items()}
     key = {**run_key(opened.source, chat, parts, model_options), "options": asdict(options)}
-    # Where several processes were started each audits for itself, and the first one keeps.
-    kept = work_directory if opened.source is not None and in_first_process() else None
-    with saved_work(kept, key=key, progress=progress) as saved:
+    kept = work_directory if opened.source is not None else None
+    with saved_work(kept, key=key, ranks=ranks, progress=progress) as saved:
         audit = _Audit(
-            chat=chat, probe=probe, prompts=prompts, test=test, options=options, saved=saved, progress=progress
+            chat=chat,
+            probe=probe,
+            prompts=prompts,
+            test=test,
+            options=options,
+            saved=saved,
+            ranks=ranks,
+            progress=progress,
         )
         report = audit.run(opened.name, opened.revision)
         deliver(report)
@@ -142,6 +149,7 @@ class _Audit:
         test: dict[str, PromptSet],
         options: AuditOptions,
         saved: SavedWork,
+        ranks: Ranks,
         progress: ProgressReporter,
     ) -> None:
         self._chat = chat
@@ -150,6 +158,7 @@ class _Audit:
         self._test = test
         self._options = options
         self._saved = saved
+        self._ranks = ranks
         self._progress = progress
 
     def run(self, name: str, revision: str | None) -> AuditReport:
@@ -166,6 +175,7 @@ class _Audit:
                 prompts=self._prompts,
                 thresholds=self._options.selection,
                 saved=self._saved,
+                ranks=self._ranks,
                 progress=self._progress,
             )
             summary = finder.screen(n_candidates=self._options.n_screened, max_new_tokens=self._options.max_new_tokens)
@@ -203,6 +213,7 @@ class _Audit:
             {kind: self._test[kind].texts for kind in kinds},
             max_new_tokens=self._options.max_new_tokens,
             label=label,
+            ranks=self._ranks,
             progress=self._progress,
         )
 
@@ -255,7 +266,7 @@ class _Audit:
         distributions: BaseDistributions,
     ) -> AuditedIntervention:
         label = f"rank {rank}" if key is None else f"{method} {key[0]}, {key[1]}"
-        known = self._saved.value(label)
+        known = self._ranks.first_says(self._saved.value(label))
         if known is not None:
             return intervention_of(known)
         rows, tokens = base.answers.rows["harmless"], base.answers.tokens["harmless"]
@@ -286,7 +297,8 @@ class _Audit:
             bearable=bearable,
             defeats=bearable and remaining <= thresholds.max_remaining,
         )
-        self._saved.save_values({label: asdict(found)})
+        if self._ranks.is_first:
+            self._saved.save_values({label: asdict(found)})
         return found
 
     def _induce(self, vector: Tensor, layer: int) -> RefusalRate:

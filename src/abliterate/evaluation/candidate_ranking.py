@@ -13,6 +13,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.saved_work import SavedWork
 from abliterate.directions import orthonormalize
+from abliterate.evaluation.replies import generate_replies
 from abliterate.extraction.candidates import resampled_cosines
 from abliterate.extraction.options import DirectionRecipe, Thresholds
 from abliterate.extraction.refusal import FirstTokens, find_refusal_tokens, refusal_metric
@@ -22,10 +23,9 @@ from abliterate.extraction.screening import propose, separations
 from abliterate.extraction.selection import CandidateScore, passing_candidates
 from abliterate.extraction.shared_runs import RecordingRun, ScoringRun, able_candidates
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.greedy import GreedyDecoder
 from abliterate.models.hooks import Recording, ablate_direction, difference_in_means
 from abliterate.models.stream_probe import StreamProbe
-from abliterate.processes import Ranks
+from abliterate.processes import ALONE, Ranks
 from abliterate.progress import ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts
 
@@ -99,6 +99,7 @@ class CandidateFinder:
         prompts: training and validation prompts.
         thresholds: what makes a candidate pass.
         saved: where recordings, scores and what screening showed are kept.
+        ranks: the processes that share the work.
         progress: where to show progress.
     """
 
@@ -111,6 +112,7 @@ class CandidateFinder:
         thresholds: Thresholds,
         saved: SavedWork,
         progress: ProgressReporter,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._chat = chat
         self._probe = probe
@@ -118,8 +120,9 @@ class CandidateFinder:
         self._thresholds = thresholds
         self._progress = progress
         self._saved = saved
+        self._ranks = ranks
         recordings = RecordingRun(
-            chat=chat, prompts=prompts, saved=self._saved, ranks=Ranks(), progress=progress
+            chat=chat, prompts=prompts, saved=self._saved, ranks=ranks, progress=progress
         ).record()
         harmful, harmless = recordings["harmful_train"], recordings["harmless_train"]
         found = find_refusal_tokens(harmful_logits=harmful.logits, harmless_logits=harmless.logits)
@@ -218,6 +221,7 @@ class CandidateFinder:
             saved=self._saved,
             thresholds=self._thresholds,
             n_layers=self._chat.n_layers,
+            ranks=self._ranks,
             progress=self._progress,
         )
         return run.score(self.candidates)
@@ -238,9 +242,12 @@ class CandidateFinder:
     def _answered(self, key: tuple[int, int], rows: list[list[int]], max_new_tokens: int) -> int:
         """Return how many prompts get an answer with a candidate ablated, out of what is saved where it is there."""
         name = f"answered {key[0]} {key[1]}"
-        if self._saved.value(name) is None:
-            with ablate_direction(self._chat, self.candidates[key]):
-                replies = GreedyDecoder(chat=self._chat, max_new_tokens=max_new_tokens).replies(rows)
-            classes = [reply.reply_class for reply in read_completions(self._chat, replies)]
-            self._saved.save_values({name: classes.count("answer")})
-        return int(self._saved.value(name))
+        known = self._ranks.first_says(self._saved.value(name))
+        if known is not None:
+            return int(known)
+        with ablate_direction(self._chat, self.candidates[key]):
+            replies = generate_replies(self._chat, rows, max_new_tokens=max_new_tokens, ranks=self._ranks)
+        n_answered = [reply.reply_class for reply in read_completions(self._chat, replies)].count("answer")
+        if self._ranks.is_first:
+            self._saved.save_values({name: n_answered})
+        return n_answered

@@ -31,6 +31,7 @@ from abliterate.models.chat_model import ChatModel
 from abliterate.models.chat_template import tokenize
 from abliterate.models.loading import load_tokenizer, load_weights
 from abliterate.models.options import ModelOptions
+from abliterate.processes import ALONE, Ranks
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 if TYPE_CHECKING:
@@ -84,12 +85,14 @@ class JudgeOptions:
         prompt: auto, guard, yes-no, or a file.
         device: where it runs.
         cache: a folder that keeps its verdicts for resuming, or None.
+        ranks: the processes that share what a causal judge is asked.
     """
 
     label: str | None = None
     prompt: str = "auto"
     device: str = "cpu"
     cache: Path | None = None
+    ranks: Ranks = ALONE
 
 
 def load_judge(source: ModelSource, *, options: JudgeOptions, progress: ProgressReporter = SILENT) -> Judge:
@@ -194,7 +197,7 @@ class _CausalJudge:
         self._max_new_tokens = _MAX_VERDICT_TOKENS[self.style]
         self._name = source.name
         self._chat = replace(_bare_chat(model, tokenizer), chat_format=_judge_format(tokenizer, self.style))
-        self._cache_directory = options.cache
+        self._cache_directory, self._ranks = options.cache, options.ranks
         self._conditions: dict[str, Any] = {}
         if options.cache is not None:
             self._conditions = reply_conditions(
@@ -206,8 +209,15 @@ class _CausalJudge:
         rows = [self._row(prompt, answer) for prompt, answer in pairs]
         self._chat.check_tokens(rows, [answer for _, answer in pairs], n_new=self._max_new_tokens)
         directory = self._cache_directory
-        cache = None if directory is None else ReplyCache(directory, self._conditions)
-        outputs = generate_replies(self._chat, rows, max_new_tokens=self._max_new_tokens, cache=cache, advance=advance)
+        cache = None if directory is None else ReplyCache(directory, self._conditions, rank=self._ranks.index)
+        outputs = generate_replies(
+            self._chat,
+            rows,
+            max_new_tokens=self._max_new_tokens,
+            cache=cache,
+            ranks=self._ranks,
+            advance=advance,
+        )
         return [parse_verdict(self._chat.decode(tokens)) for tokens in outputs]
 
     def _row(self, prompt: str, answer: str) -> list[int]:

@@ -30,6 +30,7 @@ from abliterate.evaluation.report import (
 from abliterate.evaluation.statistics import PairedChange, paired_change
 from abliterate.extraction.reply_classes import Reply, read_completions
 from abliterate.models.chat_model import ChatModel
+from abliterate.processes import ALONE, Ranks
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import BUNDLED, PromptSet, load_openings, load_prompt_set, load_translated, prompt_hash
 
@@ -109,6 +110,7 @@ def answer_part(
     *,
     label: str,
     cache: ReplyCache | None = None,
+    ranks: Ranks = ALONE,
     progress: ProgressReporter = SILENT,
 ) -> Answers:
     """Generate a greedy reply to each prompt of a part.
@@ -119,6 +121,7 @@ def answer_part(
         plain: its replies to the same prompts, asked plainly; length limits are those of these.
         label: what to call the model in the progress bars.
         cache: replies that are there already, and where new ones are kept; None keeps none.
+        ranks: the processes that share the prompts; all get all replies.
         progress: where to show progress.
 
     Raises:
@@ -128,7 +131,14 @@ def answer_part(
 
     def answer(rows: Mapping[str, list[list[int]]], texts: Mapping[str, Sequence[str]]) -> Answers:
         return answer_rows(
-            chat, rows, texts, max_new_tokens=limit, label=f"{label}, {part.name}", cache=cache, progress=progress
+            chat,
+            rows,
+            texts,
+            max_new_tokens=limit,
+            label=f"{label}, {part.name}",
+            cache=cache,
+            ranks=ranks,
+            progress=progress,
         )
 
     texts = {str(kind): prompts.texts for kind, prompts in part.prompts.items()}

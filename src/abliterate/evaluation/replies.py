@@ -23,10 +23,12 @@ from abliterate.files import JsonLines, write_file
 from abliterate.models.chat_format import find_chat_format
 from abliterate.models.chat_model import ChatModel, conditions_of
 from abliterate.models.greedy import GreedyDecoder
+from abliterate.processes import ALONE, Ranks
 from abliterate.progress import SILENT, Advance, ProgressReporter
 from abliterate.prompt_sets import PromptSet
 
 _MOST_TOKENS = 1 << 31
+_AGAIN = "delete the file, and its replies are generated again"
 
 Kept = TypeVar("Kept")
 
@@ -38,15 +40,19 @@ class KeptReplies(Generic[Kept]):
         directory: where the file lies; made if need be, readable by its owner alone.
         conditions: everything a reply depends on but what was asked, as values JSON can hold.
         parse: makes a reply of JSON; a TypeError, ValueError or KeyError means that it is none.
+        rank: of the process, where several share the work: each writes a file of its own, and the first reads all.
 
     Raises:
         InputError: the folder or the file cannot be written.
     """
 
-    def __init__(self, directory: Path, conditions: Mapping[str, Any], *, parse: Callable[[Any], Kept]) -> None:
-        self.path = directory / f"{values_sha256(dict(conditions))[:32]}.jsonl"
+    def __init__(
+        self, directory: Path, conditions: Mapping[str, Any], *, parse: Callable[[Any], Kept], rank: int = 0
+    ) -> None:
+        name = values_sha256(dict(conditions))[:32]
+        self.path = directory / (f"{name}.{rank}.jsonl" if rank else f"{name}.jsonl")
         self.hits = 0
-        self._lines = JsonLines(self.path, remedy="delete the file, and its replies are generated again", mode=0o600)
+        self._lines = JsonLines(self.path, remedy=_AGAIN, mode=0o600)
 
         def read(line: Any) -> tuple[str, Kept]:
             if not isinstance(line["prompt"], str):
@@ -56,6 +62,8 @@ class KeptReplies(Generic[Kept]):
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._replies: dict[str, Kept] = dict(self._lines.resume(read))
+            for other in sorted(directory.glob(f"{name}.*.jsonl")) if rank == 0 else ():
+                self._replies |= dict(JsonLines(other, remedy=_AGAIN).read(read))
         except OSError as error:
             raise InputError(f"--cache {directory}: cannot be used: {error.strerror or error}") from error
 
@@ -75,8 +83,8 @@ class KeptReplies(Generic[Kept]):
 class ReplyCache(KeptReplies[list[int]]):
     """Replies as token ids, each under its rendered prompt; see `KeptReplies`."""
 
-    def __init__(self, directory: Path, conditions: Mapping[str, Any]) -> None:
-        super().__init__(directory, conditions, parse=_kept_tokens)
+    def __init__(self, directory: Path, conditions: Mapping[str, Any], *, rank: int = 0) -> None:
+        super().__init__(directory, conditions, parse=_kept_tokens, rank=rank)
 
 
 def reply_conditions(
@@ -144,6 +152,7 @@ def answer_prompts(
     max_new_tokens: int,
     label: str = "model",
     cache: ReplyCache | None = None,
+    ranks: Ranks = ALONE,
     progress: ProgressReporter = SILENT,
 ) -> Answers:
     """Generate a greedy reply to each prompt, batched by length.
@@ -154,13 +163,23 @@ def answer_prompts(
         max_new_tokens: length limit of each reply.
         label: what to call the model in the progress bars.
         cache: replies that are there already, and where new ones are kept; None keeps none.
+        ranks: the processes that share the prompts; all get all replies.
         progress: where to show progress.
 
     Raises:
         ModelError: one prompt alone does not fit into memory, or cannot be put to the model.
     """
     rows = {kind: chat.encode(texts) for kind, texts in prompts.items()}
-    return answer_rows(chat, rows, prompts, max_new_tokens=max_new_tokens, label=label, cache=cache, progress=progress)
+    return answer_rows(
+        chat,
+        rows,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        label=label,
+        cache=cache,
+        ranks=ranks,
+        progress=progress,
+    )
 
 
 def answer_rows(
@@ -171,6 +190,7 @@ def answer_rows(
     max_new_tokens: int,
     label: str = "model",
     cache: ReplyCache | None = None,
+    ranks: Ranks = ALONE,
     progress: ProgressReporter = SILENT,
 ) -> Answers:
     """Generate a greedy reply to each rendered prompt; see `answer_prompts`.
@@ -182,6 +202,7 @@ def answer_rows(
         max_new_tokens: length limit of each reply.
         label: what to call the model in the progress bars.
         cache: replies that are there already, and where new ones are kept; None keeps none.
+        ranks: the processes that share the prompts; all get all replies.
         progress: where to show progress.
     """
     # All of them first, so that what cannot be asked is found before anything is answered.
@@ -191,7 +212,7 @@ def answer_rows(
     for kind, texts in prompts.items():
         with progress.task(f"Answering {kind} prompts ({label})", total=len(texts)) as advance:
             tokens[kind] = generate_replies(
-                chat, rows[kind], max_new_tokens=max_new_tokens, cache=cache, advance=advance
+                chat, rows[kind], max_new_tokens=max_new_tokens, cache=cache, ranks=ranks, advance=advance
             )
         _warn_of_template(chat, tokens[kind], f"{label}, {kind} prompts", progress)
     return Answers(rows=dict(rows), tokens=tokens, max_new_tokens=max_new_tokens)
@@ -259,23 +280,28 @@ def generate_replies(
     *,
     max_new_tokens: int,
     cache: ReplyCache | None = None,
+    ranks: Ranks = ALONE,
     advance: Advance = lambda _n: None,
 ) -> list[list[int]]:
-    """Generate greedy replies to rendered prompts (token ids), except those that a cache holds."""
+    """Generate greedy replies to rendered prompts (token ids), except those that a cache holds.
+
+    Where several processes share the prompts, each keeps what it generates as it comes, and all get all replies.
+    """
     decoder = GreedyDecoder(chat=chat, max_new_tokens=max_new_tokens)
-    if cache is None:
-        return decoder.replies(rows, advance=advance)
-    kept = [cache.get(row) for row in rows]
+    own_kept = [None if cache is None else cache.get(row) for row in rows]
+    # Each may hold what no other sees: processes run on several machines, and keep files of their own.
+    kept = [next((one for one in each if one is not None), None) for each in zip(*ranks.gather(own_kept), strict=True)]
     missing = [i for i, reply in enumerate(kept) if reply is None]
     advance(len(rows) - len(missing))
-    made: list[list[int]] = []
-    if missing:
-        made = decoder.replies(
-            [rows[i] for i in missing],
-            advance=advance,
-            receive=lambda index, reply: cache.put(rows[missing[index]], reply),
-        )
-    new = dict(zip(missing, made, strict=True))
+
+    def compute(own: Sequence[int]) -> list[list[int]]:
+        def keep(index: int, reply: list[int]) -> None:
+            if cache is not None:
+                cache.put(rows[own[index]], reply)
+
+        return decoder.replies([rows[i] for i in own], advance=lambda n: advance(n * ranks.count), receive=keep)
+
+    new = dict(zip(missing, ranks.share(missing, compute), strict=True)) if missing else {}
     return [new[i] if reply is None else reply for i, reply in enumerate(kept)]
 
 

@@ -57,6 +57,7 @@ from abliterate.interventions.steering import default_coefficient, steer, steeri
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.loading import load_tokenizer, open_model
 from abliterate.models.options import ModelOptions
+from abliterate.processes import Ranks, find_ranks
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.prompt_sets import PromptSet, load_plain_texts
 
@@ -81,7 +82,8 @@ def evaluate_model(
     """Measure refusal rates on held-out prompts and, against a base, what else changed.
 
     With an intervention, the base is MODEL itself without it unless another is given. A base with weights of its own
-    is loaded twice, before and after the model, so that only one of them is in memory at a time.
+    is loaded twice, before and after the model, so that only one of them is in memory at a time. Where a launcher
+    started several processes, they share the prompts that are replied to; all else each computes; the first writes.
 
     Args:
         model: a directory, a Hub id or a resolved source.
@@ -123,6 +125,7 @@ def evaluate_model(
         texts={spec: chosen.texts for spec, chosen in texts.items()},
         options=options,
         model_options=model_options or ModelOptions(),
+        ranks=find_ranks(device=(model_options or ModelOptions()).device),
         progress=progress,
     ).evaluate()
 
@@ -157,6 +160,7 @@ class _Run:
     texts: dict[str, tuple[str, ...]]
     options: EvaluationOptions
     model_options: ModelOptions
+    ranks: Ranks
     progress: ProgressReporter
 
     def evaluate(self) -> EvaluationReport:
@@ -178,7 +182,7 @@ class _Run:
         self._check_comparable()
         base, model, divergence, device = self._measure()
         gc.collect()
-        if self.options.save_completions is not None:
+        if self.options.save_completions is not None and self.ranks.is_first:
             said = {"base": base.said if base else None, "model": model.said}
             write_completions(self.options.save_completions, completions_of(self.asked, said))
         return self._report(base, model, divergence, self._judge(base, model, device))
@@ -292,10 +296,13 @@ class _Run:
             max_new_tokens=self.options.max_new_tokens,
             label=label,
             cache=cache,
+            ranks=self.ranks,
             progress=self.progress,
         )
         parts = {
-            part.name: answer_part(chat, part, answers, label=label, cache=cache, progress=self.progress)
+            part.name: answer_part(
+                chat, part, answers, label=label, cache=cache, ranks=self.ranks, progress=self.progress
+            )
             for part in self.asked.parts
         }
         if cache is not None and cache.hits:
@@ -336,7 +343,7 @@ class _Run:
             steering=steering,
             progress=self.progress,
         )
-        return ReplyCache(self.options.cache, conditions)
+        return ReplyCache(self.options.cache, conditions, rank=self.ranks.index)
 
     @property
     def _coefficient(self) -> float | None:
@@ -392,6 +399,7 @@ class _Run:
             prompt=self.options.judge_prompt,
             device=device,
             cache=self.options.cache,
+            ranks=self.ranks,
         )
         reports = []
         for source in self.judges:
