@@ -25,17 +25,16 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.safetensors_file import read_tensor
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.extraction.reply_classes import read_completions, read_reply
 from abliterate.files import JsonLines, read_json_report, write_json
 from abliterate.formats.gguf_checkpoint import gguf_file_of, holds_gguf, open_gguf
+from abliterate.inspection.component import component_of
 from abliterate.models.chat_model import stop_tokens
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
 from abliterate.prompt_sets import load_prompt_set
-from abliterate.release.inspection import inspect_model
 from tests.support.gguf_models import as_stored
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "quantisation.json"
@@ -99,7 +98,7 @@ class Measuring:
         """Return what a model has of the direction, beside a base, and what it refuses."""
         if name not in self._found:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            read = inspect_model(model=_source(path), base=_source(base), directions=[self._arguments.direction])
+            read = component_of(path, base=base, directions=[self._arguments.direction])
             line: dict[str, Any] = {
                 "name": name,
                 "n": len(self.prompts),
@@ -139,10 +138,6 @@ class Measuring:
         ended = subprocess.run(command, input=json.dumps(task), check=True, capture_output=True, text=True)
         texts = json.loads(ended.stdout.rpartition("REPLIES")[2])
         return sum(read_reply(text, special_tokens=[], truncated=True).refused for text in texts)
-
-
-def _source(path: Path) -> ModelSource:
-    return ModelSource(path=path, name=path.name, revision=None)
 
 
 def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

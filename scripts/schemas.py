@@ -35,6 +35,7 @@ from abliterate.extraction.options import Thresholds
 from abliterate.extraction.report import Baseline, ExtractionReport, RepairReport
 from abliterate.extraction.selection import CandidateScore, Nearest
 from abliterate.files import write_file
+from abliterate.inspection.report import InspectionReport
 from abliterate.interventions.chatting import Turn
 from abliterate.interventions.hook_export import HookExport
 from abliterate.interventions.refinement_report import RefinementReport
@@ -44,7 +45,6 @@ from abliterate.models.demo import DemoReport
 from abliterate.prompt_sets import PromptSetInfo
 from abliterate.release.file_checks import TensorCheck
 from abliterate.release.gates import Comparison, GateResult
-from abliterate.release.inspection import InspectionReport
 from abliterate.release.publishing import PushReport
 from abliterate.release.recorded_edits import RecordedTensor
 from abliterate.release.report import VerificationReport
@@ -108,7 +108,7 @@ DOCUMENTS: Mapping[str, tuple[type | str, Mapping[str, Key]]] = {
     "extract.not_found": ("What is nearest where no candidate passes the selection (exit code 3).", _NOT_FOUND),
     "extract.repair": (RepairReport, {"direction_file": _FILE}),
     "orthogonalize": (OrthogonalizationReport, {}),
-    "inspect": (InspectionReport, {}),
+    "inspect": (InspectionReport, {"gates": _GATES}),
     "orthogonalize.hooks": (HookExport, {}),
     "plan": (PlanReport, {}),
     "prompts": (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.directions import make_direction
+from abliterate.directions import load_direction, make_direction
 from tests.support.command_line import CommandLine
 from tests.support.gguf_models import tiny, write
 from tests.support.tiny_models import random_direction, save_tiny_llama
@@ -53,7 +53,10 @@ def test_json_is_one_document_and_a_base_is_not_needed(call_main, tmp_path, dire
 
 
 @pytest.mark.parametrize(("arguments", "code", "said"), [
-    (["inspect", "{file}"], 2, "Missing option '--direction'"),
+    (["inspect", "{file}", "-o", "r.safetensors"], 1, "name that base with --base"),
+    (["inspect", "{file}", "--fail-if", "kl>1"], 1, "'kl' is not among verdict, exact"),
+    (["inspect", "{file}", "--fail-if", "verdict=directional"], 1, "such as verdict!=identical"),
+    (["inspect", "{file}", "--base", "{file}", "-o", "r2.safetensors"], 1, "no direction was recovered"),
     (["inspect", "{file}.txt", "--direction", "{direction}"], 1, "no such directory"),
     (["inspect", "{file}", "--direction", "{file}"], 1, "model.gguf"),
     (["orthogonalize", "{file}", "--direction", "{direction}", "-o", "x.gguf"], 1, "-o names a directory"),
@@ -69,3 +72,24 @@ def test_what_cannot_be_done_is_one_line(call_main, tmp_path, monkeypatch, file,
     assert said in result.error_line
     assert result.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_pair_is_judged_the_direction_written_and_a_gate_obeyed(call_main, tmp_path, file, direction):
+    out, recovered, page = tmp_path / "out", tmp_path / "again.safetensors", tmp_path / "page"
+    assert call_main("orthogonalize", file, "--direction", direction, "-o", out).exit_code == 0
+    seen = call_main("inspect", out, "--base", file, "-o", recovered, "--report", page)
+    assert seen.exit_code == 0
+    assert "verdict: directional (exact): a direction was projected out of" in seen.stdout
+    assert "abliteration.json says: base" in seen.stdout
+    assert sorted(path.name for path in page.iterdir()) == ["index.html", "inspection.json"]
+    assert abs(float(load_direction(recovered).vector.double() @ random_direction(64))) > 0.9999
+    gated = call_main("inspect", out, "--base", file, "--fail-if", "verdict!=identical", "--json")
+    assert gated.exit_code == 1
+    report = json.loads(gated.stdout)
+    assert (report["verdict"], report["gates"][0]["failed"]) == ("directional", True)
+    assert "verdict!=identical: it is directional" in gated.error_line
+    passes = ("--fail-if", "tensors_edited>0", "--fail-if", "record_problems>0")
+    assert call_main("inspect", file, "--base", file, *passes).exit_code == 0
+    # Without a base there is no verdict, so that a gate on it fails.
+    assert call_main("inspect", out, "--fail-if", "verdict!=identical").exit_code == 1
+    assert call_main("inspect", out, "--base", recovered).exit_code == 1

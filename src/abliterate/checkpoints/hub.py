@@ -8,9 +8,9 @@ becomes one line that says what to do. No token is ever shown.
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,7 @@ class RemoteModel:
         wanted: The files that `resolve_model` would download.
         card: What its card says.
         gated: "auto" or "manual" where its owner asks for agreement first; None where not.
+        hashes: SHA-256 of those in large file storage, by path.
     """
 
     name: str
@@ -213,6 +214,7 @@ class RemoteModel:
     wanted: frozenset[str]
     card: CardFacts
     gated: str | None
+    hashes: dict[str, str] = field(default_factory=dict)
 
     def read(self, path: str) -> bytes:
         """Return the content of a file that is not large, which is kept in the Hub's cache.
@@ -330,6 +332,18 @@ def _looks_like_a_path(model: str) -> bool:
     return not model.strip() or model[0] in "./~" or model.endswith("/") or model.count("/") > 1 or "\\" in model
 
 
+def download_without(model: str, *, revision: str, skipped: Sequence[str]) -> ModelSource:
+    """Download a Hub model without some of its files.
+
+    Raises:
+        HubError: The Hub does not give it, or cannot be reached.
+    """
+    patterns, ignored = [*_TEXT_PATTERNS, "*.safetensors"], [*_IGNORED_PATTERNS, *skipped]
+    with hub_errors(model, revision=revision):
+        snapshot = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+    return ModelSource(path=Path(snapshot), name=model, revision=Path(snapshot).name)
+
+
 def _download(model: str, *, revision: str | None) -> ModelSource:
     patterns = [*_TEXT_PATTERNS, "*.safetensors"]
     with hub_errors(model, revision=revision):
@@ -361,7 +375,8 @@ def inspect_model(model: str, *, revision: str | None = None) -> RemoteModel:
     with hub_errors(model, revision=revision):
         info = HfApi().model_info(model, revision=revision)
         commit = str(info.sha)
-        sizes = {path: file.bytes for path, file in list_remote_files(model, revision=commit).items()}
+        files = list_remote_files(model, revision=commit)
+    sizes = {path: file.bytes for path, file in files.items()}
     if constants.CONFIG_NAME not in sizes:
         raise _no_config(model)
     if not {constants.SAFETENSORS_SINGLE_FILE, constants.SAFETENSORS_INDEX_FILE} & sizes.keys():
@@ -374,6 +389,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> RemoteModel:
         wanted=frozenset(filter_repo_objects(sizes, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS)),
         card=_card_facts(vars(info.card_data) if info.card_data is not None else {}),
         gated=info.gated or None,
+        hashes={path: file.sha256 for path, file in files.items() if file.sha256 is not None},
     )
 
 

@@ -1,5 +1,6 @@
 """`abliterate plan` and `inspect`: from files alone, what an edit would touch, and what is left of a direction."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,6 @@ from abliterate.cli.options import (
     ALL_COMPONENTS,
     BaseRevisionOption,
     ComponentsOption,
-    DirectionsOption,
     JsonOption,
     LayersOption,
     ModelArg,
@@ -20,15 +20,28 @@ from abliterate.cli.options import (
     parse_components,
     parse_layers,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, gate_tables, writing
 from abliterate.editing.options import EditOptions
+from abliterate.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from abliterate.editing.plan_report import PlanReport
-    from abliterate.release.inspection import InspectionReport
+    from abliterate.inspection.report import InspectionReport, PairReading
 
 
 DEFAULTS = EditOptions()
+# Names that a line shows before it counts the others.
+_SHOWN = 4
+InspectFailIfOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if",
+        metavar="CONDITION",
+        help="End with exit code 1 if this holds of the report, such as 'verdict!=identical'; may be repeated.",
+    ),
+]
 
 
 def plan(
@@ -128,37 +141,148 @@ def _facts(report: "PlanReport") -> list[Table | str]:
 def inspect(
     context: typer.Context,
     model: ModelArg,
-    directions: DirectionsOption,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help="What each tensor is held against: the model before its edit."),
+        typer.Option("--base", metavar="MODEL", help="What MODEL is held against: the model that it was made from."),
     ] = None,
+    directions: Annotated[
+        list[Path] | None,
+        typer.Option("--direction", help="Direction file to look for in the weights; may be repeated."),
+    ] = None,
+    output_file: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write the direction that was projected out here."),
+    ] = None,
+    report_directory: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write one self-contained HTML page (and the JSON) here."),
+    ] = None,
+    fail_if: InspectFailIfOption = None,
     revision: RevisionOption = None,
     base_revision: BaseRevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Show what MODEL's weights have of a direction, whoever made them and however they are stored.
+    """Say what was done to MODEL, whoever made it and however it is stored, from its files alone.
 
-    Every tensor that writes to the residual stream is read, decoded and measured: safetensors, quantised or not, and
-    GGUF. With --base also as a share of what the base has: what plain quantisation of an edited model gives back, for
-    example. Nothing is run.
+    With --base every tensor is held against the base's: verdict identical, requantised, directional, low_rank,
+    fine_tuned or unrelated; the direction that was projected out, how strongly, and what is left. Other shards, names
+    with other prefixes, dtypes and quantised layouts are understood; of two Hub models only the files that differ are
+    downloaded. Without --base: what MODEL's record and card say, and what its weights have of --direction. --fail-if
+    takes verdict!=WORD and numbers (tensors_edited>0, record_problems>0, ...). Nothing is run.
     """
-    from abliterate.checkpoints.hub import resolve_model
-    from abliterate.editing.record import resolve_base
-    from abliterate.release.inspection import inspect_model
+    from abliterate.directions import is_direction_file
+    from abliterate.inspection.reading import inspect_model
+    from abliterate.inspection.sources import resolve_pair
+    from abliterate.release import gates
+    from abliterate.release.inspection_page import write_inspection_page
 
     output = Output.of(context, json_output=json_output)
-    source = resolve_model(model, revision=revision)
-    original = None
-    if base is not None:
-        original = resolve_base(base, revision=base_revision, edited=source, progress=output.progress)
-    report = inspect_model(model=source, base=original, directions=directions, progress=output.progress)
-    output.report(report, tables=lambda: _readings(report))
+    file = OutputFile(path=output_file, what="direction file", is_own=is_direction_file)
+    check_outputs(file, report=report_directory)
+    if output_file is not None and base is None:
+        raise InputError("--output writes the direction that a base was freed of; name that base with --base")
+    conditions = [gates.parse_gate(text, gates.INSPECTION_NAMES) for text in fail_if or ()]
+    with resolve_pair(model, base, revision=revision, base_revision=base_revision, progress=output.progress) as pair:
+        found = inspect_model(
+            model=pair.model,
+            base=pair.base,
+            directions=directions or (),
+            opened=pair.opened,
+            same_files=pair.same_files,
+            progress=output.progress,
+        )
+    files = []
+    if output_file is not None:
+        made = found.directions()
+        files = _file_names(output_file, len(made))
+        for path, direction in zip(files, made, strict=True):
+            direction.save(path)
+    report = found.written_to(files)
+    results = gates.judge_gates(conditions, gates.inspection_numbers(report))
+    output.report(
+        {**output.plain(report), **({"gates": output.plain(results)} if results else {})},
+        tables=lambda: [*_pair_tables(report), *_readings(report), *gate_tables((), results)],
+    )
+    if report_directory is not None:
+        with writing(report_directory):
+            write_inspection_page(report, report_directory, command=command_line())
+    gates.require(results)
+
+
+def _file_names(output_file: Path, k: int) -> list[Path]:
+    if k == 1:
+        return [output_file]
+    return [output_file.with_name(f"{output_file.stem}.{i}{output_file.suffix}") for i in range(1, k + 1)]
+
+
+def _pair_tables(report: "InspectionReport") -> list[Table | str]:
+    lines: list[Table | str] = []
+    if report.pair is not None:
+        lines += [_parts(report.pair), *_pair_lines(report)]
+    record = report.record
+    if record.record is not None:
+        claims = ", ".join(f"{name} {value}" for name, value in record.claims.items() if isinstance(value, int | str))
+        lines.append(f"{record.record} says: {claims or 'nothing that can be read'}")
+        if report.pair is None and not record.problems:
+            lines.append("Whether that describes the bytes can only be told beside the base (--base)")
+    lines += [f"The record does not describe the bytes: it {problem}" for problem in record.problems]
+    if record.base_model is not None or record.tags:
+        said = [f"base_model {record.base_model}"] if record.base_model else []
+        said += [f"tags {', '.join(record.tags)}"] if record.tags else []
+        lines.append(f"The card says: {'; '.join(said)}")
+    if report.pair is None and not report.tensors:
+        lines.append("Nothing more can be said without a base (--base) or a direction (--direction)")
+    return lines
+
+
+def _parts(pair: "PairReading") -> Table:
+    table = Table("part", "tensors", "changed", "|D|/|W|", "strength")
+    for part in pair.parts:
+        change = "" if part.change is None else f"{part.change:.2e}"
+        strengths = "" if part.strengths is None else f"{part.strengths[0]:.3f} to {part.strengths[1]:.3f}"
+        table.add_row(part.part, str(part.tensors), str(part.changed), change, strengths)
+    return table
+
+
+def _pair_lines(report: "InspectionReport") -> list[str]:
+    pair = report.pair
+    assert pair is not None
+    words = [word for word in ("exact", "partial", "restored_norms") if getattr(pair, word)]
+    lines = [
+        f"{report.model} beside {report.base}: {pair.tensors} tensors, {pair.equal_bytes} with the same bytes, "
+        f"{pair.equal_numbers} with the same numbers in others, {pair.rounded} rounded, {pair.edited} edited; "
+        f"{pair.shards_changed} of {pair.shards} files changed"
+    ]
+    counts = (("added", pair.added), ("missing", pair.missing), ("of another shape", pair.reshaped))
+    lines += [f"{len(names)} tensors {what}: {_first_names(names)}" for what, names in counts if names]
+    lines += [f"{name}: {rows:+d} rows" for name, rows in pair.padded.items()]
+    lines += [f"{name} adds a vector of length {length:.4g}" for name, length in pair.added_vectors.items()]
+    lines += [f"{what}: {_first_names(names)}" for what, names in (
+        ("config.json differs in", pair.config_changes), ("Other files that differ", pair.files_changed)
+    ) if names]  # fmt: skip
+    if pair.low_rank is not None:
+        low = pair.low_rank
+        lines.append(f"Rank {low.least_rank} to {low.rank} in {low.tensors} tensors: {_first_names(low.targets)}")
+    found = pair.directions
+    if found is not None:
+        cosines = ", ".join(f"{cosine:.4f}" for cosine in found.cosines)
+        beside = f"; cosine with the given: {cosines}" if cosines else ""
+        lines.append(f"Recovered from {found.tensors} tensors: k {found.k}, {found.scope}{beside}")
+    lines += list(pair.notes)
+    beside = f" ({', '.join(words)})" if words else ""
+    return [*lines, f"verdict: {pair.verdict}{beside}: {pair.reason}"]
+
+
+def _first_names(names: "Sequence[str]") -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _readings(report: "InspectionReport") -> list[Table | str]:
+    if not report.tensors:
+        return []
     table = Table("role", "tensors", "dtype", "|U·W|/|W|", "largest")
-    if report.base is not None:
+    if report.left is not None:
         table.add_column("share of the base's")
         table.add_column("largest share")
     for role in report.roles:

@@ -160,6 +160,41 @@ def line_chart(
     return _figure(drawing, height=236, caption=caption, legend=legend)
 
 
+def heat_map(rows: Sequence[tuple[str, Sequence[float | None]]], *, caption: str, x_name: str, legend: str) -> str:
+    """Return a figure of cells, a row a label and a column a whole number 0, 1, 2, ...; the darker the greater.
+
+    Args:
+        rows: label and values from 0 to 1, all of the same number; None leaves a cell empty.
+        caption: what the figure shows.
+        x_name: what the whole numbers are.
+        legend: what the darkest cells are.
+    """
+    n, height, top = max((len(values) for _, values in rows), default=0), 18, 8
+    if not n:
+        return ""
+    shapes = []
+    for i, (label, values) in enumerate(rows):
+        y = top + i * height
+        shapes.append(f'<text x="0" y="{y + height // 2 + 4}">{escape(label)}</text>')
+        for j, value in enumerate(values):
+            if value is None:
+                continue
+            colour = f'fill="var({COLOURS[1]})" fill-opacity="{0.08 + 0.92 * min(1.0, max(0.0, value)):.3f}"'
+            place = (
+                f'x="{_LEFT + _SPAN * j / n:.3f}%" y="{y + 1}" width="{0.94 * _SPAN / n:.3f}%" height="{height - 2}"'
+            )
+            shapes.append(f"<rect {place} {colour}><title>{escape(label)}, {j}: {value:.3f}</title></rect>")
+    bottom = top + len(rows) * height + 14
+    shapes += [
+        f'<text class="quiet" x="{_LEFT + _SPAN * (j + 0.47) / n:.3f}%" y="{bottom}" text-anchor="middle">{j}</text>'
+        for j in range(0, n, max(1, round(n / 8)))
+    ]
+    shapes.append(
+        f'<text class="quiet" x="{_LEFT + _SPAN / 2}%" y="{bottom + 18}" text-anchor="middle">{escape(x_name)}</text>'
+    )
+    return _figure("".join(shapes), height=bottom + 22, caption=caption, legend=[(legend, COLOURS[1])])
+
+
 _LEFT, _SPAN = 34.0, 62.0
 
 

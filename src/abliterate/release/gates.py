@@ -18,6 +18,7 @@ from abliterate.evaluation.audit_report import AuditReport
 from abliterate.evaluation.report import KINDS, PARTS, EvaluationReport
 from abliterate.evaluation.statistics import PairedChange, paired_change
 from abliterate.files import printable, read_json_report, write_file
+from abliterate.inspection.report import InspectionReport
 from abliterate.prompt_sets import LANGUAGES
 
 Number = float | str
@@ -47,6 +48,18 @@ AUDIT_NAMES = (
     "verdict",
 )
 """What a gate of `audit` can ask for."""
+
+_OF_PAIR = ("exact", "partial", "restored_norms")
+_COUNTED = {
+    "tensors_edited": "edited",
+    "tensors_rounded": "rounded",
+    "tensors_added": "added",
+    "tensors_missing": "missing",
+    "config_changes": "config_changes",
+    "files_changed": "files_changed",
+}
+INSPECTION_NAMES = ("verdict", *_OF_PAIR, *_COUNTED, "change", "record_problems", "left")
+"""What a gate of `inspect` can ask for; what is true counts as 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +124,7 @@ def parse_gate(text: str, names: Sequence[str]) -> Gate:
     found = _GATE.fullmatch(text)
     if found is None:
         raise InputError(
-            f"--fail-if {text!r} is not NAME OP VALUE with OP among < <= > >= == !=, such as {names[0]}<0.9"
+            f"--fail-if {text!r} is not NAME OP VALUE with OP among < <= > >= == !=, such as {_example(names)}"
         )
     name, operation, value = found.groups()
     plain, _, part = name.partition("@")
@@ -132,6 +145,10 @@ def parse_gate(text: str, names: Sequence[str]) -> Gate:
     if number != number:
         raise InputError(f"--fail-if {text!r}: {value!r} is no number")
     return Gate(text=text.strip(), name=name, operation=operation, value=number)
+
+
+def _example(names: Sequence[str]) -> str:
+    return "verdict!=identical" if names is INSPECTION_NAMES else f"{names[0]}<0.9"
 
 
 def check_measured(
@@ -187,6 +204,21 @@ def audit_numbers(report: AuditReport) -> dict[str, Number]:
     """Return the numbers of a report of `audit`, and its verdict, by the names that gates ask for."""
     numbers = _rates({"harmful": report.harmful, "harmless": report.harmless})
     return {**numbers, "lowest_refusal": report.lowest_refusal, "verdict": report.verdict}
+
+
+def inspection_numbers(report: InspectionReport) -> dict[str, Number]:
+    """Return the numbers of a report of `inspect`, and its verdict, by the names that gates ask for; those it has."""
+    numbers: dict[str, Number] = {"record_problems": len(report.record.problems)}
+    if report.left is not None:
+        numbers["left"] = report.left
+    pair = report.pair
+    if pair is None:
+        return numbers
+    for name, key in _COUNTED.items():
+        found = getattr(pair, key)
+        numbers[name] = found if isinstance(found, int) else len(found)
+    numbers["change"] = max((tensor.change for tensor in pair.changed if tensor.kind != "rounded"), default=0.0)
+    return {"verdict": pair.verdict, **{name: float(getattr(pair, name)) for name in _OF_PAIR}, **numbers}
 
 
 def _rates(rates: Mapping[str, Any]) -> dict[str, Number]:

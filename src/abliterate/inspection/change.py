@@ -1,0 +1,398 @@
+r"""What one matrix was changed by: the norm of D = W' - W, its numerical rank, and the space that it writes to.
+
+A randomised range finder (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.1) on one side of D, the side of
+the residual stream where the matrix has one: Y = D Omega with p random columns, Q an orthonormal basis of Y, and in a
+second pass B = Q^T D and C = Q^T W. The singular values of B are those of D as far as Q holds it. What is left outside,
+R = |D - Q Q^T D|, is known exactly, so every rank comes with its error.
+
+A singular value counts where it stands out of what noise of the size of the rest has: a matrix [m, n] of independent
+numbers with norm R has none above R (1/sqrt(m) + 1/sqrt(n)) but by a hair (Marchenko and Pastur). Rounding of W' to its
+dtype is such noise, of the norm E = sqrt(sum of step^2 / 12), whose steps are known; it depends on what is rounded, so
+singular values below E / 5 are not counted either. So a rank that is found with R
+not above E is the rank of the change, and where R is above E the change has a part of full rank besides.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from abliterate.errors import CheckpointError
+from abliterate.inspection.numbers import MatrixPair, bits_per_number, steps
+
+# Columns of the first sketch and of the second, which is made where the first one is full.
+NARROW, WIDE = 8, 72
+# How far a singular value must stand out of noise; what is left may be above the noise of rounding.
+_SMALL = 0.08
+# Vectors that the second product takes besides those that stand out.
+_MORE = 2
+_STANDS_OUT, ABOVE_ROUNDING = 1.5, 1.3
+# Norms in float32 differ from the exact ones by about this share, so less than it is never told from nothing.
+_ARITHMETIC = 2e-3
+# So many vectors of the change are kept; nobody projects out more directions.
+MOST_KEPT = 8
+# What rounding does depends on what is rounded, so that it has a structure of its own, weaker than this share of E; the
+# E of codes is an estimate from above.
+_STRUCTURE, _CODED_STRUCTURE = 0.2, 0.04
+# A number is rounded if it lies within half a step of what it was, and a hair.
+_HALF_A_STEP = 0.505
+# The step is summed in every so many blocks, and in all where the dtypes differ.
+_SAMPLED = 32
+# Of a matrix of at least so many blocks, every so many are looked at first.
+_FEWEST_BLOCKS, _PART = 16, 4
+# What plain quantisation moves numbers by, as a share of their norm: bits a number -> share; generous.
+_QUANTISED = ((7.0, 0.045), (5.4, 0.06), (4.6, 0.1), (3.9, 0.16), (2.9, 0.35), (0.0, 0.7))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lines:
+    """Of each row, or of each column: |w|^2, w . d and |d|^2; float64."""
+
+    before: Tensor
+    dots: Tensor
+    change: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Span:
+    """What a change and its matrix have along some orthonormal vectors L, [m, k], of one axis.
+
+    Attributes:
+        axis: The axis of the stored matrix that L lies along.
+        vectors: L, float64.
+        before: L^T W, [k, n] float32.
+        change: L^T D, likewise.
+    """
+
+    axis: int
+    vectors: Tensor
+    before: Tensor
+    change: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MatrixChange:
+    """What was found of one matrix.
+
+    Attributes:
+        norm: |W|.
+        change: |D|.
+        rounding: E, what rounding to the coarser of both dtypes makes of |D|.
+        beyond: Share of the numbers that are further from those of the base than rounding takes them; None where one
+            side is stored in few bits, whose steps are not known.
+        rank: How many singular values of D stand out; more than can be told where `is_full`.
+        values: Those, the largest first.
+        rest: |D| without them.
+        is_full: More stand out than were looked for.
+        span: What is kept of the first of them; None where there are none.
+        dots: W . D.
+    """
+
+    norm: float
+    change: float
+    rounding: float
+    beyond: float | None
+    rank: int
+    values: tuple[float, ...]
+    rest: float
+    is_full: bool
+    span: Span | None
+    dots: float
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether rounding alone explains the change."""
+        if self.beyond is None:
+            return self.rank == 0 and self.rest_is_rounding
+        # A few numbers that were rounded, and no others, have a low rank, too.
+        return self.beyond == 0 and self.change <= ABOVE_ROUNDING * self.rounding
+
+    @property
+    def rest_is_rounding(self) -> bool:
+        """Whether rounding explains all but the rank that was found."""
+        return self.rest <= ABOVE_ROUNDING * self.rounding + _ARITHMETIC * self.change
+
+
+def measure_change(pair: MatrixPair, *, axis: int, seed: int) -> MatrixChange:
+    """Read two matrices and tell what their difference is.
+
+    Args:
+        pair: The matrices.
+        axis: On which axis the vectors of the change are looked for.
+        seed: Of the random columns.
+
+    Raises:
+        CheckpointError: A file cannot be read, or a matrix holds NaN or infinite values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if pair.shape[0] // pair.rows_at_once >= _FEWEST_BLOCKS and pair.old.info.encoding is pair.new.info.encoding:
+        found_in_part = _measure_by_part(pair, axis, generator)
+        if found_in_part is not None:
+            return found_in_part
+    rows, columns = pair.shape
+    m, n = (rows, columns) if axis == 0 else (columns, rows)
+    # In a small matrix the singular values of a rank that is still low do not stand out one by one.
+    narrow = NARROW if 1 / math.sqrt(m) + 1 / math.sqrt(n) < _SMALL else WIDE
+    width = min(narrow, m, n)
+    sketch = _Sketch(pair, axis)
+    found = sketch.times(torch.randn(n, width, generator=generator), totals=True)
+    totals = sketch.totals(pair)
+    change = math.sqrt(totals.change_squared)
+    if not change:
+        return _of(totals, _Found(values=(), is_full=False, span=None), change)
+    floor = (_STRUCTURE if totals.beyond is not None else _CODED_STRUCTURE) * totals.rounding
+    right, values = _right_vectors(pair, axis, found)
+    rank = count_outliers(values, change, floor=floor, m=m, n=n)
+    if rank >= width - 2 and width < min(m, n, WIDE):
+        width = min(WIDE, m, n)
+        found = sketch.times(torch.randn(n, width, generator=generator))
+        right, values = _right_vectors(pair, axis, found)
+        rank = count_outliers(values, change, floor=floor, m=m, n=n)
+    if not rank:
+        return _of(totals, _Found(values=(), is_full=False, span=None), change)
+    # The range of D Omega holds the vectors but for |E|, that of D V but for what E has along V, which is far less.
+    span, values = _decompose(pair, axis, sketch.times(right[:, : rank + _MORE]))
+    rank = count_outliers(values, change, floor=floor, m=m, n=n)
+    is_full = rank >= width - 2 and width < min(m, n)
+    kept = _first(span, min(rank, MOST_KEPT)) if rank else None
+    return _of(totals, _Found(values=tuple(values[:rank]), is_full=is_full, span=kept), change)
+
+
+def sum_lines(pair: MatrixPair) -> tuple[Lines, Lines]:
+    """Return the sums over each row and over each column."""
+    rows, columns = (torch.zeros(3, size, dtype=torch.float64) for size in pair.shape)
+    for part, old, change in pair.blocks():
+        for index, (one, other) in enumerate(((old, old), (old, change), (change, change))):
+            products = one * other
+            rows[index, part] = products.sum(dim=1).double()
+            columns[index] += products.sum(dim=0)
+    made = [Lines(before=each[0], dots=each[1], change=each[2]) for each in (rows, columns)]
+    return made[0], made[1]
+
+
+def project(pair: MatrixPair, axis: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L^T W and L^T D, [k, n] float32, of vectors L [m, k] of an axis; they need not be orthonormal."""
+    narrow = vectors.float()
+    k = narrow.shape[1]
+    rows, columns = pair.shape
+    if axis == 0:
+        before, change = torch.zeros(k, columns), torch.zeros(k, columns)
+        for part, old, difference in pair.blocks():
+            left = narrow[part].T
+            before.addmm_(left, old)
+            change.addmm_(left, difference)
+        return before, change
+    before, change = torch.empty(k, rows), torch.empty(k, rows)
+    for part, old, difference in pair.blocks():
+        before[:, part] = (old @ narrow).T
+        change[:, part] = (difference @ narrow).T
+    return before, change
+
+
+def _measure_by_part(pair: MatrixPair, axis: int, generator: torch.Generator) -> MatrixChange | None:
+    """Return a change of few vectors that are found in a part of the rows; None where all must be looked at for them.
+
+    A change of low rank has that rank in any part. Norms, values and what is left are those of the whole.
+    """
+    part = replace(pair, every=_PART)
+    rows, columns = pair.shape
+    m, n = (rows, columns) if axis == 0 else (columns, rows)
+    sketch = _Sketch(part, axis)
+    found = sketch.times(torch.randn(n, NARROW, generator=generator), totals=True)
+    totals = sketch.totals(part)
+    seen = math.sqrt(totals.change_squared)
+    right, values = _right_vectors(part, axis, found)
+    in_part = (m // _PART, n) if axis == 0 else (m, n // _PART)
+    floor = (_STRUCTURE if totals.beyond is not None else _CODED_STRUCTURE) * totals.rounding
+    rank = count_outliers(values, seen, floor=floor, m=in_part[0], n=in_part[1]) if seen else 0
+    if not 0 < rank < NARROW - 2:
+        return None
+    vectors = right[:, : rank + _MORE]
+    whole = _Sketch(pair, axis)
+    if axis == 0:
+        found = whole.times(vectors, totals=True)
+    else:
+        # Rows outside the part have no entries in these; the part has enough of them to know the columns' vectors.
+        found = _Sketch(part, axis).times(vectors)
+        whole.times(vectors[:, :1], totals=True)
+    totals = whole.totals(pair)
+    change = math.sqrt(totals.change_squared)
+    span, values = _decompose(pair, axis, found)
+    floor = (_STRUCTURE if totals.beyond is not None else _CODED_STRUCTURE) * totals.rounding
+    rank = count_outliers(values, change, floor=floor, m=m, n=n)
+    kept = tuple(values[:rank])
+    found_all = _of(totals, _Found(values=kept, is_full=False, span=_first(span, rank)), change) if rank else None
+    return found_all if found_all is not None and found_all.rest_is_rounding else None
+
+
+def multiply(pair: MatrixPair, axis: int, vectors: Tensor) -> Tensor:
+    """Return [D V, W V'], V and V' being the halves of [n, 2 k] vectors; of the other axis those of D^T and W^T."""
+    k = vectors.shape[1] // 2
+    rows, columns = pair.shape
+    made = torch.zeros(rows if axis == 0 else columns, 2 * k)
+    for part, old, change in pair.blocks():
+        for half, matrix in ((slice(0, k), change), (slice(k, 2 * k), old)):
+            if axis == 0:
+                made[part, half] = matrix @ vectors[:, half]
+            else:
+                made[:, half] += matrix.T @ vectors[part, half]
+    return made
+
+
+def count_outliers(values: list[float], change: float, *, floor: float, m: int, n: int) -> int:
+    """Return how many singular values, the largest first, stand out of noise as large as what they leave of |D|.
+
+    Args:
+        values: Singular values.
+        change: |D|.
+        floor: What none of those counts that are not above.
+        m: Length of the axis that was looked at.
+        n: Of the other.
+    """
+    values = [value for value in values if value > floor]
+    ranks = range(1, min(len(values), min(m, n) // 2) + 1)
+    return max((rank for rank in ranks if values[rank - 1] > _edge(values[:rank], change, m=m, n=n)), default=0)
+
+
+def _edge(values: list[float], change: float, *, m: int, n: int) -> float:
+    """Return the largest singular value of noise as large as what some singular values leave, and a margin."""
+    rest = max(_rest(change, values), _ARITHMETIC * change)
+    rank = len(values)
+    return _STANDS_OUT * rest * (math.sqrt(m) + math.sqrt(n)) / math.sqrt((m - rank) * (n - rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Totals:
+    before_squared: float
+    dots: float
+    change_squared: float
+    rounding: float
+    beyond: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Found:
+    values: tuple[float, ...]
+    is_full: bool
+    span: Span | None
+
+
+def _of(totals: _Totals, found: _Found, change: float) -> MatrixChange:
+    return MatrixChange(
+        norm=math.sqrt(totals.before_squared),
+        change=change,
+        rounding=totals.rounding,
+        beyond=totals.beyond,
+        rank=len(found.values),
+        values=found.values,
+        rest=_rest(change, list(found.values)),
+        is_full=found.is_full,
+        span=found.span,
+        dots=totals.dots,
+    )
+
+
+def _rest(change: float, values: list[float]) -> float:
+    return math.sqrt(max(0.0, change**2 - sum(value**2 for value in values)))
+
+
+def _decompose(pair: MatrixPair, axis: int, found: Tensor) -> tuple[Span, list[float]]:
+    """Return the left singular vectors of D within the range of Y, what lies along them, and the singular values."""
+    basis = torch.linalg.qr(found.double())[0]
+    before, change = project(pair, axis, basis)
+    squares, turn = torch.linalg.eigh(change.double() @ change.double().T)
+    turn = turn.flip(1)
+    values = squares.flip(0).clamp(min=0).sqrt().tolist()
+    narrow = turn.float().T
+    return Span(axis=axis, vectors=basis @ turn, before=narrow @ before, change=narrow @ change), values
+
+
+def _right_vectors(pair: MatrixPair, axis: int, found: Tensor) -> tuple[Tensor, list[float]]:
+    """Return the right singular vectors of D that are seen within the range of Y, [n, p], and the singular values."""
+    basis = torch.linalg.qr(found.double())[0].float()
+    change = _Sketch(pair, 1 - axis).times(basis).double()
+    squares, turn = torch.linalg.eigh(change.T @ change)
+    lengths = squares.flip(0).clamp(min=0).sqrt()
+    vectors = change @ turn.flip(1) / lengths.clamp(min=1e-300)
+    return vectors.float(), lengths.tolist()
+
+
+def _first(span: Span, rank: int) -> Span:
+    return Span(
+        axis=span.axis,
+        vectors=span.vectors[:, :rank].clone(),
+        before=span.before[:rank].clone(),
+        change=span.change[:rank].clone(),
+    )
+
+
+class _Sketch:
+    """Products of D with few vectors, and, on the way of the first one, sums over its rows and columns."""
+
+    def __init__(self, pair: MatrixPair, axis: int) -> None:
+        self._pair, self._axis = pair, axis
+        self._sums, self._entries = [0.0, 0.0, 0.0], 0
+        self._steps, self._sampled, self._beyond = 0.0, 0, 0
+
+    def times(self, vectors: Tensor, *, totals: bool = False) -> Tensor:
+        """Return D V for V [n, p] (`axis` 0), or D^T V."""
+        rows, columns = self._pair.shape
+        made = torch.zeros(rows if self._axis == 0 else columns, vectors.shape[1])
+        for number, (part, old, change) in enumerate(self._pair.blocks()):
+            if self._axis == 0:
+                torch.mm(change, vectors, out=made[part])
+            else:
+                made.addmm_(change.T, vectors[part])
+            if totals:
+                self._sum(old, change)
+                if number % _SAMPLED == 0 or self._is_stored_otherwise:
+                    self._sample(old, change)
+        return made
+
+    @property
+    def _is_stored_otherwise(self) -> bool:
+        return self._pair.old.info.dtype != self._pair.new.info.dtype
+
+    def _sum(self, old: Tensor, change: Tensor) -> None:
+        one, other = old.reshape(-1), change.reshape(-1)
+        self._entries += old.numel()
+        for index, (first, second) in enumerate(((one, one), (one, other), (other, other))):
+            self._sums[index] += float(torch.dot(first, second))
+
+    def _sample(self, old: Tensor, change: Tensor) -> None:
+        sides = [side.info for side in (self._pair.old, self._pair.new)]
+        if any(side.encoding is not None for side in sides):
+            return
+        after = old + change
+        step = torch.maximum(*(steps(after, side.dtype) for side in sides))
+        self._steps += float(step.double().square().sum())
+        self._beyond += int((change.abs() > _HALF_A_STEP * step).sum())
+        self._sampled += old.numel()
+
+    def totals(self, pair: MatrixPair) -> _Totals:
+        """Return the sums of the first product.
+
+        Raises:
+            CheckpointError: They are not finite.
+        """
+        before, dots, change = self._sums
+        if not math.isfinite(before + dots + change):
+            raise CheckpointError(
+                f"{pair.new.directory / pair.new.info.shard}: tensor {pair.name}, or that of the base, holds NaN or "
+                "infinite values, so nothing can be said of what was changed; use a checkpoint without them"
+            )
+        after = math.sqrt(max(0.0, before + 2 * dots + change))
+        return _Totals(
+            before_squared=before,
+            dots=dots,
+            change_squared=change,
+            rounding=self._rounding(after),
+            beyond=self._beyond / self._sampled if self._sampled else None,
+        )
+
+    def _rounding(self, after: float) -> float:
+        if self._sampled:
+            return math.sqrt(self._steps / 12 * self._entries / self._sampled)
+        bits = min(bits_per_number(side.info) for side in (self._pair.old, self._pair.new) if side.info.encoding)
+        return next(share for least, share in _QUANTISED if bits >= least) * after / ABOVE_ROUNDING

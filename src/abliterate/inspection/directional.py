@@ -1,0 +1,266 @@
+r"""Whether the change of one matrix is a projection of directions, how strong, and what was done to its norms.
+
+A projection with strength a along orthonormal U [k, m] is D = -a U^T (U W): its left vectors span U, and what lies
+along them is a multiple of what the base has along them, B = -A C. A change of low rank that is none (a LoRA merge)
+has a B that has nothing to do with C; so |B + A C| / |B| with the best A tells them apart. Three ways are tried:
+
+* along the axis of the residual stream, as the method says;
+* with the rows of W divided by their lengths: W' = N (W~ - a u (u^T W~)), W~ = N^-1 W (normalised before projecting);
+* along the other axis.
+
+Norms. A projection takes a (2 - a) |C|^2 from |W|^2. Where that is not missing, lengths were restored: of the columns
+or the rows, whichever kept theirs. D then has a part (s - 1) W of full rank, and whether that is all of it is a
+regression of each line of W' on the same line of W.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from abliterate.inspection.change import (
+    ABOVE_ROUNDING,
+    MOST_KEPT,
+    Lines,
+    MatrixChange,
+    Span,
+    multiply,
+    project,
+    sum_lines,
+)
+from abliterate.inspection.numbers import MatrixPair
+
+Kept = Literal["columns", "rows", "whole"]
+
+# Of the square of the change the projected directions make nearly all, and B is a multiple of C to this share.
+_ENERGY, _MISFIT, _WORST_MISFIT = 0.95, 0.1, 0.5
+# A projection of k directions needs many more vectors than those to be told from chance.
+_FEWEST_LINES = 4
+# Of several directions none is projected out by less than this share of the strength of the first.
+_LEAST_STRENGTH = 0.1
+# Of what a projection takes from |W|^2 at most this share may be missing where norms were restored.
+_RESTORED = 0.25
+# Where rounding moves |W|^2 by more than this share of what a projection takes, nothing is said of norms.
+_BLURRED = 0.3
+# Lengths are kept to what rounding does to them, or far better than those of the other lines.
+_WITHIN_ROUNDING, _FAR_BETTER = 3.0, 0.3
+_ARITHMETIC = 2e-3
+# Scales and vectors are found in turn; each round takes an order of magnitude from the error.
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Projection:
+    """A change that projects directions out of a matrix.
+
+    Attributes:
+        axis: The axis of the stored matrix along which they lie.
+        vectors: [m, k] float64, orthonormal: directions as this matrix writes them, before any norm.
+        strength: a; the mean over the directions, each by its share of W.
+        left: |U W'|/|U W|.
+        before_squared: |U W|^2.
+        misfit: |B + A C| / |B|.
+        error: Sine of the angle by which rounding turns the vectors.
+        row_normalised: The rows were divided by their lengths before.
+        kept: The lengths that were restored; None: none, or it cannot be told.
+        is_whole: Whether the projection, the scaling of lengths and rounding are all of the change.
+    """
+
+    axis: int
+    vectors: Tensor
+    strength: float
+    left: float
+    before_squared: float
+    misfit: float
+    error: float
+    row_normalised: bool
+    kept: Kept | None
+    is_whole: bool
+
+
+def find_projection(pair: MatrixPair, change: MatrixChange, *, other: MatrixChange | None) -> Projection | None:
+    """Return the projection that a change is, or None where it is none.
+
+    Args:
+        pair: The matrices.
+        change: What was found of them along the axis of the residual stream.
+        other: The same along the other axis, where that has the stream's width too.
+    """
+    if change.span is None or not _is_few(change):
+        return None
+    found = _fit(change, change.span)
+    if found is None or found.misfit > _MISFIT / 2:
+        weighted = _row_normalised(pair, change)
+        found = min((each for each in (found, weighted) if each), key=lambda each: each.misfit, default=None)
+    if found is None and other is not None and other.span is not None and _is_few(other):
+        found, change = _fit(other, other.span), other
+    return None if found is None else _with_norms(pair, change, found)
+
+
+def _is_few(change: MatrixChange) -> bool:
+    """Return whether the vectors that were kept make nearly all of what stands out."""
+    squares = [value**2 for value in change.values]
+    return sum(squares[:MOST_KEPT]) >= _ENERGY * sum(squares)
+
+
+def measured_along(pair: MatrixPair, found: Projection, vectors: Tensor) -> Projection:
+    """Return a projection with its strength and what is left measured along vectors [m, k] that are known better."""
+    before, moved = project(pair, found.axis, vectors)
+    squared = float(before.double().square().sum())
+    if not squared or found.row_normalised:
+        return found
+    strength = found.strength if found.kept else -float((before * moved).double().sum()) / squared
+    left = math.sqrt(float((before + moved).double().square().sum()) / squared)
+    return replace(found, strength=strength, left=left, before_squared=squared)
+
+
+def _fit(change: MatrixChange, span: Span) -> Projection | None:
+    """Return the projection of those of a span's vectors, the strongest first, that what lies along them allows."""
+    b, c = span.change.double(), span.before.double()
+    energies = b.square().sum(dim=1)
+    m, n = span.vectors.shape[0], b.shape[1]
+    # A tall or wide matrix of few vectors fits anything.
+    most = min(len(b), n // _FEWEST_LINES, m // _FEWEST_LINES)
+    if most < 1 or not bool(c.any()):
+        return None
+    gram = c @ c.T
+    rests = b - torch.linalg.lstsq(gram, c @ b.T, driver="gelsd").solution.T @ c
+    noise = change.rest / math.sqrt(m) / energies.sqrt()
+    allowed = (_MISFIT + 2 * noise).clamp(max=_WORST_MISFIT)
+    strengths = -(b * c).sum(dim=1) / c.square().sum(dim=1).clamp(min=1e-300)
+    # What is left of restored lengths may look like a projection with next to no strength.
+    fit = (rests.norm(dim=1) <= allowed * energies.sqrt()) & (strengths.abs() >= _LEAST_STRENGTH * strengths[0].abs())
+    fits = fit.tolist()
+    k = next((index for index, fit in enumerate(fits[:most]) if not fit), most)
+    if k == 0 or energies[:k].sum() < _ENERGY * energies.sum():
+        return None
+    before = float(c[:k].square().sum())
+    return Projection(
+        axis=span.axis,
+        vectors=span.vectors[:, :k],
+        strength=-float((b[:k] * c[:k]).sum()) / before,
+        left=math.sqrt(float((span.before[:k] + span.change[:k]).double().square().sum()) / before),
+        before_squared=before,
+        misfit=float(rests[:k].norm() / energies[:k].sum().sqrt()),
+        error=min(1.0, change.rest / math.sqrt(n) / float(energies[k - 1].sqrt())),
+        row_normalised=False,
+        kept=None,
+        is_whole=False,
+    )
+
+
+def _row_normalised(pair: MatrixPair, change: MatrixChange) -> Projection | None:
+    """Return the projection of the matrix whose rows (lines across the vectors) are divided by their lengths."""
+    span = change.span
+    assert span is not None
+    lengths = sum_lines(pair)[span.axis].before.sqrt()
+    if float(lengths.std()) < _ARITHMETIC * float(lengths.mean()):
+        return None
+    weights = torch.where(lengths > 0, 1 / lengths, 0.0)[:, None]
+    basis = torch.linalg.qr(weights * span.vectors)[0]
+    before, moved = project(pair, span.axis, weights * basis)
+    turn = torch.linalg.svd(moved.double(), full_matrices=False)[0]
+    narrow = turn.float().T
+    turned = Span(axis=span.axis, vectors=basis @ turn, before=narrow @ before, change=narrow @ moved)
+    scale = float(weights.norm()) / math.sqrt(len(weights))
+    found = _fit(replace(change, rest=change.rest * scale), turned)
+    if found is None:
+        return None
+    # What is left is said of the matrix as it is.
+    before, moved = project(pair, span.axis, found.vectors)
+    squared = float(before.double().square().sum())
+    left = math.sqrt(float((before + moved).double().square().sum()) / squared) if squared else 0.0
+    return replace(found, row_normalised=True, left=left, before_squared=squared)
+
+
+def _with_norms(pair: MatrixPair, change: MatrixChange, found: Projection) -> Projection:
+    """Return a projection with what was done to the lengths of its matrix."""
+    taken = found.strength * (2 - found.strength) * found.before_squared
+    missing = -(2 * change.dots + change.change**2)
+    # Of a reflection nothing is missing anyhow.
+    is_told = abs(found.strength * (2 - found.strength)) > 0.05 and change.rounding**2 < _BLURRED * abs(taken)
+    may_be_kept = is_told and abs(missing) <= _RESTORED * abs(taken)
+    if not may_be_kept and (change.rest_is_rounding or found.row_normalised):
+        return replace(found, is_whole=change.rest_is_rounding)
+    lines = sum_lines(pair)
+    kept = _kept(pair, change, found, lines) if may_be_kept else None
+    if change.rest_is_rounding or found.row_normalised:
+        return replace(found, kept=kept, is_whole=change.rest_is_rounding)
+    allowed = ABOVE_ROUNDING * change.rounding + _ARITHMETIC * change.change
+    ways = (_scaled_across, _scaled_along) if kept == "rows" else (_scaled_along, _scaled_across)
+    for way in ways:
+        scaled, rest = way(pair, lines, found)
+        if rest <= allowed:
+            error = min(found.error, rest / change.change)
+            return replace(scaled, kept=kept, is_whole=True, error=error)
+    return replace(found, kept=kept)
+
+
+def _scaled_along(pair: MatrixPair, both: tuple[Lines, Lines], found: Projection) -> tuple[Projection, float]:
+    """Return a projection after which each vector along the axis was scaled, W' = (W - a U U^T W) S, and what is left.
+
+    D - W (S - 1) has no other left vectors than U, so the two are found in turn.
+    """
+    lines, vectors = both[1 - found.axis], found.vectors
+    for _ in range(_ROUNDS):
+        before, moved = project(pair, found.axis, vectors)
+        scales = _scales(lines, before, moved)[0]
+        narrow = torch.cat([before, before * (scales - 1).float()])
+        products = multiply(pair, found.axis, narrow.T.contiguous()).double()
+        k = len(before)
+        vectors = torch.linalg.qr(products[:, :k] - products[:, k:])[0]
+    before, moved = project(pair, found.axis, vectors)
+    scales, rest = _scales(lines, before, moved)
+    wanted, after = scales * before.double(), (before + moved).double()
+    strength = 1 - float((after * wanted).sum() / wanted.square().sum())
+    return _renewed(found, vectors, before, moved, strength), rest
+
+
+def _scaled_across(pair: MatrixPair, both: tuple[Lines, Lines], found: Projection) -> tuple[Projection, float]:
+    """Return a projection after which each line across the vectors was scaled, W' = S (W - a U U^T W); as above."""
+    lines, vectors = both[found.axis], found.vectors
+    strength, rest = found.strength, math.inf
+    for _ in range(_ROUNDS):
+        basis, turn = torch.linalg.qr(project(pair, found.axis, vectors)[0].double().T)
+        before, moved = project(pair, 1 - found.axis, basis)
+        scales, rest = _scales(lines, before, moved)
+        # D R - (S - 1) W R = -a S U (C R), and C R is the turn.
+        made = ((moved.double() - (scales - 1) * before.double()) / scales).T @ torch.linalg.inv(turn.T)
+        strength = float(made.norm() / math.sqrt(made.shape[1])) * (1.0 if found.strength > 0 else -1.0)
+        vectors = torch.linalg.qr(made)[0]
+    return _renewed(found, vectors, *project(pair, found.axis, vectors), strength), rest
+
+
+def _renewed(found: Projection, vectors: Tensor, before: Tensor, moved: Tensor, strength: float) -> Projection:
+    squared = float(before.double().square().sum())
+    left = math.sqrt(float((before + moved).double().square().sum()) / squared) if squared else 0.0
+    return replace(found, vectors=vectors, strength=strength, left=left, before_squared=squared)
+
+
+def _scales(lines: Lines, before: Tensor, change: Tensor) -> tuple[Tensor, float]:
+    """Return the scale of each line that explains most of D outside the vectors, and the norm of what it does not."""
+    b, c = change.double(), before.double()
+    across = (lines.change - b.square().sum(dim=0)).clamp(min=0)
+    dots = lines.dots - (b * c).sum(dim=0)
+    squares = lines.before - c.square().sum(dim=0)
+    extra = torch.where(squares > 1e-12 * lines.before, dots / squares, 0.0)
+    return 1 + extra, math.sqrt(float((across - extra * dots).clamp(min=0).sum()))
+
+
+def _kept(pair: MatrixPair, change: MatrixChange, found: Projection, lines: tuple[Lines, Lines]) -> Kept:
+    """Return which lengths were restored, where |W| was."""
+    noise = 2 * change.rounding / change.norm + 1e-6
+    m, n = pair.shape if found.axis == 0 else pair.shape[::-1]
+    along, across = _changes(lines[1 - found.axis]), _changes(lines[found.axis])
+    # Columns are what one input writes, rows what one output reads, however the matrix is stored.
+    if along <= max(_WITHIN_ROUNDING * noise / math.sqrt(m), _FAR_BETTER * across):
+        return "columns"
+    return "rows" if across <= max(_WITHIN_ROUNDING * noise / math.sqrt(n), _FAR_BETTER * along) else "whole"
+
+
+def _changes(lines: Lines) -> float:
+    """Return the root of the mean square of the changes of squared lengths, each as a share of its own."""
+    shares = torch.where(lines.before > 0, (2 * lines.dots + lines.change) / lines.before, 0.0)
+    return float(shares.square().mean().sqrt())

@@ -1,0 +1,122 @@
+"""Projections told from other changes of low rank, and what tensors have in common."""
+
+import pytest
+import torch
+
+from abliterate.editing.projection import NormFactor, effective_directions
+from abliterate.inspection.change import measure_change
+from abliterate.inspection.consensus import Projected, cosine_of, find_consensus
+from abliterate.inspection.directional import Projection, find_projection
+from tests.inspection.test_change import pairs, random
+
+U = random(96, seed=9) / random(96, seed=9).norm()
+W = random(96, 240, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def projected(weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+    return weight - strength * torch.outer(U, U @ weight)
+
+
+def found_in(tmp_path, new: torch.Tensor, *, axis: int = 0, old: torch.Tensor = W) -> Projection | None:
+    (pair,) = pairs(tmp_path, old.float(), new.float())
+    return find_projection(pair, measure_change(pair, axis=axis, seed=1), other=None)
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.5, 1.0, 1.7, -0.5])
+def test_strength_and_what_is_left(tmp_path, strength):
+    found = found_in(tmp_path, projected(W, strength))
+    assert found is not None
+    assert found.strength == pytest.approx(strength, abs=1e-4)
+    assert found.left == pytest.approx(abs(1 - strength), abs=1e-4)
+    assert abs(float(found.vectors[:, 0] @ U)) > 0.99999
+    assert (found.is_whole, found.kept, found.row_normalised) == (True, None, False)
+
+
+@pytest.mark.parametrize("kept", ["columns", "rows", "whole"])
+def test_restored_lengths_are_told_and_so_is_what_came_back(tmp_path, kept):
+    new = projected(W)
+    lengths = {"columns": 0, "rows": 1, "whole": (0, 1)}[kept]
+    new = new * W.norm(dim=lengths, keepdim=True) / new.norm(dim=lengths, keepdim=True)
+    found = found_in(tmp_path, new)
+    assert found is not None
+    assert (found.kept, found.is_whole) == (kept, True)
+    assert found.strength == pytest.approx(1.0, abs=1e-3)
+    assert found.left == pytest.approx(float((U @ new).norm() / (U @ W).norm()), abs=1e-4)
+    assert (found.left > 1e-3) == (kept == "rows")
+    assert abs(float(found.vectors[:, 0] @ U)) > 0.99999
+
+
+def test_rows_that_were_divided_by_their_lengths_before(tmp_path):
+    old = W * torch.linspace(0.3, 3, 96, dtype=torch.float64)[:, None]
+    lengths = old.norm(dim=1, keepdim=True)
+    new = lengths * projected(old / lengths, 0.7)
+    found = found_in(tmp_path, new, old=old)
+    assert found is not None
+    assert found.row_normalised
+    assert found.strength == pytest.approx(0.7, abs=1e-3)
+    assert found.left == pytest.approx(float((U @ new).norm() / (U @ old).norm()), abs=1e-4)
+
+
+def test_random_factors_are_no_projection_nor_is_a_projection_and_noise(tmp_path):
+    assert found_in(tmp_path, W + 0.1 * torch.outer(U, random(240, seed=5))) is None
+    found = found_in(tmp_path, projected(W) + 0.003 * random(96, 240, seed=6))
+    assert found is not None
+    assert not found.is_whole
+
+
+def test_an_embedding_is_read_along_its_rows(tmp_path):
+    found = found_in(tmp_path, projected(W).T, axis=1, old=W.T)
+    assert found is not None
+    assert (found.axis, found.is_whole) == (1, True)
+
+
+def projection(vector: torch.Tensor, **more) -> Projection:
+    values = {"axis": 0, "strength": 1.0, "left": 0.0, "before_squared": 1.0, "misfit": 0.0, "error": 1e-4}
+    values |= {"row_normalised": False, "kept": None, "is_whole": True, **more}
+    return Projection(vectors=(vector / vector.norm())[:, None], **values)
+
+
+def writers(vectors: list[torch.Tensor], **more) -> list[Projected]:
+    return [
+        Projected(name=f"w{index}", role="attn", layer=index // 2, projection=projection(each), **more)
+        for index, each in enumerate(vectors)
+    ]
+
+
+def test_one_direction_in_all_but_one_tensor_is_one_direction():
+    vectors = [U * (-1) ** index + 1e-4 * random(96, seed=index) for index in range(20)]
+    vectors[7] = random(96, seed=70)
+    found = find_consensus(writers(vectors))
+    assert found is not None
+    assert found.scope == "one"
+    assert {f"w{index}" for index in range(20)} - found.agreeing == {"w7"}
+    assert cosine_of(found.vectors, U[None]) > 0.99999
+
+
+def test_a_direction_of_each_layer_and_of_each_tensor():
+    layers = [random(96, seed=100 + index // 2) for index in range(12)]
+    assert find_consensus(writers(layers)).scope == "per_layer"
+    assert find_consensus(writers([random(96, seed=200 + index) for index in range(12)])).scope == "several"
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_norms_seen_through_are_told_from_norms_that_were_not(through):
+    members = []
+    for index in range(8):
+        norms = (NormFactor(gamma=1 + 0.4 * random(96, seed=index)),)
+        written = effective_directions(U[None], norms=norms)[0] if through else U
+        members.append(
+            Projected(name=f"w{index}", role="mlp", layer=index, projection=projection(written), norms=norms)
+        )
+    found = find_consensus(members)
+    assert found is not None
+    assert (found.through_norms, found.scope) == (through, "one")
+    assert cosine_of(found.vectors, U[None]) > 0.9999
