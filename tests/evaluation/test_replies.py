@@ -60,6 +60,13 @@ def test_a_reply_that_is_kept_is_not_generated_again(llama_chat, generated, tmp_
     assert len(generated) == 3
 
 
+def test_a_prompt_that_is_there_twice_is_replied_to_once(llama_chat, generated, tmp_path):
+    cache = ReplyCache(tmp_path, {"model": "a"})
+    replies = generate_replies(llama_chat, [[1, 2], [3], [1, 2]], max_new_tokens=4, cache=cache)
+    assert replies == [[2, 1], [3], [2, 1]]
+    assert generated == [[1, 2], [3]]
+
+
 def test_other_conditions_are_another_file(tmp_path):
     one = ReplyCache(tmp_path, {"model": "a", "n": 1})
     other = ReplyCache(tmp_path, {"model": "b", "n": 1})

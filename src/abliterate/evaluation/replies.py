@@ -291,7 +291,9 @@ def generate_replies(
     own_kept = [None if cache is None else cache.get(row) for row in rows]
     # Each may hold what no other sees: processes run on several machines, and keep files of their own.
     kept = [next((one for one in each if one is not None), None) for each in zip(*ranks.gather(own_kept), strict=True)]
-    missing = [i for i, reply in enumerate(kept) if reply is None]
+    # Where a prompt is there twice, its reply is generated once.
+    places = {tuple(row): i for i, row in reversed(list(enumerate(rows)))}
+    missing = [i for i, row in enumerate(rows) if kept[i] is None and places[tuple(row)] == i]
     advance(len(rows) - len(missing))
 
     def compute(own: Sequence[int]) -> list[list[int]]:
@@ -302,7 +304,7 @@ def generate_replies(
         return decoder.replies([rows[i] for i in own], advance=lambda n: advance(n * ranks.count), receive=keep)
 
     new = dict(zip(missing, ranks.share(missing, compute), strict=True)) if missing else {}
-    return [new[i] if reply is None else reply for i, reply in enumerate(kept)]
+    return [new[places[tuple(rows[i])]] if reply is None else reply for i, reply in enumerate(kept)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
