@@ -38,8 +38,6 @@ from abliterate.files import write_file
 from abliterate.inspection.report import InspectionReport
 from abliterate.interventions.chatting import Turn
 from abliterate.interventions.hook_export import HookExport
-from abliterate.interventions.hook_export import HookExport
-from abliterate.interventions.hook_export import HookExport
 from abliterate.interventions.refinement_report import RefinementReport
 from abliterate.interventions.trace_report import TraceReport
 from abliterate.models.conversion import ConversionReport
@@ -111,8 +109,6 @@ DOCUMENTS: Mapping[str, tuple[type | str, Mapping[str, Key]]] = {
     "extract.repair": (RepairReport, {"direction_file": _FILE}),
     "orthogonalize": (OrthogonalizationReport, {}),
     "inspect": (InspectionReport, {"gates": _GATES}),
-    "orthogonalize.hooks": (HookExport, {}),
-    "orthogonalize.hooks": (HookExport, {}),
     "orthogonalize.hooks": (HookExport, {}),
     "plan": (PlanReport, {}),
     "prompts": (

@@ -54,8 +54,6 @@ SCHEMAS: Mapping[str, int] = {
     "inspect": 1,
     "orthogonalize": 1,
     "orthogonalize.hooks": 1,
-    "orthogonalize.hooks": 1,
-    "orthogonalize.hooks": 1,
     "plan": 1,
     "prompts": 1,
     "prompts.set": 1,
