@@ -10,6 +10,7 @@ one has to run, all that come after it run again. What was done, and how long it
 import argparse
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.demo_report import build_report, show
+from scripts.demo_report import LINE_WIDTH, build_report, show
 from scripts.real_model import QWEN, RealModel, came_as_checkpoint, fetch
 
 # At the paper's 0.1 a candidate of the small model passes too, but it leaves more of the refusals; README gives both.
@@ -60,7 +61,8 @@ class Step:
         if not self.command:
             self.function()
             return
-        print(f"$ abliterate {shlex.join(self.command)}", file=sys.stderr, flush=True)
+        for line in command_lines(("abliterate", *self.command)):
+            say(line)
         words = [sys.executable, "-m", "abliterate", *self.command]
         done = subprocess.run(words, check=True, stdout=None if self.stdout is None else subprocess.PIPE)
         if self.stdout is not None:
@@ -258,6 +260,28 @@ def write_state(directory: Path, state: dict[str, Any]) -> None:
     os.replace(partial, directory / STATE)
 
 
+def command_lines(words: Sequence[str]) -> list[str]:
+    """Return a command as a shell reads it, in lines that a log has room for."""
+    lines = ["$"]
+    for word in map(shlex.quote, words):
+        if len(lines[-1]) + len(word) + 3 > LINE_WIDTH:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return lines
+
+
+def summary(steps: Sequence[Step], state: dict[str, Any]) -> list[str]:
+    """Return what took how long, a line a step, and the most memory that any of them took now."""
+    width = max(len(step.name) for step in steps)
+    lines = [f"  {step.name:<{width}}  {minutes(state[step.name]['seconds'] / 60):>8}" for step in steps]
+    total = sum(state[step.name]["seconds"] for step in steps) / 60
+    # Linux counts in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = f"; peak memory {peak / 1e9:.1f} GB" if peak else ""
+    return ["Steps:", *lines, f"  {'in all':<{width}}  {minutes(total):>8}{memory}"]
+
+
 def minutes(value: float) -> str:
     """Return a time in words."""
     return f"{round(60 * value)} s" if value < 1.5 else f"{round(value)} min"
@@ -286,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last line of a demo is for people
         say(f"stopped: {error}; the same command goes on from there")
         return 1
+    for line in summary(steps, read_state(chosen.directory)):
+        say(line)
     show(json.loads((chosen.directory / "report.json").read_text()), chosen.directory)
     return 0
 

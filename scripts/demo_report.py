@@ -1,6 +1,7 @@
 """A demo's measurements as one report, and as a table; `scripts.demo_pipeline` makes and shows it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from abliterate.directions import load_direction
 
+LINE_WIDTH = 120
 KINDS = ("harmful", "harmless", "borderline")
 SMALL = "SmolLM2-135M-Instruct, taught to refuse"
 
@@ -62,7 +64,8 @@ def _rate(rate: dict[str, Any]) -> dict[str, Any]:
 
 def show(report: dict[str, Any], directory: Path) -> None:
     """Print the report as a table."""
-    console = Console(highlight=False)
+    # A log has no width of its own, and nothing in it is to be broken.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else LINE_WIDTH)
     name = report["source"]["model"] if "source" in report else SMALL
     table = Table("refusal rate", "before", "after", title=f"Demo model: {name}")
     for kind in KINDS:

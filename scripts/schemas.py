@@ -65,6 +65,10 @@ class Key:
 
 _FILE = Key(type=Path, description="The direction file that was written; of several the best.")
 _GATES = Key(type=tuple[GateResult, ...], description="What each --fail-if found; not there without one.", always=False)
+_ERRORS = (
+    "A class of `abliterate.errors`, such as InputError; UsageError where the arguments are wrong; Interrupted or "
+    "Terminated after a signal; UnexpectedError for what nobody foresaw."
+)
 _NOT_FOUND = {
     "error": Key(type=str, description="What went wrong."),
     "thresholds": Key(type=Thresholds, description="As asked for; that of induce counts from `refusal.zero`."),
@@ -96,6 +100,14 @@ DOCUMENTS: Mapping[str, tuple[type | str, Mapping[str, Key]]] = {
                 always=False,
             ),
             "gates": _GATES,
+        },
+    ),
+    "error": (
+        "What went wrong where that left nothing to report: with --json, of any command.",
+        {
+            "error": Key(type=str, description=_ERRORS),
+            "message": Key(type=str, description="What, where, and what to do: the line that stderr has, too."),
+            "exit_code": Key(type=int, description="What the command ended with."),
         },
     ),
     "extract": (

@@ -35,7 +35,7 @@ def test_a_file_is_itself_a_schema(path: Path) -> None:
 
 def test_each_command_has_a_schema_and_a_line_on_the_page() -> None:
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert {name.partition(".")[0] for name in SCHEMAS} == commands, "name it in `cli.output.SCHEMAS`"
+    assert {name.partition(".")[0] for name in SCHEMAS} == {*commands, "error"}, "name it in `cli.output.SCHEMAS`"
     assert commands <= SCHEMAS.keys() == schemas.DOCUMENTS.keys(), "add it to `scripts.schemas.DOCUMENTS`"
     text = PAGE.read_text(encoding="utf-8")
     for name in SCHEMAS:
@@ -115,6 +115,7 @@ def test_what_each_command_prints_is_as_its_schema_says(
     run("prompts")
     run("prompts", "./few.txt")
     run("demo", "demo")
+    run("plan", "./nowhere", code=1)
 
     assert printed.keys() == {f"abliterate.{name}/{number}" for name, number in SCHEMAS.items()}
     # What is not always there was there, and so was what can be null.

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from abliterate.cli.output import Output, accept_any_text, command_line, to_plain
+from abliterate.cli.output import Output, accept_any_text, command_line, show_table, to_plain
 
 
 class Colour(enum.StrEnum):
@@ -68,6 +69,54 @@ def test_a_hash_is_whole_on_the_narrowest_terminal(capsys, monkeypatch):
     assert "0123456789abcdef" * 4 in re.sub(r"[^0-9a-f]", "", capsys.readouterr().out.partition("sha256")[2])
 
 
+LONG = "a caption of many words, " * 8
+NAME = "model.layers.10.post_attention_layernorm.weight"
+
+
+def wide_table():
+    table = Table("name", "count", "why", title="a title that is wider than its table " * 3, caption=LONG)
+    table.add_row(NAME, "3", "[bold]because[/]")
+    table.add_row("b", "", "so")
+    return table
+
+
+@pytest.mark.parametrize("columns", [24, 60, 120, None])
+def test_a_table_that_finds_no_room_turns_into_lines_and_nothing_is_cut(capsys, monkeypatch, columns):
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    Output("plan").report(REPORT, tables=lambda: [wide_table()])
+    out = capsys.readouterr().out
+    assert NAME in out  # in one line, so that a search finds it
+    assert LONG.strip() in " ".join(out.split())
+    assert "because" in out
+    assert "bold" not in out
+    assert "…" not in out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if NAME not in line) <= (columns or 120)
+    if columns in {24, 60}:
+        assert lines[lines.index(NAME) :][:5] == [NAME, "  count: 3", "  why: because", "b", "  why: so"]
+    else:
+        assert any("│ 3 " in line for line in lines)
+
+
+def test_on_a_terminal_a_long_name_goes_on_in_the_next_line():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    show_table(console, wide_table())
+    rows = [line.split("│") for line in console.file.getvalue().splitlines() if "│" in line]
+    assert NAME in "".join(row[1].strip() for row in rows)
+
+
+def test_a_note_in_a_log_is_broken_between_words_alone(capsys):
+    path = "/a" * 80
+    Output("plan").note("a note of some words " * 8 + path)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines[:2])) <= 120
+    assert lines[2] == f"  {path}"
+
+
 def test_notes_and_progress_go_to_stderr_unless_quiet(capsys):
     for quiet in (False, True):
         output = Output("plan", quiet=quiet)
@@ -103,26 +152,8 @@ class Log(io.TextIOWrapper):
         return self.buffer.getvalue().decode()  # type: ignore[attr-defined]
 
 
-TIMES_LEFT = {n: f"{10 * (40 - n)} s" if 40 - n < 6 else f"{round(10 * (40 - n) / 60)} min" for n in range(3, 40, 3)}
-
-
-def test_in_a_log_a_task_is_a_line_at_its_start_few_between_and_one_at_its_end(capsys, monkeypatch):
-    seconds = [0.0]
-    monkeypatch.setattr("abliterate.cli.output.time.monotonic", lambda: seconds[0])
-    progress = Output("plan").progress
-    with progress.task("Answering prompts", total=40) as advance:
-        for _ in range(40):
-            seconds[0] += 10
-            advance(1)
-    assert capsys.readouterr().err.splitlines() == [
-        "Answering prompts: 40 to do",
-        *(f"Answering prompts: {n} of 40 done, about {left} left" for n, left in TIMES_LEFT.items()),
-        "Answering prompts: 40 done in 7 min",
-    ]
-
-
 def test_a_log_counts_bytes_as_such_and_says_where_a_task_stopped(capsys, monkeypatch):
-    monkeypatch.setattr("abliterate.cli.output.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("abliterate.cli.stages.time.monotonic", lambda: 0.0)
     with Output("plan").progress.task("Hashing", total=2_500_000_000, unit="bytes") as advance:
         advance(2_500_000_000)
     with Output("plan").progress.task("Loading", total=1) as advance:

@@ -70,7 +70,7 @@ def test_errors_reach_the_one_boundary(run, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "xglm"}))
     result = run(base, "--json")
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, json.loads(result.stdout)["error"]) == (1, "UnsupportedArchitectureError")
     assert "model type 'xglm' cannot be orthogonalized" in result.error_line
 
 

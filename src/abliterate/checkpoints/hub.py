@@ -46,6 +46,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from abliterate.checkpoints.checkpoint import GGUF_SUFFIX, is_gguf
 from abliterate.errors import AbliterateError, HubError, InputError
+from abliterate.progress import SILENT, ProgressReporter
 
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
 
@@ -255,19 +256,25 @@ class RemoteModel:
         return bytes(data[: end - first])
 
 
-def resolve_model(model: str, *, revision: str | None = None) -> ModelSource:
+def resolve_model(model: str, *, revision: str | None = None, progress: ProgressReporter = SILENT) -> ModelSource:
     """Find a model's files: a local directory or GGUF file as it is, a Hub id downloaded into the Hub cache.
 
     Args:
         model: A directory that holds `config.json`, a GGUF file or a directory with one, or a Hub id. What exists wins.
         revision: Branch, tag or commit of a Hub id.
+        progress: Told of the download where the Hub's client draws no bars of its own.
 
     Raises:
         InputError: `model` looks like a path and is not there, or is no model directory.
         HubError: The Hub does not have it, does not give it, or cannot be reached.
     """
     local = find_local_model(model, revision=revision)
-    return local or _download(model, revision=revision)
+    if local is not None or not are_progress_bars_disabled():
+        return local or _download(model, revision=revision)
+    with progress.task(f"Getting {model} from the Hub", total=1) as advance:
+        source = _download(model, revision=revision)
+        advance(1)
+    return source
 
 
 def as_source(model: "str | Path | ModelSource") -> ModelSource:

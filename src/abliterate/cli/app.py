@@ -1,4 +1,4 @@
-"""The command line: registration, `--version`, and the one error boundary."""
+"""The command line: registration, what every command takes, `--version`, and the one error boundary."""
 
 import functools
 import inspect
@@ -7,27 +7,41 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from copy import copy
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
+from typer.models import ArgumentInfo, OptionInfo
 
 from abliterate._version import __version__
 from abliterate.cli.audit import audit
 from abliterate.cli.bundled import demo, prompts
 from abliterate.cli.chat import chat
 from abliterate.cli.convert import convert
+from abliterate.cli.edited import push, revert
 from abliterate.cli.evaluate import evaluate
 from abliterate.cli.extract import extract
-from abliterate.cli.options import expand_home
+from abliterate.cli.options import (
+    MAY_BE_PATHS,
+    PANELS,
+    IntervalOption,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    expand_home,
+    panel_of,
+)
 from abliterate.cli.orthogonalize import orthogonalize
-from abliterate.cli.output import accept_any_text
+from abliterate.cli.output import Manner, Output, accept_any_text, forget_documents, write_error
 from abliterate.cli.plan import inspect as inspect_command
 from abliterate.cli.plan import plan
-from abliterate.cli.push import push
 from abliterate.cli.refine import refine
-from abliterate.cli.revert import revert
 from abliterate.cli.trace import trace
 from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError, Terminated
@@ -47,32 +61,120 @@ app = typer.Typer(
     "and measure what that did (arXiv 2406.11717).",
     epilog=EXIT_CODES,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
+
+
+class _Command(TyperCommand):
+    """A command whose `--help` stands with the options that say what is printed."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel, option.metavar = "Output", ""
+        return option
 
 
 def _help_of(command: Callable[..., None]) -> str:
     """Return a docstring with each paragraph in one line: the terminal wraps it, and Typer keeps breaks as they are."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return "\n\n".join(escape(" ".join(paragraph.split())) for paragraph in paragraphs)
 
 
-def _with_expanded_paths(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command whose paths, all of them, know `~`."""
+def _everywhere(
+    quiet: QuietOption = False, verbose: VerboseOption = False, progress_interval: IntervalOption = None
+) -> None:
+    """Hold the options that every command takes, behind its name too, where people type them."""
+
+
+def _with_what_all_take(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that takes the options of all, knows `~` in every path, and ends with what took how long."""
+    parameters = _parameters_of(command)
+    paths = {name for name, each in parameters.items() if _info_of(each).metavar in MAY_BE_PATHS}
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
-        command(**{name: expand_home(value) for name, value in arguments.items()})
+        context: typer.Context = arguments["context"]
+        before = context.obj or Manner()
+        manner = context.obj = _settle(
+            quiet=arguments.pop("quiet") or before.quiet,
+            verbose=arguments.pop("verbose") or before.verbose,
+            json_output=arguments["json_output"] or before.json_output,
+            interval=arguments.pop("progress_interval") or before.interval,
+        )
+        output = Output(_name_of(command), manner=manner)
+        try:
+            # Someone who chats is waited for.
+            with output.telling_of_pauses() if command is not chat else nullcontext():
+                command(**{name: expand_home(value, may_be_path=name in paths) for name, value in arguments.items()})
+        finally:
+            output.summary()
 
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context), *parameters.values()]
+    )
+    run.__annotations__ = {"context": typer.Context, **{name: each.annotation for name, each in parameters.items()}}
     return run
 
 
-_COMMANDS = (
-    extract, refine, plan, orthogonalize, revert, verify, inspect_command, evaluate, audit, trace, chat, push, convert,
-    prompts, demo,
-)  # fmt: skip
-for _command in _COMMANDS:
-    app.command(help=_help_of(_command), epilog=EXIT_CODES)(_with_expanded_paths(_command))
+def _parameters_of(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
+    """Return what a command takes but for its context, panel by panel, each with its panel and what stands for it."""
+    found: dict[str, inspect.Parameter] = {}
+    for function in (command, _everywhere):
+        hints = get_type_hints(function, include_extras=True)
+        for name, parameter in inspect.signature(function).parameters.items():
+            if hints[name] is not typer.Context:
+                annotation = _described(hints[name], _name_of(command))
+                found[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+    order = [None, *PANELS]
+    panels = {name: _info_of(each).rich_help_panel for name, each in found.items()}
+    ranks = {name: order.index(panel) if panel in order else len(order) for name, panel in panels.items()}
+    return {name: found[name] for name in sorted(found, key=ranks.__getitem__)}
+
+
+def _described(hint: Any, command: str) -> Any:
+    """Return the annotation of a parameter with its panel, and with what stands for its value in the help."""
+    kind, *others = get_args(hint)
+    info = copy(next(each for each in others if isinstance(each, OptionInfo | ArgumentInfo)))
+    # What stands in brackets would be taken for a style.
+    info.help = escape(info.help or "")
+    if isinstance(info, OptionInfo):
+        flags = [word for text in (info.default, *(info.param_decls or ())) for word in str(text).split("/")]
+        info.rich_help_panel = panel_of(command, flags)
+        if info.metavar is None:
+            info.metavar = _METAVARS.get(_plain(kind))
+    return Annotated[kind, info]
+
+
+_METAVARS: Mapping[Any, str] = {bool: "", int: "N", float: "NUMBER", Path: "FILE", str: "TEXT"}
+
+
+def _plain(kind: Any) -> Any:
+    """Return the type of one value, where there can be none or several."""
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) is list or type(None) in get_args(kind):
+        return _plain(parts[0])
+    return kind
+
+
+def _info_of(parameter: inspect.Parameter) -> OptionInfo | ArgumentInfo:
+    info: OptionInfo | ArgumentInfo = get_args(parameter.annotation)[1]
+    return info
+
+
+def _name_of(command: Callable[..., None]) -> str:
+    return command.__name__.replace("_", "-")
+
+
+_COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
+    "Find and take out": (extract, refine, plan, orthogonalize, revert),
+    "Prove and measure": (verify, inspect_command, evaluate, audit, trace, chat),
+    "Share and prepare": (push, convert, prompts, demo),
+}
+for _panel, _members in _COMMANDS.items():
+    for _command in _members:
+        app.command(cls=_Command, help=_help_of(_command), epilog=EXIT_CODES, rich_help_panel=_panel)(
+            _with_what_all_take(_command)
+        )
 
 
 def _print_version(value: bool) -> None:
@@ -87,43 +189,56 @@ def _global_options(
     version: Annotated[  # noqa: ARG001
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Show library logs, and tracebacks of errors.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress or notes on stderr; errors only.")] = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+    progress_interval: IntervalOption = None,
+    json_output: JsonOption = False,
 ) -> None:
-    context.obj = {"verbose": verbose, "quiet": quiet}
-    if not verbose:
+    given = {} if progress_interval is None else {"interval": progress_interval}
+    context.obj = Manner(quiet=quiet, verbose=verbose, json_output=json_output, **given)
+
+
+def _settle(**manner: Any) -> Manner:
+    """Return how the command speaks, and tell the libraries before any of them is imported."""
+    settled = Manner(**manner)
+    if not settled.verbose:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if settled.quiet or not sys.stderr.isatty():
+        # The bars of libraries know neither `-q` nor a log, which they leave without line breaks.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
+    return settled
 
 
 def main() -> None:
-    """Run the command line; each error becomes one line on stderr and its exit code."""
+    """Run the command line; each error becomes one line on stderr, with `--json` one document too, and an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     accept_any_text()
+    forget_documents()
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         # Typer takes a termination for an interruption, and says 130.
-        sys.exit(143 if _terminations else code)
+        if code == 130:
+            _end(*("Terminated", "terminated", 143) if _terminations else ("Interrupted", "interrupted", 130))
+        sys.exit(code)
     except TyperException as error:
         where = getattr(error, "ctx", None)
         command = where.command_path if where else "abliterate"
-        _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", error.exit_code)
+        _fail("UsageError", f"{error.format_message().rstrip('.')}; see `{command} --help`", error.exit_code)
     except AbliterateError as error:
         if verbose:
             _show_traceback(error)
-        _fail(str(error), error.exit_code)
+        _fail(type(error).__name__, str(error), error.exit_code)
     except Exception as error:
         if verbose:
             _show_traceback(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             # What no command foresaw, such as a directory that may not be looked into.
-            _fail(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and what you may do there", 1)
-        _fail(f"unexpected {type(error).__name__}: {error} (run again with `abliterate -v ...` for details)", 1)
+            message = f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and what you may do there"
+            _fail("InputError", message, 1)
+        message = f"unexpected {type(error).__name__}: {error} (run again with `abliterate -v ...` for details)"
+        _fail("UnexpectedError", message, 1)
 
 
 def _terminate(number: int, _frame: object) -> None:
@@ -136,8 +251,19 @@ def _show_traceback(error: Exception) -> None:
     print(printable(without_secrets("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
 
 
-def _fail(message: str, exit_code: int) -> None:
+def _fail(kind: str, message: str, exit_code: int) -> None:
+    """End with one line on stderr."""
+    line = printable(without_secrets(" ".join(message.split())))
     sys.stdout.flush()
     if in_first_process():
-        print("error:", printable(without_secrets(" ".join(message.split()))), file=sys.stderr)
+        print("error:", line, file=sys.stderr)
+    _end(kind, line, exit_code)
+
+
+def _end(kind: str, message: str, exit_code: int) -> None:
+    """End; with `--json` stdout has one document then, whatever went wrong."""
+    # What is wrong may be the arguments, so that nothing has read them.
+    if "--json" in sys.argv[1:] and in_first_process():
+        write_error(kind, message, exit_code=exit_code)
+    sys.stdout.flush()
     sys.exit(exit_code)

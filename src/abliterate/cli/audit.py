@@ -23,7 +23,9 @@ from abliterate.cli.options import (
     SystemPromptOption,
     TrustRemoteCodeOption,
     option,
+    output_option,
     parse_batch_size,
+    report_option,
 )
 from abliterate.cli.output import (
     Output,
@@ -65,11 +67,8 @@ def audit(
     fail_if: FailIfOption = None,
     junit: JunitOption = None,
     summary: SummaryOption = None,
-    output_file: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON report here.")] = None,
-    report_directory: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="DIR", help="Write one self-contained HTML page (and the JSON) here."),
-    ] = None,
+    output_file: Annotated[Path | None, output_option("FILE", "Measurements (JSON) to write.")] = None,
+    report_directory: Annotated[Path | None, report_option("one HTML page, and the JSON")] = None,
     harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
     harmless: HarmlessOption = PROMPT_DEFAULTS.harmless,
     test_harmful: Annotated[str, option(AuditOptions, "test_harmful")] = DEFAULTS.test_harmful,
@@ -144,7 +143,7 @@ def audit(
 
     conditions = [gates.parse_gate(text, gates.AUDIT_NAMES) for text in fail_if or ()]
     report = audit_model(
-        model=resolve_model(model, revision=revision),
+        model=resolve_model(model, revision=revision, progress=output.progress),
         options=AuditOptions(
             harmful=harmful,
             harmless=harmless,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from abliterate.cli.options import JsonOption
+from abliterate.cli.options import JsonOption, one_output, output_option
 from abliterate.cli.output import Output, to_plain
 from abliterate.errors import PromptSetError
 
@@ -93,8 +93,9 @@ def _shorten(text: str) -> str:
 
 def demo(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the checkpoint.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is a checkpoint or empty.")] = False,
+    directory: Annotated[Path | None, typer.Argument(metavar="OUT", help="The same as -o OUT.")] = None,
+    output_directory: Annotated[Path | None, output_option("OUT", "Directory to write.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint or empty.")] = False,
     hardened: Annotated[
         bool, typer.Option("--hardened", help="The one with extended refusals: overview, refusal, reasons.")
     ] = False,
@@ -109,7 +110,7 @@ def demo(
 
     output = Output.of(context, json_output=json_output)
     report = build_demo_model(
-        output=directory,
+        output=one_output(directory, output_directory),
         overwrite=overwrite,
         adapter=HARDENED_ADAPTER_DIRECTORY if hardened else ADAPTER_DIRECTORY,
         progress=output.progress,

@@ -65,7 +65,7 @@ def chat(
     output = Output.of(context, json_output=json_output)
     loaded = load_direction(direction) if direction is not None else None
     options = ModelOptions(dtype=dtype, device=device, system_prompt=system_prompt, trust_remote_code=trust_remote_code)
-    sources = [resolve_model(model, revision=revision)]
+    sources = [resolve_model(model, revision=revision, progress=output.progress)]
     if base is not None:
         sources.append(resolve_base(base, revision=base_revision, edited=sources[0], progress=output.progress))
     elif base_revision is not None:

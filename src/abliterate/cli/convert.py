@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from abliterate.cli.options import JsonOption
+from abliterate.cli.options import JsonOption, one_output, output_option
 from abliterate.cli.output import Output
 from abliterate.models.options import ConvertedDtype
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 def convert(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file with a whole model.")],
-    directory: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write the checkpoint.")],
+    directory: Annotated[Path | None, typer.Argument(metavar="OUT", help="The same as -o OUT.")] = None,
+    output_directory: Annotated[Path | None, output_option("OUT", "Directory to write.")] = None,
     dtype: Annotated[
         ConvertedDtype,
         typer.Option(
+            "--dtype",
             help="Number format of the weights. float32 holds exactly what the file's blocks stand for; a half format "
-            "takes half the space and rounds once more, except where the file is in that format throughout."
+            "takes half the space and rounds once more, except where the file is in that format throughout.",
         ),
     ] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint or empty.")] = False,
@@ -36,12 +38,13 @@ def convert(
     """
     from abliterate.models.conversion import convert_gguf
 
+    made = one_output(directory, output_directory)
     output = Output.of(context, json_output=json_output)
-    report = convert_gguf(source=file, output=directory, dtype=dtype, overwrite=overwrite, progress=output.progress)
+    report = convert_gguf(source=file, output=made, dtype=dtype, overwrite=overwrite, progress=output.progress)
     if not report.has_chat_template:
         output.note(
             f"{file}: holds no chat template; `extract` and `evaluate` need one: put it into "
-            f"{directory / 'chat_template.jinja'}"
+            f"{made / 'chat_template.jinja'}"
         )
     output.report(report, tables=lambda: _tables(report))
 

@@ -24,7 +24,9 @@ from abliterate.cli.options import (
     SystemPromptOption,
     TrustRemoteCodeOption,
     option,
+    output_option,
     parse_batch_size,
+    report_option,
 )
 from abliterate.cli.output import (
     Output,
@@ -83,12 +85,9 @@ def evaluate(
     lm_eval: Annotated[str | None, option(TaskOptions, "tasks")] = None,
     lm_eval_path: Annotated[Path | None, option(TaskOptions, "path")] = DEFAULTS.tasks.path,
     lm_eval_limit: Annotated[int | None, option(TaskOptions, "limit")] = DEFAULTS.tasks.limit,
-    output_file: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON report here.")] = None,
+    output_file: Annotated[Path | None, output_option("FILE", "Measurements (JSON) to write.")] = None,
     save_completions: Annotated[Path | None, option(EvaluationOptions, "save_completions")] = DEFAULTS.save_completions,
-    report_directory: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="DIR", help="Write one self-contained HTML page (and the JSON) here."),
-    ] = None,
+    report_directory: Annotated[Path | None, report_option("one HTML page, and the JSON")] = None,
     report_completions: Annotated[
         bool,
         typer.Option("--report-completions", help="Put the replies that --save-completions writes into the page too."),
@@ -263,7 +262,7 @@ def _measure(
 ) -> "EvaluationReport":
     from abliterate.checkpoints.hub import resolve_model
 
-    source = None if model is None else resolve_model(model, revision=revision)
+    source = None if model is None else resolve_model(model, revision=revision, progress=output.progress)
     if options.server.url is not None:
         from abliterate.evaluation.served import evaluate_server
 

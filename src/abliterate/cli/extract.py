@@ -20,7 +20,9 @@ from abliterate.cli.options import (
     SystemPromptOption,
     TrustRemoteCodeOption,
     option,
+    output_option,
     parse_batch_size,
+    report_option,
 )
 from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, writing
 from abliterate.errors import InputError
@@ -49,7 +51,7 @@ REPAIR_DEFAULTS = RepairOptions()
 def extract(
     context: typer.Context,
     model: ModelArg,
-    output_file: Annotated[Path, typer.Option("-o", "--output", help="Direction file to write.")],
+    output_file: Annotated[Path, output_option("FILE", "Direction file (safetensors) to write.")],
     harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
     harmless: HarmlessOption = PROMPT_DEFAULTS.harmless,
     n_train: Annotated[int, option(ExtractionOptions, "n_train")] = DEFAULTS.n_train,
@@ -80,10 +82,7 @@ def extract(
     batch_size: BatchSizeOption = "auto",
     device_map: Annotated[DeviceMap | None, option(ModelOptions, "device_map")] = MODEL_DEFAULTS.device_map,
     stream_layers: Annotated[bool, option(ModelOptions, "stream_layers")] = MODEL_DEFAULTS.stream_layers,
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="DIR", help="Write an HTML page, scores (JSON, CSV) and plots (PNG) here."),
-    ] = None,
+    report: Annotated[Path | None, report_option("one HTML page, scores (JSON, CSV) and plots (PNG)")] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
@@ -153,7 +152,7 @@ def extract(
         _repair(
             output,
             output_file,
-            model=_resolved(model, revision, [output_file]),
+            model=_resolved(model, revision, [output_file], output),
             harmful=harmful,
             harmless=harmless,
             options=options,
@@ -183,7 +182,7 @@ def extract(
 
     try:
         extraction = extract_direction(
-            model=_resolved(model, revision, files),
+            model=_resolved(model, revision, files, output),
             harmful=harmful,
             harmless=harmless,
             options=options,
@@ -270,10 +269,10 @@ def _check_outside(files: list[Path], model: Path) -> None:
             raise InputError(f"{file}: lies in the model's own directory {model}; choose another -o")
 
 
-def _resolved(model: str, revision: str | None, files: list[Path]) -> "ModelSource":
+def _resolved(model: str, revision: str | None, files: list[Path], output: Output) -> "ModelSource":
     from abliterate.checkpoints.hub import resolve_model
 
-    source = resolve_model(model, revision=revision)
+    source = resolve_model(model, revision=revision, progress=output.progress)
     # Where the Hub's client put a model is known only now.
     _check_outside(files, source.path)
     return source

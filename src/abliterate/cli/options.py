@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,87 @@ MODEL_DEFAULTS = ModelOptions()
 PROMPT_DEFAULTS = PromptSources()
 
 
+ADVANCED = "Advanced"
+PANELS: Mapping[str, tuple[str, ...]] = {
+    "Model": (
+        "--base", "--base-revision", "--direction", "--intervention", "--revision", "--system-prompt",
+        "--trust-remote-code",
+    ),
+    "Prompts": (
+        "--borderline", "--harmful", "--harmless", "--kind", "--max-new-tokens", "--n-prompts", "--n-test", "--prompt",
+        "--prompts", "--test-harmful", "--test-harmless",
+    ),
+    "Selection": (
+        "--components", "--goal", "--kl-threshold", "--layer", "--layers", "--max-kl", "--max-refusals", "--partial",
+        "--quantized", "--quick", "--strengths", "--tied", "--top-heads", "--unverified",
+    ),
+    "Output": (
+        "--commit-message", "--dry-run", "--evaluation", "--fail-if", "--fail-if-brittle", "--format", "--hardened",
+        "--json", "--output", "--overwrite", "--private", "--report", "--resume",
+    ),
+    "Machine": ("--batch-size", "--device", "--dtype"),
+}  # fmt: skip
+"""Where the help of a command shows an option. What stands nowhere is `ADVANCED`."""
+SHOWN: Mapping[str, tuple[str, ...]] = {
+    "extract": (
+        "--revision", "--harmful", "--harmless", "--goal", "--kl-threshold", "--output", "--report", "--json",
+        "--device", "--dtype", "--batch-size",
+    ),
+    "refine": (
+        "--direction", "--harmful", "--harmless", "--max-kl", "--max-refusals", "--output", "--report", "--json",
+        "--device", "--dtype", "--batch-size",
+    ),
+    "orthogonalize": (
+        "--direction", "--components", "--layers", "--strengths", "--quantized", "--tied", "--output", "--format",
+        "--dry-run", "--overwrite", "--json",
+    ),
+    "evaluate": (
+        "--base", "--direction", "--intervention", "--harmful", "--harmless", "--max-new-tokens", "--output",
+        "--report", "--fail-if", "--json", "--device",
+    ),
+    "audit": (
+        "--harmful", "--harmless", "--test-harmful", "--test-harmless", "--n-test", "--output", "--report",
+        "--fail-if-brittle", "--json", "--device", "--batch-size",
+    ),
+    "trace": (
+        "--direction", "--revision", "--prompts", "--n-prompts", "--prompt", "--layer", "--top-heads", "--report",
+        "--json", "--device", "--dtype",
+    ),
+}  # fmt: skip
+"""Of a command that has more options than a reader takes in: those that are not `ADVANCED`."""
+MAY_BE_PATHS = frozenset({"MODEL", "SPEC", "SET", "guard|yes-no|FILE"})
+"""What stands in the help for a text that can name a file."""
+
+
+def panel_of(command: str, flags: Sequence[str]) -> str:
+    """Return the panel of an option in the help of a command."""
+    shown = SHOWN.get(command)
+    if shown is not None and not any(flag in shown for flag in flags):
+        return ADVANCED
+    return next((panel for panel, known in PANELS.items() if any(flag in known for flag in flags)), ADVANCED)
+
+
+def output_option(metavar: str, help_text: str) -> Any:
+    """Return `-o`: the file or directory that a command makes, whatever that is."""
+    return typer.Option("-o", "--output", metavar=metavar, help=help_text)
+
+
+def one_output(argument: Path | None, option: Path | None) -> Path:
+    """Return what a command makes, where it can be said as an argument or, as elsewhere, by `-o`.
+
+    Raises:
+        typer.BadParameter: it is not said, or twice.
+    """
+    if (argument is None) == (option is None):
+        raise typer.BadParameter("say once where to write: as an argument or by -o", param_hint="'-o' / '--output'")
+    return Path(argument or option or ".")
+
+
+def report_option(holds: str) -> Any:
+    """Return `--report`: a directory for people to look at, beside what the command makes."""
+    return typer.Option("--report", metavar="DIR", help=f"Also write a report into this directory: {holds}.")
+
+
 def option(options: "type[DataclassInstance]", name: str) -> Any:
     """Return the command-line option of a field of an options class: its flag, its limits and its help."""
     argument = arguments_of(options)[name]
@@ -35,28 +118,43 @@ def default_of(options: "type[DataclassInstance]", name: str) -> Any:
     return next(field.default for field in dataclasses.fields(options) if field.name == name)
 
 
-def expand_home(value: Any) -> Any:
+def expand_home(value: Any, *, may_be_path: bool = False) -> Any:
     """Return a path, or several, with `~` as a shell expands it; anything else as it is.
 
     A shell leaves `--output=~/x` alone, and would have a directory called `~` made.
+
+    Args:
+        value: What a command is given.
+        may_be_path: Whether a text can be a path.
     """
     if isinstance(value, Path):
         return Path(os.path.expanduser(value))
-    return [expand_home(each) for each in value] if isinstance(value, list) else value
+    if isinstance(value, str) and may_be_path:
+        return os.path.expanduser(value)
+    return [expand_home(each, may_be_path=may_be_path) for each in value] if isinstance(value, list) else value
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return a question to add to a message, which asks for the likeliest of the known words; empty where none is."""
+    close = get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local model directory, a .gguf file or a Hub id.")]
 ServedModelArg = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]", help="A local model directory, a .gguf file or a Hub id; may be left out with --server."
+        metavar="MODEL", help="A local model directory, a .gguf file or a Hub id; may be left out with --server."
     ),
 ]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of MODEL on the Hub.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of MODEL on the Hub.")
+]
 BaseRevisionOption = Annotated[
     str | None,
     typer.Option(
         "--base-revision",
+        metavar="REV",
         help="Branch, tag or commit of --base on the Hub. Default: the commit in MODEL's record, if that names --base.",
     ),
 ]
@@ -76,6 +174,18 @@ HarmfulOption = Annotated[str, option(PromptSources, "harmful")]
 HarmlessOption = Annotated[str, option(PromptSources, "harmless")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print exactly one JSON document on stdout instead of tables.")
+]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show library logs, and tracebacks of errors.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress or notes on stderr; errors only.")]
+IntervalOption = Annotated[
+    float | None,
+    typer.Option(
+        "--progress-interval",
+        metavar="SECONDS",
+        min=1,
+        help="In a log, how long a task goes on without a line about it. Default: 30.",
+        show_default=False,
+    ),
 ]
 FailIfOption = Annotated[
     list[str] | None,
@@ -120,7 +230,10 @@ def parse_components(text: str) -> "tuple[Role, ...]":
     wanted = [part.strip() for part in text.split(",")]
     unknown = [part for part in wanted if part not in ROLES]
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not among {', '.join(ROLES)}", param_hint="'--components'")
+        raise typer.BadParameter(
+            f"{unknown[0]!r} is not among {', '.join(ROLES)}{did_you_mean(unknown[0], ROLES)}",
+            param_hint="'--components'",
+        )
     return tuple(role for role in ROLES if role in wanted)
 
 

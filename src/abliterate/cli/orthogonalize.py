@@ -22,6 +22,7 @@ from abliterate.cli.options import (
     UnverifiedOption,
     default_of,
     option,
+    output_option,
     parse_components,
     parse_layers,
 )
@@ -47,8 +48,7 @@ def orthogonalize(
     model: ModelArg,
     directions: DirectionsOption,
     output_directory: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="OUT", help="Directory to make. Needed unless --dry-run."),
+        Path | None, output_option("OUT", "Directory to write. Needed unless --dry-run.")
     ] = None,
     components: ComponentsOption = ALL_COMPONENTS,
     layers: LayersOption = None,
@@ -141,7 +141,7 @@ def orthogonalize(
     from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 
     output = Output.of(context, json_output=json_output)
-    source = resolve_model(model, revision=revision)
+    source = resolve_model(model, revision=revision, progress=output.progress)
     if output_format == "hooks" and output_directory is not None:
         from abliterate.interventions.hook_export import export_hooks
 
@@ -221,8 +221,8 @@ def _tables(report: "OrthogonalizationReport") -> list[Table | str]:
     lines = [f"{megabytes} edited; written to {report.output}"]
     if report.work is not None:
         work = report.work
+        lines.append(f"{work.seconds:.1f} s with {work.workers} workers, {work.cpu_seconds:.1f} s of CPU")
         lines.append(
-            f"{work.seconds:.1f} s with {work.workers} workers, {work.cpu_seconds:.1f} s of CPU; "
             f"{work.bytes_shared / 1e6:.1f} MB shared with the base, {work.bytes_read / 1e6:.1f} MB read, "
             f"{work.bytes_written / 1e6:.1f} MB written"
         )

@@ -7,46 +7,35 @@ import math
 import os
 import shlex
 import sys
-import threading
-import time
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from abliterate.cli.stages import LINE_WIDTH, SECONDS_BETWEEN_LINES, BarProgress, LineProgress, Stages, telling_of_pauses
 from abliterate.errors import InputError
 from abliterate.files import check_writable, printable
 from abliterate.processes import in_first_process
-from abliterate.progress import SILENT, Advance, ProgressReporter
+from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
     from abliterate.release.gates import Comparison, GateResult
 
-_UNLIMITED = 10_000
-SECONDS_BETWEEN_LINES = 30.0
-"""So long at least a log waits from one line about a task to the next."""
 SCHEMAS: Mapping[str, int] = {
     "audit": 1,
     "chat": 1,
     "convert": 1,
     "demo": 1,
+    "error": 1,
     "evaluate": 1,
     "extract": 1,
     "extract.not_found": 1,
@@ -64,7 +53,10 @@ SCHEMAS: Mapping[str, int] = {
     "verify": 1,
 }
 """The number of each document that `--json` prints, by its name: that of the command, and behind a dot what this can
-print in place of its usual document. docs/schemas/README.md says when a number rises."""
+print in place of its usual document. `error` is what any of them prints where an error left it without a report.
+docs/schemas/README.md says when a number rises."""
+_LONGEST_WHOLE = 24
+_documents: list[str] = []
 
 
 def accept_any_text() -> None:
@@ -190,6 +182,31 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def write_document(name: str, content: Mapping[str, Any]) -> None:
+    """Write one JSON document to stdout, and remember that there is one.
+
+    Args:
+        name: Its name in `SCHEMAS`.
+        content: Its keys but for the first, `schema`.
+    """
+    _documents.append(name)
+    marked = {"schema": f"abliterate.{name}/{SCHEMAS[name]}", **content}
+    # An escape of Python's would be none of JSON's.
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    sys.stdout.write(json.dumps(marked, indent=2, ensure_ascii=not is_unicode) + "\n")
+
+
+def forget_documents() -> None:
+    """Begin anew: nothing is on stdout yet."""
+    _documents.clear()
+
+
+def write_error(kind: str, message: str, *, exit_code: int) -> None:
+    """Write an error as a document, unless the command has written its report before."""
+    if not _documents:
+        write_document("error", {"error": kind, "message": message, "exit_code": exit_code})
+
+
 class SafeConsole(Console):
     """A console on which texts of others, as in a config, a direction file or a reply, cannot act on the terminal."""
 
@@ -203,20 +220,41 @@ class SafeConsole(Console):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How a command speaks, as options before it and after it say together.
+
+    Attributes:
+        quiet: Nothing but errors on stderr.
+        verbose: Library logs and tracebacks on stderr.
+        json_output: One JSON document on stdout.
+        interval: Seconds after which a log has a line about a task that goes on.
+        stages: What the command has done so far.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    json_output: bool = False
+    interval: float = SECONDS_BETWEEN_LINES
+    stages: Stages = dataclasses.field(default_factory=Stages)
+
+
 class Output:
     """One command's output: `report` writes the result to stdout, the rest goes to stderr."""
 
-    def __init__(self, command: str, *, json_output: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self, command: str, *, json_output: bool = False, quiet: bool = False, manner: Manner | None = None
+    ) -> None:
         self.command = command
-        self.json_output = json_output
-        self.quiet = quiet
-        self.verbose = verbose
+        self._manner = manner or Manner(quiet=quiet)
+        self.json_output = json_output or self._manner.json_output
+        self.quiet = self._manner.quiet
         self.stderr = SafeConsole(stderr=True, highlight=False)
 
     @classmethod
     def of(cls, context: typer.Context, *, json_output: bool) -> "Output":
         """Return the output of one command under the global options held by `context`."""
-        return cls(context.info_name or "", json_output=json_output, **(context.obj or {}))
+        return cls(context.info_name or "", json_output=json_output, manner=context.obj)
 
     def report(
         self, report: Any, *, tables: Callable[[], Sequence[Table | Text | str]], document: str | None = None
@@ -231,33 +269,28 @@ class Output:
         if not in_first_process():
             return
         if self.json_output:
-            name = self.command if document is None else f"{self.command}.{document}"
-            content = {"schema": f"abliterate.{name}/{SCHEMAS[name]}", **to_plain(report)}
-            # An escape of Python's would be none of JSON's.
-            is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-            sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=not is_unicode) + "\n")
+            write_document(self.command if document is None else f"{self.command}.{document}", to_plain(report))
             return
         console = SafeConsole(highlight=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:
-            # A pipe or a file has no width: nothing is broken or cut.
-            console = SafeConsole(highlight=False, width=_UNLIMITED)
+            console = SafeConsole(highlight=False, width=LINE_WIDTH)
         for part in tables():
             if isinstance(part, Table):
-                # A name or a hash that finds no room goes on in the next line, whole.
-                for column in part.columns:
-                    column.overflow = "fold"
-            # Text is for scripts too: nothing in it is markup, and no line of it is broken.
-            is_text = isinstance(part, str | Text)
-            console.print(part, markup=not is_text, soft_wrap=is_text)
+                show_table(console, part)
+            else:
+                # Text is for scripts too: nothing in it is markup, and no line of it is broken.
+                console.print(part, markup=False, soft_wrap=True)
 
     def plain(self, report: Any) -> Any:
         """Return a report as values JSON can hold."""
         return to_plain(report)
 
     def note(self, text: str) -> None:
-        """Write one line to stderr unless quiet."""
-        if not self.quiet:
-            self.stderr.print(text, markup=False, soft_wrap=True)
+        """Write one line to stderr unless quiet; in a log, which has no width, a long one goes on in the next."""
+        if self.quiet:
+            return
+        for line in [text] if self.stderr.is_terminal else in_lines(text):
+            self.stderr.print(line, markup=False, soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Write a piece of text to stdout at once, as it comes; a terminal acts on nothing in it."""
@@ -269,9 +302,75 @@ class Output:
         """A reporter that draws bars on a terminal and writes lines to a log, both on stderr; or a silent one."""
         if self.quiet or not in_first_process():
             return SILENT
+        stages = self._manner.stages
+        if self._draws:
+            return BarProgress(self.stderr, stages)
+        return LineProgress(self.note, stages, self._manner.interval)
+
+    @property
+    def _draws(self) -> bool:
         # Some environments call for colours where there is no terminal; bars would fill their logs.
-        draws = self.stderr.is_terminal and self.stderr.file.isatty() and not self.stderr.is_dumb_terminal
-        return _BarProgress(self.stderr) if draws else _LineProgress(self.note)
+        return self.stderr.is_terminal and self.stderr.file.isatty() and not self.stderr.is_dumb_terminal
+
+    def telling_of_pauses(self) -> AbstractContextManager[None]:
+        """Let a log say so where the command is long between two tasks."""
+        if self.quiet or not in_first_process() or self._draws:
+            return nullcontext()
+        return telling_of_pauses(self.note, self._manner.stages, self._manner.interval)
+
+    def summary(self) -> None:
+        """Write what took how long, unless quiet or short."""
+        if in_first_process():
+            for line in self._manner.stages.summary():
+                self.note(line)
+
+
+def in_lines(text: str) -> list[str]:
+    """Return a text as lines of a log: at most `LINE_WIDTH` columns, and no word, such as a path, is broken."""
+    return textwrap.wrap(text, LINE_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table, its title and its caption, none of them cut and no word of them broken that has room.
+
+    A title or caption is as wide as the console, not as its table. A table that does not find room turns into lines:
+    a block a row, with a line a cell.
+    """
+    title, caption = table.title, table.caption
+    table.title = table.caption = None
+    if title:
+        console.print(Text(str(title), style="italic"))
+    if _finds_room(console, table):
+        for column in table.columns:
+            column.no_wrap, column.overflow = False, "fold"
+        console.print(table)
+    else:
+        _print_rows(console, table)
+    if caption:
+        console.print(Text(str(caption), style="dim italic"))
+
+
+def _finds_room(console: Console, table: Table) -> bool:
+    # On a terminal a name that is longer goes on in the next line; what is not a terminal may be searched for it.
+    most = _LONGEST_WHOLE if console.is_terminal else math.inf
+    width = 1 + 3 * len(table.columns)
+    for column in table.columns:
+        texts = [_text_of(console, cell) for cell in (column.header, *column.cells)]
+        width += min(max((cell_len(word) for text in texts for word in text.plain.split()), default=0), most)
+    return width <= console.width
+
+
+def _print_rows(console: Console, table: Table) -> None:
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    for first, *others in rows:
+        console.print(_text_of(console, first), soft_wrap=True)
+        for column, cell in zip(table.columns[1:], others, strict=True):
+            if (text := _text_of(console, cell)).plain:
+                console.print(Text.assemble("  ", _text_of(console, column.header), ": ", text), soft_wrap=True)
+
+
+def _text_of(console: Console, cell: RenderableType) -> Text:
+    return cell if isinstance(cell, Text) else console.render_str(str(cell))
 
 
 def gate_tables(comparisons: "Sequence[Comparison]", results: "Sequence[GateResult]") -> list[Table | str]:
@@ -287,90 +386,3 @@ def gate_tables(comparisons: "Sequence[Comparison]", results: "Sequence[GateResu
         found = result.found if isinstance(result.found, str) else f"{result.found:.4g}"
         tables.append(f"gate {result.gate}: {found}, {'fails' if result.failed else 'passes'}")
     return tables
-
-
-class _BarProgress:
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    @contextmanager
-    def task(self, description: str, *, total: int | None, unit: str = "") -> Iterator[Advance]:
-        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
-        columns += [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
-        columns += [TextColumn("time left"), TimeRemainingColumn()]
-        with Progress(*columns, console=self._console) as progress:
-            task_id = progress.add_task(description, total=total)
-            yield lambda steps: progress.update(task_id, advance=steps)
-
-    def message(self, text: str) -> None:
-        self._console.print(text, markup=False)
-
-
-class _LineProgress:
-    """For a log: a line at the start of each task and one at its end, and few between."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self.message = write
-
-    @contextmanager
-    def task(self, description: str, *, total: int | None, unit: str = "") -> Iterator[Advance]:
-        task = _LoggedTask(description, total=total, unit=unit, write=self.message)
-        try:
-            yield task.advance
-        except BaseException:
-            task.end("stopped at ")
-            raise
-        task.end()
-
-
-class _LoggedTask:
-    def __init__(self, description: str, *, total: int | None, unit: str, write: Callable[[str], None]) -> None:
-        self._description = description
-        self._total = total
-        self._unit = unit
-        self._write = write
-        self._done = 0
-        # Files are written by several threads.
-        self._lock = threading.Lock()
-        self._started = self._written = time.monotonic()
-        write(description if self._is_one else f"{description}: {self._amount(total or 0)} to do")
-
-    def advance(self, steps: int) -> None:
-        with self._lock:
-            self._done += steps
-            now = time.monotonic()
-            if now - self._written < SECONDS_BETWEEN_LINES:
-                return
-            self._written = now
-            line = f"{self._description}: {self._count()}"
-            if self._total is not None and 0 < self._done < self._total:
-                line += f", about {_duration((now - self._started) / self._done * (self._total - self._done))} left"
-            self._write(line)
-
-    def end(self, how: str = "") -> None:
-        with self._lock:
-            self._write(f"{self._description}: {how}{self._count()} in {_duration(time.monotonic() - self._started)}")
-
-    @property
-    def _is_one(self) -> bool:
-        """Whether there is nothing to count."""
-        return self._total is None or (self._total == 1 and self._unit != "bytes")
-
-    def _count(self) -> str:
-        if self._is_one and self._done == self._total:
-            return "done"
-        if self._total is None or self._done == self._total:
-            return f"{self._amount(self._done)} done"
-        return f"{self._amount(self._done)} of {self._amount(self._total)} done"
-
-    def _amount(self, n: int) -> str:
-        if self._unit != "bytes":
-            return str(n)
-        return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -21,7 +21,9 @@ from abliterate.cli.options import (
     SystemPromptOption,
     TrustRemoteCodeOption,
     option,
+    output_option,
     parse_batch_size,
+    report_option,
 )
 from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, holds_json, writing
 from abliterate.interventions.refinement_options import RefinementOptions
@@ -39,9 +41,7 @@ def refine(
     context: typer.Context,
     model: ModelArg,
     direction: DirectionOption,
-    output_file: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="File of strengths (JSON) to write.")
-    ],
+    output_file: Annotated[Path, output_option("FILE", "File of strengths (JSON) to write.")],
     max_refusals: Annotated[float | None, option(RefinementOptions, "max_refusals")] = DEFAULTS.max_refusals,
     max_kl: Annotated[float | None, option(RefinementOptions, "max_kl")] = DEFAULTS.max_kl,
     harmful: HarmfulOption = PROMPT_DEFAULTS.harmful,
@@ -57,9 +57,7 @@ def refine(
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page with plots here.")
-    ] = None,
+    report: Annotated[Path | None, report_option("one HTML page with plots")] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
@@ -85,7 +83,7 @@ def refine(
     check_outputs(OutputFile(path=output_file, what="file of strengths", is_own=holds_json("strengths")), report=report)
     output = Output.of(context, json_output=json_output)
     found = refine_edit(
-        model=resolve_model(model, revision=revision),
+        model=resolve_model(model, revision=revision, progress=output.progress),
         direction=direction,
         harmful=harmful,
         harmless=harmless,

@@ -20,6 +20,7 @@ from abliterate.cli.options import (
     TrustRemoteCodeOption,
     option,
     parse_batch_size,
+    report_option,
 )
 from abliterate.cli.output import Output, check_outputs, writing
 from abliterate.interventions.trace_report import TraceOptions
@@ -47,9 +48,7 @@ def trace(
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="DIR", help="Write JSON, CSV and plots (PNG) here.")
-    ] = None,
+    report: Annotated[Path | None, report_option("JSON, CSV and plots (PNG)")] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
@@ -68,7 +67,7 @@ def trace(
         require_plots()
     check_outputs(report=report)
     traced = trace_direction(
-        model=resolve_model(model, revision=revision),
+        model=resolve_model(model, revision=revision, progress=output.progress),
         direction=direction,
         options=TraceOptions(
             prompts=tuple(prompts or DEFAULTS.prompts),

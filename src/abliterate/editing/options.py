@@ -51,6 +51,7 @@ class EditOptions:
         tuple[Role, ...],
         Argument(
             flag="--components",
+            metavar="ROLES",
             separator=",",
             help="What to edit: any of embed, attn, mlp, by commas.",
         ),
@@ -64,9 +65,9 @@ class EditOptions:
             help="Edit layers A to B-1 only; the embeddings are edited only if A is 0. Default: everything.",
         ),
     ] = None
-    strength: Annotated[float, Argument(flag="--strength", help="Share of the component to remove; 1 removes it.")] = (
-        1.0
-    )
+    strength: Annotated[
+        float, Argument(flag="--strength", metavar="SHARE", help="Share of the component to remove; 1 removes it.")
+    ] = 1.0
     strengths: Annotated[
         Strengths | None,
         Argument(
@@ -217,7 +218,9 @@ class WriteOptions:
     ] = None
     device: Annotated[
         str,
-        Argument(flag="--device", help="Where the arithmetic is done: cpu, cuda, cuda:N.", of_machine=True),
+        Argument(
+            flag="--device", metavar="DEVICE", help="Where the arithmetic is done: cpu, cuda, cuda:N.", of_machine=True
+        ),
     ] = "cpu"
     resume: Annotated[
         bool,

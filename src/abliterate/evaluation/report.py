@@ -233,7 +233,7 @@ class EvaluationOptions:
         str,
         Argument(
             flag="--judge-prompt",
-            metavar="HOW",
+            metavar="guard|yes-no|FILE",
             help="guard (the judge's own chat template), yes-no, or a file with {prompt} and {reply}; auto chooses.",
             names_file=True,
         ),

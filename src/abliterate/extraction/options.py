@@ -23,11 +23,17 @@ class PromptSources:
 class Thresholds:
     """What a candidate must satisfy to be chosen."""
 
-    kl: Annotated[float, Argument(flag="--kl-threshold", help="Largest KL accepted, in nats.")] = 0.1
+    kl: Annotated[float, Argument(flag="--kl-threshold", metavar="NATS", help="Largest KL accepted, in nats.")] = 0.1
     induce: Annotated[float, Argument(flag="--induce-threshold", help="Smallest induce score accepted.")] = 0.0
     prune_layers: Annotated[
         float,
-        Argument(flag="--prune-layers", minimum=0, maximum=0.99, help="Share of the last layers never chosen."),
+        Argument(
+            flag="--prune-layers",
+            metavar="SHARE",
+            minimum=0,
+            maximum=0.99,
+            help="Share of the last layers never chosen.",
+        ),
     ] = 0.2
 
     def layer_limit(self, n_layers: int) -> int:

@@ -55,6 +55,7 @@ class RefinementOptions:
         float | None,
         Argument(
             flag="--max-kl",
+            metavar="NATS",
             minimum=0.0,
             help="Largest KL over harmless replies, in nats a token; what refuses least within it is taken.",
         ),

@@ -30,6 +30,7 @@ class ModelOptions:
         str,
         Argument(
             flag="--device",
+            metavar="DEVICE",
             help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.",
             of_machine=True,
         ),
@@ -38,6 +39,7 @@ class ModelOptions:
         int | None,
         Argument(
             flag="--batch-size",
+            metavar="N|auto",
             help="Prompts per forward pass, or auto (halved when memory runs out).",
             of_machine=True,
         ),

@@ -1,4 +1,4 @@
-"""`abliterate push`: arguments in, exit code, stdout and stderr out."""
+"""`abliterate push`: arguments in, exit code, stdout and stderr out; `revert` has a file of its own."""
 
 import functools
 import json
