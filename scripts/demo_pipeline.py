@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -262,12 +263,18 @@ def write_state(directory: Path, state: dict[str, Any]) -> None:
 
 def command_lines(words: Sequence[str]) -> list[str]:
     """Return a command as a shell reads it, in lines that a log has room for."""
-    lines = ["$"]
-    for word in map(shlex.quote, words):
-        if len(lines[-1]) + len(word) + 3 > LINE_WIDTH:
+    lines, parts = ["$"], [shlex.quote(words[0])]
+    for before, word in pairwise(words):
+        # An option and its value stay together.
+        if before.startswith("--") and not word.startswith("-"):
+            parts[-1] += f" {shlex.quote(word)}"
+        else:
+            parts.append(shlex.quote(word))
+    for part in parts:
+        if len(lines[-1]) + len(part) + 3 > LINE_WIDTH:
             lines[-1] += " \\"
             lines.append("   ")
-        lines[-1] += f" {word}"
+        lines[-1] += f" {part}"
     return lines
 
 

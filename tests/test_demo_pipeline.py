@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shlex
 import subprocess
 import zipfile
 from pathlib import Path
@@ -67,6 +68,22 @@ def packaged(monkeypatch, tmp_path, hub) -> RealModel:
         suffix=".bin",
         sha256=hashlib.sha256(data).hexdigest(),
     )
+
+
+def test_a_command_is_shown_in_lines_that_a_log_has_room_for_and_can_be_typed() -> None:
+    words = ("abliterate", "evaluate", "build/demo/a b", "--base", "x" * 60, "--max-new-tokens", "32", "--json") * 2
+    lines = demo_pipeline.command_lines(words)
+    assert max(map(len, lines)) <= 120
+    joined = "\n".join(lines).replace("\\\n", "")  # as a shell reads it
+    assert shlex.split(joined.removeprefix("$ ")) == list(words)
+    assert not any(line.endswith(("--base \\", "--max-new-tokens \\")) for line in lines)
+
+
+def test_the_summary_says_what_took_how_long() -> None:
+    steps = [Step(name="extract", minutes=1, output=Path("x")), Step(name="report", minutes=1, output=Path("y"))]
+    *lines, last = demo_pipeline.summary(steps, {"extract": {"seconds": 240}, "report": {"seconds": 1}})
+    assert lines == ["Steps:", "  extract     4 min", "  report        1 s"]
+    assert last.startswith("  in all      4 min")
 
 
 class TestFetching:
