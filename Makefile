@@ -7,8 +7,9 @@
 #               hours)
 # make check    format, lint, types, import contract; changes nothing
 # make format   rewrite the source in the project's format
+# make docs     the site with guide, API reference and all pages, in build/site (installs mkdocs; no network to read it)
 # make results  both demo models measured anew, and the results in README.md and docs/ written from that (about an hour)
-# make results-real  README's table of `make demo-real`, from what that left
+# make results-real  docs/results.md's table of `make demo-real`, from what that left
 # make adapter  train the demo model's adapter anew (CPU, about half an hour)
 
 PYTHON ?= python3
@@ -19,9 +20,9 @@ DEMO := build/demo
 DEMO_REAL := build/demo-real
 # A process a core, as one of them computes with one thread.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist worksteal
-SOURCES := src tests training scripts benchmarks
+SOURCES := src tests training scripts benchmarks examples
 
-.PHONY: demo demo-real results results-real test coverage proof check format adapter clean
+.PHONY: demo demo-real results results-real test coverage proof check format docs adapter clean
 
 # Each step of a demo is one command; a second run takes what is there.
 demo: $(READY)
@@ -52,6 +53,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 adapter: $(READY)
 	$(BIN)/python -m training.train_adapter --output src/abliterate/models/demo_adapter

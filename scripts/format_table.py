@@ -1,4 +1,4 @@
-"""Edit a tiny model in each quantised format and write the tables of docs/quantisation.md and README.
+"""Edit a tiny model in each quantised format and write the tables of docs/quantisation.md and docs/editing.md.
 
 python -m scripts.format_table
 """
@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.support.format_table import NAMES, PAGE, README, measure, short_table, table, with_table
+from tests.support.format_table import NAMES, PAGE, SHORT_PAGE, measure, short_table, table, with_table
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             rows.append(measure(name, Path(work)))
         print(rows[-1], file=sys.stderr)
-    for path, made in ((PAGE, table(rows)), (README, short_table(rows))):
+    for path, made in ((PAGE, table(rows)), (SHORT_PAGE, short_table(rows))):
         path.write_text(with_table(path.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 

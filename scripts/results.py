@@ -1,4 +1,4 @@
-"""Write the results in README.md and in docs (extended_refusals, quantisation, variants) anew from measurements.
+"""Write the results in README.md and in docs (results, extended_refusals, quantisation, variants) anew.
 
     python scripts/results.py                                    from docs/results, as it lies in the repository
     python scripts/results.py --demo build/demo --audits build/extended_refusal      from new measurements
@@ -7,7 +7,8 @@
     python scripts/results.py --real build/demo-real                                 from `make demo-real`
 
 New measurements are first copied to docs/results: numbers only, no reply of a model is in them. What stands between
-`<!-- results: NAME -->` and `<!-- end of results -->` is replaced; the prose around it is written by hand.
+`<!-- results: NAME -->` and `<!-- end of results -->` is replaced; the prose around it is written by hand. The picture
+that README begins with is drawn anew, too.
 """
 
 import argparse
@@ -57,12 +58,18 @@ def rate(values: dict[str, Any]) -> str:
     return f"{percent(values['rate'])} % [{percent(values['low'])}, {percent(values['high'])}]"
 
 
-def demo_block(report: dict[str, Any]) -> str:
-    """Return what `make demo` found, for README."""
+def rates_block(report: dict[str, Any]) -> str:
+    """Return the rates that `make demo` found, for README."""
     lines = ["| refusal rate | before | after |", "|---|---|---|"]
     for kind in KINDS:
         before, after = (report[side][f"{kind}_refusal_rate"] for side in ("before", "after"))
         lines.append(f"| {kind} prompts ({before['n']}) | {rate(before)} | {rate(after)} |")
+    return "\n".join(lines)
+
+
+def demo_block(report: dict[str, Any]) -> str:
+    """Return what `make demo` found, for docs/results.md."""
+    lines = [rates_block(report)]
     chosen, entropy = report["selected"], report["cross_entropy"]
     lines += [
         "",
@@ -79,7 +86,7 @@ NOT_MEASURED = "Not measured yet with this version: `make demo-real`, then `make
 
 
 def real_block(report: dict[str, Any] | None) -> str:
-    """Return what `make demo-real` found, for README; None where it has not been run."""
+    """Return what `make demo-real` found, for docs/results.md; None where it has not been run."""
     if report is None:
         return NOT_MEASURED
     table, *rest = demo_block(report).split("\n\n")
@@ -219,7 +226,7 @@ def perplexity(nats: float) -> str:
 
 
 def summary_block(audits: dict[str, dict[str, Any]]) -> str:
-    """Return the audits in one line a model, for README."""
+    """Return the audits in one line a model, for docs/results.md."""
     lines = [
         "| demo model | refused | fewest, at a bearable cost | pass the published selection | verdict of `audit` |",
         "|---|---|---|---|---|",
@@ -237,6 +244,42 @@ def summary_block(audits: dict[str, dict[str, Any]]) -> str:
             f"`{audit['verdict']}`: {REMARKS[audit['verdict']]} |"
         )
     return "\n".join(lines)
+
+
+PICTURE_STYLE = (
+    "text{font:14px system-ui,sans-serif;fill:#1f2328}.grid{stroke:#d0d7de}.before{fill:#9a6700}.after{fill:#0969da}"
+    ".whisker{stroke:#1f2328;stroke-width:1.5}@media(prefers-color-scheme:dark){text{fill:#e6edf3}"
+    ".grid{stroke:#3d444d}.before{fill:#d29922}.after{fill:#4493f8}.whisker{stroke:#e6edf3}}"
+)
+
+
+def picture(report: dict[str, Any]) -> str:
+    """Return the rates of `make demo` before and after as an SVG: a bar each, with its interval."""
+    left, width, top = 150, 520, 34
+
+    def x(share: float) -> str:
+        return f"{left + width * share:.1f}"
+
+    shapes = []
+    for tick in range(0, 101, 25):
+        shapes.append(f'<path class="grid" d="M{x(tick / 100)} {top - 8}V{top + 168}"/>')
+        shapes.append(f'<text x="{x(tick / 100)}" y="{top + 186}" text-anchor="middle">{tick} %</text>')
+    for row, kind in enumerate(KINDS):
+        y = top + 58 * row
+        shapes.append(f'<text x="{left - 12}" y="{y + 25}" text-anchor="end">{kind} prompts</text>')
+        for number, side in enumerate(("before", "after")):
+            one, middle = report[side][f"{kind}_refusal_rate"], y + 11 + 20 * number
+            bar = f'x="{left}" y="{middle - 8}" width="{width * one["rate"]:.1f}" height="16"'
+            shapes.append(f'<rect class="{side}" {bar}><title>{kind}, {side}: {rate(one)}</title></rect>')
+            shapes.append(f'<path class="whisker" d="M{x(one["low"])} {middle}H{x(one["high"])}"/>')
+    for number, side in enumerate(("before", "after")):
+        shapes.append(f'<rect class="{side}" x="{left + 110 * number}" y="6" width="12" height="12"/>')
+        shapes.append(f'<text x="{left + 18 + 110 * number}" y="17">{side}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 232" width="700" height="232" role="img">'
+        f"<title>Share of prompts refused before and after the edit, with 95 % intervals</title>"
+        f"<style>{PICTURE_STYLE}</style>\n" + "\n".join(shapes) + "\n</svg>\n"
+    )
 
 
 def with_block(text: str, name: str, block: str) -> str:
@@ -261,12 +304,15 @@ def documents(results: Path, repository: Path) -> dict[Path, str]:
     quantised = json.loads((results / QUANTISATION).read_text()) if (results / QUANTISATION).is_file() else {}
     real = json.loads((results / REAL).read_text()) if (results / REAL).is_file() else None
     readme, docs = repository / "README.md", repository / "docs"
-    text = with_block(readme.read_text(encoding="utf-8"), "demo", demo_block(demo))
+    page = docs / "results.md"
+    text = with_block(page.read_text(encoding="utf-8"), "demo", demo_block(demo))
     text = with_block(text, "demo-real", real_block(real))
     refusals, kinds, layouts = (docs / f"{name}.md" for name in ("extended_refusals", "variants", "quantisation"))
     of_refusals = with_block(refusals.read_text(encoding="utf-8"), "audits", audits_block(audits))
     return {
-        readme: with_block(text, "audits", summary_block(audits)),
+        readme: with_block(readme.read_text(encoding="utf-8"), "rates", rates_block(demo)),
+        page: with_block(text, "audits", summary_block(audits)),
+        docs / "pictures" / "demo.svg": picture(demo),
         refusals: with_block(of_refusals, "procedures", procedures_block(procedures)),
         layouts: with_block(layouts.read_text(encoding="utf-8"), "quantisation", quantisation_block(quantised)),
         kinds: with_block(kinds.read_text(encoding="utf-8"), "variants", variants_block(variants)),

@@ -1,4 +1,4 @@
-"""The shell example of examples/ci/, run as a nightly job runs it."""
+"""The examples, run as they stand: the nightly job of examples/ci, prompts of one's own, several processes."""
 
 import json
 import os
@@ -99,3 +99,49 @@ def test_what_is_wrong_fails_the_job(job, tmp_path: Path) -> None:
     assert missing.returncode == 1
     assert "missing" in missing.stderr
     assert not (tmp_path / "artefacts" / "audit.json").exists()
+
+
+def run_example(name: str, *words: object, **settings: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY / "src"), **settings}
+    command = [str(REPOSITORY / "examples" / name), *map(str, words)]
+    if name.endswith(".py"):
+        command = [sys.executable, *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_prompts_of_ones_own_give_a_direction_an_edit_and_a_report(tmp_path: Path, llama_directory: Path) -> None:
+    for kind in ("harmful", "harmless"):
+        lines = [f"{kind} {word}" for word in ("rain", "locks", "tea", "maps", "bread", "chess", "moss", "glass")] * 2
+        (tmp_path / f"{kind}.txt").write_text("".join(f"{line} {n}?\n" for n, line in enumerate(lines)))
+    harmful, harmless = (tmp_path / f"{kind}.txt" for kind in ("harmful", "harmless"))
+    done = run_example(
+        *("own_prompts.sh", llama_directory, harmful, harmless, tmp_path / "out"),
+        EXTRACT_OPTIONS=EXTRACT,
+        EVALUATE_OPTIONS=f"--max-new-tokens 3 --borderline {harmless}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 prompts" in done.stdout
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    # Ten of each the direction was found with.
+    assert report["rates"]["harmful"]["n"] == 6
+    assert (tmp_path / "out" / "edited" / "abliteration.json").is_file()
+
+
+@pytest.mark.proof
+def test_several_processes_share_an_extraction(tmp_path: Path, llama_directory: Path) -> None:
+    done = run_example("many_gpus.sh", "share", llama_directory, tmp_path / "out", 2, EXTRACT_OPTIONS=EXTRACT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "edited" / "abliteration.json").is_file()
+    assert run_example("many_gpus.sh", "sideways", llama_directory, tmp_path / "out").returncode == 2
+
+
+@pytest.mark.demo
+@pytest.mark.proof
+def test_the_library_in_twenty_lines(tmp_path: Path, demo_directory: Path) -> None:
+    script = REPOSITORY / "examples" / "library.py"
+    assert len(script.read_text().splitlines()) <= 20
+    done = run_example("library.py", demo_directory, tmp_path / "edited")
+    assert done.returncode == 0, done.stderr
+    assert "verified: True" in done.stdout
+    assert "harmful: 9" in done.stdout

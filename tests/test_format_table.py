@@ -1,4 +1,4 @@
-"""The tables of formats in docs/quantisation.md and README are what a tiny model in each of them shows."""
+"""The tables of formats in docs/quantisation.md and docs/editing.md are what a tiny model in each of them shows."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.support.format_table import (
     GGUF,
     NAMES,
     PAGE,
-    README,
+    SHORT_PAGE,
     SAFETENSORS,
     FormatRow,
     cells,
@@ -36,4 +36,4 @@ def test_both_tables_have_all_formats_and_readme_says_what_the_page_says():
         FormatRow(name=name, bits=int(bits), runs=runs == "yes", verified=verified == "yes", left=0.0, plain=0.0)
         for name, bits, _, runs, verified, _ in rows
     ]
-    assert short_table(found) == written(README)
+    assert short_table(found) == written(SHORT_PAGE)

@@ -211,7 +211,19 @@ class HubError(AbliterateError):
 
 
 class ServerError(AbliterateError):
-    """A server that should answer for a model cannot be reached, fails, or answers something else."""
+    """A server that should answer for a model cannot be reached, fails, or answers something else.
+
+    Message:
+        --server http://localhost:8000: answered something that is no chat completion; see that it is the URL of an
+        OpenAI-compatible API, which mostly ends in /v1
+
+    Cause:
+        The server is not running or still loading, the URL lacks /v1, the model has another name there, or too many
+        requests are sent at once.
+
+    Remedy:
+        Ask the server itself first (`curl URL/models`); name the model as it does; lower --server-requests.
+    """
 
 
 class MissingDependencyError(AbliterateError):

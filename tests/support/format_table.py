@@ -1,4 +1,4 @@
-"""The tables of docs/quantisation.md and README: each format edited on a tiny model, run, verified and measured."""
+"""The tables of docs/quantisation.md and docs/editing.md: each format edited on a tiny model, run, verified and measured."""
 
 import re
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from tests.support.paths import DOCS, REPOSITORY
 from tests.support.quantized_models import save_mxfp4_gpt_oss, save_quantized_llama
 from tests.support.tiny_models import random_direction
 
-PAGE, README = DOCS / "quantisation.md", REPOSITORY / "README.md"
+PAGE, SHORT_PAGE = DOCS / "quantisation.md", DOCS / "editing.md"
 _BEGIN, _END = "<!-- formats: made by `python -m scripts.format_table` -->", "<!-- /formats -->"
 # Layout of the tests -> what it is called, and bits of a code.
 SAFETENSORS = {
@@ -201,7 +201,7 @@ def table(rows: list[FormatRow]) -> str:
 
 
 def short_table(rows: list[FormatRow]) -> str:
-    """Return the table of README: formats that have the same cells in one row."""
+    """Return the table of docs/editing.md: formats that have the same cells in one row."""
     groups: dict[tuple[bool, bool, bool], list[str]] = {}
     for row in rows:
         groups.setdefault((row.name.startswith("GGUF"), row.runs, row.verified), []).append(row.name)

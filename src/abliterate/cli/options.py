@@ -27,7 +27,7 @@ PROMPT_DEFAULTS = PromptSources()
 ADVANCED = "Advanced"
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Model": (
-        "--base", "--base-revision", "--direction", "--intervention", "--revision", "--system-prompt",
+        "--base", "--base-revision", "--direction", "--intervention", "--revision", "--server", "--system-prompt",
         "--trust-remote-code",
     ),
     "Prompts": (
@@ -59,8 +59,8 @@ SHOWN: Mapping[str, tuple[str, ...]] = {
         "--dry-run", "--overwrite", "--json",
     ),
     "evaluate": (
-        "--base", "--direction", "--intervention", "--harmful", "--harmless", "--max-new-tokens", "--output",
-        "--report", "--fail-if", "--json", "--device",
+        "--base", "--direction", "--server", "--harmful", "--harmless", "--max-new-tokens", "--output", "--report",
+        "--fail-if", "--json", "--device",
     ),
     "audit": (
         "--harmful", "--harmless", "--test-harmful", "--test-harmless", "--n-test", "--output", "--report",

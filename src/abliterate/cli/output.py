@@ -21,7 +21,14 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from abliterate.cli.stages import LINE_WIDTH, SECONDS_BETWEEN_LINES, BarProgress, LineProgress, Stages, telling_of_pauses
+from abliterate.cli.stages import (
+    LINE_WIDTH,
+    SECONDS_BETWEEN_LINES,
+    BarProgress,
+    LineProgress,
+    Stages,
+    telling_of_pauses,
+)
 from abliterate.errors import InputError
 from abliterate.files import check_writable, printable
 from abliterate.processes import in_first_process

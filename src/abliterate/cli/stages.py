@@ -218,7 +218,7 @@ class _LoggedTask:
     def _count(self) -> str:
         if self._is_one and self._done == self._total:
             return "done"
-        if self._total is None or self._done == self._total:
+        if self._total is None or self._done >= self._total:
             return f"{self._amount(self._done)} done"
         return f"{self._amount(self._done)} of {self._amount(self._total)} done"
 
