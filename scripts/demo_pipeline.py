@@ -25,7 +25,7 @@ from typing import Any
 from scripts.demo_report import LINE_WIDTH, build_report, show
 from scripts.real_model import QWEN, RealModel, came_as_checkpoint, fetch
 
-# At the paper's 0.1 a candidate of the small model passes too, but it leaves more of the refusals; docs/results.md gives both.
+# At the paper's 0.1 a candidate of the small model passes too, but it leaves more of the refusals: docs/results.md.
 SMALL_KL = "0.3"
 STATE = "steps.json"
 REPOSITORY = Path(__file__).parents[1]

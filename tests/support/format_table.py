@@ -1,4 +1,4 @@
-"""The tables of docs/quantisation.md and docs/editing.md: each format edited on a tiny model, run, verified and measured."""
+"""The tables of docs/quantisation.md and docs/editing.md: each format edited on a tiny model, run and measured."""
 
 import re
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from abliterate.release.options import VerificationOptions
 from abliterate.release.verification import verify_checkpoint
 from tests.support.conformance import stream_component
 from tests.support.gguf_models import tiny, write
-from tests.support.paths import DOCS, REPOSITORY
+from tests.support.paths import DOCS
 from tests.support.quantized_models import save_mxfp4_gpt_oss, save_quantized_llama
 from tests.support.tiny_models import random_direction
 
