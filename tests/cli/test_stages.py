@@ -105,6 +105,10 @@ def test_a_task_of_one_step_and_one_of_bytes_say_so_too(clock, monkeypatch):
         advance(1_000_000_000)
         go()
         advance(2_000_000_000)
+    go = ticks(clock, monkeypatch, [wait(90)])
+    with LineProgress(lines.append, Stages()).task("Comparing", total=4) as advance:
+        advance(4)
+        go()
     assert lines == [
         "Loading model",
         "Loading model: 45 s so far",
@@ -112,6 +116,9 @@ def test_a_task_of_one_step_and_one_of_bytes_say_so_too(clock, monkeypatch):
         "Hashing: 3.0 GB to do",
         "Hashing: 1.0 GB of 3.0 GB done, 100.0 MB/s, about 20 s left",
         "Hashing: 3.0 GB done in 10 s, 300.0 MB/s",
+        "Comparing: 4 to do",
+        "Comparing: 4 done, finishing, 2 min so far",
+        "Comparing: 4 done in 2 min, 22.5 s each",
     ]
 
 

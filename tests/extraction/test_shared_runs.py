@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from abliterate.checkpoints.saved_work import SavedWork
+from abliterate.extraction.behaviour import ReplyRun
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.shared_runs import PARTS, RecordingRun, ScoringRun, save_scores, saved_scores
 from abliterate.models.hooks import record
@@ -169,6 +171,38 @@ def test_each_part_is_recorded_and_saved(llama_chat, prompts, tmp_path):
         torch.testing.assert_close(recording.activations, expected.activations)
         torch.testing.assert_close(recording.logits, expected.logits)
     assert {path.stem for path in (tmp_path / "work").glob("*.safetensors")} == set(PARTS)
+
+
+class Counting:
+    """A reporter that adds up what each task has done."""
+
+    def __init__(self):
+        self.done = {}
+
+    @contextmanager
+    def task(self, description, *, total, unit=""):
+        self.done[description] = [0, total]
+
+        def advance(steps):
+            self.done[description][0] += steps
+            assert self.done[description][0] <= total
+
+        yield advance
+
+    def message(self, text):
+        raise AssertionError(text)
+
+
+@pytest.mark.parametrize("replying", [False, True])
+def test_a_prompt_counts_once_and_with_its_reply_where_it_has_one(llama_chat, prompts, replying):
+    progress = Counting()
+    run = ReplyRun(chat=llama_chat, ranks=Ranks(), max_new_tokens=4) if replying else None
+    saved = SavedWork(None, key={})
+    recording = RecordingRun(
+        chat=llama_chat, prompts=prompts, saved=saved, ranks=Ranks(), progress=progress, replying=run
+    )
+    recording.record()
+    assert sorted(progress.done.values()) == [[3, 3], [3, 3], [5, 5], [5, 5]]
 
 
 def test_a_part_that_is_saved_is_taken_as_it_is(llama_chat, prompts, tmp_path):

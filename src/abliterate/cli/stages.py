@@ -198,8 +198,10 @@ class _LoggedTask:
             done = "" if self._is_one and not self._done else f"{self._count()}, "
             return f"{self._description}: {done}{duration(seconds)} so far"
         line = f"{self._description}: {self._count()}"
+        if self._total is not None and self._done >= self._total:
+            return f"{line}, finishing, {duration(seconds)} so far"
         line += f", {self._rate(seconds)}"
-        if self._total is not None and self._done < self._total:
+        if self._total is not None:
             line += f", about {duration(seconds / self._done * (self._total - self._done))} left"
         return line
 

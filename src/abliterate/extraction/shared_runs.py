@@ -345,16 +345,21 @@ class RecordingRun:
         def compute(rows: Sequence[list[int]]) -> list[tuple[Tensor, Tensor, ShortReply | None]]:
             replies: list[ShortReply | None] = [None] * len(rows)
 
+            count = None if advance is None else lambda n: advance(n * self.ranks.count)
+
             def receive(index: int, tokens: list[int]) -> None:
                 assert self.replying is not None
                 replies[index] = self.replying.classed(tokens)
+                if count is not None:
+                    count(1)
 
             if isinstance(self.chat, StreamedChat):
                 recording = record_streamed(self.chat, rows)
             else:
-                count = None if advance is None else lambda n: advance(n * self.ranks.count)
                 decoder = None if self.replying is None else self.replying.decoder
-                recording = record(self.chat, rows, decoder=decoder, receive=receive, advance=count)
+                # A prompt is done when its reply is, where there is one: that takes most of the time.
+                counted = count if decoder is None else None
+                recording = record(self.chat, rows, decoder=decoder, receive=receive, advance=counted)
             return list(zip(recording.activations, recording.logits, replies, strict=True))
 
         activations, logits, replies = zip(*self.ranks.share(rows, compute), strict=True)
