@@ -194,8 +194,8 @@ def _global_options(
     progress_interval: IntervalOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    given = {} if progress_interval is None else {"interval": progress_interval}
-    context.obj = Manner(quiet=quiet, verbose=verbose, json_output=json_output, **given)
+    interval = Manner().interval if progress_interval is None else progress_interval
+    context.obj = Manner(quiet=quiet, verbose=verbose, json_output=json_output, interval=interval)
 
 
 def _settle(**manner: Any) -> Manner:

@@ -359,7 +359,7 @@ def show_table(console: Console, table: Table) -> None:
 
 def _finds_room(console: Console, table: Table) -> bool:
     # On a terminal a name that is longer goes on in the next line; what is not a terminal may be searched for it.
-    most = _LONGEST_WHOLE if console.is_terminal else math.inf
+    most = _LONGEST_WHOLE if console.is_terminal else sys.maxsize
     width = 1 + 3 * len(table.columns)
     for column in table.columns:
         texts = [_text_of(console, cell) for cell in (column.header, *column.cells)]
