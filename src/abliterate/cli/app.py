@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from rich.markup import escape
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 from typer.models import ArgumentInfo, OptionInfo
 
@@ -55,8 +55,21 @@ EXIT_CODES = (
     "3 no candidate direction (or set of strengths) passes the selection; 130 interrupted; 143 terminated."
 )
 
+
+class _Group(TyperGroup):
+    """The whole, whose switches are shown as such: they take no value."""
+
+    def get_params(self, ctx: Any) -> Any:
+        parameters = super().get_params(ctx)
+        for each in parameters:
+            if getattr(each, "is_flag", False):
+                each.metavar = ""
+        return parameters
+
+
 app = typer.Typer(
     name="abliterate",
+    cls=_Group,
     help="Find the refusal direction of a language model, remove it from the weights exactly, "
     "and measure what that did (arXiv 2406.11717).",
     epilog=EXIT_CODES,
@@ -120,10 +133,9 @@ def _parameters_of(command: Callable[..., None]) -> dict[str, inspect.Parameter]
     """Return what a command takes but for its context, panel by panel, each with its panel and what stands for it."""
     found: dict[str, inspect.Parameter] = {}
     for function in (command, _everywhere):
-        hints = get_type_hints(function, include_extras=True)
         for name, parameter in inspect.signature(function).parameters.items():
-            if hints[name] is not typer.Context:
-                annotation = _described(hints[name], _name_of(command))
+            if parameter.annotation is not typer.Context:
+                annotation = _described(parameter.annotation, _name_of(command))
                 found[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
     order = [None, *PANELS]
     panels = {name: _info_of(each).rich_help_panel for name, each in found.items()}

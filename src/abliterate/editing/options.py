@@ -104,8 +104,8 @@ class EditOptions:
         Argument(
             flag="--quantized",
             help="A quantised MODEL, in a format that docs/editing.md lists: refuse it, because plain rounding would "
-            "undo the edit; requantize in the same layout with rounding that keeps it; or dequantize all of it to bfloat16, "
-            "two to four times the size.",
+            "undo the edit; requantize in the same layout with rounding that keeps it; or dequantize all of it to "
+            "bfloat16, two to four times the size.",
         ),
     ] = "refuse"
     unverified: Annotated[
