@@ -77,7 +77,7 @@ def test_what_is_taken_out_does_not_come_back(kind, turned, d_model):
     before, after = float((directions @ old).norm()), float((directions @ new).norm())
     assert old.shape == (d_model, n)
     assert after <= encoding.largest_residue(d_model=d_model, k=1, along=before, norm=float(old.norm()))
-    # README says so of d_model 4096; in 256 entries there is less to choose from.
+    # docs/editing.md says so of d_model 4096; in 256 entries there is less to choose from.
     assert after < (1e-5 if d_model == 4096 else 1e-4) * before
     # And little else: a few times what rounding to the type's steps does to any change.
     assert float((new - old).norm()) < 0.2 * float(old.norm())
