@@ -28,6 +28,9 @@ mkdir -p "$artefacts" "$cache"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+# An error is a document, too, so that a file with something in it need not be a report.
+has_report() { [[ -s "$1" ]] && ! grep -q '"schema": "abliterate.error/' "$1"; }
+
 # 1. The direction, found anew only when the model, the options or the tool changed.
 fingerprint() {
     echo "$MODEL ${EXTRACT_OPTIONS:-} $(abliterate --version)"
@@ -69,7 +72,7 @@ if [[ -f "$direction" && -d "$MODEL" ]]; then
         --summary "$artefacts/evaluate.md" --json "${fail_if[@]}" "${evaluate_options[@]}" \
         > "$artefacts/evaluate.json" || failed=$?
     # 1 with a report is a gate that fails; without one it is the evaluation.
-    [[ $failed == 0 || -s "$artefacts/evaluate.json" ]] || exit "$failed"
+    [[ $failed == 0 ]] || has_report "$artefacts/evaluate.json" || exit "$failed"
     echo "weights: evaluated"
 fi
 
@@ -78,7 +81,7 @@ brittle=()
 [[ -z "${RATE:-}" ]] || brittle=(--fail-if-brittle "$RATE")
 code=0
 abliterate -q audit "$MODEL" --json --summary "$artefacts/audit.md" "${brittle[@]}" "${audit_options[@]}" > "$artefacts/audit.json" || code=$?
-[[ -s "$artefacts/audit.json" ]] || rm -f "$artefacts/audit.json"
+has_report "$artefacts/audit.json" || rm -f "$artefacts/audit.json"
 if [[ -f "$artefacts/audit.json" ]]; then
     python3 -c 'import json, sys
 report = json.load(open(sys.argv[1]))

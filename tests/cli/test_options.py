@@ -177,10 +177,16 @@ def test_what_a_command_makes_can_be_said_by_o_or_as_an_argument_and_only_once(c
 
 
 def test_the_bars_of_libraries_are_off_in_a_log_and_where_it_is_quiet(call_main, monkeypatch):
-    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    names = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
+    seen = []
+    # The environment is put back when the command has ended.
+    monkeypatch.setattr(
+        "abliterate.prompt_sets.find_bundled_problems", lambda: seen.extend(os.environ.get(name) for name in names)
+    )
     assert call_main("prompts", "--kind", "harmful").exit_code == 0
-    assert os.environ["TQDM_DISABLE"] == os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+    assert seen == ["1", "1"]
 
 
 def test_completion_stays_on(call_main):
