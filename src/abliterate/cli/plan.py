@@ -17,8 +17,10 @@ from abliterate.cli.options import (
     QuantizedOption,
     RevisionOption,
     UnverifiedOption,
+    output_option,
     parse_components,
     parse_layers,
+    report_option,
 )
 from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, gate_tables, writing
 from abliterate.editing.options import EditOptions
@@ -151,11 +153,11 @@ def inspect(
     ] = None,
     output_file: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Write the direction that was projected out here."),
+        output_option("FILE", "Direction file to write: what was projected out."),
     ] = None,
     report_directory: Annotated[
         Path | None,
-        typer.Option("--report", metavar="DIR", help="Write one self-contained HTML page (and the JSON) here."),
+        report_option("one HTML page, and the JSON"),
     ] = None,
     fail_if: InspectFailIfOption = None,
     revision: RevisionOption = None,
