@@ -1,6 +1,7 @@
 """Releases whose config or index is not as transformers writes them today: accepted, or refused with the true cause."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from abliterate.errors import CheckpointError, ModelError, UnsupportedArchitectu
 from abliterate.models.loading import load_tokenizer, load_weights
 from abliterate.models.options import ModelOptions
 from tests.support.conformance import DIRTY, build_model, save_model, stream_component, text_inputs
+from tests.support.conformance_models import VARIANTS
 from tests.support.tiny_models import random_direction, save_chat_model, save_tiny_llama, save_tiny_model, tiny_llama
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
@@ -227,3 +229,34 @@ def test_experts_that_are_stored_quantised_without_a_word_in_the_config_are_noti
         CheckpointError, match=r"w2_weight.* not stored as a plain weight|w2_weight is stored as F8_E4M3"
     ):
         plan_layout(read_layout(model=str(tmp_path)), options=EditOptions(partial=True))
+
+
+def test_gemma4_experts_that_are_stored_one_by_one_are_edited_as_the_stack_is(tmp_path):
+    whole = tmp_path / "whole"
+    model_type, changes = VARIANTS["gemma4 with experts"]
+    save_model(build_model(model_type, **changes).float(), whole, model_type, shard="10GB")
+    apart = tmp_path / "apart"
+    shutil.copytree(whole, apart)
+    tensors = load_file(whole / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        stack = tensors.pop(name)
+        for index, matrix in enumerate(stack):
+            # As releases in few bits store them, for engines that keep experts apart.
+            if name.endswith("gate_up_proj"):
+                parts = zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True)
+            else:
+                parts = iter([("down_proj", matrix)])
+            for part, each in parts:
+                tensors[f"{name.rpartition('.')[0]}.{index}.{part}.weight"] = each.clone()
+    save_file(tensors, apart / "model.safetensors", metadata={"format": "pt"})
+    direction = make_direction(mean_difference=random_direction(d_model=tensors["model.embed_tokens.weight"].shape[1]))
+    edited = {}
+    for base in (whole, apart):
+        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / f"{base.name}.edited")
+        edited[base.name] = load_file(tmp_path / f"{base.name}.edited" / "model.safetensors")
+    stacks = [name for name in edited["whole"] if name.endswith("experts.down_proj")]
+    assert stacks
+    for name in stacks:
+        parts = [edited["apart"][f"{name.rpartition('.')[0]}.{i}.down_proj.weight"] for i in range(4)]
+        assert torch.allclose(torch.stack(parts), edited["whole"][name], atol=1e-7)
+        assert not torch.equal(edited["whole"][name], load_file(whole / "model.safetensors")[name])

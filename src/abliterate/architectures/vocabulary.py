@@ -40,7 +40,7 @@ block_sparse_moe.shared_experts: down_proj       ffn: down_proj proj_down      f
 ffn.experts.mlp: w2             ffn.shared_experts: w2       moe: down_proj    share_expert: down_proj
 mixer: down_proj fc2_latent_proj                 mixer.experts: down_proj      mixer.experts.*: down_proj
 mixer.shared_experts: down_proj mlp_block: down_proj         shared_mlp: output_linear
-experts.*: w2                   experts: down_proj           shared_experts: w2 down_proj
+experts.*: w2 down_proj         experts: down_proj           shared_experts: w2 down_proj
 laurel: linear_right            ple: value_proj
 """
 # A fused stack of experts keeps its bias under a name of its own.
