@@ -37,6 +37,7 @@ WIDTHS = (96, 160, 256)
 N_LAYERS = 3
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ATTENTION, MLP = r"o_proj\.weight", r"(down_proj|\.w2)\.weight"
+LAYERS = f"{ATTENTION}|{MLP}"
 _MORE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2},
@@ -78,7 +79,14 @@ class Maker:
         return save_tiny_model(path, kind, dtype=dtype, seed=self.seed, **{**sizes, **_MORE.get(kind, {}), **more})
 
     def ours(
-        self, work: Path, kind: str = "llama", *, n: int = 1, tied: bool = False, dtype: torch.dtype = BF16, **options: Any
+        self,
+        work: Path,
+        kind: str = "llama",
+        *,
+        n: int = 1,
+        tied: bool = False,
+        dtype: torch.dtype = BF16,
+        **options: Any,
     ) -> tuple[Path, Path]:
         """Edit a base with `orthogonalize`."""
         base = self.base(work, kind, tied=tied, dtype=dtype)
@@ -117,7 +125,9 @@ class Maker:
 
         return change
 
-    def lora(self, rank: int, *, scale: float, targets: str = "(q|k|v|o|gate|up|down)_proj", decay: float = 1) -> Change:
+    def lora(
+        self, rank: int, *, scale: float, targets: str = "(q|k|v|o|gate|up|down)_proj", decay: float = 1
+    ) -> Change:
         """Return the merge of an adapter whose product has this share of a matrix' norm."""
 
         def change(weights: Weights) -> Weights:
@@ -141,7 +151,7 @@ def projected(vector: Tensor | Callable[[int], Tensor], strength: Any = 1.0, *, 
 
 def written(edit: Callable[[Tensor, int], Tensor], *, where: str | None = None) -> Change:
     """Return a change of every writer with this name, without one of all and of the embedding."""
-    wanted = re.compile(where or f"{ATTENTION}|{MLP}")
+    wanted = re.compile(where or LAYERS)
 
     def change(weights: Weights) -> Weights:
         made = dict(weights)
@@ -313,13 +323,13 @@ EDITS = (
     _case("strengths that fall with the layer", k=1, strength=(0.15, 1.3),
           make=_others(lambda m: projected(m.vector(), lambda layer: 1.3 - 0.575 * layer))),
     _case("a direction a layer, mixtral", k=1, scope="per_layer", strength=(0.7, 0.7),
-          make=_others(lambda m: projected(m.vector, 0.7, where=f"{ATTENTION}|{MLP}"), kind="mixtral")),
+          make=_others(lambda m: projected(m.vector, 0.7, where=LAYERS), kind="mixtral")),
     _case("rows restored, qwen2", **_PART, restored=True,
           make=_others(lambda m: written(lambda w, _: with_rows_of(_project(w, m.vector(), 1), w)), kind="qwen2")),
     _case("rows restored, by 0.6, float16", k=1, strength=(0.6, 0.6), restored=True,
           make=_others(lambda m: written(lambda w, _: with_rows_of(_project(w, m.vector(), 0.6), w)), dtype=F16)),
     _case("rows normalised before, by 1.2, writers of layers", k=1, strength=(1.2, 1.2),
-          make=_others(lambda m: written(lambda w, _: _row_normalised(w, m.vector(), 1.2), where=f"{ATTENTION}|{MLP}"))),
+          make=_others(lambda m: written(lambda w, _: _row_normalised(w, m.vector(), 1.2), where=LAYERS))),
     _case("two edits, the second across the first", _others(
         lambda m: projected(m.vector()), lambda m: projected(_together(m.vector(), m.vector(1), 0.0))),
         k=2, exact=True, strength=(1.0, 1.0)),
@@ -362,13 +372,16 @@ CHANGES = (
         lambda m: m.lora(6, scale=0.1, targets="(q|v)_proj"), lambda m: projected(m.vector()))),
     _case("fine-tuned, by 0.1 %", _others(lambda m: m.noise(0.001)), verdict="fine_tuned"),
     _case("fine-tuned, by 0.1 %, float16", _others(lambda m: m.noise(0.001), dtype=F16), verdict="fine_tuned"),
-    _case("fine-tuned, by 0.1 %, stored in float32", _others(lambda m: m.noise(0.001), stored=F32), verdict="fine_tuned"),
+    _case("fine-tuned, by 0.1 %, stored in float32", _others(lambda m: m.noise(0.001), stored=F32),
+          verdict="fine_tuned"),
     _case("fine-tuned, by 5 %", _others(lambda m: m.noise(0.05)), verdict="fine_tuned"),
     _case("fine-tuned, by 5 %, mixtral", _others(lambda m: m.noise(0.05), kind="mixtral"), verdict="fine_tuned"),
     _case("fine-tuned, by 5 %, then float16", _others(lambda m: m.noise(0.05), stored=F16), verdict="fine_tuned"),
-    _case("fine-tuned, one matrix, by 1 %", _others(lambda m: m.noise(0.01, r"1\.self_attn\.k_proj")), verdict="fine_tuned"),
+    _case("fine-tuned, one matrix, by 1 %", _others(lambda m: m.noise(0.01, r"1\.self_attn\.k_proj")),
+          verdict="fine_tuned"),
     _case("fine-tuned, norms only", _others(lambda m: m.noise(0.02, "norm")), verdict="fine_tuned"),
-    _case("fine-tuned, head only, qwen2", _others(lambda m: m.noise(0.02, "lm_head"), kind="qwen2"), verdict="fine_tuned"),
+    _case("fine-tuned, head only, qwen2", _others(lambda m: m.noise(0.02, "lm_head"), kind="qwen2"),
+          verdict="fine_tuned"),
     _case("projected, then fine-tuned by 0.5 %", verdict="fine_tuned", k=1, strength=(1.0, 1.0),
           make=_others(lambda m: projected(m.vector()), lambda m: m.noise(0.005))),
     _case("projected by 0.6, then fine-tuned by 1 %", verdict="fine_tuned", k=1, strength=(0.6, 0.6),
@@ -388,7 +401,8 @@ CHANGES = (
           verdict="identical", width=256),
     _case("q, k, v fused, and gate, up", _others(lambda _: fused(QKV, GATE_UP)), verdict="identical"),
     _case("q, k, v fused", _others(lambda _: fused(QKV)), verdict="identical"),
-    _case("gate and up fused, then projected", _others(lambda _: fused(GATE_UP), lambda m: projected(m.vector())), **_WHOLE),
+    _case("gate and up fused, then projected", _others(lambda _: fused(GATE_UP), lambda m: projected(m.vector())),
+          **_WHOLE),
     _case("float16 to bfloat16", _others(lambda _: dict, dtype=F16, stored=BF16), verdict="requantised"),
     _case("float32 to bfloat16, mixtral", _others(lambda _: dict, kind="mixtral", dtype=F32, stored=BF16),
           verdict="requantised"),
@@ -474,6 +488,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     makers = (Maker(seed=1000 * given.seed + i, width=WIDTHS[(i + given.seed) % 3]) for i in range(len(CASES)))
     cases = [make(maker) for make, maker in zip(CASES, makers, strict=True)]
     cases = [case for case in cases if given.only in case.name]
+    if not cases:
+        parser.error(f"no pair has {given.only!r} in its name")
     print("| pair | expected | found | |\n|---|---|---|---|", flush=True)
     right = 0
     for case in cases:

@@ -50,3 +50,31 @@ def test_rows_more_are_padding_and_other_shapes_are_named():
     assert embedding.new.end == 10 * 8 * 2
     assert found.reshaped == (LAYERS[2].name,)
     assert {each.name for each in found.missing} == {"model.norm.weight", "lm_head.weight"}
+
+
+QKV = [info(f"model.layers.0.self_attn.{part}_proj.weight", rows, 8) for part, rows in (("q", 8), ("k", 4), ("v", 4))]
+FUSED = info("model.layers.0.self_attn.qkv_proj.weight", 16, 8)
+
+
+def test_what_one_side_has_in_one_is_paired_part_by_part_on_either_side():
+    for base, model in (([*BASE, *QKV], [*BASE, FUSED]), ([*BASE, FUSED], [*BASE, *QKV])):
+        found = pair_tensors(base, model, stream=None)
+        assert (found.fused, found.added, found.missing) == ((FUSED.name,), (), ())
+        pairs = [pair for pair in found.pairs if "self_attn" in pair.old.name]
+        assert [pair.old.name for pair in pairs] == [pair.new.name for pair in pairs] == [each.name for each in QKV]
+        parts = [pair.new if model[-1] is FUSED else pair.old for pair in pairs]
+        assert [(part.start, part.end, part.shape) for part in parts] == [
+            (0, 128, (8, 8)), (128, 192, (4, 8)), (192, 256, (4, 8)),
+        ]  # fmt: skip
+
+
+def test_what_is_in_one_is_taken_apart_under_other_prefixes_and_only_where_rows_go_together():
+    elsewhere = info("language_model.layers.0.self_attn.qkv_proj.weight", 16, 8)
+    found = pair_tensors(QKV, [elsewhere], stream=None)
+    assert len(found.pairs) == 3
+    assert found.fused == (elsewhere.name,)
+    for model in (info(FUSED.name, 20, 8), info(FUSED.name, 16, 9), info(FUSED.name), info("model.qkv_proj.bias", 16)):
+        found = pair_tensors(QKV, [model], stream=None)
+        assert (found.fused, found.pairs, [each.name for each in found.added]) == ((), (), [model.name])
+    two_towers = [info(each.name.replace("model", tower), *each.shape) for each in QKV for tower in ("one", "two")]
+    assert not pair_tensors(two_towers, [elsewhere], stream=None).fused

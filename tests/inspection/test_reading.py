@@ -20,7 +20,7 @@ from abliterate.inspection.pair_report import PARTS
 from abliterate.inspection.reading import Inspection, inspect_model
 from abliterate.inspection.sources import resolve_pair
 from abliterate.inspection.verdict import thresholds
-from tests.support.changed_models import D_MODEL, SIZES, changed, each_writer, project
+from tests.support.changed_models import D_MODEL, N_LAYERS, SIZES, changed, each_writer, project
 from tests.support.fake_hub import FakeHub
 from tests.support.tiny_models import random_direction, save_tiny_llama, save_tiny_model
 
@@ -170,6 +170,53 @@ def test_another_architecture_is_unrelated(work):
     assert found.report.verdict == "unrelated"
     with pytest.raises(InputError, match="no direction was recovered"):
         found.directions()
+
+
+def in_one(parts: str, whole: str):
+    first, *_ = names = parts.split()
+
+    def change(made):
+        for name in [each for each in made if f".{first}." in each]:
+            stack = [made.pop(name.replace(f".{first}.", f".{part}.")) for part in names]
+            made[name.replace(f".{first}.", f".{whole}.")] = torch.cat(stack)
+
+    return change
+
+
+def test_q_k_v_and_gate_up_in_one_are_compared_part_by_part_on_either_side(work):
+    for parts, whole in (("q_proj k_proj v_proj", "qkv_proj"), ("gate_proj up_proj", "gate_up_proj")):
+        weights(work / "out", in_one(parts, whole))
+    report = inspected(work / "out", work / "base").report
+    assert (report.verdict, report.exact) == ("directional", True)
+    assert report.pair is not None
+    assert (len(report.pair.fused), report.pair.missing, report.pair.added) == (2 * N_LAYERS, (), ())
+    assert "compared part by part" in " ".join(report.pair.notes)
+    back = inspected(work / "base", work / "out").report
+    assert back.pair is not None
+    assert (len(back.pair.fused), back.pair.missing) == (2 * N_LAYERS, ())
+
+    def wrong_order(made):
+        for name in [each for each in made if "qkv_proj" in each]:
+            made[name] = made[name].flip(0)
+
+    weights(work / "out", wrong_order)
+    assert inspected(work / "out", work / "base").report.verdict == "fine_tuned"
+
+
+def test_what_cannot_be_paired_is_named_and_does_not_make_a_model_unrelated(work):
+    """Most numbers are under names that nothing is known of; what is left of the model is the base's."""
+
+    def hide(made):
+        for name in [each for each in made if re.search("mlp|q_proj|k_proj", each)]:
+            made[name.replace("layers", "blocks").replace("proj", "w")] = made.pop(name).reshape(-1)
+
+    weights(work / "base", hide)
+    found = inspected(work / "out", work / "base").report
+    assert found.pair is not None
+    assert found.verdict == "fine_tuned"
+    assert "of the base's numbers have a place in the model" in found.pair.reason
+    assert len(found.pair.missing) == len(found.pair.added) == 5 * N_LAYERS
+    assert "were not paired" in " ".join(found.pair.notes)
 
 
 def test_an_architecture_that_is_not_known_is_read_all_the_same(work):

@@ -30,12 +30,30 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from abliterate.editing.plan_report import PlanReport
+    from abliterate.inspection.reading import Inspection
     from abliterate.inspection.report import InspectionReport, PairReading
+    from abliterate.release.gates import GateResult
 
 
 DEFAULTS = EditOptions()
 # Names that a line shows before it counts the others.
 _SHOWN = 4
+InspectBaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="What MODEL is held against: the model that it was made from."),
+]
+InspectDirectionsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--direction", help="Direction file to look for in the weights; may be repeated."),
+]
+InspectOutputOption = Annotated[
+    Path | None,
+    output_option("FILE", "Direction file to write: what was projected out."),
+]
+InspectReportOption = Annotated[
+    Path | None,
+    report_option("one HTML page, and the JSON"),
+]
 InspectFailIfOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -143,22 +161,10 @@ def _facts(report: "PlanReport") -> list[Table | str]:
 def inspect(
     context: typer.Context,
     model: ModelArg,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="What MODEL is held against: the model that it was made from."),
-    ] = None,
-    directions: Annotated[
-        list[Path] | None,
-        typer.Option("--direction", help="Direction file to look for in the weights; may be repeated."),
-    ] = None,
-    output_file: Annotated[
-        Path | None,
-        output_option("FILE", "Direction file to write: what was projected out."),
-    ] = None,
-    report_directory: Annotated[
-        Path | None,
-        report_option("one HTML page, and the JSON"),
-    ] = None,
+    base: InspectBaseOption = None,
+    directions: InspectDirectionsOption = None,
+    output_file: InspectOutputOption = None,
+    report_directory: InspectReportOption = None,
     fail_if: InspectFailIfOption = None,
     revision: RevisionOption = None,
     base_revision: BaseRevisionOption = None,
@@ -193,22 +199,28 @@ def inspect(
             same_files=pair.same_files,
             progress=output.progress,
         )
-    files = []
-    if output_file is not None:
-        made = found.directions()
-        files = _file_names(output_file, len(made))
-        for path, direction in zip(files, made, strict=True):
-            direction.save(path)
-    report = found.written_to(files)
+    report = found.written_to([] if output_file is None else _write_directions(found, output_file))
     results = gates.judge_gates(conditions, gates.inspection_numbers(report))
-    output.report(
-        {**output.plain(report), **({"gates": output.plain(results)} if results else {})},
-        tables=lambda: [*_pair_tables(report), *_readings(report), *gate_tables((), results)],
-    )
+    _print(output, report, results)
     if report_directory is not None:
         with writing(report_directory):
             write_inspection_page(report, report_directory, command=command_line())
     gates.require(results)
+
+
+def _print(output: Output, report: "InspectionReport", results: "Sequence[GateResult]") -> None:
+    output.report(
+        {**output.plain(report), **({"gates": output.plain(results)} if results else {})},
+        tables=lambda: [*_pair_tables(report), *_readings(report), *gate_tables((), results)],
+    )
+
+
+def _write_directions(found: "Inspection", output_file: Path) -> list[Path]:
+    made = found.directions()
+    files = _file_names(output_file, len(made))
+    for path, direction in zip(files, made, strict=True):
+        direction.save(path)
+    return files
 
 
 def _file_names(output_file: Path, k: int) -> list[Path]:

@@ -56,6 +56,7 @@ def report_pair(
         shards=shards,
         shards_changed=len({finding.pair.new.shard for finding in findings if finding.status == "changed"}),
         renamed=pairing.renamed,
+        fused=pairing.fused,
         added=tuple(info.name for info in pairing.added),
         missing=tuple(info.name for info in pairing.missing),
         reshaped=pairing.reshaped,
@@ -155,6 +156,17 @@ def _notes(pairing: Pairing, stream: StreamMap | None) -> tuple[str, ...]:
         notes.append("the architecture is not known, so which tensors write to the stream is not known either")
     elif not stream.verified:
         notes.append(f"{stream.model_type} is not in the table of architectures; its tensors are told by common rules")
+    if pairing.fused:
+        notes.append(
+            f"{len(pairing.fused)} tensors hold several of the other side in one and were compared part by part "
+            f"({pairing.fused[0]})"
+        )
+    if pairing.added and pairing.missing:
+        notes.append(
+            f"{len(pairing.missing)} tensors of the base and {len(pairing.added)} of the model were not paired, and so "
+            f"not compared ({pairing.missing[0].name}, {pairing.added[0].name}): fused, split or under other names, "
+            "they may hold the same numbers"
+        )
     if pairing.reshaped:
         notes.append(
             f"{len(pairing.reshaped)} tensors have other shapes than the base's and were not compared "

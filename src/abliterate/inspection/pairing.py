@@ -1,9 +1,11 @@
 """Which tensor of one checkpoint is which of another: names with other prefixes, other shards, other dtypes, padding.
 
 Shards and order mean nothing here. Where names differ, the pair of prefixes that brings most tensors of equal shape
-together is taken, then the next, until no more agree.
+together is taken, then the next, until no more agree. Where one side stores several matrices in one, rows after rows,
+and the other side has them one by one, each part is a pair.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +15,8 @@ from abliterate.checkpoints.safetensors_file import TensorInfo
 
 # A name has a few parts; more suffixes than this are never tried.
 _MOST_PARTS = 12
+# Matrices that are stored in one, in the order of their rows. Others (of heads in turn) are not taken apart.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,7 @@ class Pairing:
         missing: Of the base alone.
         reshaped: Of both, in shapes that do not go together.
         renamed: Prefixes that differ: the base's and the model's.
+        fused: Of one side; their parts are compared with the other side's, under the names that those would have.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -49,6 +54,7 @@ class Pairing:
     missing: tuple[TensorInfo, ...]
     reshaped: tuple[str, ...]
     renamed: tuple[tuple[str, str], ...]
+    fused: tuple[str, ...]
 
 
 def pair_tensors(base: Iterable[TensorInfo], model: Iterable[TensorInfo], *, stream: StreamMap | None) -> Pairing:
@@ -60,6 +66,7 @@ def pair_tensors(base: Iterable[TensorInfo], model: Iterable[TensorInfo], *, str
         stream: What the base's tensors are; None where that is not known.
     """
     olds, news = {info.name: info for info in base}, {info.name: info for info in model}
+    fused = (*_take_apart(olds, news), *_take_apart(news, olds))
     names = {name: name for name in news if name in olds}
     renamed = _rename(names, olds, news)
     copies: dict[str, str] = {}
@@ -87,7 +94,49 @@ def pair_tensors(base: Iterable[TensorInfo], model: Iterable[TensorInfo], *, str
         missing=tuple(info for name, info in olds.items() if name not in paired),
         reshaped=tuple(reshaped),
         renamed=renamed,
+        fused=fused,
     )
+
+
+def _take_apart(infos: dict[str, TensorInfo], others: Mapping[str, TensorInfo]) -> list[str]:
+    """Put parts in the place of tensors that the other side has in parts; return the names of those."""
+    by_place: dict[str, list[TensorInfo]] = defaultdict(list)
+    for name, info in others.items():
+        by_place[_place(name)].append(info)
+    found = []
+    for name, whole in list(infos.items()):
+        stem, _, leaf = name.rpartition(".")
+        before, _, kind = stem.rpartition(".")
+        if kind not in _FUSED or name in others:
+            continue
+        names = [f"{before}.{part}.{leaf}" for part in _FUSED[kind]]
+        like = [[others[each]] if each in others else by_place[_place(each)] for each in names]
+        parts = _parts(whole, names, [each[0] for each in like]) if all(len(each) == 1 for each in like) else None
+        if parts is not None and not any(each in infos for each in names):
+            del infos[name]
+            infos.update(zip(names, parts, strict=True))
+            found.append(name)
+    return found
+
+
+def _place(name: str) -> str:
+    """Return what a name has from the number of its layer on."""
+    found = re.search(r"(^|\.)\d+\..*", name)
+    return found[0] if found else name
+
+
+def _parts(whole: TensorInfo, names: Iterable[str], like: list[TensorInfo]) -> list[TensorInfo] | None:
+    """Return the rows of a tensor as tensors of the shapes of others; None where they do not go together."""
+    if whole.encoding is not None or any(each.shape[1:] != whole.shape[1:] or not each.shape for each in like):
+        return None
+    if not whole.shape or sum(each.shape[0] for each in like) != whole.shape[0]:
+        return None
+    size, start, parts = (whole.end - whole.start) // max(1, whole.shape[0]), whole.start, []
+    for name, each in zip(names, like, strict=True):
+        end = start + each.shape[0] * size
+        parts.append(replace(whole, name=name, shape=each.shape, start=start, end=end))
+        start = end
+    return parts
 
 
 def _rename(

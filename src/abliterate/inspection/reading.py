@@ -299,16 +299,15 @@ def _evidence(
     findings: Sequence[Finding],
     reader: PairReader,
 ) -> Evidence:
-    sizes = {info.name: math.prod(info.shape) for info in original.tensors()}
-    paired = {pair.old.name for pair in pairing.pairs}
-    whole = sum(sizes.values())
+    whole = sum(math.prod(info.shape) for info in original.tensors())
+    paired = {pair.old.name: math.prod(pair.old.shape) for pair in pairing.pairs}
     added, vectors = _added(view, stream, pairing.added)
     return Evidence(
         findings=findings,
         pairing=pairing,
         stream=stream,
         norms=_norms(original, stream, findings),
-        shared=sum(size for name, size in sizes.items() if name in paired) / whole if whole else 0.0,
+        shared=sum(paired.values()) / whole if whole else 0.0,
         added=added,
         added_vectors=vectors,
         measure=reader.measured_along,

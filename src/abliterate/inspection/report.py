@@ -202,6 +202,7 @@ class PairReading:
         shards: Files of weights of the model.
         shards_changed: How many of those hold a tensor that is edited or rounded.
         renamed: Prefixes of names that differ, the base's and the model's.
+        fused: Tensors of one side that hold several of the other's, and were compared part by part.
         added: Tensors of the model alone.
         missing: Of the base alone.
         reshaped: Of both, in shapes that do not go together.
@@ -231,6 +232,7 @@ class PairReading:
     shards: int
     shards_changed: int
     renamed: tuple[tuple[str, str], ...]
+    fused: tuple[str, ...]
     added: tuple[str, ...]
     missing: tuple[str, ...]
     reshaped: tuple[str, ...]

@@ -100,11 +100,11 @@ def judge(evidence: Evidence) -> Judgement:
     """Return what was done."""
     edited = [finding for finding in evidence.findings if finding.is_edited]
     alone = _alone(evidence)
+    placed = f"only {evidence.shared:.0%} of the base's numbers have a place in the model: other names or shapes"
     if evidence.shared < _LEAST_SHARED:
-        return Judgement(
-            verdict="unrelated",
-            reason=f"only {evidence.shared:.0%} of the base's numbers have a place in the model: other names or shapes",
-        )
+        if not _is_kin(evidence):
+            return Judgement(verdict="unrelated", reason=placed)
+        alone = placed if alone is None else f"{placed} ({alone})"
     moved = math.hypot(*(finding.change for finding in edited)) if edited else 0.0
     norm = math.hypot(*(finding.norm for finding in edited)) if edited else 0.0
     if norm and moved / norm > _UNRELATED and len(edited) > len(evidence.findings) / 2:
@@ -114,6 +114,13 @@ def judge(evidence: Evidence) -> Judgement:
     if not edited and not alone and not evidence.added_vectors:
         return _unedited(evidence)
     return _edited(evidence, edited, alone)
+
+
+def _is_kin(evidence: Evidence) -> bool:
+    """Return whether most of the matrices that both have are the base's, or were made from them."""
+    matrices = [finding for finding in evidence.findings if len(finding.pair.new.shape) > 1]
+    near = [each for each in matrices if each.status != "changed" or 0 < each.change <= _UNRELATED * each.norm]
+    return len(near) > len(matrices) / 2
 
 
 def _alone(evidence: Evidence) -> str | None:
