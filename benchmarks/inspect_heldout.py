@@ -166,23 +166,30 @@ def written(edit: Callable[[Tensor, int], Tensor], *, where: str | None = None) 
     return change
 
 
+def _weakly(maker: Maker, strength: float) -> Change:
+    return projected(maker.vector(), strength)
+
+
 def _of(value: Any, layer: int) -> Any:
     return value(layer) if callable(value) else value
 
 
 def _project(weight: Tensor, vector: Tensor, strength: float) -> Tensor:
-    return weight - strength * torch.outer(vector, vector @ weight)
+    made: Tensor = weight - strength * torch.outer(vector, vector @ weight)
+    return made
 
 
 def _row_normalised(weight: Tensor, vector: Tensor, strength: float) -> Tensor:
     lengths = weight.norm(dim=1, keepdim=True)
-    return lengths * _project(weight / lengths, vector, strength)
+    made: Tensor = lengths * _project(weight / lengths, vector, strength)
+    return made
 
 
 def _together(one: Tensor, other: Tensor, cosine: float) -> Tensor:
     """Return a unit vector of this cosine with another one."""
     across = other - one * (one @ other)
-    return cosine * one + (1 - cosine**2) ** 0.5 * across / across.norm()
+    made: Tensor = cosine * one + (1 - cosine**2) ** 0.5 * across / across.norm()
+    return made
 
 
 def requantised(model: Path, layout: str) -> Path:
@@ -261,6 +268,21 @@ def _quantised_edit(maker: Maker, work: Path, layout: str) -> tuple[Path, Path]:
 def _edited_quantised(maker: Maker, work: Path, layout: str, **options: Any) -> tuple[Path, Path]:
     base = requantised(maker.base(work), layout)
     return base, maker.orthogonalized(base, work, **options)
+
+
+def _stored(maker: Maker, work: Path, layout: str) -> tuple[Path, Path]:
+    base = maker.base(work)
+    return base, requantised(base, layout)
+
+
+def _copied(maker: Maker, work: Path) -> tuple[Path, Path]:
+    base = requantised(maker.base(work), "int4 groups")
+    return base, shutil.copytree(base, work / "copy")
+
+
+def _narrowed(maker: Maker, work: Path) -> tuple[Path, Path]:
+    model, base = maker.others(work, dict, stored=F32)
+    return base, model
 
 
 def _headed(maker: Maker, work: Path) -> tuple[Path, Path]:
@@ -392,13 +414,10 @@ CHANGES = (
           make=_others(lambda _: renamed("model[.]", ""), stored=F32)),
     _case("stored under other prefixes, float16 to float32", verdict="identical",
           make=_others(lambda _: renamed("model[.]", "model.language_model."), dtype=F16, stored=F32)),
-    _case("float32 that holds bfloat16, stored in bfloat16", verdict="identical", make=lambda maker, work: tuple(
-        reversed(maker.others(work, dict, stored=F32)))),
+    _case("float32 that holds bfloat16, stored in bfloat16", _narrowed, verdict="identical"),
     _case("tied head stored apart, qwen2", _headed, verdict="identical"),
     _case("vocabulary padded with means", _others(lambda _: padded(64)), verdict="identical"),
-    _case("the same int4 groups", lambda m, w: (m.base(w) and requantised(w / "base", "int4 groups"),
-                                               shutil.copytree(w / "base-stored", w / "copy")),
-          verdict="identical", width=256),
+    _case("the same int4 groups", _copied, verdict="identical", width=256),
     _case("q, k, v fused, and gate, up", _others(lambda _: fused(QKV, GATE_UP)), verdict="identical"),
     _case("q, k, v fused", _others(lambda _: fused(QKV)), verdict="identical"),
     _case("gate and up fused, then projected", _others(lambda _: fused(GATE_UP), lambda m: projected(m.vector())),
@@ -410,12 +429,25 @@ CHANGES = (
           verdict="requantised"),
     _case("a float32 model in float16 beside it in bfloat16", partial(_two_dtypes, old=BF16, new=F16),
           verdict="requantised"),
-    *(_case(f"stored as {layout}", lambda m, w, layout=layout: ((base := m.base(w)), requantised(base, layout)),
-            verdict="requantised", width=256) for layout in ("compressed", "int8 groups", "gptq", "nvfp4")),
+    *(_case(f"stored as {layout}", partial(_stored, layout=layout), verdict="requantised", width=256)
+      for layout in ("compressed", "int8 groups", "gptq", "nvfp4")),
     *(_case(f"another {kind} of the same shapes", partial(_unrelated, kind=kind), verdict="unrelated")
       for kind in ("qwen2", "mixtral", "gpt_neox")),
 )  # fmt: skip
 CASES = (*EDITS, *CHANGES)
+# Where changes come near to what rounding does; not all of them can be told.
+LIMITS = (
+    *(_case(f"projected, by {strength}, {name}", _others(partial(_weakly, strength=strength), dtype=dtype), k=1,
+            strength=(strength, strength))
+      for strength in (0.02, 0.05, 0.1) for name, dtype in (("bfloat16", BF16), ("float16", F16))),
+    *(_case(f"LoRA merged, rank {rank}, scale {scale}", _others(partial(Maker.lora, rank=rank, scale=scale)),
+            verdict="low_rank", rank=rank, width=width)
+      for rank, scale, width in ((6, 0.001, 160), (6, 0.003, 160), (24, 0.01, 96), (24, 0.01, 160))),
+    *(_case(f"fine-tuned, by {share}", _others(partial(Maker.noise, share=share)), verdict="fine_tuned")
+      for share in (0.0001, 0.0003)),
+    _case("fine-tuned, by 0.0003, float16, stored in bfloat16", verdict="fine_tuned",
+          make=_others(lambda m: m.noise(0.0003), dtype=F16, stored=BF16)),
+)  # fmt: skip
 
 
 def expected_words(case: Case) -> str:
@@ -482,11 +514,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Inspect all pairs, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--limits", action="store_true", help="changes that come near to rounding, instead")
     parser.add_argument("--only", default="", help="pairs whose name has this")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    makers = (Maker(seed=1000 * given.seed + i, width=WIDTHS[(i + given.seed) % 3]) for i in range(len(CASES)))
-    cases = [make(maker) for make, maker in zip(CASES, makers, strict=True)]
+    chosen = LIMITS if given.limits else CASES
+    makers = (Maker(seed=1000 * given.seed + i, width=WIDTHS[(i + given.seed) % 3]) for i in range(len(chosen)))
+    cases = [make(maker) for make, maker in zip(chosen, makers, strict=True)]
     cases = [case for case in cases if given.only in case.name]
     if not cases:
         parser.error(f"no pair has {given.only!r} in its name")

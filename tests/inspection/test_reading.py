@@ -196,8 +196,8 @@ def test_q_k_v_and_gate_up_in_one_are_compared_part_by_part_on_either_side(work)
     assert (len(back.pair.fused), back.pair.missing) == (2 * N_LAYERS, ())
 
     def wrong_order(made):
-        for name in [each for each in made if "qkv_proj" in each]:
-            made[name] = made[name].flip(0)
+        name = "model.layers.1.self_attn.qkv_proj.weight"
+        made[name] = made[name].flip(0)
 
     weights(work / "out", wrong_order)
     assert inspected(work / "out", work / "base").report.verdict == "fine_tuned"

@@ -169,7 +169,7 @@ def _edited(evidence: Evidence, edited: Sequence[Finding], alone: str | None) ->
     if "low_rank" in kinds:
         count = sum(finding.kind == "low_rank" for finding in matrices)
         ranks = [finding.rank or 0 for finding in matrices if finding.kind == "low_rank"]
-        reason = f"{count} matrices changed in rank {min(ranks)} to {max(ranks)}, and what was added is no projection"
+        reason = f"{count} matrices changed in rank {min(ranks)} to {max(ranks)}, and no projection is seen in that"
         return Judgement(verdict="low_rank", reason=reason, **rest)  # type: ignore[arg-type]
     return _directional(evidence, matrices, consensus, strengths)
 
