@@ -230,8 +230,6 @@ def _all_places(modules: StreamModules, *, whole: bool) -> Iterator[Place]:
 
 def _chosen(places: Iterator[Place], options: EditOptions, *, apart: bool) -> Iterator[Place]:
     layers = None if options.layers is None else range(*options.layers)
-    layers = None if options.layers is None else range(*options.layers)
-    layers = None if options.layers is None else range(*options.layers)
     for place in places:
         if place.role is None:
             yield place
