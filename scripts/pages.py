@@ -109,7 +109,11 @@ def error_page() -> str:
         lines += ["```text", f"error: {sections['Message']}", "```", ""]
         lines += [f"- **Cause.** {sections['Cause']}", f"- **Remedy.** {sections['Remedy']}"]
         lines.append(f"- **Exit code.** {kind.exit_code}" + ("; after SIGTERM 143" if kind.exit_code == 130 else ""))
-        also = [each.__name__ for each in kind.__subclasses__() if each.__module__ != errors.__name__]
+        also = [
+            each.__name__
+            for each in kind.__subclasses__()
+            if each.__module__ != errors.__name__ and not each.__name__.startswith("_")
+        ]
         lines += [f"- **Also as** {', '.join(f'`{name}`' for name in also)}."] if also else []
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
