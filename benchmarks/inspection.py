@@ -46,7 +46,7 @@ def main() -> None:
     if not (arguments.keep and copy.is_dir()):
         shutil.rmtree(arguments.directory, ignore_errors=True)
         # In processes of their own, so that what is measured does not begin with what they had.
-        maker = [sys.executable, "-m", "benchmarks.inspect", "--make", "--size", str(arguments.size)]
+        maker = [sys.executable, "-m", "benchmarks.inspection", "--make", "--size", str(arguments.size)]
         subprocess.run([*maker, "--directory", str(arguments.directory)], check=True)
         edit = ["orthogonalize", str(base), "--direction", str(arguments.directory / "refusal.safetensors")]
         subprocess.run(
