@@ -2,8 +2,8 @@
 
 Formats live in modules `format_NAME.py` of the package `formats`, a family each, whose `FORMATS` are found by that
 name. Each has two parts: `QuantizedFormat` recognises it in a config and in the tensors of a checkpoint, and the
-`Encoding` that it returns for a tensor decodes that tensor and requantises it. Everything that differs between formats
-stands behind these two; nobody else asks for a format by its name.
+`Encoding` that it returns for a tensor decodes that tensor, and requantises it where it is an `EditableEncoding`.
+Everything that differs between formats stands behind these; nobody else asks for a format by its name.
 """
 
 from abc import ABC, abstractmethod
@@ -41,19 +41,9 @@ class Encoding(ABC):
         return self.codes, *self.companions
 
     @property
-    def rewritten(self) -> tuple[TensorInfo, ...]:
-        """Those of `stored` that an edit may change; the others keep their bytes."""
-        return self.stored
-
-    @property
     def stored_dtype(self) -> str:
         """What the format calls the way in which the tensor is stored."""
         return self.codes.dtype
-
-    @property
-    def can_be_edited(self) -> bool:
-        """Whether there is a way to write it again."""
-        return True
 
     def parts(self, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], Self]]:
         """Return the parts that are read and written one at a time, one behind the other: shape of each, and how it is.
@@ -79,6 +69,17 @@ class Encoding(ABC):
         Raises:
             ValueError: What belongs to the whole matrix cannot be right.
         """
+
+
+class EditableEncoding(Encoding):
+    """One in which a tensor can be written again without directions; what has none is read and copied, never edited."""
+
+    __slots__ = ()
+
+    @property
+    def rewritten(self) -> tuple[TensorInfo, ...]:
+        """Those of `stored` that an edit may change; the others keep their bytes."""
+        return self.stored
 
     @abstractmethod
     def refit(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from abliterate.architectures.writers import ROLES, PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
+from abliterate.checkpoints.encoding import EditableEncoding
 from abliterate.checkpoints.safetensors_file import (
     TORCH_DTYPES,
     TensorInfo,
@@ -60,7 +61,7 @@ def rounding_bound(
         after: |W'|.
     """
     d_model = info.shape[residual_axis]
-    if info.encoding is not None:
+    if isinstance(info.encoding, EditableEncoding):
         return max(1.0, abs(strength)) * info.encoding.largest_residue(
             d_model=d_model, k=k, along=before.along, norm=before.norm
         )

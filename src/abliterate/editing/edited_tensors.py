@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.encoding import Encoding
+from abliterate.checkpoints.encoding import EditableEncoding, Encoding
 from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
 from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile
 from abliterate.checkpoints.safetensors_file import (
@@ -316,6 +316,12 @@ class QuantizedEdit:
         return self.info.encoding
 
     @property
+    def _editable(self) -> EditableEncoding:
+        if not isinstance(self.encoding, EditableEncoding):
+            raise TypeError(f"{self.info.name}: the plan lets no such tensor be written again")
+        return self.encoding
+
+    @property
     def n_parts(self) -> int:
         """In how many parts it is made."""
         return len(encoded_parts(self.info))
@@ -361,7 +367,7 @@ class QuantizedEdit:
     def refit(self, index: int, companion: int) -> Tensor:
         """Return one of the new companions, such as the scales, of one matrix."""
         made = self._made
-        new = self.encoding.refit(*self.stored(index), directions=made.directions, strength=made.strength)
+        new = self._editable.refit(*self.stored(index), directions=made.directions, strength=made.strength)
         return new[companion]
 
     def edit(self, index: int) -> Tensor:
@@ -372,7 +378,7 @@ class QuantizedEdit:
         """
         made = self._made
         try:
-            return self.encoding.requantize(*self.stored(index), directions=made.directions, strength=made.strength)
+            return self._editable.requantize(*self.stored(index), directions=made.directions, strength=made.strength)
         except ValueError as error:
             raise self._damaged(str(error)) from error
 

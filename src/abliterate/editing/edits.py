@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap
+from abliterate.checkpoints.encoding import EditableEncoding
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
 from abliterate.directions import Direction
 from abliterate.editing.options import TiedPolicy
@@ -74,7 +75,7 @@ class TensorEdit:
     def stored_as(self) -> tuple[str, ...]:
         """Of a quantised tensor the names of the stored ones that its edit rewrites, codes and scales; else empty."""
         encoding = self.info.encoding
-        return () if encoding is None else tuple(each.name for each in encoding.rewritten)
+        return tuple(each.name for each in encoding.rewritten) if isinstance(encoding, EditableEncoding) else ()
 
     @property
     def stored_dtype(self) -> str:
@@ -111,7 +112,7 @@ class TensorEdit:
 
 
 def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
-    """Check that each edit of a quantised tensor is one that an `Encoding` makes.
+    """Check that each edit of a quantised tensor is one that its encoding makes.
 
     Raises:
         QuantizedCheckpointError: A matrix is stored in a way that is not written, or with the residual stream along
@@ -120,7 +121,7 @@ def check_codes(edits: Sequence[TensorEdit], *, path: Path) -> None:
     for edit in edits:
         if edit.info.encoding is None:
             continue
-        if not edit.info.encoding.can_be_edited:
+        if not isinstance(edit.info.encoding, EditableEncoding):
             raise QuantizedCheckpointError(
                 f"{path / edit.info.shard}: tensor {edit.name} is stored as {edit.stored_dtype}, which is not written "
                 "here; use the model it was quantised from, or a file of another type"

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.encoding import Encoding
+from abliterate.checkpoints.encoding import EditableEncoding
 
 # Elements of a matrix that are worked on at a time: 4 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 20
@@ -94,7 +94,7 @@ class BlockLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockEncoding(Encoding):
+class BlockEncoding(EditableEncoding):
     """See `Encoding`: codes of a grid, and one companion, the scales of the blocks."""
 
     layout: BlockLayout
@@ -106,15 +106,15 @@ class BlockEncoding(Encoding):
     def refit(
         self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float
     ) -> tuple[Tensor, ...]:
-        """See `Encoding.refit`."""
+        """See `EditableEncoding.refit`."""
         return (refitted_scales(codes, companions[0], layout=self.layout, directions=directions, strength=strength),)
 
     def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
-        """See `Encoding.requantize`."""
+        """See `EditableEncoding.requantize`."""
         return requantize(codes, companions[0], layout=self.layout, directions=directions, strength=strength).codes
 
     def largest_residue(self, *, d_model: int, k: int, along: float, norm: float) -> float:
-        """See `Encoding.largest_residue`; where W has less of U than a random weight has, that is what counts."""
+        """See `EditableEncoding.largest_residue`; W counts as having no less of U than a random weight has."""
         return self.layout.grid.most_left * max(along, math.sqrt(k / d_model) * norm)
 
 

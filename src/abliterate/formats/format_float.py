@@ -167,12 +167,12 @@ class TwoLevelEncoding(BlockEncoding):
     def refit(
         self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float
     ) -> tuple[Tensor, ...]:
-        """See `Encoding.refit`."""
+        """See `EditableEncoding.refit`."""
         scales = BlockEncoding.refit(self, codes, companions[:1], directions=directions, strength=strength)
         return *scales, companions[1]
 
     def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
-        """See `Encoding.requantize`."""
+        """See `EditableEncoding.requantize`."""
         self._unit(companions)
         return BlockEncoding.requantize(self, codes, companions, directions=directions, strength=strength)
 
@@ -186,7 +186,7 @@ class TwoLevelEncoding(BlockEncoding):
 
     @property
     def rewritten(self) -> tuple[TensorInfo, ...]:
-        """See `Encoding.rewritten`."""
+        """See `EditableEncoding.rewritten`."""
         return self.codes, self.companions[0]
 
 

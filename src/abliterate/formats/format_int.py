@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.encoding import (
-    Encoding,
+    EditableEncoding,
     EncodingError,
     QuantizedFormat,
     compressed_formats,
@@ -104,7 +104,7 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WholeEncoding(Encoding):
+class WholeEncoding(EditableEncoding):
     """See `Encoding`: codes, and as companions the scales and, where there are any, the zero points.
 
     Attributes:
@@ -134,16 +134,16 @@ class WholeEncoding(Encoding):
         directions: Tensor,  # noqa: ARG002
         strength: float,  # noqa: ARG002
     ) -> tuple[Tensor, ...]:
-        """See `Encoding.refit`; they stay what they are."""
+        """See `EditableEncoding.refit`; they stay what they are."""
         return tuple(companions)
 
     @property
     def rewritten(self) -> tuple[TensorInfo, ...]:
-        """See `Encoding.rewritten`."""
+        """See `EditableEncoding.rewritten`."""
         return (self.codes,)
 
     def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
-        """See `Encoding.requantize`."""
+        """See `EditableEncoding.requantize`."""
         levels, scales, zeros = self._read(codes, companions)
         top = (1 << self.packing.bits) - 1
         rounded = round_levels(
@@ -159,7 +159,7 @@ class WholeEncoding(Encoding):
         return self.packing.packed(new.T.contiguous() if self.input_first else new)
 
     def largest_residue(self, *, d_model: int, k: int, along: float, norm: float) -> float:
-        """See `Encoding.largest_residue`."""
+        """See `EditableEncoding.largest_residue`."""
         share = 0.005 if self.packing.bits == 8 else WHOLE.most_left
         return share * max(along, math.sqrt(k / d_model) * norm)
 

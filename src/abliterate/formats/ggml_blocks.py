@@ -20,7 +20,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.encoding import Encoding
+from abliterate.checkpoints.encoding import EditableEncoding
 from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.formats.block_scaled import BlockLayout, Grid, round_levels
 from abliterate.formats.format_int import WHOLE
@@ -288,7 +288,7 @@ BLOCK_TYPES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GgmlEncoding(Encoding):
+class GgmlEncoding(EditableEncoding):
     """See `Encoding`: codes are the blocks, uint8 [..., rows, blocks of a row, bytes], and there are no companions.
 
     Attributes:
@@ -307,7 +307,7 @@ class GgmlEncoding(Encoding):
     def parts(self, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], Self]]:
         """See `Encoding.parts`; of an embedding, whose tokens are edited one by one, some tokens are a part."""
         if len(shape) != 2 or not self.turned:
-            return Encoding.parts(self, shape)
+            return EditableEncoding.parts(self, shape)
         rows, width = shape
         at_once, row = max(1, _PART_ENTRIES // width), (self.codes.end - self.codes.start) // max(1, rows)
         found: list[tuple[tuple[int, ...], Self]] = []
@@ -331,7 +331,7 @@ class GgmlEncoding(Encoding):
         directions: Tensor,  # noqa: ARG002
         strength: float,  # noqa: ARG002
     ) -> tuple[Tensor, ...]:
-        """See `Encoding.refit`; there are none."""
+        """See `EditableEncoding.refit`; there are none."""
         return ()
 
     def requantize(
@@ -342,7 +342,7 @@ class GgmlEncoding(Encoding):
         directions: Tensor,
         strength: float,
     ) -> Tensor:
-        """See `Encoding.requantize`."""
+        """See `EditableEncoding.requantize`."""
         new = torch.empty_like(codes)
         # Vectors of the stream are whole in each chunk: some tokens of an embedding, or some blocks of every row.
         axis = 0 if self.turned else 1
@@ -375,6 +375,6 @@ class GgmlEncoding(Encoding):
         return kind.replaced(blocks, rounded.T.contiguous() if self.turned else rounded)
 
     def largest_residue(self, *, d_model: int, k: int, along: float, norm: float) -> float:
-        """See `Encoding.largest_residue`."""
+        """See `EditableEncoding.largest_residue`."""
         share = 0.005 if self.kind.bits == 8 else WHOLE.most_left
         return share * max(along, math.sqrt(k / d_model) * norm)

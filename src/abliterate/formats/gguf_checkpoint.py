@@ -241,35 +241,8 @@ def _name_beside(name: str, found: dict[str, str]) -> str | None:
     return None
 
 
-_NEVER = "what is copied is never edited: `check_codes` refuses a plan that would"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _CopiedEncoding(Encoding):
-    """See `Encoding`: what is copied and never edited; a plan that would have to is refused (`can_be_edited`)."""
-
-    @property
-    def can_be_edited(self) -> bool:
-        """See `Encoding.can_be_edited`."""
-        return False
-
-    def refit(
-        self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float
-    ) -> tuple[Tensor, ...]:
-        """See `Encoding.refit`."""
-        raise NotImplementedError(_NEVER)
-
-    def requantize(self, codes: Tensor, companions: Sequence[Tensor], *, directions: Tensor, strength: float) -> Tensor:
-        """See `Encoding.requantize`."""
-        raise NotImplementedError(_NEVER)
-
-    def largest_residue(self, *, d_model: int, k: int, along: float, norm: float) -> float:
-        """See `Encoding.largest_residue`."""
-        raise NotImplementedError(_NEVER)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OffsetEncoding(_CopiedEncoding):
+class OffsetEncoding(Encoding):
     """See `Encoding`: plain numbers, stored with a constant added, as the norms of Gemma are."""
 
     offset: float
@@ -280,7 +253,7 @@ class OffsetEncoding(_CopiedEncoding):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UneditedEncoding(_CopiedEncoding):
+class UneditedEncoding(Encoding):
     """See `Encoding`: blocks of a type that is not edited.
 
     Attributes:
