@@ -25,12 +25,13 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
+from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.safetensors_file import read_tensor
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.extraction.reply_classes import read_completions, read_reply
 from abliterate.files import JsonLines, read_json_report, write_json
 from abliterate.formats.gguf_checkpoint import gguf_file_of, holds_gguf, open_gguf
-from abliterate.inspection.component import component_of
+from abliterate.inspection.reading import inspect_model
 from abliterate.models.chat_model import stop_tokens
 from abliterate.models.loading import load_chat_model
 from abliterate.models.options import ModelOptions
@@ -98,7 +99,8 @@ class Measuring:
         """Return what a model has of the direction, beside a base, and what it refuses."""
         if name not in self._found:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            read = component_of(path, base=base, directions=[self._arguments.direction])
+            sources = [ModelSource(path=each, name=each.name, revision=None) for each in (path, base)]
+            read = inspect_model(model=sources[0], base=sources[1], directions=[self._arguments.direction]).report
             line: dict[str, Any] = {
                 "name": name,
                 "n": len(self.prompts),

@@ -21,7 +21,7 @@ from abliterate.errors import AbliterateError
 from abliterate.files import read_json_report
 from abliterate.formats.gguf_checkpoint import open_weights
 from abliterate.formats.quantized import plain_view
-from abliterate.inspection.component import component_of
+from abliterate.inspection.reading import inspect_model
 from abliterate.models.gguf_loading import load_gguf
 from abliterate.models.options import ModelOptions
 from abliterate.release.options import VerificationOptions
@@ -134,7 +134,7 @@ def plain_rounding() -> Iterator[None]:
 
 
 def _left(out: Path, base: Path, direction: Path, *, quantized: bool) -> float:
-    report = component_of(out, base=base, directions=[direction])
+    report = inspect_model(model=_source(out), base=_source(base), directions=[direction]).report
     plain = {"BF16", "F32"} if quantized else set()
     return max(tensor.left or 0.0 for tensor in report.tensors if tensor.dtype not in plain)
 

@@ -8,20 +8,15 @@ base's component that it has again.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from abliterate.architectures.writers import Role, StreamMap, map_checkpoint
+from abliterate.architectures.writers import Role, StreamMap
 from abliterate.checkpoints.checkpoint import Checkpoint
-from abliterate.directions import load_direction, orthonormalize
+from abliterate.directions import orthonormalize
 from abliterate.editing.checks import RemovedDirections, measure_survivors
 from abliterate.editing.projection import Component
-from abliterate.errors import InputError
-from abliterate.formats.gguf_checkpoint import open_weights
-from abliterate.formats.quantized import plain_view
 from abliterate.inspection.report import RoleReading, TensorReading
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -95,40 +90,6 @@ def read_component(
         roles=tuple(_role(role, tensors, found) for role in roles),
         tensors=tensors,
     )
-
-
-def component_of(model: Path, *, directions: Sequence[Path], base: Path | None = None) -> ComponentReading:
-    """Measure what the writers of a model have of directions, beside a base with the same names where there is one.
-
-    Args:
-        model: Its directory or GGUF file.
-        directions: Direction files, whose span is looked for.
-        base: That of the base.
-
-    Raises:
-        InputError: The base has another number of writers, or writers of another shape.
-        DirectionError: A direction is malformed, or has another width than the model.
-        CheckpointError: A file cannot be read, or the model is of a type that is not known.
-    """
-    view = plain_view(open_weights(model))
-    stream = map_checkpoint(view, partial=True)
-    vectors = torch.stack([load_direction(each, d_model=stream.d_model).vector for each in directions])
-    original = None if base is None else plain_view(open_weights(base))
-    if original is not None:
-        _check_base(view, original, stream)
-    return read_component(view=view, stream=stream, vectors=vectors, original=original)
-
-
-def _check_base(view: Checkpoint, original: Checkpoint, stream: StreamMap) -> None:
-    ours, theirs = ({tensor.name: tensor.shape for tensor in each.tensors()} for each in (view, original))
-    for writer in stream.writers:
-        name = writer.tensor_name
-        if theirs.get(name) != ours[name]:
-            shape = "is not there" if name not in theirs else f"is {list(theirs[name])}"
-            raise InputError(
-                f"{original.path}: cannot be the base of {view.path}: {name}, which is {list(ours[name])} there, "
-                f"{shape} here; name the model that it was made from with --base"
-            )
 
 
 Pair = tuple[Component | None, Component]
