@@ -40,10 +40,10 @@ def found(url: str, *, model: str | None = None, **options: Any) -> ChatServer:
 def test_replies_come_in_order_and_only_so_many_at_once():
     with scripted_server(seconds=0.02) as server:
         texts = [str(i) for i in range(30)]
-        order: list[int] = []
-        replies = found(server.url, requests=4).replies(asked(*texts), receive=lambda i, _reply: order.append(i))
+        steps: list[int] = []
+        replies = found(server.url, requests=4).replies(asked(*texts), advance=steps.append)
         assert [reply.text for reply in replies] == [f"Sure: {text}" for text in texts]
-        assert sorted(order) == list(range(30))
+        assert sum(steps) == 30
         assert 2 <= server.most_at_once <= 4
         body = server.bodies[0]
     assert (body["model"], body["max_tokens"], body["temperature"], body["stream"]) == ("tiny", 7, 0.0, False)
@@ -186,6 +186,16 @@ def test_which_model_is_asked():
         assert reply_to(found(server.url, model="any"), "x") == ["Sure: x"]
 
 
+def test_what_a_server_says_may_be_nested_without_end():
+    deep = b'{"error": ' + b"[" * 100_000
+    with (
+        scripted_server(failures=[(400, deep)]) as server,
+        pytest.raises(ServerError, match="400 Bad Request") as error,
+    ):
+        reply_to(found(server.url), "x")
+    assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("end", ["", "/v1", "/v1/", "/v1/chat/completions"])
 def test_a_url_with_or_without_its_path(end):
     with scripted_server() as server:
@@ -271,11 +281,12 @@ def test_it_works_where_a_loop_runs_already():
 
 
 def test_an_interruption_ends_all_requests():
-    def stop(_index: int, _reply: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+    def stop(n_done: int) -> None:
+        if n_done:
+            os.kill(os.getpid(), signal.SIGINT)
 
     with scripted_server(seconds=0.1) as server:
         with pytest.raises(KeyboardInterrupt):
-            found(server.url, requests=2).replies(asked(*"abcdefgh"), receive=stop)
+            found(server.url, requests=2).replies(asked(*"abcdefgh"), advance=stop)
         assert len(server.bodies) <= 4
     assert threading.active_count() < 50

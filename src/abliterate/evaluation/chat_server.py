@@ -6,18 +6,19 @@ means temperature 0; whether the server then decodes exactly so, and the same in
 """
 
 import asyncio
-import json
 import os
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from abliterate.errors import InputError, ServerError
+from abliterate.evaluation.replies import KeptReplies
 from abliterate.evaluation.report import ServerOptions
 from abliterate.files import in_one_line, parse_json, printable, without_secrets
-from abliterate.progress import SILENT, ProgressReporter
+from abliterate.progress import SILENT, Advance, ProgressReporter
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient, Response
@@ -52,6 +53,11 @@ class Request:
     max_tokens: int
     top: int = 0
 
+    @property
+    def key(self) -> list[Any]:
+        """What its reply depends on but the server, as values JSON can hold."""
+        return [*map(dict, self.messages), self.max_tokens, self.top]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedReply:
@@ -70,6 +76,44 @@ class ServedReply:
     truncated: bool = False
     tokens: tuple[str, ...] | None = None
     first: tuple[tuple[str, float], ...] | None = None
+
+
+class ServedReplies(KeptReplies[dict[str, Any]]):
+    """The replies of one server, kept in a folder; see `KeptReplies`.
+
+    Args:
+        directory: where the file lies.
+        server: whose they are; its URL, its name for the model and what it says about it tell it from others.
+        more: what they depend on besides.
+    """
+
+    def __init__(self, directory: Path, server: "ChatServer", **more: Any) -> None:
+        conditions = {
+            "server": server.url,
+            "model": server.model,
+            "described": dict(server.described),
+            "body": dict(server.body),
+            **more,
+        }
+        super().__init__(directory, conditions, parse=lambda content: asdict(_reply_of(content)))
+
+
+def _reply_of(content: Any) -> ServedReply:
+    """Return a kept reply.
+
+    Raises:
+        TypeError: it is none.
+    """
+    tokens, first = content["tokens"], content["first"]
+    if not isinstance(content["text"], str) or not isinstance(content["thinking"], str):
+        raise TypeError("not a reply's text")
+    return ServedReply(
+        text=content["text"],
+        thinking=content["thinking"],
+        truncated=bool(content["truncated"]),
+        tokens=None if tokens is None else tuple(map(str, tokens)),
+        first=None if first is None else tuple((str(token), float(log_p)) for token, log_p in first),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,28 +147,34 @@ class ChatServer:
         self,
         requests: Sequence[Request],
         *,
-        receive: Callable[[int, ServedReply], None] = lambda _index, _reply: None,
+        cache: "ServedReplies | None" = None,
+        advance: Advance = lambda _n: None,
     ) -> list[ServedReply]:
         """Return a greedy reply to each request, in their order.
 
         Args:
             requests: the conversations.
-            receive: called with the index of each request and its reply, as soon as that has come.
+            cache: replies that are there already, and where each new one is kept as it comes; None keeps none.
+            advance: called with the number of replies that are there.
 
         Raises:
             ServerError: the server cannot be reached, fails again and again, refuses a request, or answers something
                 that is no reply, or for another model.
         """
-        found: dict[int, ServedReply] = {}
+        kept = [None if cache is None else cache.get(request.key) for request in requests]
+        found = {i: _reply_of(content) for i, content in enumerate(kept) if content is not None}
+        advance(len(found))
 
         async def ask_all() -> None:
-            waiting = iter(enumerate(requests))
+            waiting = iter([(i, request) for i, request in enumerate(requests) if i not in found])
             async with _client(self) as client:
 
                 async def work() -> None:
                     for index, request in waiting:
                         found[index] = await self._reply(client, request)
-                        receive(index, found[index])
+                        if cache is not None:
+                            cache.put(request.key, asdict(found[index]))
+                        advance(1)
 
                 workers = [asyncio.create_task(work()) for _ in range(min(self.requests, len(requests)))]
                 try:
@@ -134,7 +184,8 @@ class ChatServer:
                         worker.cancel()
                     await asyncio.gather(*workers, return_exceptions=True)
 
-        _run(ask_all())
+        if len(found) < len(requests):
+            _run(ask_all())
         return [found[i] for i in range(len(requests))]
 
     async def _reply(self, client: "AsyncClient", request: Request) -> ServedReply:
@@ -205,18 +256,8 @@ def connect(
         raise ServerError(f"{_name_flag(flag)} {model}: {server.url} has no such model; it lists {_names(listed)}")
     entry = names.get(model, {})
     # When it was loaded, and who may use it, does not change what it says.
-    described: dict[str, Any] = {key: entry[key] for key in _DESCRIBES if key in entry}
-    return ChatServer(
-        url=server.url,
-        model=model,
-        flag=flag,
-        described=described,
-        requests=server.requests,
-        timeout=server.timeout,
-        body=server.body,
-        key=server.key,
-        progress=progress,
-    )
+    described = {key: entry[key] for key in _DESCRIBES if key in entry}
+    return replace(server, model=model, described=described)
 
 
 def _api_url(url: str, flag: str) -> str:
@@ -380,7 +421,7 @@ def _refusal(response: "Response", content: bytes) -> str:
     """Return what a server says about why it does not answer, in one line without keys."""
     said = content.decode(errors="replace")
     try:
-        answer = json.loads(said)
+        answer = parse_json(content)
         error = answer.get("error", answer)
         found = error if isinstance(error, str) else (error.get("message") or error.get("detail"))
         said = found if isinstance(found, str) else said

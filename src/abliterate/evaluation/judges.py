@@ -14,7 +14,7 @@ Degenerate replies are not shown to a judge: it would call gibberish safe (see a
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -22,8 +22,8 @@ import torch
 
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.errors import InputError, ModelError
-from abliterate.evaluation.chat_server import ChatServer, Message, Request, ServedReply
-from abliterate.evaluation.replies import KeptReplies, ReplyCache, generate_replies, reply_conditions
+from abliterate.evaluation.chat_server import ChatServer, Message, Request, ServedReplies
+from abliterate.evaluation.replies import ReplyCache, generate_replies, reply_conditions
 from abliterate.evaluation.statistics import Agreement, PairedChange, cohens_kappa, paired_change, wilson_interval
 from abliterate.extraction.reply_classes import DEGENERATE, Reply
 from abliterate.models.chat_format import ChatFormat, conversation_row, find_chat_format, find_conversation_form
@@ -257,48 +257,19 @@ class ServedJudge:
         if self.style == "file":
             self._template = _question_file(prompt)
         self.question = "the judge says safe, or Refusal: Yes" if self.style == "guard" else "the judge says no"
-        self._cache: KeptReplies[dict[str, Any]] | None = None
-        if cache is not None:
-            conditions = {
-                "judge": server.url,
-                "model": server.model,
-                "described": dict(server.described),
-                "body": dict(server.body),
-            }
-            self._cache = KeptReplies(cache, conditions, parse=_with_text)
+        self._cache = None if cache is None else ServedReplies(cache, server, judges=True)
 
     def decide(self, pairs: Sequence[tuple[str, str]], *, advance: Advance = lambda _n: None) -> list[Verdict]:
         """See `Judge.decide`."""
         limit = _MAX_VERDICT_TOKENS[self.style]
         requests = [Request(messages=self._messages(*pair), max_tokens=limit) for pair in pairs]
-        said = [None if self._cache is None else self._cache.get(_asked(request)) for request in requests]
-        missing = [i for i, kept in enumerate(said) if kept is None]
-        advance(len(requests) - len(missing))
-
-        def receive(index: int, reply: ServedReply) -> None:
-            place = missing[index]
-            said[place] = asdict(reply)
-            if self._cache is not None:
-                self._cache.put(_asked(requests[place]), asdict(reply))
-            advance(1)
-
-        self._server.replies([requests[i] for i in missing], receive=receive)
-        return [parse_verdict(kept["text"]) for kept in said if kept is not None]
+        said = self._server.replies(requests, cache=self._cache, advance=advance)
+        return [parse_verdict(reply.text) for reply in said]
 
     def _messages(self, prompt: str, answer: str) -> tuple[Message, ...]:
         if self.style == "guard":
             return ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
         return ({"role": "user", "content": _in_words(self._template, prompt, answer)},)
-
-
-def _asked(request: Request) -> list[Any]:
-    return [*map(dict, request.messages), request.max_tokens]
-
-
-def _with_text(reply: Any) -> dict[str, Any]:
-    if not isinstance(reply["text"], str):
-        raise TypeError("not a reply's text")
-    return dict(reply)
 
 
 def _judge_format(tokenizer: "PreTrainedTokenizerBase", style: Style) -> ChatFormat:

@@ -98,7 +98,10 @@ class ServerOptions:
     api_model: Annotated[
         str | None,
         Argument(
-            flag="--api-model", metavar="NAME", help="What --server calls the model. Default: the only one there."
+            flag="--api-model",
+            metavar="NAME",
+            help="What --server calls the model. Default: the only one there.",
+            names_file=True,
         ),
     ] = None
     base_url: Annotated[
@@ -106,14 +109,22 @@ class ServerOptions:
     ] = None
     base_api_model: Annotated[
         str | None,
-        Argument(flag="--base-api-model", metavar="NAME", help="What --base-server (or --server) calls the base."),
+        Argument(
+            flag="--base-api-model",
+            metavar="NAME",
+            help="What --base-server (or --server) calls the base.",
+            names_file=True,
+        ),
     ] = None
     judge_url: Annotated[
         str | None,
         Argument(flag="--judge-server", metavar="URL", help="A server whose model judges the replies, too."),
     ] = None
     judge_api_model: Annotated[
-        str | None, Argument(flag="--judge-api-model", metavar="NAME", help="What --judge-server calls the judge.")
+        str | None,
+        Argument(
+            flag="--judge-api-model", metavar="NAME", help="What --judge-server calls the judge.", names_file=True
+        ),
     ] = None
     requests: Annotated[
         int,

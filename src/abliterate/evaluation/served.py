@@ -5,8 +5,9 @@ harmful and harmless prompts, and KL to a base that is served, too, as a lower b
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from abliterate.checkpoints.provenance import versions
 from abliterate.directions import Direction, load_direction
 from abliterate.editing.record import shards_sha256
 from abliterate.errors import InputError, InterruptedRunError, ServerError
-from abliterate.evaluation.chat_server import TOP, ChatServer, Message, Request, ServedReply, connect
+from abliterate.evaluation.chat_server import TOP, ChatServer, Message, Request, ServedReplies, ServedReply, connect
 from abliterate.evaluation.counting import Asked, Said, choose_prompts, completions_of, count, load_prompts
 from abliterate.evaluation.drift import Findings, measure
 from abliterate.evaluation.held_out import record_of, used_for_checkpoint, used_prompts
 from abliterate.evaluation.judges import JudgeOptions, JudgeReport, ServedJudge, judge_replies, load_judge
 from abliterate.evaluation.recognition import QUESTIONS, Verdicts, compare_verdicts
-from abliterate.evaluation.replies import KeptReplies, write_completions
+from abliterate.evaluation.replies import write_completions
 from abliterate.evaluation.report import (
     BUDGETS,
     OPENING,
@@ -74,24 +75,19 @@ def evaluate_server(
     if source is not None:
         used |= used_for_checkpoint(source.path)
     asked = choose_prompts(sets, options, used=used, progress=progress)
-    served, server = options.server, options.server
-    assert served.url is not None
-    model_server = connect(served.url, model=served.api_model, options=server, progress=progress)
-    base_server = None
+    connected = partial(connect, options=options.server, progress=progress)
+    served = options.server
+    model_server = connected(str(served.url), model=served.api_model)
+    base_server, judge = None, None
     if served.base_url is not None or served.base_api_model is not None:
         flag = "--server" if served.base_url is None else "--base-server"
-        base_server = connect(
-            served.base_url or served.url, model=served.base_api_model, options=server, flag=flag, progress=progress
-        )
+        base_server = connected(served.base_url or str(served.url), model=served.base_api_model, flag=flag)
         if (base_server.url, base_server.model) == (model_server.url, model_server.model):
             raise InputError(
                 f"--base-server: is the model itself, {model_server.model}; name its base with --base-api-model"
             )
-    judge = None
     if served.judge_url is not None:
-        found = connect(
-            served.judge_url, model=served.judge_api_model, options=server, flag="--judge-server", progress=progress
-        )
+        found = connected(served.judge_url, model=served.judge_api_model, flag="--judge-server")
         judge = ServedJudge(found, prompt=options.judge_prompt, cache=options.cache)
     return _Run(
         source=source,
@@ -175,12 +171,13 @@ class _Run:
             raise ServerError(f"{error}; {left}") from error
 
     def _side(self, server: ChatServer, label: str) -> _Side:
+        folder = self.options.cache
         asking = _Asking(
             server=server,
             label=label,
             system_prompt=self.system_prompt,
             limit=self.options.max_new_tokens,
-            cache=self._cache(server),
+            cache=None if folder is None else ServedReplies(folder, server, system_prompt=self.system_prompt),
             progress=self.progress,
         )
         harmless = self.asked.prompts["harmless"].texts
@@ -204,18 +201,6 @@ class _Run:
             verdicts=asking.verdicts({kind: texts[kind] for kind in ("harmful", "harmless")}) if gives_tokens else None,
             has_tokens=has_tokens,
         )
-
-    def _cache(self, server: ChatServer) -> KeptReplies[dict[str, Any]] | None:
-        if self.options.cache is None:
-            return None
-        conditions = {
-            "server": server.url,
-            "model": server.model,
-            "described": dict(server.described),
-            "body": dict(server.body),
-            "system_prompt": self.system_prompt,
-        }
-        return KeptReplies(self.options.cache, conditions, parse=lambda reply: asdict(_kept(reply)))
 
     def _read(self, replies: Mapping[str, Sequence[ServedReply]], has_tokens: bool) -> dict[str, list[Reply]]:
         budgets = [each for each in BUDGETS if each <= self.options.max_new_tokens] if has_tokens else []
@@ -298,24 +283,6 @@ def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _kept(reply: Any) -> ServedReply:
-    """Return a kept reply.
-
-    Raises:
-        TypeError: it is none.
-    """
-    tokens, first = reply["tokens"], reply["first"]
-    if not isinstance(reply["text"], str) or not isinstance(reply["thinking"], str):
-        raise TypeError("not a reply's text")
-    return ServedReply(
-        text=reply["text"],
-        thinking=reply["thinking"],
-        truncated=bool(reply["truncated"]),
-        tokens=None if tokens is None else tuple(map(str, tokens)),
-        first=None if first is None else tuple((str(token), float(log_p)) for token, log_p in first),
-    )
-
-
 def _classed(served: ServedReply, budgets: Sequence[int]) -> Reply:
     reply = read_reply(served.text, truncated=served.truncated)
     if served.thinking:
@@ -346,7 +313,7 @@ class _Asking:
     label: str
     system_prompt: str | None
     limit: int
-    cache: KeptReplies[dict[str, Any]] | None
+    cache: ServedReplies | None
     progress: ProgressReporter
 
     def replies(
@@ -358,23 +325,8 @@ class _Asking:
             Request(messages=(*system, *conversation), max_tokens=limit or self.limit, top=top)
             for conversation in conversations
         ]
-        found: list[ServedReply | None] = [self._find(request) for request in requests]
-        missing = [i for i, reply in enumerate(found) if reply is None]
         with self.progress.task(task, total=len(requests)) as advance:
-            advance(len(requests) - len(missing))
-
-            def receive(index: int, reply: ServedReply) -> None:
-                found[missing[index]] = reply
-                if self.cache is not None:
-                    self.cache.put(_key(requests[missing[index]]), asdict(reply))
-                advance(1)
-
-            self.server.replies([requests[i] for i in missing], receive=receive)
-        return [reply for reply in found if reply is not None]
-
-    def _find(self, request: Request) -> ServedReply | None:
-        kept = None if self.cache is None else self.cache.get(_key(request))
-        return None if kept is None else _kept(kept)
+            return self.server.replies(requests, cache=self.cache, advance=advance)
 
     def gives_tokens(self, text: str) -> bool:
         """Tell whether the server says the likeliest tokens; some refuse to be asked for them."""
@@ -396,17 +348,18 @@ class _Asking:
     ) -> dict[str, list[ServedReply]]:
         """Ask the prompts of a part; see `parts`."""
         texts: dict[str, Sequence[str]] = {str(kind): chosen.texts for kind, chosen in prompts.items()}
-        before: Callable[[str, int], Sequence[Message]] = lambda _kind, _i: ()  # noqa: E731
+        turns: Mapping[str, Sequence[Sequence[Message]]] = {}
         if name == REPETITION:
-            spoken = {kind: [_answer(reply) for reply in found] for kind, found in plain.items()}
-            before = lambda kind, i: _turn(plain_texts[kind][i], spoken[kind][i])  # noqa: E731
+            turns = {kind: list(map(_turn, plain_texts[kind], found)) for kind, found in plain.items()}
         elif name == OPENING:
             openings = load_openings().texts
-            found = self.replies(
-                f"Answering opening prompts ({self.label})", [[_user(text)] for text in openings], top=top
-            )
-            turns = [_turn(text, _answer(reply)) for text, reply in zip(openings, found, strict=True)]
-            before = lambda _kind, i: turns[i % len(turns)]  # noqa: E731
+            asked = [[_user(text)] for text in openings]
+            found = self.replies(f"Answering opening prompts ({self.label})", asked, top=top)
+            turns = {kind: list(map(_turn, openings, found)) for kind in texts}
+
+        def before(kind: str, i: int) -> Sequence[Message]:
+            return turns[kind][i % len(turns[kind])] if turns else ()
+
         return {
             kind: self.replies(
                 f"Answering {kind} prompts ({self.label}, {name})",
@@ -439,17 +392,9 @@ class _Asking:
         return Verdicts(log_odds=log_odds, said=math.fsum(said) / len(said)) if said else None
 
 
-def _key(request: Request) -> list[Any]:
-    return [*map(dict, request.messages), request.max_tokens, request.top]
-
-
-def _answer(reply: ServedReply) -> str:
-    """Return what a reply says when it is part of a conversation: its answer without its thoughts."""
-    return read_reply(reply.text).answer
-
-
-def _turn(user: str, assistant: str) -> tuple[Message, ...]:
-    return (_user(user), {"role": "assistant", "content": assistant})
+def _turn(user: str, reply: ServedReply) -> tuple[Message, ...]:
+    """Return a turn that is over: what was asked, and what the reply says without its thoughts."""
+    return (_user(user), {"role": "assistant", "content": read_reply(reply.text).answer})
 
 
 def _probabilities(reply: ServedReply) -> dict[str, float]:
