@@ -28,15 +28,14 @@ main()
 """
 
 
-def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction, str]:
-    output.parent.joinpath("counted.py").write_text(COUNTED)
+def run_several(model: Path, folder: Path, n: int, command: str, *words: str) -> str:
+    """Run a command in n processes, and return what they print together."""
+    folder.mkdir(exist_ok=True)
+    (folder / "counted.py").write_text(COUNTED)
     # `accelerate launch` starts one process where there is no GPU, whatever --num_processes says.
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={n}"] if n > 1 else []
     done = subprocess.run(
-        [
-            *(sys.executable, *launch, str(output.parent / "counted.py"), "-q", "extract", str(model)),
-            *("-o", str(output), *EXTRACT, *options),
-        ],
+        [sys.executable, *launch, str(folder / "counted.py"), "-q", command, str(model), *words],
         env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
         cwd=REPOSITORY,
         check=False,
@@ -45,7 +44,18 @@ def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction
     )
     assert done.returncode == 0, done.stderr
     assert [done.stderr.count(f"process {index} of {n}") for index in range(n)] == [1] * n
-    return load_direction(output), done.stdout
+    return done.stdout
+
+
+def document(*arguments: Any) -> dict[str, Any]:
+    """Return the one document of `run_several`."""
+    found: dict[str, Any] = json.loads(run_several(*arguments, "--json"))
+    return found
+
+
+def extract(model: Path, output: Path, n: int, *options: str) -> tuple[Direction, str]:
+    stdout = run_several(model, output.parent, n, "extract", "-o", str(output), *EXTRACT, *options)
+    return load_direction(output), stdout
 
 
 @pytest.mark.parametrize(
@@ -83,28 +93,6 @@ def test_shares_come_back_in_order() -> None:
     assert Ranks().share([], lambda part: part) == []
 
 
-EVALUATE = ["--max-new-tokens", "8", "--json"]
-
-
-def run_several(model: Path, folder: Path, n: int, *words: str) -> dict[str, Any]:
-    """Run a command in n processes, and return the one document that they print together."""
-    folder.mkdir(exist_ok=True)
-    (folder / "counted.py").write_text(COUNTED)
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={n}"] if n > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launch, str(folder / "counted.py"), "-q", words[0], str(model), *words[1:]],
-        env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [done.stderr.count(f"process {index} of {n}") for index in range(n)] == [1] * n
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def same(one: Any, other: Any) -> bool:
     """Tell whether two documents are the same to rounding."""
     if isinstance(one, float) and isinstance(other, float):
@@ -133,13 +121,13 @@ def refusing(tmp_path: Path) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize("counts", [(2,), pytest.param((2, 3), marks=pytest.mark.proof)])
 def test_several_processes_measure_what_one_measures(refusing, tmp_path: Path, counts) -> None:
     model, sets = refusing
-    more = ["--base", str(model), "--turns", *EVALUATE, *sets]
-    one = run_several(model, tmp_path / "1", 1, "evaluate", *more)
+    more = ["--base", str(model), "--turns", "--max-new-tokens", "8", *sets]
+    one = document(model, tmp_path / "1", 1, "evaluate", *more)
     assert one["rates"]["harmful"]["rate"] > 0.9
     for n in counts:
         kept = ["--cache", str(tmp_path / f"kept{n}")]
         for _ in range(2):
-            several = run_several(model, tmp_path / str(n), n, "evaluate", *more, *kept)
+            several = document(model, tmp_path / str(n), n, "evaluate", *more, *kept)
             assert same(several, one)
         files = [file.read_text().splitlines() for file in (tmp_path / f"kept{n}").iterdir()]
         assert len(files) == n
@@ -153,7 +141,7 @@ def test_several_processes_audit_as_one_does(refusing, tmp_path: Path, n: int) -
     model, sets = refusing
     few = ["--n-train", "8", "--n-val", "2", "--n-test", "4", "--screen", "3", "--candidates", "2", "--bootstrap", "2"]
     tests = ["--test-harmful", sets[1], "--test-harmless", sets[3]]
-    words = [*tests, *few, "--max-new-tokens", "8", "--json", "--harmful", str(tmp_path / "harmful.txt")]
+    words = [*tests, *few, "--max-new-tokens", "8", "--harmful", str(tmp_path / "harmful.txt")]
     words += ["--harmless", str(tmp_path / "harmless.txt")]
-    one = run_several(model, tmp_path / "1", 1, "audit", *words)
-    assert same(run_several(model, tmp_path / str(n), n, "audit", *words), one)
+    one = document(model, tmp_path / "1", 1, "audit", *words)
+    assert same(document(model, tmp_path / str(n), n, "audit", *words), one)
