@@ -56,7 +56,6 @@ def test_json_is_one_document_and_a_base_is_not_needed(call_main, tmp_path, dire
     (["inspect", "{file}", "-o", "r.safetensors"], 1, "name that base with --base"),
     (["inspect", "{file}", "--fail-if", "kl>1"], 1, "'kl' is not among verdict, exact"),
     (["inspect", "{file}", "--fail-if", "verdict=directional"], 1, "such as verdict!=identical"),
-    (["inspect", "{file}", "--base", "{file}", "-o", "r2.safetensors"], 1, "no direction was recovered"),
     (["inspect", "{file}.txt", "--direction", "{direction}"], 1, "no such directory"),
     (["inspect", "{file}", "--direction", "{file}"], 1, "model.gguf"),
     (["orthogonalize", "{file}", "--direction", "{direction}", "-o", "x.gguf"], 1, "-o names a directory"),
@@ -93,3 +92,21 @@ def test_a_pair_is_judged_the_direction_written_and_a_gate_obeyed(call_main, tmp
     # Without a base there is no verdict, so that a gate on it fails.
     assert call_main("inspect", out, "--fail-if", "verdict!=identical").exit_code == 1
     assert call_main("inspect", out, "--base", recovered).exit_code == 1
+
+
+def test_where_no_direction_can_be_written_the_report_is_not_lost(call_main, tmp_path):
+    base = save_tiny_llama(tmp_path / "base")
+    (tmp_path / "second.1.safetensors").write_text("mine")
+    done = call_main("inspect", base, "--base", base, "-o", tmp_path / "r.safetensors", "--json")
+    assert (done.exit_code, json.loads(done.stdout)["verdict"]) == (1, "identical")
+    assert "no direction was recovered: the verdict is identical" in done.error_line
+    assert not (tmp_path / "r.safetensors").exists()
+    for number in (1, 2):
+        make_direction(mean_difference=random_direction(seed=number)).save(tmp_path / f"{number}.safetensors")
+    given = ["--direction", tmp_path / "1.safetensors", "--direction", tmp_path / "2.safetensors"]
+    assert call_main("orthogonalize", base, *given, "-o", tmp_path / "out").exit_code == 0
+    done = call_main("inspect", tmp_path / "out", "--base", base, "-o", tmp_path / "second.safetensors", "--json")
+    assert (done.exit_code, json.loads(done.stdout)["verdict"]) == (1, "directional")
+    assert "second.1.safetensors: exists and is no direction file" in done.error_line
+    assert (tmp_path / "second.1.safetensors").read_text() == "mine"
+    assert not (tmp_path / "second.2.safetensors").exists()

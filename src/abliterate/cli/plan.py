@@ -178,15 +178,13 @@ def inspect(
     downloaded. Without --base: what MODEL's record and card say, and what its weights have of --direction. --fail-if
     takes verdict!=WORD and numbers (tensors_edited>0, record_problems>0, ...). Nothing is run.
     """
-    from abliterate.directions import is_direction_file
     from abliterate.inspection.reading import inspect_model
     from abliterate.inspection.sources import resolve_pair
     from abliterate.release import gates
     from abliterate.release.inspection_page import write_inspection_page
 
     output = Output.of(context, json_output=json_output)
-    file = OutputFile(path=output_file, what="direction file", is_own=is_direction_file)
-    check_outputs(file, report=report_directory)
+    check_outputs(_direction_file(output_file), report=report_directory)
     if output_file is not None and base is None:
         raise InputError("--output writes the direction that a base was freed of; name that base with --base")
     conditions = [gates.parse_gate(text, gates.INSPECTION_NAMES) for text in fail_if or ()]
@@ -199,12 +197,15 @@ def inspect(
             same_files=pair.same_files,
             progress=output.progress,
         )
-    report = found.written_to([] if output_file is None else _write_directions(found, output_file))
+    report, failure = _saved(found, output_file)
     results = gates.judge_gates(conditions, gates.inspection_numbers(report))
     _print(output, report, results)
     if report_directory is not None:
         with writing(report_directory):
             write_inspection_page(report, report_directory, command=command_line())
+    # Last: what was read at length is not lost.
+    if failure is not None:
+        raise failure
     gates.require(results)
 
 
@@ -215,12 +216,26 @@ def _print(output: Output, report: "InspectionReport", results: "Sequence[GateRe
     )
 
 
-def _write_directions(found: "Inspection", output_file: Path) -> list[Path]:
-    made = found.directions()
-    files = _file_names(output_file, len(made))
-    for path, direction in zip(files, made, strict=True):
-        direction.save(path)
-    return files
+def _saved(found: "Inspection", output_file: Path | None) -> "tuple[InspectionReport, InputError | None]":
+    """Write the recovered directions; return the report, and why they could not be written."""
+    if output_file is None:
+        return found.report, None
+    try:
+        made = found.directions()
+        files = _file_names(output_file, len(made))
+        check_outputs(*map(_direction_file, files))
+        with writing(output_file, "-o"):
+            for path, direction in zip(files, made, strict=True):
+                direction.save(path)
+    except InputError as error:
+        return found.report, error
+    return found.written_to(files), None
+
+
+def _direction_file(path: Path | None) -> OutputFile:
+    from abliterate.directions import is_direction_file
+
+    return OutputFile(path=path, what="direction file", is_own=is_direction_file)
 
 
 def _file_names(output_file: Path, k: int) -> list[Path]:
