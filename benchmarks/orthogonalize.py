@@ -5,6 +5,7 @@ runs, one after another and `--runs` times round, each in a process of its own:
 
 * `cp -r`, and `cp -r` followed by a flush to the disk, which is what ours ends with;
 * `abliterate orthogonalize`, with the files in the page cache and without;
+* with `--beside TREE` the same of another commit;
 * transformers: from_pretrained, the same projection in float32 on each weight, save_pretrained.
 
 Prints the median of wall time, CPU time and peak resident memory, and the ratios to `cp -r`. The machine may be
@@ -151,16 +152,21 @@ def timed(command: list[str]) -> dict[str, float]:
     return {"wall": seconds, "cpu": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
 
 
-def ways_of(source: Path, out: Path, direction: Path, *, workers: int | None) -> dict[str, tuple[list[str], bool]]:
+def ways_of(
+    source: Path, out: Path, direction: Path, *, workers: int | None, beside: Path | None
+) -> dict[str, tuple[list[str], bool]]:
     """Return the commands, and whether each finds the source in the page cache."""
     arguments = ["-q", "orthogonalize", str(source), "--direction", str(direction), "-o", str(out)]
     ours = [sys.executable, "-m", "abliterate", *arguments, *(["--workers", str(workers)] if workers else [])]
     copy = ["cp", "-r", str(source), str(out)]
     flush = ["sh", "-c", f"cp -r {source} {out} && sync {out}/*"]
+    other = ["env", f"PYTHONPATH={beside / 'src'}", *ours] if beside else []
+    others = {"other commit, cold": (other, False), "other commit, warm": (other, True)} if beside else {}
     return {
         "cp -r, cold": (copy, False), "cp -r, warm": (copy, True), "cp -r and sync, cold": (flush, False),
         "ours, cold": (ours, False), "ours, warm": (ours, True),
         "transformers, cold": ([sys.executable, "-c", TRANSFORMERS, str(source), str(direction), str(out)], False),
+        **others,
     }  # fmt: skip
 
 
@@ -172,6 +178,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--directory", type=Path, default=Path("build/benchmark-orthogonalize"))
     parser.add_argument("--only", nargs="+", metavar="WORD", help="ways with one of these words in their name")
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="checkout of another commit, timed as well")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     directory = arguments.directory / f"{arguments.size:g}"
@@ -182,7 +189,7 @@ def main() -> None:
     shutil.rmtree(directory, ignore_errors=True)
     maker = [sys.executable, __file__, "--make", "--size", str(arguments.size), "--directory", str(arguments.directory)]
     subprocess.run(maker, check=True)
-    ways = ways_of(source, out, direction, workers=arguments.workers)
+    ways = ways_of(source, out, direction, workers=arguments.workers, beside=arguments.beside)
     if arguments.only:
         ways = {way: each for way, each in ways.items() if any(word in way for word in arguments.only)}
     results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}

@@ -10,13 +10,6 @@ import torch
 
 from abliterate.directions import make_direction, orthonormalize
 from abliterate.editing.lora import coefficients, merge_factors, pack_factors, unpack_factors
-from abliterate.editing.projection import (
-    NormFactor,
-    component_and_norm,
-    component_norm,
-    effective_directions,
-    project_out,
-)
 from abliterate.extraction.candidates import (
     candidate_directions,
     combine_means,
@@ -26,6 +19,8 @@ from abliterate.extraction.candidates import (
     winsorized,
 )
 from abliterate.extraction.options import DirectionRecipe
+from abliterate.formats.component import component_and_norm, component_norm
+from abliterate.formats.projection import NormFactor, effective_directions, project_out
 from abliterate.models.hooks import difference_in_means
 
 K, D_MODEL, N, EXPERTS, N_POS, N_LAYERS = 2, 12, 7, 3, 4, 5

@@ -22,8 +22,8 @@ from abliterate.editing.checks import (
     directions_through,
     measure_survivors,
 )
-from abliterate.editing.projection import effective_directions, project_out
 from abliterate.errors import CheckpointError
+from abliterate.formats.projection import effective_directions, project_out
 from tests.support.loaded_models import stored
 from tests.support.tiny_models import D_MODEL, random_direction, save_tiny_model
 

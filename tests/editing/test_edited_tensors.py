@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import abliterate.editing.projection
+import abliterate.formats.projection
 from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.checkpoints.file_ranges import AlignedMemory, open_file
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, tensor_bytes
 from abliterate.editing.edited_tensors import blocks_of
-from abliterate.editing.projection import ComponentMeter, block_width, component_and_norm, project_out
+from abliterate.formats.component import ComponentMeter, component_and_norm
+from abliterate.formats.projection import block_width, project_out
 
 SHAPES = [((40, 24), 0), ((40, 24), 1), ((24,), 0), ((3, 24, 17), 1), ((5, 7, 24), 2), ((24, 1), 0), ((24, 3, 5), 0)]
 
@@ -39,7 +40,7 @@ def test_blocks_give_the_bytes_of_the_whole(tmp_path_factory, shape_axis, dtype,
     prefix = b"header..."
     (path / "source").write_bytes(prefix + bytes(tensor_bytes(weight)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(abliterate.editing.projection, "_BLOCK_ELEMENTS", width * shape[axis])
+        patch.setattr(abliterate.formats.projection, "_BLOCK_ELEMENTS", width * shape[axis])
         assert block_width(shape[axis]) == width
         whole = project_out(weight, directions=directions, residual_axis=axis, preserve_norms=preserve_norms)
         blocks = blocks_of(info_of(shape, dtype), residual_axis=axis, budget=budget)

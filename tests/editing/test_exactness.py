@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from abliterate.directions import orthonormalize
-from abliterate.editing.projection import NormFactor, component_norm, effective_directions, project_out
+from abliterate.formats.component import component_norm
+from abliterate.formats.projection import NormFactor, effective_directions, project_out
 from tests.support.paths import DOCS, REPOSITORY
 from tests.support.tiny_models import random_direction, randomize
 

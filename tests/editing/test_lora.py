@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from abliterate.directions import orthonormalize
 from abliterate.editing.lora import coefficients, merge_factors, pack_factors, unpack_factors
-from abliterate.editing.projection import project_out
+from abliterate.formats.projection import project_out
 
 SHAPES = {0: (12, 7), 1: (7, 12), "experts, out": (3, 12, 7), "experts, in": (3, 7, 12)}
 AXES = {0: 0, 1: 1, "experts, out": 1, "experts, in": 2}

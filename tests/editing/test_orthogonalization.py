@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 import abliterate.checkpoints.file_assembly
 import abliterate.editing.edited_files
 import abliterate.editing.edited_tensors
-import abliterate.editing.projection
+import abliterate.formats.projection
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.checkpoints.hub import ModelSource
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.projection import component_norm, project_out
 from abliterate.editing.record import OrthogonalizationReport, decode_subspace
 from abliterate.errors import (
     AbliterateError,
@@ -32,6 +31,8 @@ from abliterate.errors import (
     UnsupportedArchitectureError,
     VerificationError,
 )
+from abliterate.formats.component import component_norm
+from abliterate.formats.projection import project_out
 from tests.support.loaded_models import ablated, load, logits, stored, stream_component, tree
 from tests.support.tiny_models import D_MODEL, N_LAYERS, random_direction, save_tiny_model
 
@@ -514,7 +515,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, direction, m
     monkeypatch.setattr(abliterate.checkpoints.file_assembly, "_SEGMENT_BYTES", 1000)
     budget = functools.partial(abliterate.editing.edited_tensors.blocks_of, budget=900)
     monkeypatch.setattr(abliterate.editing.edited_tensors, "blocks_of", budget)
-    monkeypatch.setattr(abliterate.editing.projection, "_BLOCK_ELEMENTS", 3 * D_MODEL)
+    monkeypatch.setattr(abliterate.formats.projection, "_BLOCK_ELEMENTS", 3 * D_MODEL)
     base = save_tiny_model(tmp_path / "base", model_type, dtype=torch.bfloat16, max_shard_size="20KB", **options)
     reports = []
     for workers in (1, 2, 7):

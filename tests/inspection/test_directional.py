@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from abliterate.editing.projection import NormFactor, effective_directions
+from abliterate.formats.projection import NormFactor, effective_directions
 from abliterate.inspection.change import measure_change
 from abliterate.inspection.consensus import Projected, cosine_of, find_consensus
 from abliterate.inspection.directional import Projection, find_projection

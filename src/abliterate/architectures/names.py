@@ -2,7 +2,7 @@
 
 Only names are read here; `writers` brings in shapes and the config. Which norms stand between a writer and the residual
 stream is read off the names of the writer's own layer: for y = gamma * x / rms(x), r . y = 0 exactly when
-(gamma * r) . x = 0, so an edit must know gamma (see `editing.projection`).
+(gamma * r) . x = 0, so an edit must know gamma (see `formats.projection`).
 """
 
 import re

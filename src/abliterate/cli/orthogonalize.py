@@ -137,8 +137,6 @@ def orthogonalize(
     writing = WriteOptions(workers=workers, device=device, resume=resume)
 
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.editing.adapter import write_adapter
-    from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision, progress=output.progress)
@@ -156,9 +154,16 @@ def orthogonalize(
         output.report(export, tables=lambda: _places(export), document="hooks")
         return
     proof = _prove(source, options, output) if unverified or partial else None
-    write: Callable[..., OrthogonalizationReport] = write_adapter
+    write: Callable[..., OrthogonalizationReport]
     if output_format == "checkpoint":
+        from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+
         write = functools.partial(orthogonalize_checkpoint, writing=writing, proof=proof)
+    else:
+        # An adapter's names are those of modules, so this imports more.
+        from abliterate.editing.adapter import write_adapter
+
+        write = write_adapter
     report = write(
         source=source,
         direction=directions,

@@ -31,10 +31,11 @@ from abliterate.editing.model_card import build_model_card
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import EditPlan, make_edit_plan
 from abliterate.editing.plan_report import check_output, planned_report
-from abliterate.editing.projection import component_and_norm, project_out, residue_bound
 from abliterate.editing.record import RECORD_NAME, EditedTensor, OrthogonalizationReport, write_record
 from abliterate.errors import CheckpointError, InputError, VerificationError
+from abliterate.formats.component import component_and_norm
 from abliterate.formats.gguf_checkpoint import holds_gguf
+from abliterate.formats.projection import project_out, residue_bound
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 WEIGHTS_NAME = "adapter_model.safetensors"

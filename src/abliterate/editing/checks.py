@@ -28,14 +28,9 @@ from abliterate.checkpoints.safetensors_file import (
     tensor_bytes,
 )
 from abliterate.editing.options import EditOptions
-from abliterate.editing.projection import (
-    Component,
-    NormFactor,
-    component_and_norm,
-    effective_directions,
-    residue_bound,
-)
 from abliterate.errors import CheckpointError
+from abliterate.formats.component import Component, component_and_norm
+from abliterate.formats.projection import NormFactor, effective_directions, residue_bound
 from abliterate.progress import Advance
 
 _CHUNK_BYTES = 4 << 20

@@ -40,9 +40,12 @@ from abliterate.editing.checks import directions_through
 from abliterate.editing.edited_tensors import MadeParts, ProjectedTensor, Projection, QuantizedEdit
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
-from abliterate.editing.projection import Component
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, EditedTensor
+from abliterate.formats.component import Component
 from abliterate.progress import ProgressReporter
+
+# Numbers edited, above which compiled arithmetic saves more time than it takes to be loaded.
+_WORTH_COMPILING = 1 << 28
 
 
 class EditedShard:
@@ -54,6 +57,7 @@ class EditedShard:
         edits: Of tensors that are there, by the names that they are stored under; those of the plan.
         directions: Norm chain -> the directions that a writer before it must not have.
         device: Where the arithmetic is done.
+        compiled: See `projection.project_out`.
 
     Attributes:
         edits: Name of each edited tensor in it -> what projects it, or None where nothing is projected.
@@ -67,10 +71,12 @@ class EditedShard:
         directions: Mapping[str, Tensor],
         *,
         device: str,
+        compiled: bool,
     ) -> None:
         self.edits: dict[str, ProjectedTensor | None] = {}
         self._by_name = edits
-        self._shard, self._plan, self._directions, self._device = shard, plan, directions, device
+        self._shard, self._plan, self._directions = shard, plan, directions
+        self._device, self._compiled = device, compiled
         self._opened: dict[str, PlainFile] = {}
         self._segments: list[Segment] = []
 
@@ -198,6 +204,7 @@ class EditedShard:
             strength=self._plan.options.strength_of(edit.writer),
             preserve_norms=self._plan.options.preserve_norms,
             device=self._device,
+            compiled=self._compiled,
         )
 
     def _source(self, shard_name: str) -> PlainFile:
@@ -258,6 +265,8 @@ class EditedFiles:
 
     def __init__(self, plan: EditPlan, *, device: str = "cpu") -> None:
         self._plan, self._device = plan, device
+        numbers = sum(math.prod(edit.info.shape) for edit in plan.edits if edit.project)
+        self._compiled = numbers >= _WORTH_COMPILING
         self._shards = {shard.file_name: shard for shard in plan.checkpoint.shards}
         # Looked up for each shard, of which there may be thousands.
         there = [edit for edit in plan.edits if not edit.is_new]
@@ -342,7 +351,14 @@ class EditedFiles:
             return NewFile(name=name, sources=(), segments=(data,)), {}
         directory = self._plan.checkpoint.path
         if name in self._shards:
-            shard = EditedShard(self._shards[name], self._plan, self._stored, self._directions, device=self._device)
+            shard = EditedShard(
+                self._shards[name],
+                self._plan,
+                self._stored,
+                self._directions,
+                device=self._device,
+                compiled=self._compiled,
+            )
             added = self._added(self._shards[name])
             if self._plan.is_dequantized:
                 return shard.dequantized_file(self._layouts[name], added=added), shard.edits

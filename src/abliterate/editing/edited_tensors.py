@@ -30,13 +30,13 @@ from abliterate.checkpoints.safetensors_file import (
     read_codes,
     tensor_bytes,
 )
-from abliterate.editing.projection import Component, ComponentMeter, NormSums, block_width, project_out
 from abliterate.errors import CheckpointError
+from abliterate.formats.component import Component, ComponentMeter
+from abliterate.formats.projection import NormSums, block_width, project_out
 
 # Bytes of a tensor, as it is stored, that are held at a time. Where a block is one range of the file, few enough to
 # stay in the cache from reading to writing. Where a block is some of the columns, enough that each row's part is worth
-# a read of its own. Neither may depend on the number of workers, because together with `projection.block_width` they
-# decide which vectors are rounded together.
+# a read of its own. What is written does not depend on either.
 RANGE_BYTES = 4 << 20
 BLOCK_BYTES = 112 << 20
 
@@ -103,7 +103,7 @@ def blocks_of(info: TensorInfo, *, residual_axis: int, budget: int = BLOCK_BYTES
         return max(width, nbytes // (d_model * item) // width * width)
 
     at_once = min(budget, RANGE_BYTES)
-    if n_columns == 1:
+    if axis == len(info.shape) - 1:
         counts = _counts(n_matrices, n_vectors(at_once))
         return tuple(
             TensorBlock(shape=(n, d_model), offset=first * d_model * item, piece_bytes=n * d_model * item)
@@ -148,6 +148,7 @@ class Projection:
         strength: Share of the component that is removed.
         preserve_norms: See `projection.project_out`.
         device: Where the arithmetic is done.
+        compiled: See `projection.project_out`.
     """
 
     directions: Tensor
@@ -155,6 +156,7 @@ class Projection:
     strength: float = 1.0
     preserve_norms: bool = False
     device: str = "cpu"
+    compiled: bool = False
 
 
 class ProjectedTensor:
@@ -175,7 +177,12 @@ class ProjectedTensor:
         self.name, self.projection = name, projection
         self.dtype = TORCH_DTYPES[info.dtype]
         blocks = blocks_of(info, residual_axis=projection.residual_axis)
-        self.meter = ComponentMeter(projection.directions, shape=info.shape, residual_axis=projection.residual_axis)
+        self.meter = ComponentMeter(
+            projection.directions,
+            shape=info.shape,
+            residual_axis=projection.residual_axis,
+            compiled=projection.compiled,
+        )
         # The widest words of which every piece of a block, and so every row, holds a whole number.
         lengths = [self.meter.row_length * self.dtype.itemsize, *(block.piece_bytes for block in blocks)]
         self.word = _WORDS[math.gcd(8, *lengths)]
@@ -215,6 +222,7 @@ class ProjectedTensor:
             out=moved,
             scratch=worker.scratch,
             before=before,
+            compiled=projection.compiled,
         )
         if not math.isfinite(before.total_squared):
             raise CheckpointError(f"{self._original} holds NaN or infinite values; download the checkpoint again")
@@ -362,6 +370,7 @@ class QuantizedEdit:
             residual_axis=self.projection.residual_axis - len(self.info.shape) + 2,
             strength=self.projection.strength,
             preserve_norms=self.projection.preserve_norms,
+            compiled=self.projection.compiled,
         )
 
     def refit(self, index: int, companion: int) -> Tensor:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from abliterate.editing.edits import TensorEdit
     from abliterate.editing.options import EditOptions
     from abliterate.editing.plan import PartialEdit
-    from abliterate.editing.projection import Component
+    from abliterate.formats.component import Component
 
 RECORD_NAME = "abliteration.json"
 FORMAT_VERSION = 2

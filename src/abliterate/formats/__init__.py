@@ -1,1 +1,1 @@
-"""How weights are stored in few bits, and in GGUF files: seen as the numbers they mean, and written again."""
+"""How weights are stored, plain, in few bits, and in GGUF files: as the numbers they mean, edited and written again."""

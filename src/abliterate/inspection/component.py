@@ -16,7 +16,7 @@ from abliterate.architectures.writers import Role, StreamMap
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.directions import orthonormalize
 from abliterate.editing.checks import RemovedDirections, measure_survivors
-from abliterate.editing.projection import Component
+from abliterate.formats.component import Component
 from abliterate.inspection.report import RoleReading, TensorReading
 from abliterate.progress import SILENT, ProgressReporter
 

@@ -1,6 +1,6 @@
 """One direction in all layers, or one of each: what the projections of many tensors have in common.
 
-A writer behind a norm writes r as gamma * r (see `editing.projection`); an edit that knows that has gamma * r in its
+A writer behind a norm writes r as gamma * r (see `formats.projection`); an edit that knows that has gamma * r in its
 change, one that does not has r itself. Both are tried, and what agrees better over all tensors was done.
 
 The directions are the leading singular vectors of all that were found, each weighted by how well it is known; what
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from abliterate.architectures.names import Role
 from abliterate.directions import orthonormalize
-from abliterate.editing.projection import NormFactor, effective_directions
+from abliterate.formats.projection import NormFactor, effective_directions
 from abliterate.inspection.directional import Projection
 
 Scope = Literal["one", "per_layer", "several"]

@@ -19,11 +19,11 @@ from abliterate.checkpoints.hub import ModelSource
 from abliterate.checkpoints.safetensors_file import TensorInfo, read_tensor
 from abliterate.directions import Direction, load_direction, make_direction, orthonormalize
 from abliterate.editing.checks import read_norm
-from abliterate.editing.projection import NormFactor
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.files import in_one_line
 from abliterate.formats.gguf_checkpoint import open_weights
+from abliterate.formats.projection import NormFactor
 from abliterate.formats.quantized import CONFIG_KEYS, plain_view
 from abliterate.inspection.claims import CARD_NAME, hold_against, read_claims, recorded_directions
 from abliterate.inspection.component import ComponentReading, read_component

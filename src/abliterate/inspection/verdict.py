@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from abliterate.architectures.writers import StreamMap
-from abliterate.editing.projection import NormFactor
+from abliterate.formats.projection import NormFactor
 from abliterate.inspection.change import ABOVE_ROUNDING
 from abliterate.inspection.consensus import AGREES, Consensus, Projected, as_written, find_consensus
 from abliterate.inspection.findings import Finding

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.architectures.modules import ModuleWriter
-from abliterate.editing.projection import NormFactor, effective_directions
 from abliterate.errors import ModelError
+from abliterate.formats.projection import NormFactor, effective_directions
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import edit_output
 

@@ -23,9 +23,9 @@ from abliterate.editing.checks import (
     rounding_bound,
 )
 from abliterate.editing.options import EditOptions
-from abliterate.editing.projection import Component
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
+from abliterate.formats.component import Component
 from abliterate.formats.gguf_checkpoint import open_weights
 from abliterate.formats.quantized import dequantized_layout, plain_view, quantization_of
 from abliterate.progress import SILENT, ProgressReporter
@@ -38,6 +38,7 @@ from abliterate.release.recorded_edits import (
 )
 
 _AGAIN = "run `abliterate orthogonalize` again"
+_BFLOAT16_ROUNDOFF = torch.finfo(torch.bfloat16).eps / 2
 
 # A component measured twice differs by the order of float64 sums alone.
 _SAME = 1e-6
@@ -54,6 +55,7 @@ class TensorCheck:
         after: |U W'| and |W'|.
         expected: What |U W'|/|W'| is meant to be: 0 at strength 1.
         bound: By how much rounding may move it; None where nothing tells (norms preserved at another strength).
+        decoded: What an engine that decodes it to bfloat16 puts back of it by that; 0 where no codes are stored.
     """
 
     recorded: RecordedTensor
@@ -62,6 +64,7 @@ class TensorCheck:
     after: Component
     expected: float
     bound: float | None
+    decoded: float
 
     @property
     def name(self) -> str:
@@ -307,6 +310,7 @@ def _tensor_check(
         before=before,
         after=after.norm,
     )
+    d_model = info.shape[tensor.writer.residual_axis]
     # Restored lengths scale what another strength leaves, by a factor of its own for each vector.
     is_known = strength == 1.0 or not options.preserve_norms
     return TensorCheck(
@@ -316,6 +320,7 @@ def _tensor_check(
         after=after,
         expected=Component(abs(1.0 - strength) * before.along, after.norm).share,
         bound=Component(bound, after.norm).share if is_known else None,
+        decoded=0.0 if info.encoding is None else _BFLOAT16_ROUNDOFF * math.sqrt(files.removed.rank / d_model),
     )
 
 

@@ -4,7 +4,8 @@ How clean is clean. Every write to the stream rounds: by at most u |h| with the 
 the model runs in (2^-24 for float32, 2^-8 for bfloat16), in directions of its own. A token's 2 L + 1 writes add up
 to about sqrt(2 L + 1) u of the largest |h| it has had. Matrix products sum in float32 at best, which counts
 eightfold (massive activations: a few large terms among many). What rounding left in the stored weights comes on top;
-(b) has measured it in the norm of each weight, and single tokens may have a multiple of that.
+(b) has measured it in the norm of each weight, and single tokens may have a multiple of that. Codes may be decoded to
+bfloat16 by what runs them, whatever it computes in, which rounds once more.
 """
 
 import math
@@ -161,7 +162,8 @@ def stream_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: in
     """
     writes = math.sqrt(2 * n_layers + 1)
     stored = max(
-        (check.after.share for check in tensors if not check.expected and check.bound is not None), default=0.0
+        (check.after.share + check.decoded for check in tensors if not check.expected and check.bound is not None),
+        default=0.0,
     )
     return writes * (_roundoff(dtype) + 8 * _FLOAT32_ROUNDOFF) + 16 * stored
 

@@ -4,14 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abliterate.editing.projection import (
-    NormFactor,
-    component_and_norm,
-    component_norm,
-    effective_directions,
-    project_out,
-    residue_bound,
-)
+from abliterate.formats.component import component_and_norm, component_norm
+from abliterate.formats.projection import NormFactor, effective_directions, project_out, residue_bound
 
 UNIT_ROUNDOFF = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
@@ -136,7 +130,7 @@ def test_blocks_do_not_change_the_result(monkeypatch, shape, axis):
     rows = weight.movedim(axis, -1)
     expected = (rows - (rows @ unit).unsqueeze(-1) * unit).movedim(-1, axis)
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-14)
-    monkeypatch.setattr("abliterate.editing.projection._BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("abliterate.formats.projection._BLOCK_ELEMENTS", 100)
     torch.testing.assert_close(
         project_out(weight, directions=direction[None], residual_axis=axis), whole, rtol=0, atol=1e-14
     )
@@ -158,7 +152,7 @@ class TestFeedback:
         plain = exact.to(dtype)
         before = write(weight, direction, 0).norm()
         assert write(plain, direction, 0).norm() / before > plain_share
-        assert write(edited, direction, 0).norm() / before < 5e-4
+        assert write(edited, direction, 0).norm() / before < 1e-4
         changes = [(each.double() - weight.double()).norm() for each in (edited, plain)]
         assert changes[0] < 1.001 * changes[1]
         # And what it does besides is not more than the grid does anyway.
@@ -173,7 +167,7 @@ class TestFeedback:
     def test_any_strength_leaves_the_share_that_was_asked_for(self, strength):
         weight, direction, _, edited = self.edits(torch.bfloat16, 2048, strength=strength)
         before, after = write(weight, direction, 0), write(edited, direction, 0)
-        assert (after - (1 - strength) * before).norm() / before.norm() < 5e-4
+        assert (after - (1 - strength) * before).norm() / before.norm() < 1.5e-4
 
     def test_an_edit_of_an_edit_changes_next_to_nothing(self):
         _, direction, exact, edited = self.edits(torch.bfloat16, 1024)
@@ -186,14 +180,14 @@ class TestFeedback:
         directions = torch.randn(3, 2048, generator=torch.Generator().manual_seed(4))
         edited = project_out(weight, directions=directions, residual_axis=0)
         before, after = (component_norm(each, directions=directions, residual_axis=0) for each in (weight, edited))
-        assert after / before < 6e-4
+        assert after / before < 2e-4
 
     def test_one_direction_that_dominates_a_weight(self):
         weight, direction = sample((1024, 64), 0, 3, torch.float64)
         weight += 20 * torch.outer(direction / direction.norm(), torch.randn(64, dtype=torch.float64))
         stored = weight.to(torch.bfloat16)
         edited = project_out(stored, directions=direction[None], residual_axis=0)
-        assert write(edited, direction, 0).norm() / write(stored, direction, 0).norm() < 5e-4
+        assert write(edited, direction, 0).norm() / write(stored, direction, 0).norm() < 2e-5
 
 
 class TestNorms:
@@ -285,7 +279,7 @@ def test_component_norm_is_one_for_a_weight_along_the_direction_and_zero_for_an_
 
 
 def test_component_and_norm_agree_with_a_direct_computation_over_many_blocks(monkeypatch):
-    monkeypatch.setattr("abliterate.editing.projection._BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("abliterate.formats.projection._BLOCK_ELEMENTS", 100)
     for shape, axis in [((48, 20), 0), ((20, 48), 1), ((48,), 0), ((3, 48, 5), 1)]:
         weight, direction = sample(shape, axis, 3, torch.float32)
         along, total = component_and_norm(weight, directions=direction[None], residual_axis=axis)

@@ -1,0 +1,448 @@
+r"""Projecting directions out of a weight: the arithmetic of weight orthogonalization, as pure functions.
+
+A matrix that writes to the residual stream is edited so that nothing it writes has a component along r:
+
+    W <- W - r (r^T W)                                 (arXiv 2406.11717, section 4.1; r is a unit vector)
+
+With that, for every input x, r . (W x) = 0. The same holds for a bias (b <- b - r (r . b)) and for the rows
+of an embedding. `residual_axis` says which axis of the stored tensor indexes the residual stream: 0 for a
+Linear weight [out, in], 1 for GPT-2's Conv1D [in, out] and for an embedding [vocabulary, d_model]; fused
+experts have one axis more. Several directions are projected out together, W <- W - U^T (U W), with the
+orthonormal rows of U [k, d_model] as a basis of what they span.
+
+A norm between the writer and the stream, y = gamma * x / rms(x), scales each entry. r . y = 0 holds for
+x = W z exactly when (gamma * r) . (W z) = 0, so U spans gamma * r in the place of r. A LayerNorm takes the mean
+away before it scales, so there the mean of gamma * r is taken away. `effective_directions` follows a chain of norms.
+
+Theorem (appendix E of the paper). Write the residual stream as a sum of writes. If *every* writer is edited
+(embedding, positional embedding, attention out-projections, MLP out-projections, and the biases of all of
+them), then every stream x of the edited model satisfies r . x = 0. If besides no norm stands between a writer
+and the stream, x = x' with x' the stream of the base model whose every write is replaced by its part orthogonal
+to r, which is directional ablation of activations; and if the unembedding is untied, both models compute the
+same logits. Where the output head shares the embedding's rows, editing the embedding edits the head too.
+
+Rounding. A stored dtype has a grid, and where W is large the change of an entry is less than half a step and
+rounds back: in bfloat16 at d_model 4096 about 1 % of the component survives. So the axis is rounded segment by
+segment, each with half of what U has left, and what the segments so far have put back, E = sum of U_S (Q_S - T_S),
+the rest S takes away by the least change that does: T_S - U_S^T (U_S U_S^T)^-1 E. With one direction no entry is moved
+by more than about half a step for that. What the last segment, a few entries, puts back is what survives.
+
+All sums have an order: terms are added in the wide dtype in chunks (of rows, or along a vector of numbers at a fixed
+distance), chunks in float64. So what comes out does not depend on how a tensor is cut between its vectors, and
+`fused`, which does the same in compiled code, gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abliterate.checkpoints.file_assembly import Scratch
+from abliterate.directions import orthonormalize
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
+
+# Elements that are held in the arithmetic's wide dtype at a time, so that memory is bounded by a block and
+# not by the tensor: 4 MiB of float32.
+_BLOCK_ELEMENTS = 1 << 20
+
+# A segment of the axis is cut where what is left of every direction is at least a quarter of its share: less would have
+# to move its entries by far more than rounding does. The last one has about this many entries.
+_LEAST_SHARE = 0.25
+_LAST_ENTRIES = 4
+
+# Terms that are added before the sum goes on in float64: rows that follow each other, or numbers along a vector that
+# lie as far apart as there are lanes.
+CHUNK_ROWS = 32
+N_LANES = 128
+
+_FUSED = (torch.bfloat16, torch.float32)
+
+# A fibre of which less than this share is left has lost its direction to rounding: its norm is not restored.
+LEAST_LEFT = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormFactor:
+    """What a norm multiplies by (1 + weight where the norm does that), and whether it is a LayerNorm."""
+
+    gamma: Float[Tensor, " d_model"]
+    centered: bool = False
+
+
+def effective_directions(
+    directions: Float[Tensor, "k d_model"], *, norms: Sequence[NormFactor]
+) -> Float64[Tensor, "k_left d_model"]:
+    """Return U, the orthonormal directions that a writer's output must not have for the stream to be clean of R.
+
+    Args:
+        directions: R, what the stream shall not have.
+        norms: The norms between the writer and the stream, innermost first; without any, U spans what R spans.
+
+    Returns:
+        U; it has fewer rows than R only if the norms take a direction away by themselves.
+    """
+    vectors = directions.double()
+    for norm in reversed(norms):
+        vectors = vectors * norm.gamma.double()
+        if norm.centered:
+            vectors = vectors - vectors.mean(dim=1, keepdim=True)
+    return orthonormalize(vectors)[0]
+
+
+def project_out(
+    weight: Float[Tensor, "*shape"],
+    *,
+    directions: Float[Tensor, "k d_model"],
+    residual_axis: int,
+    strength: float = 1.0,
+    preserve_norms: bool = False,
+    out: Float[Tensor, "*shape"] | None = None,
+    scratch: Scratch | None = None,
+    before: NormSums | None = None,
+    compiled: bool = False,
+) -> Float[Tensor, "*shape"]:
+    """Return W - strength * U^T (U W), rounded with feedback, with U an orthonormal basis of `directions`.
+
+    Args:
+        weight: Weight, bias or embedding; the axis `residual_axis` has length d_model.
+        directions: Only what they span matters.
+        residual_axis: The axis of `weight` that indexes the residual stream.
+        strength: Share of the component that is removed; 1 removes it, 2 reflects it.
+        preserve_norms: Scale each vector along `residual_axis` (a column of a Linear weight, what one input
+            writes; a token's row of an embedding; a whole bias) back to the norm it had. Scaling such a
+            vector as a whole keeps it orthogonal to U; scaling the other way, each output by a factor of
+            its own, would put the direction back. One that lay along U altogether stays as the edit left it.
+        out: Where to write the result, contiguous; `weight` itself will do. None makes a new tensor.
+        scratch: Memory to work in, for a caller that calls often.
+        before: Is told |U W| and |W|, with the accuracy of the arithmetic.
+        compiled: Whether it is worth loading `fused`, which takes half a second and, once on a machine, ten: several
+            times as fast for bfloat16 and float32 on the CPU. Where it cannot be had, this makes no difference.
+
+    Returns:
+        A tensor of the shape and dtype of `weight`. Each vector is edited by itself, so a tensor that is cut between
+        vectors gives the same bytes piece by piece. The arithmetic is done in float32, or in float64 when `weight` is
+        float64.
+
+    Raises:
+        ValueError: The directions are not finite, or not of the axis' length.
+    """
+    basis = basis_for(directions, weight, residual_axis)
+    edited = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
+    if not len(basis):
+        return edited.copy_(weight)
+    wide = _wide(weight.dtype)
+    segments = _segments(basis, stored=weight.dtype)
+    options = _Options(strength=strength, preserve_norms=preserve_norms)
+    sums = NormSums() if before is None else before
+    kernels = fused_kernels() if compiled and can_be_fused(weight, edited) else None
+    if kernels is not None:
+        _project_fused(kernels, weight, edited, residual_axis, segments, options, sums)
+        return edited
+    memory = Block(weight, residual_axis, scratch or Scratch(), wide=wide)
+    for old, new in zip(blocks_along(weight, residual_axis), blocks_along(edited, residual_axis), strict=True):
+        _project_block(old, new, segments, memory, options, sums)
+    return edited
+
+
+class NormSums:
+    """|U W| and |W| of a tensor, Frobenius norms, as sums over its blocks.
+
+    Attributes:
+        along_squared: |U W|^2 of the blocks so far.
+        total_squared: |W|^2 of them.
+    """
+
+    def __init__(self) -> None:
+        self.along_squared = self.total_squared = 0.0
+
+    def add(self, along_squared: float, total_squared: float) -> None:
+        """Count some vectors."""
+        self.along_squared += along_squared
+        self.total_squared += total_squared
+
+
+def block_width(d_model: int) -> int:
+    """Return how many vectors along the residual axis are edited together."""
+    return max(1, _BLOCK_ELEMENTS // d_model)
+
+
+def residue_bound(dtype: torch.dtype, *, d_model: int, elements: int, before: float, after: float) -> float:
+    """Return the largest |U W'| that rounding can leave behind after `project_out` with strength 1.
+
+    Three terms, by Cauchy-Schwarz over each column of W' (the rows of U are orthonormal). Feedback keeps the
+    best of several roundings, the plain one among them, so it can leave no more:
+
+    * rounding W' to its dtype moves each entry by at most u |w'|, so u |W'| in all (u = 2^-8 for bfloat16,
+      2^-11 for float16, 2^-24 for float32, 2^-53 for float64);
+    * entries below the smallest normal number move by half the smallest step: that step/2 * sqrt(elements);
+    * the coefficients U W come from sums of d_model terms in float32 (or float64): 4 sqrt(d_model) u |W|.
+
+    Args:
+        dtype: Dtype the weight is stored in.
+        d_model: Length of the residual axis.
+        elements: Number of entries of the weight.
+        before: |W|, Frobenius norm before the edit.
+        after: |W'|, Frobenius norm after it.
+    """
+    stored = torch.finfo(dtype)
+    worked = torch.finfo(_wide(dtype))
+    rounding = stored.eps / 2 * after
+    underflow = stored.tiny * stored.eps / 2 * elements**0.5
+    arithmetic = 4 * d_model**0.5 * (worked.eps / 2) * before
+    return float(rounding + underflow + arithmetic)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def basis_for(
+    directions: Float[Tensor, "n d_model"], weight: Float[Tensor, "*shape"], residual_axis: int
+) -> Float64[Tensor, "k d_model"]:
+    """Return U, an orthonormal basis of what directions span, where the weight is.
+
+    Raises:
+        ValueError: See `project_out`.
+    """
+    d_model = weight.shape[residual_axis]
+    if directions.dim() != 2 or directions.shape[1] != d_model:
+        raise ValueError(f"directions have shape {list(directions.shape)}, the residual axis has length {d_model}")
+    return orthonormalize(directions)[0].to(weight.device)
+
+
+def blocks_along(weight: Float[Tensor, "*shape"], residual_axis: int) -> Iterator[Float[Tensor, "d_model n"]]:
+    """Yield views that cover a tensor; its vectors along the residual axis are their columns."""
+    d_model = weight.shape[residual_axis]
+    width = block_width(d_model)
+    trailing = weight.shape[residual_axis % weight.dim() + 1 :].numel()
+    # Where the residual axis is the last, all vectors along it lie in one matrix; else in one per leading index.
+    is_last = _is_last(weight, residual_axis)
+    for matrix in weight.reshape(-1, d_model).T.unsqueeze(0) if is_last else weight.reshape(-1, d_model, trailing):
+        for first in range(0, matrix.shape[1], width):
+            yield matrix[:, first : first + width]
+
+
+@functools.cache
+def fused_kernels() -> ModuleType | None:
+    """Return `fused`; None where its compiler is not there, or has no folder to keep its work in."""
+    try:
+        return importlib.import_module("abliterate.formats.fused")
+    except (ImportError, RuntimeError):
+        return None
+
+
+class Block:
+    """The memory for a block of a tensor, laid out as the tensor is, and the sums over its rows.
+
+    Args:
+        weight: The tensor.
+        residual_axis: The axis of it that indexes the residual stream.
+        scratch: Where the memory comes from.
+        wide: Dtype of the arithmetic.
+    """
+
+    def __init__(
+        self, weight: Float[Tensor, "*shape"], residual_axis: int, scratch: Scratch, *, wide: torch.dtype
+    ) -> None:
+        self._is_last = _is_last(weight, residual_axis)
+        self._stored, self._wide, self._device, self._scratch = weight.dtype, wide, weight.device, scratch
+
+    def exact(self, block: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_model n"]:
+        """Return a block in the wide dtype."""
+        return self._memory("exact", block.shape, self._wide).copy_(block)
+
+    def like(self, rows: Float[Tensor, "rows n"], *, name: str) -> Float[Tensor, "rows n"]:
+        """Return memory for as many numbers in the wide dtype, which lasts until the name is used again."""
+        return self._memory(name, rows.shape, self._wide)
+
+    def rounded(self, exact: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+        """Return `exact` in the stored dtype."""
+        return self._memory("rounded", exact.shape, self._stored).copy_(exact)
+
+    def sum(self, terms: Float[Tensor, "rows n"]) -> Float64[Tensor, " n"]:
+        """Return the sum over the rows, in the order that is told above."""
+        n_rows, n = terms.shape
+        if self._is_last:
+            padded = torch.nn.functional.pad(terms.T, (0, -n_rows % N_LANES)).view(n, -1, N_LANES)
+            lanes = padded[:, 0].clone()
+            for index in range(1, padded.shape[1]):
+                lanes += padded[:, index]
+            halves = lanes.double()
+            while halves.shape[1] > 1:
+                half = halves.shape[1] // 2
+                halves = halves[:, :half] + halves[:, half:]
+            return halves[:, 0]
+        padded = torch.nn.functional.pad(terms, (0, 0, 0, -n_rows % CHUNK_ROWS)).view(-1, CHUNK_ROWS, n)
+        chunks = padded[:, 0].clone()
+        for index in range(1, CHUNK_ROWS):
+            chunks += padded[:, index]
+        total = torch.zeros(n, dtype=torch.float64, device=terms.device)
+        for chunk in chunks:
+            total += chunk
+        return total
+
+    def along(self, directions: Float[Tensor, "k rows"], rows: Float[Tensor, "rows n"]) -> Float64[Tensor, "k n"]:
+        """Return `directions` times `rows`, the sums in their order."""
+        terms = self.like(rows, name="terms")
+        return torch.stack([self.sum(torch.mul(rows, each.unsqueeze(1), out=terms)) for each in directions])
+
+    def _memory(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Float[Tensor, "rows n"]:
+        d_model, n = shape
+        flat = self._scratch.take(name, shape.numel(), dtype=dtype, device=self._device)
+        return flat.view(n, d_model).T if self._is_last else flat.view(d_model, n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Segments:
+    """The residual axis in segments, each of which takes away what those before it have put back.
+
+    Attributes:
+        directions: U, in the dtype of the arithmetic.
+        bounds: Where each begins, and the end of the last.
+        inverses: For each, (U_S U_S^T)^-1 with S the axis from there to its end.
+    """
+
+    directions: Float[Tensor, "k d_model"]
+    bounds: tuple[int, ...]
+    inverses: Float64[Tensor, "segments k k"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """See `project_out`."""
+
+    strength: float
+    preserve_norms: bool
+
+
+def _segments(basis: Float64[Tensor, "k d_model"], *, stored: torch.dtype) -> _Segments:
+    """Cut the residual axis where a half, a quarter, an eighth, ... of |U|^2 is left, as long as it is of use.
+
+    It stays in one piece where nothing is rounded but by the arithmetic itself.
+    """
+    is_rounded = stored != _wide(stored)
+    k, d_model = basis.shape
+    left = basis.square().sum(dim=0).flip(0).cumsum(0).flip(0) / k
+    bounds, grams, share = [0], [basis @ basis.T], 0.5
+    while is_rounded and share * d_model >= _LAST_ENTRIES / 2:
+        cut = int((left > share).sum())
+        rest = basis[:, cut:]
+        if cut == bounds[-1] or float(torch.linalg.eigvalsh(rest @ rest.T).amin()) < _LEAST_SHARE * share:
+            break
+        bounds.append(cut)
+        grams.append(rest @ rest.T)
+        share /= 2
+    return _Segments(
+        directions=basis.to(_wide(stored)),
+        bounds=(*bounds, d_model),
+        inverses=torch.linalg.inv(torch.stack(grams)),
+    )
+
+
+def _project_block(
+    old: Float[Tensor, "d_model n"],
+    new: Float[Tensor, "d_model n"],
+    segments: _Segments,
+    memory: Block,
+    options: _Options,
+    sums: NormSums,
+) -> None:
+    directions = segments.directions
+    exact = memory.exact(old)
+    squares = memory.sum(torch.mul(exact, exact, out=memory.like(exact, name="terms")))
+    before = memory.along(directions, exact)
+    sums.add(float(before.square().sum()), float(squares.sum()))
+    _take_away(exact, directions, options.strength * before, memory)
+    if options.preserve_norms:
+        norms = squares.sqrt()
+        left = memory.sum(torch.mul(exact, exact, out=memory.like(exact, name="terms"))).sqrt()
+        exact *= torch.where(left > LEAST_LEFT * norms, norms / left, 1.0).to(exact.dtype)
+    error = torch.zeros_like(before)
+    for index, (start, end) in enumerate(itertools.pairwise(segments.bounds)):
+        shares, wanted = directions[:, start:end], exact[start:end]
+        if index:
+            wanted = memory.like(wanted, name="wanted").copy_(wanted)
+            _take_away(wanted, shares, _times(segments.inverses[index], error), memory)
+        rounded = memory.rounded(wanted)
+        new[start:end] = rounded
+        if end < len(exact):
+            off = memory.like(wanted, name="off").copy_(rounded)
+            error += memory.along(shares, off.sub_(exact[start:end]))
+
+
+def _take_away(
+    numbers: Float[Tensor, "rows n"],
+    directions: Float[Tensor, "k rows"],
+    strengths: Float64[Tensor, "k n"],
+    memory: Block,
+) -> None:
+    """Subtract U^T times `strengths`, one direction after the other."""
+    for direction, strength in zip(directions, strengths.to(numbers.dtype), strict=True):
+        terms = memory.like(numbers, name="terms")
+        numbers -= torch.mul(direction.unsqueeze(1), strength, out=terms)
+
+
+def _times(matrix: Float64[Tensor, "k k"], columns: Float64[Tensor, "k n"]) -> Float64[Tensor, "k n"]:
+    """Return a product whose terms are added in their order."""
+    total = torch.zeros_like(columns)
+    for index, column in enumerate(columns):
+        total += matrix[:, index, None] * column
+    return total
+
+
+def can_be_fused(*weights: Float[Tensor, "*shape"]) -> bool:
+    """Say whether `fused` takes tensors such as these."""
+    return all(
+        each.is_contiguous() and each.numel() and each.device.type == "cpu" and each.dtype in _FUSED for each in weights
+    )
+
+
+def bits_of(weight: Float[Tensor, "*shape"]) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
+    """Return a weight as numpy has it, bfloat16 as its bits."""
+    return weight.view(torch.uint16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy()
+
+
+def _project_fused(
+    kernels: ModuleType,
+    weight: Float[Tensor, "*shape"],
+    edited: Float[Tensor, "*shape"],
+    residual_axis: int,
+    segments: _Segments,
+    options: _Options,
+    before: NormSums,
+) -> None:
+    d_model = weight.shape[residual_axis]
+    is_last = _is_last(weight, residual_axis)
+    kernel = kernels.project_vectors if is_last else kernels.project_columns
+    rows = d_model if is_last else weight.shape[residual_axis % weight.dim() + 1 :].numel()
+    shape = (1, -1, rows) if is_last else (-1, d_model, rows)
+    olds, news = (bits_of(each).reshape(shape) for each in (weight, edited))
+    sums = torch.zeros(2, dtype=torch.float64)
+    for old, new in zip(olds, news, strict=True):
+        kernel(
+            old,
+            new,
+            segments.directions.numpy(),
+            torch.tensor(segments.bounds).numpy(),
+            segments.inverses.numpy(),
+            float(options.strength),
+            bool(options.preserve_norms),
+            LEAST_LEFT,
+            sums.numpy(),
+        )
+    before.add(*sums.tolist())
+
+
+def _is_last(weight: Float[Tensor, "*shape"], residual_axis: int) -> bool:
+    return residual_axis % weight.dim() == weight.dim() - 1

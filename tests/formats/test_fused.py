@@ -1,0 +1,133 @@
+"""Compiled arithmetic: the oracle is the same written with torch, bit for bit."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from abliterate.checkpoints.file_assembly import Scratch
+from abliterate.directions import make_direction
+from abliterate.editing import edited_files
+from abliterate.editing.options import EditOptions
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.formats import projection
+from abliterate.formats.component import ComponentMeter
+from abliterate.formats.projection import NormFactor, NormSums, effective_directions, project_out
+from tests.support.tiny_models import random_direction, save_tiny_model
+
+# More columns than are worked on together, vectors longer and shorter than the lanes, parts of chunks.
+SHAPES = [
+    ((48, 20), 0),
+    ((20, 48), 1),
+    ((70, 1100), 0),
+    ((9, 1000), 1),
+    ((48,), 0),
+    ((3, 48, 5), 1),
+    ((3, 7, 130), 2),
+    ((64, 1), 0),
+    ((1, 257), 1),
+    ((4, 3), 0),
+]
+
+
+def bits(weight: Tensor) -> Tensor:
+    return weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    shape_axis=st.sampled_from(SHAPES),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.float64]),
+    seed=st.integers(0, 2**31),
+    rank=st.integers(0, 3),
+    strength=st.sampled_from([1, 1.0, 0.5, 2.0, 0.0, -1.0]),
+    preserve_norms=st.booleans(),
+    scale=st.sampled_from([1.0, 1e-30, 1e30, 0.0]),
+    with_norm=st.booleans(),
+    in_place=st.booleans(),
+)
+def test_the_bytes_are_those_of_the_plain_arithmetic(
+    shape_axis, dtype, seed, rank, strength, preserve_norms, scale, with_norm, in_place
+):
+    shape, axis = shape_axis
+    generator = torch.Generator().manual_seed(seed)
+    # Some numbers far larger than the others, as real weights have.
+    weight = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp() * scale
+    weight = weight.to(dtype)
+    if dtype == torch.float16:
+        weight = weight.nan_to_num().clamp(-100, 100)
+    directions = torch.randn(rank, shape[axis], generator=generator, dtype=torch.float64)
+    if with_norm:
+        gamma = torch.randn(shape[axis], generator=generator)
+        directions = effective_directions(directions, norms=[NormFactor(gamma=gamma)])
+    options = {"directions": directions, "residual_axis": axis, "strength": strength, "preserve_norms": preserve_norms}
+    sums = NormSums(), NormSums()
+    plain = project_out(weight, before=sums[0], **options)
+    target = weight.clone() if in_place else None
+    source = weight if target is None else target
+    fused = project_out(source, before=sums[1], out=target, compiled=True, **options)
+    assert torch.equal(bits(fused), bits(plain))
+    for name in ("along_squared", "total_squared"):
+        assert getattr(sums[1], name) == pytest.approx(getattr(sums[0], name), rel=1e-12, abs=1e-300)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_meter_measures_the_same(shape, axis, dtype, rank):
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    directions = torch.linalg.qr(torch.randn(shape[axis], rank, generator=generator, dtype=torch.float64)).Q.T
+    results = []
+    for compiled in (False, True):
+        meter = ComponentMeter(directions, shape=shape, residual_axis=axis, compiled=compiled)
+        rows = weight.reshape(-1, meter.row_length)
+        for some in rows.split(5):
+            meter.add(some, scratch=Scratch())
+        results.append(meter.result())
+    assert results[1].along == pytest.approx(results[0].along, rel=1e-12)
+    assert results[1].norm == pytest.approx(results[0].norm, rel=1e-12)
+
+
+def test_a_number_that_is_none_is_not_lost():
+    for number in (float("nan"), float("inf"), -float("inf")):
+        weight = torch.ones(48, 20, dtype=torch.bfloat16)
+        weight[3, 4] = number
+        sums = NormSums()
+        project_out(weight, directions=torch.ones(1, 48), residual_axis=0, before=sums, compiled=True)
+        assert not torch.isfinite(torch.tensor(sums.total_squared))
+
+
+@pytest.mark.parametrize("options", [{}, {"preserve_norms": True}, {"strength": 0.5}])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_checkpoint_is_the_same_with_and_without(tmp_path: Path, monkeypatch, model_type, options):
+    base = save_tiny_model(tmp_path / "base", model_type, dtype=torch.bfloat16)
+    direction = make_direction(mean_difference=5 * random_direction())
+    made = {}
+    for name, worth in (("plain", 1 << 60), ("fused", 0)):
+        monkeypatch.setattr(edited_files, "_WORTH_COMPILING", worth)
+        out = tmp_path / name
+        orthogonalize_checkpoint(source=base, direction=direction, output=out, options=EditOptions(**options))
+        made[name] = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert made["plain"] == made["fused"]
+
+
+@pytest.mark.parametrize("error", [ImportError("no numba"), RuntimeError("cannot cache function")])
+def test_without_a_compiler_or_a_folder_for_its_work_the_plain_arithmetic_is_used(monkeypatch, error):
+    def fails(name: str) -> None:
+        raise error
+
+    projection.fused_kernels.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", fails)
+    try:
+        assert projection.fused_kernels() is None
+        weight = torch.randn(48, 20, dtype=torch.bfloat16)
+        direction = torch.randn(1, 48)
+        edited = project_out(weight, directions=direction, residual_axis=0, compiled=True)
+        assert torch.equal(edited, project_out(weight, directions=direction, residual_axis=0))
+    finally:
+        projection.fused_kernels.cache_clear()
