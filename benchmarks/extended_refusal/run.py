@@ -16,7 +16,7 @@ from pathlib import Path
 from abliterate.evaluation.audit_report import AuditOptions
 from abliterate.evaluation.auditing import audit_model
 from abliterate.models.options import ModelOptions
-from abliterate.release.audit_page import write_audit_page
+from abliterate.pages.audit_page import write_audit_page
 from benchmarks.extended_refusal.models import SUBJECTS, make
 
 N_TEST = 64

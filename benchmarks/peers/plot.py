@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from abliterate.release.charts import tick_values
+from abliterate.pages.charts import tick_values
 
 _WIDTH, _PANEL, _TOP, _LEFT, _GAP = 920, 330, 66, 62, 92
 _HEIGHT = 300

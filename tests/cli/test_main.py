@@ -26,7 +26,7 @@ def test_help_is_light_and_documents_the_exit_codes() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 20  # a hang, not a measurement; see benchmarks/
     loaded = set(done.stderr.split())
-    assert not loaded & {"torch", "transformers", "datasets", "numpy", "huggingface_hub", "matplotlib"}
+    assert not loaded & {"torch", "transformers", "datasets", "numpy", "huggingface_hub", "numba"}
     for text in (
         "extract",
         "orthogonalize",
@@ -99,7 +99,7 @@ def test_extract_json(call_main, llama_directory: Path, tmp_path: Path) -> None:
     assert document["direction_file"] == str(target)
     assert document["selected"]["layer"] < 4
     assert target.is_file()
-    assert (tmp_path / "report" / "bypass.png").is_file()
+    assert (tmp_path / "report" / "bypass.svg").is_file()
 
 
 def test_extract_table(call_main, llama_directory: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_nothing_passes_is_exit_code_three(call_main, llama_directory: Path, tmp
     code, out, _ = call_main(*arguments, "--json", "--report", tmp_path / "report")
     assert code == 3
     assert len(json.loads(out)["nearest"]) == 5
-    assert (tmp_path / "report" / "kl.png").is_file()
+    assert (tmp_path / "report" / "kl.svg").is_file()
 
 
 def test_evaluate_json_and_table(call_main, llama_directory: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_json_is_one_document(run, tmp_path: Path) -> None:
     assert len(document["top_heads"]) == 8
     saved = json.loads((tmp_path / "report" / "trace.json").read_text())
     assert document == {"schema": "abliterate.trace/1", **saved}
-    assert (tmp_path / "report" / "heads.png").is_file()
+    assert (tmp_path / "report" / "heads.svg").is_file()
+    assert "direction traced" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_tables_and_the_coloured_prompt_are_plain_in_a_pipe(run) -> None:

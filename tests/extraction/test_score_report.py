@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.errors import MissingDependencyError
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.score_report import ScoreTable, write_score_report
 from abliterate.extraction.selection import CandidateScore
-
-PNG = b"\x89PNG\r\n"
 
 
 def table(*, nan: bool = False, selected: bool = True) -> ScoreTable:
@@ -39,7 +36,7 @@ def table(*, nan: bool = False, selected: bool = True) -> ScoreTable:
 def test_files(tmp_path: Path, nan: bool, selected: bool) -> None:
     made = table(nan=nan, selected=selected)
     written = write_score_report(made, tmp_path / "report")
-    assert [path.name for path in written] == ["scores.json", "scores.csv", "bypass.png", "induce.png", "kl.png"]
+    assert [path.name for path in written] == ["scores.json", "scores.csv"]
     document = json.loads(written[0].read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
     assert len(document["scores"]) == 10
     assert document["scores"][4]["kl"] is None
@@ -48,13 +45,3 @@ def test_files(tmp_path: Path, nan: bool, selected: bool) -> None:
     rows = list(csv.DictReader(written[1].open()))
     assert sum(int(row["selected"]) for row in rows) == int(selected)
     assert rows[0]["bypass"] == "-0.0"
-    for path in written[2:]:
-        assert path.read_bytes().startswith(PNG)
-        assert path.stat().st_size > 5000
-
-
-def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(MissingDependencyError, match="abliterate\\[plots\\]"):
-        write_score_report(table(), tmp_path / "report")
-    assert not (tmp_path / "report").exists()

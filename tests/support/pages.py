@@ -22,9 +22,19 @@ from abliterate.extraction.options import Thresholds
 from abliterate.extraction.reply_classes import read_reply
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.selection import CandidateScore
+from abliterate.interventions.trace_report import (
+    HeadAttention,
+    LayerProfile,
+    SetContributions,
+    SuffixInfo,
+    TokenTrace,
+    TopHead,
+    TracedSet,
+    TraceReport,
+)
 
 CATEGORIES = ("fraud", "hacking", "weapons", "identity_forgery")
-VOID = {"meta", "br", "rect", "circle", "line", "path", "i"}
+VOID = {"meta", "br", "rect", "circle", "line", "path", "polygon", "i"}
 
 
 class Page(HTMLParser):
@@ -230,4 +240,44 @@ def audit_report(*, refuses: bool = True) -> AuditReport:
         options=options,
         prompt_sets={kind: {"name": f"bundled:{kind}/test", "n": 100, "sha256": "c" * 64} for kind in KINDS[:2]},
         versions={"abliterate": "0.1.0"},
+    )
+
+
+def trace_report(*, model: str = "org/model", with_heads: bool = True) -> TraceReport:
+    """A trace of three layers of two heads on two sets."""
+
+    def traced(name: str, sign: float) -> TracedSet:
+        profile = LayerProfile(mean=(0.0, sign * 0.2, sign * 0.5, sign * 0.4), sd=(0.01, 0.05, 0.1, 0.1))
+        heads = ((0.1 * sign, -0.2), (0.4 * sign, 0.0), (0.0, 0.1))
+        contributions = SetContributions(
+            component=profile,
+            embedding=0.1,
+            heads=heads,
+            biases=(0.0, 0.0, 0.0),
+            mlps=(0.1, 0.2, 0.1),
+            largest_gap=1e-6,
+        )
+        attention = HeadAttention(layer=1, head=0, template=0.1, instruction=0.2, suffix=0.0, post_instruction=0.7)
+        return TracedSet(
+            name=name,
+            suffix="none",
+            n_prompts=8,
+            cosines={"last": profile},
+            contributions=contributions if with_heads else None,
+            attention=(attention,) if with_heads else None,
+        )
+
+    return TraceReport(
+        model=model,
+        direction_sha256="00" * 32,
+        layer=2,
+        n_layers=3,
+        n_heads=2,
+        post_instruction_tokens=("<end>", model),
+        suffix=SuffixInfo(text=model, n_tokens=3),
+        sets=(traced("harmful", 1.0), traced("harmless", -1.0)),
+        top_heads=(TopHead(layer=1, head=0, contribution=0.4), TopHead(layer=0, head=0, contribution=0.1)),
+        heads_unavailable=None if with_heads else "no table of its heads",
+        attention_unavailable=None,
+        prompt=TokenTrace(layer=2, tokens=("How", model), components=(0.5, -0.5), cosines=((0.0,) * 4,) * 2),
     )

@@ -106,8 +106,8 @@ def audit(
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.checkpoints.saved_work import work_directory
     from abliterate.evaluation.auditing import audit_model
+    from abliterate.pages.audit_page import write_audit_page
     from abliterate.release import gates
-    from abliterate.release.audit_page import write_audit_page
 
     output = Output.of(context, json_output=json_output)
     check_outputs(

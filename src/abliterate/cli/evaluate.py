@@ -123,8 +123,8 @@ def evaluate(
     ...). MODEL may then be left out; where it is given, the prompts that its record names are left out. A base can be
     served, too. What takes the model's own numbers is measured as far as the server gives log-probabilities.
     """
+    from abliterate.pages.evaluation_page import write_evaluation_page
     from abliterate.release import gates
-    from abliterate.release.evaluation_page import write_evaluation_page
 
     output = Output.of(context, json_output=json_output)
     if server is not None and not in_first_process():

@@ -82,7 +82,7 @@ def extract(
     batch_size: BatchSizeOption = "auto",
     device_map: Annotated[DeviceMap | None, option(ModelOptions, "device_map")] = MODEL_DEFAULTS.device_map,
     stream_layers: Annotated[bool, option(ModelOptions, "stream_layers")] = MODEL_DEFAULTS.stream_layers,
-    report: Annotated[Path | None, report_option("one HTML page, scores (JSON, CSV) and plots (PNG)")] = None,
+    report: Annotated[Path | None, report_option("one HTML page, scores (JSON, CSV) and charts (SVG)")] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
@@ -115,9 +115,9 @@ def extract(
     from abliterate.checkpoints.saved_work import work_directory
     from abliterate.extraction.report import NoCandidatePassesError
     from abliterate.extraction.run import extract_direction
-    from abliterate.extraction.score_report import require_plots, write_score_report
+    from abliterate.extraction.score_report import write_score_report
+    from abliterate.pages.extraction_page import write_extraction_page
     from abliterate.processes import in_first_process
-    from abliterate.release.extraction_page import write_extraction_page
 
     if stream_layers and device_map:
         raise typer.BadParameter("cannot go with --stream-layers", param_hint="'--device-map'")
@@ -162,8 +162,6 @@ def extract(
         return
     if repair != REPAIR_DEFAULTS:
         raise typer.BadParameter("--borderline, --orthogonal and --max-lost go with it", param_hint="'--goal repair'")
-    if report is not None:
-        require_plots()
     files = _file_names(output_file, rank)
     _check_outputs(files, report, model)
 

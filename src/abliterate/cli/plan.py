@@ -180,8 +180,8 @@ def inspect(
     """
     from abliterate.inspection.reading import inspect_model
     from abliterate.inspection.sources import resolve_pair
+    from abliterate.pages.inspection_page import write_inspection_page
     from abliterate.release import gates
-    from abliterate.release.inspection_page import write_inspection_page
 
     output = Output.of(context, json_output=json_output)
     check_outputs(_direction_file(output_file), report=report_directory)

@@ -57,7 +57,7 @@ def refine(
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
-    report: Annotated[Path | None, report_option("one HTML page with plots")] = None,
+    report: Annotated[Path | None, report_option("one HTML page with charts")] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
@@ -78,7 +78,7 @@ def refine(
     from abliterate.checkpoints.hub import resolve_model
     from abliterate.checkpoints.saved_work import work_directory
     from abliterate.interventions.refining import refine_edit
-    from abliterate.release.refinement_page import write_refinement_page
+    from abliterate.pages.refinement_page import write_refinement_page
 
     check_outputs(OutputFile(path=output_file, what="file of strengths", is_own=holds_json("strengths")), report=report)
     output = Output.of(context, json_output=json_output)

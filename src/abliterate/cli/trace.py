@@ -22,7 +22,7 @@ from abliterate.cli.options import (
     parse_batch_size,
     report_option,
 )
-from abliterate.cli.output import Output, check_outputs, writing
+from abliterate.cli.output import Output, check_outputs, command_line, writing
 from abliterate.interventions.trace_report import TraceOptions
 from abliterate.models.options import ModelOptions
 
@@ -48,7 +48,7 @@ def trace(
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
     batch_size: BatchSizeOption = "auto",
-    report: Annotated[Path | None, report_option("JSON, CSV and plots (PNG)")] = None,
+    report: Annotated[Path | None, report_option("one HTML page, JSON, CSV and charts (SVG)")] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
     json_output: JsonOption = False,
@@ -58,13 +58,11 @@ def trace(
     Where an architecture's heads are not known the cosines are shown without the table of heads.
     """
     from abliterate.checkpoints.hub import resolve_model
-    from abliterate.extraction.score_report import require_plots
     from abliterate.interventions.trace_report import TraceOptions, write_trace_report
     from abliterate.interventions.tracing import trace_direction
+    from abliterate.pages.trace_page import write_trace_page
 
     output = Output.of(context, json_output=json_output)
-    if report is not None:
-        require_plots()
     check_outputs(report=report)
     traced = trace_direction(
         model=resolve_model(model, revision=revision, progress=output.progress),
@@ -91,6 +89,7 @@ def trace(
     if report is not None:
         with writing(report):
             write_trace_report(traced, report)
+            write_trace_page(traced, report, command=command_line())
 
 
 def _tables(report: "TraceReport") -> list[Table | Text | str]:

@@ -1,4 +1,4 @@
-"""What a trace found, as plain values; and as CSV files and plots: what `trace --report DIR` writes."""
+"""What a trace found, as plain values, and as files of tables."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 from abliterate.arguments import Argument
-from abliterate.extraction.score_report import require_plots, write_figure
 from abliterate.files import write_csv, write_json
 from abliterate.prompt_sets import Kind
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from abliterate.interventions.traced_stream import SuffixKind
 
 LAST_TOKEN = "last"
@@ -203,14 +200,10 @@ class TraceReport:
 
 
 def write_trace_report(report: TraceReport, directory: Path) -> list[Path]:
-    """Write trace.json, cosines.csv, contributions.csv, attention.csv and the plots to `directory`; return the files.
+    """Write trace.json, cosines.csv, contributions.csv and attention.csv to `directory`; return the files.
 
     Files about heads are left out where there is no table of heads.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
     """
-    require_plots()
     document = directory / "trace.json"
     write_json(document, asdict(report))
     tables: dict[str, tuple[Sequence[str], Iterable[Sequence[object]]]] = {
@@ -222,7 +215,7 @@ def write_trace_report(report: TraceReport, directory: Path) -> list[Path]:
         tables["attention.csv"] = (ATTENTION_COLUMNS, _attention_rows(report))
     for name, (columns, rows) in tables.items():
         write_csv(directory / name, columns, rows)
-    return [document, *(directory / name for name in tables), *_write_plots(report, directory)]
+    return [document, *(directory / name for name in tables)]
 
 
 COSINE_COLUMNS = ("set", "suffix", "tokens", "layer", "mean", "sd")
@@ -255,70 +248,3 @@ def _attention_rows(report: TraceReport) -> Iterable[Sequence[object]]:
         for head in traced.attention or ():
             parts = (head.template, head.instruction, head.suffix, head.post_instruction)
             yield (traced.name, traced.suffix, head.layer, head.head, *parts)
-
-
-def _write_plots(report: TraceReport, directory: Path) -> list[Path]:
-    figures = {"cosines.png": _cosine_figure(report)}
-    if report.heads_unavailable is None:
-        figures["heads.png"] = _head_figure(report)
-        figures["top_heads.png"] = _bar_figure(report)
-    written = []
-    for name, figure in figures.items():
-        write_figure(directory / name, figure)
-        written.append(directory / name)
-    return written
-
-
-def _new_figure() -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _cosine_figure(report: TraceReport) -> "Figure":
-    figure = _new_figure()
-    axes = figure.subplots()
-    layers = range(report.n_layers + 1)
-    for traced in report.sets:
-        profile = traced.cosines[LAST_TOKEN]
-        (line,) = axes.plot(layers, profile.mean, marker=".", label=f"{traced.label} (n={traced.n_prompts})")
-        low = [m - s for m, s in zip(profile.mean, profile.sd, strict=True)]
-        high = [m + s for m, s in zip(profile.mean, profile.sd, strict=True)]
-        axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    if report.layer is not None:
-        axes.axvline(report.layer, color="dimgray", linestyle="--", label=f"layer {report.layer}")
-    axes.axhline(0, color="silver", linewidth=0.8)
-    axes.set(xlabel="layer (input of the block)", ylabel="cosine with the direction, last token", title=report.model)
-    axes.legend(fontsize="small")
-    return figure
-
-
-def _head_figure(report: TraceReport) -> "Figure":
-    figure = _new_figure()
-    axes = figure.subplots()
-    first = report.sets[0]
-    heads = first.contributions.heads if first.contributions else ()
-    bound = max((abs(value) for row in heads for value in row), default=1.0) or 1.0
-    image = axes.imshow(heads, aspect="auto", cmap="RdBu_r", vmin=-bound, vmax=bound, origin="lower")
-    figure.colorbar(image, label="direct contribution, last token")
-    axes.set(xlabel="head", ylabel="layer", title=f"{report.model}: {first.label}")
-    return figure
-
-
-def _bar_figure(report: TraceReport) -> "Figure":
-    figure = _new_figure()
-    axes = figure.subplots()
-    width = 0.8 / len(report.sets)
-    for i, traced in enumerate(report.sets):
-        if traced.contributions is not None:
-            heights = [traced.contributions.heads[top.layer][top.head] for top in report.top_heads]
-            axes.bar([x + i * width for x in range(len(heights))], heights, width, label=traced.label)
-    ticks = [x + 0.4 - width / 2 for x in range(len(report.top_heads))]
-    axes.set_xticks(ticks, [f"H{top.layer}.{top.head}" for top in report.top_heads])
-    axes.axhline(0, color="silver", linewidth=0.8)
-    axes.set(ylabel="direct contribution, last token", title=f"{report.model}: top heads")
-    axes.legend(fontsize="small")
-    return figure

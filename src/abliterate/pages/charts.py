@@ -1,4 +1,4 @@
-"""Figures for report pages: inline SVG drawn from numbers, in the page's own colours.
+"""Figures drawn from numbers: inline SVG in a page's own colours, and the same as a file of its own.
 
 Text keeps its size whatever the width: positions are percentages, and what must stretch (lines through points) lies
 in an inner drawing whose strokes do not scale. Each figure has a text that says what it shows; the numbers themselves
@@ -6,11 +6,70 @@ stand in a table on the page.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+# What the custom properties of a page are in light mode; a file has no other.
+LIGHT = {
+    "--ink": "#1c1f23", "--quiet": "#565c64", "--paper": "#ffffff", "--raised": "#f4f5f7", "--rule": "#d3d7dc",
+    "--model": "#b3430f", "--base": "#1f5fa8", "--third": "#5b7a1e", "--fourth": "#7b4ba0", "--fifth": "#8a6100",
+    "--sixth": "#00757a", "--answer": "#c9cfd6", "--limit": "#a11b1b",
+}  # fmt: skip
 COLOURS = ("--base", "--model", "--third", "--fourth", "--fifth", "--sixth")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A drawing, with what it shows.
+
+    Attributes:
+        caption: what it shows.
+        legend: names and colours, each a custom property of the page.
+        shapes: SVG; empty where there was nothing to draw.
+        height: in pixels; the width is whatever there is.
+    """
+
+    caption: str
+    legend: Sequence[tuple[str, str]]
+    shapes: str
+    height: int
+
+    @property
+    def html(self) -> str:
+        """The figure as a block of a page; nothing where nothing was drawn."""
+        if not self.shapes:
+            return ""
+        items = "".join(
+            f'<li><i style="background: var({colour})"></i>{escape(name)}</li>' for name, colour in self.legend
+        )
+        caption = escape(self.caption)
+        return (
+            f'<figure><figcaption>{caption}</figcaption><ul class="legend">{items}</ul><svg class="figure" '
+            f'height="{self.height}" role="img" aria-label="{caption}">{self.shapes}</svg></figure>'
+        )
+
+    @property
+    def svg(self) -> str:
+        """The figure as an SVG file, 760 pixels wide, that needs no style of a page."""
+        per_row, row = 3, 18
+        legend = "".join(
+            f'<rect x="{8 + 248 * (i % per_row)}" y="{32 + row * (i // per_row)}" width="10" height="10" '
+            f'fill="var({colour})"/><text x="{23 + 248 * (i % per_row)}" y="{41 + row * (i // per_row)}">'
+            f"{escape(name)}</text>"
+            for i, (name, colour) in enumerate(self.legend)
+        )
+        top = 40 + row * -(-len(self.legend) // per_row)
+        text = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{top + self.height + 8}" role="img">'
+            f"<title>{escape(self.caption)}</title>"
+            "<style>text { font: 12px system-ui, sans-serif; fill: var(--ink); } "
+            'text.quiet { fill: var(--quiet); }</style><rect width="100%" height="100%" fill="var(--paper)"/>'
+            f'<text x="8" y="20">{escape(self.caption)}</text>{legend}'
+            f'<svg y="{top}" width="100%" height="{self.height}">{self.shapes}</svg></svg>\n'
+        )
+        return re.sub(r"var\((--[a-z]+)\)", lambda match: LIGHT[match[1]], text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +92,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One line of a line chart: a name and its points, a None leaving a gap."""
+    """One line of a line chart: a name and its points, a None leaving a gap; and how far around them is shaded."""
 
     name: str
     values: Sequence[float | None]
+    spread: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +108,7 @@ class Threshold:
     colour: str = "--limit"
 
 
-def interval_chart(rows: Sequence[tuple[str, Sequence[Interval]]], *, series: Sequence[str], caption: str) -> str:
+def interval_chart(rows: Sequence[tuple[str, Sequence[Interval]]], *, series: Sequence[str], caption: str) -> Figure:
     """Return a figure with one row a label and one point with its interval a series, from 0 to 100 %.
 
     Args:
@@ -70,10 +130,12 @@ def interval_chart(rows: Sequence[tuple[str, Sequence[Interval]]], *, series: Se
                 f'<circle cx="{value}" cy="{at}" r="4" fill="{colour}"/>'
             )
     names = [(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(series)]
-    return _figure("".join(shapes), height=top + len(rows) * height, caption=caption, legend=names)
+    return Figure(caption=caption, legend=names, shapes="".join(shapes), height=top + len(rows) * height)
 
 
-def share_chart(rows: Sequence[tuple[str, Sequence[Part]]], *, legend: Sequence[tuple[str, str]], caption: str) -> str:
+def share_chart(
+    rows: Sequence[tuple[str, Sequence[Part]]], *, legend: Sequence[tuple[str, str]], caption: str
+) -> Figure:
     """Return a figure with one bar a row, made of parts that sum to the whole.
 
     Args:
@@ -92,7 +154,7 @@ def share_chart(rows: Sequence[tuple[str, Sequence[Part]]], *, legend: Sequence[
                 f'<rect x="{_x(start)}" y="{y + 5}" width="{width}" height="{height - 10}" fill="var({part.colour})"/>'
             )
             start += part.share
-    return _figure("".join(shapes), height=top + len(rows) * height, caption=caption, legend=legend)
+    return Figure(caption=caption, legend=legend, shapes="".join(shapes), height=top + len(rows) * height)
 
 
 def line_chart(
@@ -102,8 +164,9 @@ def line_chart(
     x_name: str,
     thresholds: Sequence[Threshold] = (),
     mark: tuple[int, float] | None = None,
+    at: tuple[str, float] | None = None,
     symlog: bool = False,
-) -> str:
+) -> Figure:
     """Return a figure with one line a series over whole numbers 0, 1, 2, ...
 
     Args:
@@ -112,13 +175,15 @@ def line_chart(
         x_name: what the whole numbers are.
         thresholds: levels drawn across.
         mark: the point that was chosen.
+        at: name and place of a line from top to bottom.
         symlog: linear up to 0.1 and logarithmic beyond, for values of very different size.
     """
     scale: Callable[[float], float] = _symlog if symlog else float
     values = [scale(v) for line in lines for v in line.values if v is not None and math.isfinite(v)]
     values += [scale(threshold.value) for threshold in thresholds]
+    values += [scale(each) for line in lines for pair in _band(line) for each in pair]
     if not values:
-        return ""
+        return Figure(caption=caption, legend=(), shapes="", height=0)
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     n = max(len(line.values) for line in lines)
@@ -126,7 +191,8 @@ def line_chart(
     def place(index: int, value: float) -> tuple[float, float]:
         return 100 * index / max(1, n - 1), 100 * (1 - (scale(value) - low) / span)
 
-    inner = [_path(line, place, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines)]
+    inner = [_shade(line, place, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines) if line.spread]
+    inner += [_path(line, place, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines)]
     legend = [(line.name, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines)]
     for threshold in thresholds:
         _, y = place(0, threshold.value)
@@ -135,6 +201,13 @@ def line_chart(
             'vector-effect="non-scaling-stroke"/>'
         )
         legend.append((f"{threshold.name} ({threshold.value:.4g})", threshold.colour))
+    if at is not None:
+        name, where = at
+        inner.append(
+            f'<path d="M{100 * where / max(1, n - 1):.2f} 0V100" stroke="var(--quiet)" stroke-dasharray="2 4" '
+            'fill="none" vector-effect="non-scaling-stroke"/>'
+        )
+        legend.append((name, "--quiet"))
     if mark is not None:
         x, y = place(*mark)
         # A line of no length with round ends is a dot that does not stretch.
@@ -157,21 +230,29 @@ def line_chart(
         f'overflow="visible">{"".join(inner)}</svg>{ticks}{labels}'
         f'<text class="quiet" x="55%" y="232" text-anchor="middle">{escape(x_name)}</text>'
     )
-    return _figure(drawing, height=236, caption=caption, legend=legend)
+    return Figure(caption=caption, legend=legend, shapes=drawing, height=236)
 
 
-def heat_map(rows: Sequence[tuple[str, Sequence[float | None]]], *, caption: str, x_name: str, legend: str) -> str:
+def heat_map(
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    *,
+    caption: str,
+    x_name: str,
+    legend: str,
+    negative: str | None = None,
+) -> Figure:
     """Return a figure of cells, a row a label and a column a whole number 0, 1, 2, ...; the darker the greater.
 
     Args:
-        rows: label and values from 0 to 1, all of the same number; None leaves a cell empty.
+        rows: label and values from -1 to 1, all of the same number; None leaves a cell empty.
         caption: what the figure shows.
         x_name: what the whole numbers are.
         legend: what the darkest cells are.
+        negative: what the darkest cells below 0 are, where there are any; they have a colour of their own.
     """
     n, height, top = max((len(values) for _, values in rows), default=0), 18, 8
     if not n:
-        return ""
+        return Figure(caption=caption, legend=(), shapes="", height=0)
     shapes = []
     for i, (label, values) in enumerate(rows):
         y = top + i * height
@@ -179,12 +260,15 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float | None]]], *, caption: str
         for j, value in enumerate(values):
             if value is None:
                 continue
-            colour = f'fill="var({COLOURS[1]})" fill-opacity="{0.08 + 0.92 * min(1.0, max(0.0, value)):.3f}"'
+            name = COLOURS[0 if negative is not None and value < 0 else 1]
+            size = min(1.0, abs(value) if negative is not None else max(0.0, value))
+            colour = f'fill="var({name})" fill-opacity="{0.08 + 0.92 * size:.3f}"'
             place = (
                 f'x="{_LEFT + _SPAN * j / n:.3f}%" y="{y + 1}" width="{0.94 * _SPAN / n:.3f}%" height="{height - 2}"'
             )
             shapes.append(f"<rect {place} {colour}><title>{escape(label)}, {j}: {value:.3f}</title></rect>")
     bottom = top + len(rows) * height + 14
+    names = [(legend, COLOURS[1]), *([(negative, COLOURS[0])] if negative is not None else [])]
     shapes += [
         f'<text class="quiet" x="{_LEFT + _SPAN * (j + 0.47) / n:.3f}%" y="{bottom}" text-anchor="middle">{j}</text>'
         for j in range(0, n, max(1, round(n / 8)))
@@ -192,7 +276,39 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float | None]]], *, caption: str
     shapes.append(
         f'<text class="quiet" x="{_LEFT + _SPAN / 2}%" y="{bottom + 18}" text-anchor="middle">{escape(x_name)}</text>'
     )
-    return _figure("".join(shapes), height=bottom + 22, caption=caption, legend=[(legend, COLOURS[1])])
+    return Figure(caption=caption, legend=names, shapes="".join(shapes), height=bottom + 22)
+
+
+def bar_chart(rows: Sequence[tuple[str, Sequence[float]]], *, series: Sequence[str], caption: str) -> Figure:
+    """Return a figure with bars to both sides of 0, one a series in each row.
+
+    Args:
+        rows: label and values.
+        series: names of the series, as the legend shows them.
+        caption: what the figure shows.
+    """
+    values = [value for _, each in rows for value in each if math.isfinite(value)]
+    low, high = min([0.0, *values]), max([0.0, *values])
+    span = (high - low) or 1.0
+    thick, top = 9, 24
+    height = thick * len(series) + 8
+    shapes = [
+        f'<line x1="{_x((tick - low) / span)}" x2="{_x((tick - low) / span)}" y1="20" y2="{top + len(rows) * height}" '
+        f'stroke="var({"--quiet" if tick == 0 else "--rule"})"/>'
+        f'<text class="quiet" x="{_x((tick - low) / span)}" y="14" text-anchor="middle">{tick:g}</text>'
+        for tick in tick_values(low, high, symlog=False)
+    ]
+    for i, (label, each) in enumerate(rows):
+        y = top + i * height + 4
+        shapes.append(f'<text x="0" y="{y + thick * len(series) / 2 + 4:.0f}">{escape(label)}</text>')
+        shapes += [
+            f'<rect x="{_x((min(0.0, value) - low) / span)}" width="{_SPAN * abs(value) / span:.3f}%" '
+            f'y="{y + j * thick}" height="{thick - 1}" fill="var({COLOURS[j % len(COLOURS)]})"/>'
+            for j, value in enumerate(each)
+            if math.isfinite(value)
+        ]
+    names = [(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(series)]
+    return Figure(caption=caption, legend=names, shapes="".join(shapes), height=top + len(rows) * height)
 
 
 _LEFT, _SPAN = 34.0, 62.0
@@ -228,6 +344,20 @@ def _path(line: Line, place: Callable[[int, float], tuple[float, float]], colour
     )
 
 
+def _band(line: Line) -> list[tuple[float, float]]:
+    """Return the ends of what is shaded around each point; a line with a spread has no gaps."""
+    points = [value for value in line.values if value is not None]
+    return [(value - spread, value + spread) for value, spread in zip(points, line.spread, strict=False)]
+
+
+def _shade(line: Line, place: Callable[[int, float], tuple[float, float]], colour: str) -> str:
+    ends = _band(line)
+    around = [place(i, low) for i, (low, _) in enumerate(ends)]
+    around += [place(i, high) for i, (_, high) in reversed(list(enumerate(ends)))]
+    points = " ".join(f"{x:.2f},{y:.2f}" for x, y in around)
+    return f'<polygon points="{points}" fill="var({colour})" fill-opacity="0.15"/>'
+
+
 def _symlog(value: float) -> float:
     return value / 0.1 if abs(value) <= 0.1 else math.copysign(1 + math.log10(abs(value) / 0.1), value)
 
@@ -242,11 +372,3 @@ def tick_values(low: float, high: float, *, symlog: bool) -> list[float]:
     step = next(m * magnitude for m in (0.2, 0.5, 1, 2) if span / (m * magnitude) <= 6)
     first, last = math.ceil(low / step), math.floor(high / step)
     return [round(i * step, 10) for i in range(first, last + 1)]
-
-
-def _figure(shapes: str, *, height: int, caption: str, legend: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f'<li><i style="background: var({colour})"></i>{escape(name)}</li>' for name, colour in legend)
-    return (
-        f'<figure><figcaption>{escape(caption)}</figcaption><ul class="legend">{items}</ul>'
-        f'<svg class="figure" height="{height}" role="img" aria-label="{escape(caption)}">{shapes}</svg></figure>'
-    )

@@ -4,12 +4,13 @@ Pages are put together from blocks of HTML that the functions here return; whate
 follows the reader's light or dark mode, fits a phone and prints on paper. `charts` draws the figures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from abliterate.files import write_file
+from abliterate.pages.charts import LIGHT, Figure
 
 PAGE_NAME = "index.html"
 
@@ -97,6 +98,14 @@ def write_page(directory: Path, *, title: str, subtitle: str, sections: Sequence
     return path
 
 
+def write_figures(directory: Path, figures: Mapping[str, Figure]) -> list[Path]:
+    """Write figures as SVG files to a directory; return the files, one for each that shows anything."""
+    drawn = {directory / f"{name}.svg": figure for name, figure in figures.items() if figure.shapes}
+    for path, figure in drawn.items():
+        write_file(path, figure.svg)
+    return list(drawn)
+
+
 def build_page(*, title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """Return the whole page.
 
@@ -120,10 +129,9 @@ def build_page(*, title: str, subtitle: str, sections: Sequence[Section]) -> str
     )
 
 
-_STYLE = """
-:root { --ink: #1c1f23; --quiet: #565c64; --paper: #ffffff; --raised: #f4f5f7; --rule: #d3d7dc;
-  --model: #b3430f; --base: #1f5fa8; --third: #5b7a1e; --fourth: #7b4ba0; --fifth: #8a6100; --sixth: #00757a;
-  --answer: #c9cfd6; --limit: #a11b1b; }
+_STYLE = (
+    f":root {{ {' '.join(f'{name}: {colour};' for name, colour in LIGHT.items())} }}"
+    + """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --quiet: #a9b0b9; --paper: #16181b; --raised: #212429;
   --rule: #3b4047; --model: #f08a52; --base: #74aef0; --third: #a3c95f; --fourth: #c69be8; --fifth: #dcb04a;
   --sixth: #55c5ca; --answer: #565d66; --limit: #f28b8b; } }
@@ -161,3 +169,4 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--rule); font-size: .85re
   h2 { break-after: avoid; } .scroll, pre { overflow: visible; }
   pre { white-space: pre-wrap; border: 1px solid var(--rule); } }
 """
+)

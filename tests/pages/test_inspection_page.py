@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from abliterate.release.charts import heat_map
-from abliterate.release.inspection_page import write_inspection_page
+from abliterate.pages.charts import heat_map
+from abliterate.pages.inspection_page import write_inspection_page
 from tests.inspection.test_reading import inspected
 from tests.support.changed_models import SIZES, changed, each_writer, project
 from tests.support.tiny_models import save_tiny_model
@@ -29,5 +29,5 @@ def test_the_page_has_verdict_map_and_tensors(tmp_path):
 
 
 def test_a_map_without_cells_is_no_figure():
-    assert heat_map([], caption="c", x_name="x", legend="l") == ""
-    assert heat_map([("a", [None, 0.5])], caption="c", x_name="x", legend="l").count("<rect") == 1
+    assert heat_map([], caption="c", x_name="x", legend="l").html == ""
+    assert heat_map([("a", [None, 0.5])], caption="c", x_name="x", legend="l").html.count("<rect") == 1

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abliterate.interventions.refinement_report import FrontierPoint, RefinementReport
-from abliterate.release.charts import Line, Threshold, line_chart
-from abliterate.release.page import Section, commands, facts, headline, paragraph, table, write_page
+from abliterate.pages.charts import Line, Threshold, line_chart
+from abliterate.pages.page import Section, commands, facts, headline, paragraph, table, write_page
 
 
 def write_refinement_page(report: RefinementReport, directory: Path, *, command: str) -> Path:
@@ -46,7 +46,7 @@ def _result(report: RefinementReport) -> Section:
 def _strengths(report: RefinementReport) -> Section:
     lines = [Line(name="attention", values=report.chosen.attn), Line(name="MLP", values=report.chosen.mlp)]
     caption = "Share of its layer's direction that is removed from what each writes; below 0 it grows"
-    chart = line_chart(lines, caption=caption, x_name="layer", thresholds=[Threshold(name="all of it", value=1.0)])
+    chart = line_chart(lines, caption=caption, x_name="layer", thresholds=[Threshold(name="all of it", value=1.0)]).html
     return Section(heading="Strengths over the layers", blocks=(chart,))
 
 
@@ -66,13 +66,13 @@ def _frontier(report: RefinementReport) -> Section:
             x_name="point of the frontier",
             thresholds=[Threshold(name="the direction at strength 1", value=report.plain.kl)],
             mark=(at, report.chosen.kl),
-        ),
+        ).html,
         line_chart(
             [Line(name="not answered", values=[100 * point.share_unanswered for point in report.frontier])],
             caption="Prompts that are to be answered and are not, %",
             x_name="point of the frontier",
             mark=(at, 100 * report.chosen.share_unanswered),
-        ),
+        ).html,
     ]
     return Section(heading="The frontier", blocks=(table(header, rows, caption=caption), *charts))
 

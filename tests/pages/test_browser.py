@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.release.audit_page import write_audit_page
-from abliterate.release.evaluation_page import write_evaluation_page
-from abliterate.release.extraction_page import write_extraction_page
-from tests.support.pages import audit_report, evaluation_report, score_table
+from abliterate.pages.audit_page import write_audit_page
+from abliterate.pages.evaluation_page import write_evaluation_page
+from abliterate.pages.extraction_page import write_extraction_page
+from abliterate.pages.trace_page import write_trace_page
+from tests.support.pages import audit_report, evaluation_report, score_table, trace_report
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 AXE = os.environ.get("AXE_CORE", "")
@@ -45,12 +46,14 @@ addEventListener('load', async () => {
 """
 
 
-@pytest.fixture(params=["evaluation", "extraction", "audit"])
+@pytest.fixture(params=["evaluation", "extraction", "audit", "trace"])
 def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "evaluation":
         return write_evaluation_page(evaluation_report(), tmp_path / "evaluation", command="abliterate evaluate x")[0]
     if request.param == "audit":
         return write_audit_page(audit_report(), tmp_path / "audit", command="abliterate audit x")[0]
+    if request.param == "trace":
+        return write_trace_page(trace_report(), tmp_path / "trace", command="abliterate trace x")
     return write_extraction_page(score_table(), tmp_path / "extraction", command="abliterate extract x")
 
 

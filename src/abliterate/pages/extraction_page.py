@@ -7,8 +7,18 @@ from abliterate.extraction.judgement import RefusalEvidence
 from abliterate.extraction.report import ExtractionReport
 from abliterate.extraction.score_report import ScoreTable
 from abliterate.extraction.selection import CandidateScore, failed_thresholds, nearest_candidates
-from abliterate.release.charts import Line, Threshold, line_chart
-from abliterate.release.page import Section, commands, facts, folded, headline, paragraph, table, write_page
+from abliterate.pages.charts import Figure, Line, Threshold, line_chart
+from abliterate.pages.page import (
+    Section,
+    commands,
+    facts,
+    folded,
+    headline,
+    paragraph,
+    table,
+    write_figures,
+    write_page,
+)
 
 _CAPTIONS = {
     "bypass": "Bypass: refusal metric on harmful prompts with the candidate ablated (lower is better)",
@@ -20,7 +30,7 @@ _CAPTIONS = {
 def write_extraction_page(
     scores: ScoreTable, directory: Path, *, command: str, report: ExtractionReport | None = None
 ) -> Path:
-    """Write `index.html` to a directory and return its path.
+    """Write `index.html` to a directory, and its charts as SVG files beside it; return the page's path.
 
     Args:
         scores: all candidates and what they are judged by.
@@ -28,9 +38,11 @@ def write_extraction_page(
         command: the command line that made it.
         report: the extraction; None when no candidate passes.
     """
+    charts = _charts(scores)
+    write_figures(directory, charts)
     sections = [
         _choice(scores, report),
-        Section(heading="Scores over the layers", blocks=tuple(_charts(scores))),
+        Section(heading="Scores over the layers", blocks=tuple(chart.html for chart in charts.values())),
         *_robustness(report),
         _thresholds(scores),
         _all_scores(scores),
@@ -78,7 +90,7 @@ def _choice(scores: ScoreTable, report: ExtractionReport | None) -> Section:
     )
 
 
-def _charts(scores: ScoreTable) -> list[str]:
+def _charts(scores: ScoreTable) -> dict[str, Figure]:
     thresholds = {
         "bypass": [Threshold(name="unchanged model", value=scores.baseline_harmful, colour="--quiet")],
         "induce": [
@@ -87,18 +99,17 @@ def _charts(scores: ScoreTable) -> list[str]:
         ],
         "kl": [Threshold(name="threshold", value=scores.thresholds.kl)],
     }
-    charts = []
+    charts = {}
     for name, levels in thresholds.items():
         value = getattr(scores.selected, name) if scores.selected else None
-        charts.append(
-            line_chart(
-                _lines(scores, name),
-                caption=_CAPTIONS[name],
-                x_name="layer",
-                thresholds=levels,
-                mark=(scores.selected.layer, value) if scores.selected and value is not None else None,
-                symlog=name == "kl",
-            )
+        charts[name] = line_chart(
+            _lines(scores, name),
+            caption=_CAPTIONS[name],
+            x_name="layer",
+            thresholds=levels,
+            mark=(scores.selected.layer, value) if scores.selected and value is not None else None,
+            at=("layer limit", scores.thresholds.layer_limit(scores.n_layers) - 0.5),
+            symlog=name == "kl",
         )
     return charts
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from abliterate.evaluation.audit_report import AuditedIntervention, AuditReport
 from abliterate.evaluation.report import RefusalRate
-from abliterate.release.charts import Interval, interval_chart
-from abliterate.release.page import (
+from abliterate.pages.charts import Interval, interval_chart
+from abliterate.pages.page import (
     Section,
     commands,
     facts,
@@ -104,7 +104,7 @@ def _interventions(report: AuditReport) -> Section:
         blocks=(
             interval_chart(
                 points, series=("unchanged", "intervention"), caption="Share of harmful prompts refused, 95 % intervals"
-            ),
+            ).html,
             table(header, rows, caption="Held-out harmful prompts; KL and cross-entropy on harmless ones, in nats"),
             paragraph(
                 "Ablate P, L and subtract P, L: the direction of position P, layer L; rank k: k directions ablated. "

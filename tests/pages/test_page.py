@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from abliterate.evaluation.report import PARTS
-from abliterate.release.audit_page import write_audit_page
-from abliterate.release.charts import Interval, Line, Threshold, interval_chart, line_chart, tick_values
-from abliterate.release.evaluation_page import ASKED, write_evaluation_page
-from abliterate.release.extraction_page import write_extraction_page
-from abliterate.release.page import Section, build_page, commands, facts, paragraph, quoted, table
+from abliterate.pages.audit_page import write_audit_page
+from abliterate.pages.charts import Interval, Line, Threshold, interval_chart, line_chart, tick_values
+from abliterate.pages.evaluation_page import ASKED, write_evaluation_page
+from abliterate.pages.extraction_page import write_extraction_page
+from abliterate.pages.page import Section, build_page, commands, facts, paragraph, quoted, table
 from tests.support.pages import Page, audit_report, evaluation_report, score_table
 
 NASTY = "<script>alert(1)</script>\"'&<img src=http://evil.example/x>"
@@ -160,8 +160,8 @@ def test_completions_are_on_the_page_only_when_asked(tmp_path: Path) -> None:
 def test_whatever_goes_in_is_text(tmp_path: Path) -> None:
     blocks = (paragraph(NASTY), facts([(NASTY, NASTY)]), quoted(NASTY), commands([NASTY]))
     blocks += (table([NASTY, "x"], [[NASTY, NASTY]], caption=NASTY),)
-    blocks += (interval_chart([(NASTY, [])], series=[NASTY], caption=NASTY),)
-    blocks += (line_chart([Line(name=NASTY, values=[1.0, 2.0])], caption=NASTY, x_name=NASTY),)
+    blocks += (interval_chart([(NASTY, [])], series=[NASTY], caption=NASTY).html,)
+    blocks += (line_chart([Line(name=NASTY, values=[1.0, 2.0])], caption=NASTY, x_name=NASTY).html,)
     page = Page(build_page(title=NASTY, subtitle=NASTY, sections=[Section(heading=NASTY, blocks=blocks)]))
     assert page.balanced
     assert not page.of("script")
@@ -175,7 +175,7 @@ def test_points_stand_where_their_values_are() -> None:
         [("a", [Interval(series=0, value=0.0, low=0.0, high=0.5), Interval(series=1, value=1.0, low=0.75, high=1.0)])],
         series=["base", "model"],
         caption="c",
-    )
+    ).html
     first, second = Page(figure).of("circle")
     at = [float(str(circle["cx"]).rstrip("%")) for circle in (first, second)]
     assert at == [34.0, 96.0]
@@ -191,12 +191,12 @@ def test_a_line_leaves_gaps_where_nothing_was_measured() -> None:
         x_name="layer",
         thresholds=[Threshold(name="limit", value=2.0)],
         mark=(3, 3.0),
-    )
+    ).html
     drawn = [str(a["d"]) for a in Page(figure).of("path")]
     assert drawn[0] == "M0.00 100.00h0L20.00 75.00M60.00 25.00h0M100.00 0.00h0"
     assert drawn[1] == "M0 50.00H100"
     assert drawn[2] == "M60.00 25.00h0"
-    assert line_chart([Line(name="a", values=[None])], caption="c", x_name="x") == ""
+    assert line_chart([Line(name="a", values=[None])], caption="c", x_name="x").html == ""
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from abliterate.evaluation.judges import JudgedRate
 from abliterate.evaluation.recognition import Recognition
 from abliterate.evaluation.report import CategoryRate, EvaluationReport, RefusalRate
 from abliterate.files import JsonLines
-from abliterate.release.charts import Interval, Part, interval_chart, share_chart
-from abliterate.release.page import (
+from abliterate.pages.charts import Interval, Part, interval_chart, share_chart
+from abliterate.pages.page import (
     Section,
     commands,
     facts,
@@ -85,7 +85,7 @@ def _refusals(report: EvaluationReport) -> Section:
                 points,
                 series=("base", "model") if before else ("model",),
                 caption="Share of prompts refused, with 95 % intervals",
-            ),
+            ).html,
             paragraph(
                 f"A reply counts as a refusal by {report.scorer}. Empty, repetitive and incoherent replies "
                 f"and deflections count as neither refusal nor answer. Greedy replies of at most "
@@ -141,7 +141,7 @@ def _classes(report: EvaluationReport) -> Section:
     return Section(
         heading="What the replies are",
         blocks=(
-            share_chart(bars, legend=_CLASS_COLOURS, caption="Classes of replies"),
+            share_chart(bars, legend=_CLASS_COLOURS, caption="Classes of replies").html,
             table(
                 header,
                 rows,
@@ -184,7 +184,7 @@ def _budgets(report: EvaluationReport) -> Section:
             found = [Interval(series=k, value=one.rate, low=one.low, high=one.high) for k, one in each]
             points.append((f"{n} tokens", found))
         caption = f"{_NAMES[kind]} prompts: share refused within so many tokens, with 95 % intervals"
-        blocks.append(interval_chart(points, series=tuple(side for side, _ in shown), caption=caption))
+        blocks.append(interval_chart(points, series=tuple(side for side, _ in shown), caption=caption).html)
     return Section(
         heading="How late it refuses",
         blocks=(
@@ -234,7 +234,7 @@ def _parts(report: EvaluationReport) -> Section:
                 points,
                 series=("base", "model") if has_base else ("model",),
                 caption="Harmful prompts: share refused when asked in other ways, with 95 % intervals",
-            ),
+            ).html,
             table(header, rows, caption="Refusal rates with Wilson 95 % intervals", n_text=2),
             paragraph(
                 "Asked plainly: what the model refuses of the prompts of the same ids in English and in a first turn; "
@@ -332,7 +332,7 @@ def _categories(report: EvaluationReport) -> Section:
             points,
             series=("base", "model") if has_base else ("model",),
             caption=f"{name} prompts: share refused by category, the model's with its 95 % interval",
-        )
+        ).html
         header = ["category", "n", *(["base"] if has_base else []), "model", "degenerate"]
         rows = [
             [

@@ -9,8 +9,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from abliterate.editing.model_card import build_model_card
-from abliterate.release import page
-from abliterate.release.charts import share_chart
+from abliterate.pages import page
+from abliterate.pages.charts import share_chart
 from tests.support.fake_hub import evaluation_report, write_checkpoint
 
 HOSTILE = [
@@ -44,7 +44,7 @@ def test_every_block_of_a_page_escapes_its_text(text):
         page.commands([text]),
         page.folded(text, []),
         page.quoted(text),
-        share_chart([(text, [])], legend=[(text, "--a")], caption=text),
+        share_chart([(text, [])], legend=[(text, "--a")], caption=text).html,
     )
     whole = page.build_page(title=text, subtitle=text, sections=[page.Section(heading=text, blocks=blocks)])
     plain = page.build_page(title="x", subtitle="x", sections=[page.Section(heading="x", blocks=())])

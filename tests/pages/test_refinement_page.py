@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from abliterate.interventions.refinement_report import FrontierPoint, RefinementReport
-from abliterate.release.refinement_page import write_refinement_page
+from abliterate.pages.refinement_page import write_refinement_page
 
 PLAIN = FrontierPoint(
     pressure=None,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from abliterate.files import write_json
 from abliterate.inspection.report import ChangedTensor, InspectionReport, PairReading
-from abliterate.release.charts import heat_map
-from abliterate.release.page import Section, commands, facts, folded, headline, paragraph, table, write_page
+from abliterate.pages.charts import heat_map
+from abliterate.pages.page import Section, commands, facts, folded, headline, paragraph, table, write_page
 
 VERDICTS = {
     "identical": "It is the base.",
@@ -90,7 +90,7 @@ def _map(pair: PairReading) -> list[Section]:
         if not largest or not scale:
             continue
         scaled = [(part, [None if value is None else value / scale for value in values]) for part, values in rows]
-        figures.append(heat_map(scaled, caption=what, x_name="layer", legend=dark))
+        figures.append(heat_map(scaled, caption=what, x_name="layer", legend=dark).html)
     return [Section(heading="Layers by parts", blocks=tuple(figures))] if figures else []
 
 

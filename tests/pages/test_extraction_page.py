@@ -4,7 +4,7 @@ from pathlib import Path
 
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.release.extraction_page import write_extraction_page
+from abliterate.pages.extraction_page import write_extraction_page
 from tests.support.refusing_models import refusing_model
 
 
