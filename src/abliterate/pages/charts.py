@@ -17,6 +17,7 @@ LIGHT = {
     "--model": "#b3430f", "--base": "#1f5fa8", "--third": "#5b7a1e", "--fourth": "#7b4ba0", "--fifth": "#8a6100",
     "--sixth": "#00757a", "--answer": "#c9cfd6", "--limit": "#a11b1b",
 }  # fmt: skip
+FILE_WIDTH = 760
 COLOURS = ("--base", "--model", "--third", "--fourth", "--fifth", "--sixth")
 
 
@@ -29,12 +30,14 @@ class Figure:
         legend: names and colours, each a custom property of the page.
         shapes: SVG; empty where there was nothing to draw.
         height: in pixels; the width is whatever there is.
+        fixed: the shapes for a file, where what stretches on a page does not; empty where they are the same.
     """
 
     caption: str
     legend: Sequence[tuple[str, str]]
     shapes: str
     height: int
+    fixed: str = ""
 
     @property
     def html(self) -> str:
@@ -52,7 +55,7 @@ class Figure:
 
     @property
     def svg(self) -> str:
-        """The figure as an SVG file, 760 pixels wide, that needs no style of a page."""
+        """The figure as an SVG file that needs no style of a page."""
         per_row, row = 3, 18
         legend = "".join(
             f'<rect x="{8 + 248 * (i % per_row)}" y="{32 + row * (i // per_row)}" width="10" height="10" '
@@ -62,12 +65,12 @@ class Figure:
         )
         top = 40 + row * -(-len(self.legend) // per_row)
         text = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{top + self.height + 8}" role="img">'
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{FILE_WIDTH}" height="{top + self.height + 8}" role="img">'
             f"<title>{escape(self.caption)}</title>"
             "<style>text { font: 12px system-ui, sans-serif; fill: var(--ink); } "
             'text.quiet { fill: var(--quiet); }</style><rect width="100%" height="100%" fill="var(--paper)"/>'
             f'<text x="8" y="20">{escape(self.caption)}</text>{legend}'
-            f'<svg y="{top}" width="100%" height="{self.height}">{self.shapes}</svg></svg>\n'
+            f'<svg y="{top}" width="100%" height="{self.height}">{self.fixed or self.shapes}</svg></svg>\n'
         )
         return re.sub(r"var\((--[a-z]+)\)", lambda match: LIGHT[match[1]], text)
 
@@ -188,49 +191,50 @@ def line_chart(
     span = (high - low) or 1.0
     n = max(len(line.values) for line in lines)
 
-    def place(index: int, value: float) -> tuple[float, float]:
-        return 100 * index / max(1, n - 1), 100 * (1 - (scale(value) - low) / span)
+    def height_of(value: float) -> float:
+        return 1 - (scale(value) - low) / span
 
-    inner = [_shade(line, place, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines) if line.spread]
-    inner += [_path(line, place, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines)]
+    def inner(width: float, height: float) -> str:
+        def place(index: float, value: float) -> tuple[float, float]:
+            return width * index / max(1, n - 1), height * height_of(value)
+
+        drawn = [_shade(line, place, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines) if line.spread]
+        drawn += [_path(line, place, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines)]
+        for threshold in thresholds:
+            _, y = place(0, threshold.value)
+            drawn.append(_stroke(f"M0 {y:.2f}H{width:g}", threshold.colour, dashes="5 4"))
+        if at is not None:
+            x, _ = place(at[1], 0.0)
+            drawn.append(_stroke(f"M{x:.2f} 0V{height:g}", "--quiet", dashes="2 4"))
+        if mark is not None:
+            x, y = place(*mark)
+            # A line of no length with round ends is a dot that does not stretch.
+            drawn.append(_stroke(f"M{x:.2f} {y:.2f}h0", "--ink", width=12))
+        return "".join(drawn)
+
     legend = [(line.name, COLOURS[i % len(COLOURS)]) for i, line in enumerate(lines)]
-    for threshold in thresholds:
-        _, y = place(0, threshold.value)
-        inner.append(
-            f'<path d="M0 {y:.2f}H100" stroke="var({threshold.colour})" stroke-dasharray="5 4" fill="none" '
-            'vector-effect="non-scaling-stroke"/>'
-        )
-        legend.append((f"{threshold.name} ({threshold.value:.4g})", threshold.colour))
-    if at is not None:
-        name, where = at
-        inner.append(
-            f'<path d="M{100 * where / max(1, n - 1):.2f} 0V100" stroke="var(--quiet)" stroke-dasharray="2 4" '
-            'fill="none" vector-effect="non-scaling-stroke"/>'
-        )
-        legend.append((name, "--quiet"))
-    if mark is not None:
-        x, y = place(*mark)
-        # A line of no length with round ends is a dot that does not stretch.
-        inner.append(
-            f'<path d="M{x:.2f} {y:.2f}h0" stroke="var(--ink)" stroke-width="12" stroke-linecap="round" '
-            'vector-effect="non-scaling-stroke"/>'
-        )
-        legend.append(("selected", "--ink"))
+    legend += [(f"{each.name} ({each.value:.4g})", each.colour) for each in thresholds]
+    legend += [(at[0], "--quiet")] if at is not None else []
+    legend += [("selected", "--ink")] if mark is not None else []
     ticks = "".join(
-        f'<text class="quiet" x="11%" y="{12 + 1.8 * place(0, tick)[1]:.0f}" text-anchor="end" dy="4">{tick:g}</text>'
+        f'<text class="quiet" x="11%" y="{12 + 180 * height_of(tick):.0f}" text-anchor="end" dy="4">{tick:g}</text>'
         for tick in tick_values(low, high, symlog=symlog)
     )
     labels = "".join(
         f'<text class="quiet" x="{13 + 85 * i / max(1, n - 1):.2f}%" y="212" text-anchor="middle">{i}</text>'
         for i in range(0, n, max(1, round(n / 6)))
     )
-    drawing = (
-        '<rect x="13%" y="12" width="85%" height="180" fill="none" stroke="var(--rule)"/>'
-        '<svg x="13%" y="12" width="85%" height="180" viewBox="0 0 100 100" preserveAspectRatio="none" '
-        f'overflow="visible">{"".join(inner)}</svg>{ticks}{labels}'
-        f'<text class="quiet" x="55%" y="232" text-anchor="middle">{escape(x_name)}</text>'
+    frame = '<rect x="13%" y="12" width="85%" height="180" fill="none" stroke="var(--rule)"/>'
+    place = '<svg x="13%" y="12" width="85%" height="180" overflow="visible"'
+    around = f'{ticks}{labels}<text class="quiet" x="55%" y="232" text-anchor="middle">{escape(x_name)}</text>'
+    stretched = f'{place} viewBox="0 0 100 100" preserveAspectRatio="none">{inner(100, 100)}</svg>'
+    return Figure(
+        caption=caption,
+        legend=legend,
+        shapes=f"{frame}{stretched}{around}",
+        fixed=f"{frame}{place}>{inner(0.85 * FILE_WIDTH, 180)}</svg>{around}",
+        height=236,
     )
-    return Figure(caption=caption, legend=legend, shapes=drawing, height=236)
 
 
 def heat_map(
@@ -328,7 +332,7 @@ def _percent_axis(n_rows: int, height: int) -> str:
     return "".join(lines)
 
 
-def _path(line: Line, place: Callable[[int, float], tuple[float, float]], colour: str) -> str:
+def _path(line: Line, place: Callable[[float, float], tuple[float, float]], colour: str) -> str:
     steps, pen_down = [], False
     for index, value in enumerate(line.values):
         if value is None or not math.isfinite(value):
@@ -338,8 +342,14 @@ def _path(line: Line, place: Callable[[int, float], tuple[float, float]], colour
         # A point between two gaps still shows: round ends make a dot of it.
         steps.append(f"{'L' if pen_down else 'M'}{x:.2f} {y:.2f}" + ("" if pen_down else "h0"))
         pen_down = True
+    return _stroke("".join(steps), colour, width=2)
+
+
+def _stroke(path: str, colour: str, *, width: int = 1, dashes: str = "") -> str:
+    """Return a line that is as wide however the drawing is stretched, with round ends where it is whole."""
+    ends = f'stroke-dasharray="{dashes}"' if dashes else 'stroke-linecap="round"'
     return (
-        f'<path d="{"".join(steps)}" stroke="var({colour})" stroke-width="2" stroke-linecap="round" fill="none" '
+        f'<path d="{path}" stroke="var({colour})" stroke-width="{width}" {ends} fill="none" '
         'vector-effect="non-scaling-stroke"/>'
     )
 
@@ -350,7 +360,7 @@ def _band(line: Line) -> list[tuple[float, float]]:
     return [(value - spread, value + spread) for value, spread in zip(points, line.spread, strict=False)]
 
 
-def _shade(line: Line, place: Callable[[int, float], tuple[float, float]], colour: str) -> str:
+def _shade(line: Line, place: Callable[[float, float], tuple[float, float]], colour: str) -> str:
     ends = _band(line)
     around = [place(i, low) for i, (low, _) in enumerate(ends)]
     around += [place(i, high) for i, (_, high) in reversed(list(enumerate(ends)))]
