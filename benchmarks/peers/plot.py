@@ -93,7 +93,7 @@ def _panel(costs: Sequence[tuple[Point, float]], colours: dict[str, str], *, lef
         shapes.append(
             f'<text class="quiet" x="{x(share):.1f}" y="{_TOP + _HEIGHT + 18}" text-anchor="middle">{share:.0%}</text>'
         )
-    for tick in tick_values(scale * low, scale * high, symlog=False):
+    for tick in tick_values(scale * low, scale * high):
         at = y(tick / scale)
         shapes.append(
             f'<line x1="{left}" x2="{left + _PANEL}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--rule)"/>'

@@ -209,12 +209,12 @@ def test_a_line_leaves_gaps_where_nothing_was_measured() -> None:
     ],
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    assert tick_values(low, high, symlog=False) == pytest.approx(expected)
+    assert tick_values(low, high) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("span", [10.0**k * m for k in range(-4, 5) for m in (1, 1.7, 3.3, 5.9, 9.99)])
 def test_there_are_never_many_ticks(span: float) -> None:
-    found = tick_values(-span / 3, 2 * span / 3, symlog=False)
+    found = tick_values(-span / 3, 2 * span / 3)
     assert 2 <= len(found) <= 7
 
 

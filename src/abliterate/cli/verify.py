@@ -16,8 +16,9 @@ from abliterate.cli.options import (
     JsonOption,
     TrustRemoteCodeOption,
     option,
+    report_option,
 )
-from abliterate.cli.output import Output
+from abliterate.cli.output import Output, check_outputs, command_line, writing
 from abliterate.models.options import ModelOptions
 from abliterate.release.options import VerificationOptions
 
@@ -49,6 +50,7 @@ def verify(
     dtype: DtypeOption = MODEL_DEFAULTS.dtype,
     device: DeviceOption = MODEL_DEFAULTS.device,
     trust_remote_code: TrustRemoteCodeOption = MODEL_DEFAULTS.trust_remote_code,
+    report_directory: Annotated[Path | None, report_option("one HTML page, and its chart (SVG)")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Prove what was done to OUT.
@@ -59,9 +61,11 @@ def verify(
     measures what is left.
     """
     from abliterate.errors import VerificationError
+    from abliterate.pages.verification_page import write_verification_page
     from abliterate.release.verification import verify_checkpoint
 
     output = Output.of(context, json_output=json_output)
+    check_outputs(report=report_directory)
     report = verify_checkpoint(
         checkpoint=checkpoint,
         base=base,
@@ -73,6 +77,9 @@ def verify(
     for note in report.notes:
         output.note(note)
     output.report(report, tables=lambda: _tables(report))
+    if report_directory is not None:
+        with writing(report_directory):
+            write_verification_page(report, report_directory, command=command_line())
     if report.failures:
         more = f" (and {len(report.failures) - 1} more failures)" if len(report.failures) > 1 else ""
         raise VerificationError(report.failures[0] + more)

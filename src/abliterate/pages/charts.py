@@ -8,8 +8,9 @@ stand in a table on the page.
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from typing import Literal
 
 # What the custom properties of a page are in light mode; a file has no other.
 LIGHT = {
@@ -18,6 +19,7 @@ LIGHT = {
     "--sixth": "#00757a", "--answer": "#c9cfd6", "--limit": "#a11b1b",
 }  # fmt: skip
 FILE_WIDTH = 760
+Scale = Literal["linear", "symlog", "log"]
 COLOURS = ("--base", "--model", "--third", "--fourth", "--fifth", "--sixth")
 
 
@@ -168,7 +170,7 @@ def line_chart(
     thresholds: Sequence[Threshold] = (),
     mark: tuple[int, float] | None = None,
     at: tuple[str, float] | None = None,
-    symlog: bool = False,
+    scale: Scale = "linear",
 ) -> Figure:
     """Return a figure with one line a series over whole numbers 0, 1, 2, ...
 
@@ -179,12 +181,14 @@ def line_chart(
         thresholds: levels drawn across.
         mark: the point that was chosen.
         at: name and place of a line from top to bottom.
-        symlog: linear up to 0.1 and logarithmic beyond, for values of very different size.
+        scale: `symlog` is linear up to 0.1 and logarithmic beyond; what is not above 0 leaves a gap on `log`.
     """
-    scale: Callable[[float], float] = _symlog if symlog else float
-    values = [scale(v) for line in lines for v in line.values if v is not None and math.isfinite(v)]
-    values += [scale(threshold.value) for threshold in thresholds]
-    values += [scale(each) for line in lines for pair in _band(line) for each in pair]
+    scaled = _SCALES[scale]
+    if scale == "log":
+        lines = [replace(line, values=[v if v and v > 0 else None for v in line.values]) for line in lines]
+    values = [scaled(v) for line in lines for v in line.values if v is not None and math.isfinite(v)]
+    values += [scaled(threshold.value) for threshold in thresholds]
+    values += [scaled(each) for line in lines for pair in _band(line) for each in pair]
     if not values:
         return Figure(caption=caption, legend=(), shapes="", height=0)
     low, high = min(values), max(values)
@@ -192,7 +196,7 @@ def line_chart(
     n = max(len(line.values) for line in lines)
 
     def height_of(value: float) -> float:
-        return 1 - (scale(value) - low) / span
+        return 1 - (scaled(value) - low) / span
 
     def inner(width: float, height: float) -> str:
         def place(index: float, value: float) -> tuple[float, float]:
@@ -204,7 +208,7 @@ def line_chart(
             _, y = place(0, threshold.value)
             drawn.append(_stroke(f"M0 {y:.2f}H{width:g}", threshold.colour, dashes="5 4"))
         if at is not None:
-            x, _ = place(at[1], 0.0)
+            x = width * at[1] / max(1, n - 1)
             drawn.append(_stroke(f"M{x:.2f} 0V{height:g}", "--quiet", dashes="2 4"))
         if mark is not None:
             x, y = place(*mark)
@@ -218,7 +222,7 @@ def line_chart(
     legend += [("selected", "--ink")] if mark is not None else []
     ticks = "".join(
         f'<text class="quiet" x="11%" y="{12 + 180 * height_of(tick):.0f}" text-anchor="end" dy="4">{tick:g}</text>'
-        for tick in tick_values(low, high, symlog=symlog)
+        for tick in tick_values(low, high, scale=scale)
     )
     labels = "".join(
         f'<text class="quiet" x="{13 + 85 * i / max(1, n - 1):.2f}%" y="212" text-anchor="middle">{i}</text>'
@@ -300,7 +304,7 @@ def bar_chart(rows: Sequence[tuple[str, Sequence[float]]], *, series: Sequence[s
         f'<line x1="{_x((tick - low) / span)}" x2="{_x((tick - low) / span)}" y1="20" y2="{top + len(rows) * height}" '
         f'stroke="var({"--quiet" if tick == 0 else "--rule"})"/>'
         f'<text class="quiet" x="{_x((tick - low) / span)}" y="14" text-anchor="middle">{tick:g}</text>'
-        for tick in tick_values(low, high, symlog=False)
+        for tick in tick_values(low, high)
     ]
     for i, (label, each) in enumerate(rows):
         y = top + i * height + 4
@@ -372,9 +376,15 @@ def _symlog(value: float) -> float:
     return value / 0.1 if abs(value) <= 0.1 else math.copysign(1 + math.log10(abs(value) / 0.1), value)
 
 
-def tick_values(low: float, high: float, *, symlog: bool) -> list[float]:
+_SCALES: dict[Scale, Callable[[float], float]] = {"linear": float, "symlog": _symlog, "log": math.log10}
+
+
+def tick_values(low: float, high: float, *, scale: Scale = "linear") -> list[float]:
     """Return round values between two ends of a scale, at most seven or so."""
-    if symlog:
+    if scale == "log":
+        first, last = math.ceil(low), math.floor(high)
+        return [10.0**power for power in range(first, last + 1, max(1, -(-(last - first) // 6)))]
+    if scale == "symlog":
         round_values = (0.0, 0.05, *(sign * 10.0**k for k in range(-1, 6) for sign in (1, -1)))
         return [value for value in sorted(round_values) if low <= _symlog(value) <= high]
     span = (high - low) or 1.0

@@ -109,7 +109,7 @@ def _charts(scores: ScoreTable) -> dict[str, Figure]:
             thresholds=levels,
             mark=(scores.selected.layer, value) if scores.selected and value is not None else None,
             at=("layer limit", scores.thresholds.layer_limit(scores.n_layers) - 0.5),
-            symlog=name == "kl",
+            scale="symlog" if name == "kl" else "linear",
         )
     return charts
 
