@@ -53,8 +53,11 @@ class TestFrontMatter:
             "license_link": "LICENSE",
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
-            "tags": ["abliterate", "abliteration", "refusal-direction", "orthogonalization", "arxiv:2406.11717"],
-        }
+            "tags": [
+                "abliterate", "abliterated", "abliteration", "refusal-direction", "orthogonalization",
+                "interpretability", "arxiv:2406.11717",
+            ],
+        }  # fmt: skip
 
     def test_the_task_is_the_recorded_one(self, record):
         record["base"]["pipeline_tag"] = "image-text-to-text"
@@ -264,5 +267,5 @@ class TestCommands:
         record["base"]["model"] = "org/x`|\n```\n<script>"
         card = card_of(record, title="a|b\n# <img> *x*")
         assert "\n<script>" not in card
-        assert len(re.findall(r"^```", card, flags=re.MULTILINE)) == 4
+        assert len(re.findall(r"^```", card, flags=re.MULTILINE)) == 6
         assert "# a\\|b \\# \\<img\\> \\*x\\*\n" in card

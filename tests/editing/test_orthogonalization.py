@@ -140,9 +140,10 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     record = json.loads((out / "abliteration.json").read_text())
     assert list(record) == [
         "format_version", "format", "tool", "created", "base", "directions", "subspace", "options", "config_changes",
-        "tensors", "shards", "side_files", "partial",
+        "tensors", "left_alone", "shards", "side_files", "partial",
     ]  # fmt: skip
     assert record["format_version"] == 2
+    assert {group["tensors"]: group["count"] for group in record["left_alone"]} == {"lm_head.weight": 1}
     assert record["tool"].keys() == {"name", "version", "torch", "safetensors"}
     assert record["base"] == {
         "model": "someone/tiny-llama",

@@ -4,8 +4,6 @@ The card says what was removed, how that was measured, how to make the checkpoin
 its use. What is not known is left out of the front matter and said in words. Values from files never become markup.
 """
 
-import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -15,54 +13,24 @@ from huggingface_hub import ModelCardData
 
 from abliterate.arguments import cli_arguments, shell_word
 from abliterate.checkpoints.hub import CardFacts
+from abliterate.editing.card_text import (
+    NOT_MEASURED,
+    code,
+    how_to_merge,
+    how_to_use,
+    inline,
+    is_number,
+    local_name,
+    mapping,
+    number,
+    table,
+    what_was_left_alone,
+)
 from abliterate.editing.options import EditOptions
 from abliterate.files import printable
 from abliterate.models.options import Dtype
 
-NOT_MEASURED = "not measured"
-
-
-def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Return a Markdown table; its cells must be escaped already."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def inline(value: Any) -> str:
-    """Put a value into running text or a table cell, with Markdown's own characters escaped."""
-    text = " ".join(str(value).split())
-    for character in "\\|`<>[]*_#":
-        text = text.replace(character, "\\" + character)
-    return text
-
-
-def code(value: Any) -> str:
-    """Put a value into a code span that also holds in a table cell."""
-    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
-    return f"`{text}`"
-
-
-def number(value: Any) -> str:
-    """Return a number with four significant digits, or "not measured" for what is not one."""
-    return f"{value:.4g}" if is_number(value) else NOT_MEASURED
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    """Return a mapping as it is, and an empty one for anything else."""
-    return value if isinstance(value, dict) else {}
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value from JSON is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 _ROLES = {"embed": "token embedding", "attn": "attention out-projections", "mlp": "MLP out-projections"}
-
-
-def local_name(record: dict[str, Any]) -> str:
-    """Return the last part of a local base's path: the rest may say more than its owner wants to publish."""
-    return str(record["base"]["model"]).rstrip("/").rpartition("/")[2] or "model"
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -316,7 +284,10 @@ def _extract_arguments(metadata: dict[str, Any]) -> list[str]:
     return words if "--dtype" in words or dtype not in get_args(Dtype) else [*words, "--dtype", str(dtype)]
 
 
-_TAGS = ["abliterate", "abliteration", "refusal-direction", "orthogonalization", "arxiv:2406.11717"]
+_TAGS = [
+    "abliterate", "abliterated", "abliteration", "refusal-direction", "orthogonalization", "interpretability",
+    "arxiv:2406.11717",
+]  # fmt: skip
 _FRONT_MATTER_ORDER = ["base_model", "base_model_relation", "license", "license_name", "license_link"]
 _PROMPT_SETS = {
     "harmful": "Harmful prompts",
@@ -393,28 +364,15 @@ def build_model_card(
         f"---\n{front_matter.to_yaml(original_order=_FRONT_MATTER_ORDER)}\n---\n",
         introduction,
         _safety_notice(record),
-        *([_how_to_merge(record, title)] if is_adapter else []),
+        how_to_merge(record, title) if is_adapter else how_to_use(record, title),
         what_was_done(record),
+        *what_was_left_alone(record),
         _how_it_was_measured(evaluation),
         how_to_reproduce(record, evaluation),
         _licence(facts),
         _CITATION,
     ]
     return printable("\n\n".join(section.strip("\n") for section in sections) + "\n")
-
-
-def _how_to_merge(record: dict[str, Any], title: str) -> str:
-    base = record["base"]
-    name, revision = (base["model"], base["revision"]) if base.get("revision") else (local_name(record), None)
-    loader = "".join(filter(str.isalnum, str(base.get("auto_class", "AutoModelForCausalLM"))))
-    arguments = ", ".join([json.dumps(name), *([f"revision={json.dumps(revision)}"] if revision else [])])
-    return (
-        "## How to use it\n\nMerge it before use: some layers are read past the adapter otherwise, and a tied output "
-        "head is edited by merging only.\n\n```python\nfrom peft import PeftModel\n"
-        f"from transformers import {loader}\n\n"
-        f'base = {loader}.from_pretrained({arguments}, dtype="auto")\n'
-        f"model = PeftModel.from_pretrained(base, {json.dumps(title)}).merge_and_unload()\n```"
-    )
 
 
 def _safety_notice(record: dict[str, Any]) -> str:

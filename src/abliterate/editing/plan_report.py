@@ -4,6 +4,7 @@
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from abliterate.editing.record import (
     RECORD_NAME,
     EditedTensor,
     Format,
+    LeftAloneTensors,
     OrthogonalizationReport,
     encode_subspace,
 )
@@ -456,6 +458,7 @@ def planned_report(
         options=plan.options,
         config_changes=plan.config_changes,
         tensors=tuple(EditedTensor(edit=edit) for edit in edits),
+        left_alone=_left_alone(plan),
         shards={},
         side_files={},
         counts=_counts(edits),
@@ -463,6 +466,13 @@ def planned_report(
         bytes_total=sum(shard.size for shard in plan.layout.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),
         partial=plan.partial,
+    )
+
+
+def _left_alone(plan: EditPlan) -> tuple[LeftAloneTensors, ...]:
+    counts = Counter((pattern_of(each.tensor_name), each.reason) for each in plan.stream.left_alone)
+    return tuple(
+        LeftAloneTensors(tensors=pattern, count=count, reason=reason) for (pattern, reason), count in counts.items()
     )
 
 

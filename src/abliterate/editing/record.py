@@ -111,6 +111,21 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftAloneTensors:
+    """Tensors that an edit does not touch though they have an axis of length d_model.
+
+    Attributes:
+        tensors: Their names, numbers as `*`.
+        count: How many they are.
+        reason: Why they do not write to the residual stream.
+    """
+
+    tensors: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OrthogonalizationReport:
     """What was edited, or with `dry_run` what would be.
 
@@ -134,6 +149,7 @@ class OrthogonalizationReport:
         options: What was asked for.
         config_changes: Dotted path in config.json -> the value it has instead of the base's; None: it is not there.
         tensors: Every edited tensor, in file order.
+        left_alone: What could be taken for a writer to the stream and is not one.
         shards: File name -> SHA-256 and size of each shard written; empty in a dry run.
         side_files: The same for every other file.
         counts: Role -> number of tensors in `tensors`.
@@ -156,6 +172,7 @@ class OrthogonalizationReport:
     options: "EditOptions"
     config_changes: dict[str, Any]
     tensors: tuple[EditedTensor, ...]
+    left_alone: tuple[LeftAloneTensors, ...] = ()
     shards: dict[str, WrittenFile]
     side_files: dict[str, WrittenFile]
     counts: dict[str, int]
