@@ -156,7 +156,7 @@ class TestFeedback:
         changes = [(each.double() - weight.double()).norm() for each in (edited, plain)]
         assert changes[0] < 1.001 * changes[1]
         # And what it does besides is not more than the grid does anyway.
-        assert (edited.double() - exact).norm() < 1.01 * (plain.double() - exact).norm()
+        assert (edited.double() - exact).norm() < 1.02 * (plain.double() - exact).norm()
 
     @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
     def test_wide_dtypes_are_exact_to_their_own_rounding(self, dtype, share):

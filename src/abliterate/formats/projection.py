@@ -24,8 +24,8 @@ same logits. Where the output head shares the embedding's rows, editing the embe
 Rounding. A stored dtype has a grid, and where W is large the change of an entry is less than half a step and
 rounds back: in bfloat16 at d_model 4096 about 1 % of the component survives. So the axis is rounded segment by
 segment, each with half of what U has left, and what the segments so far have put back, E = sum of U_S (Q_S - T_S),
-the rest S takes away by the least change that does: T_S - U_S^T (U_S U_S^T)^-1 E. With one direction no entry is moved
-by more than about half a step for that. What the last segment, a few entries, puts back is what survives.
+the rest S takes away by the least change that does: T_S - U_S^T (U_S U_S^T)^-1 E. That moves an entry by about half a
+step at most where U is spread. What the last segment, a few entries, puts back is what survives.
 
 All sums have an order: terms are added in the wide dtype in chunks (of rows, or along a vector of numbers at a fixed
 distance), chunks in float64. So what comes out does not depend on how a tensor is cut between its vectors, and
@@ -56,10 +56,10 @@ if TYPE_CHECKING:
 # not by the tensor: 4 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 20
 
-# A segment of the axis is cut where what is left of every direction is at least a quarter of its share: less would have
-# to move its entries by far more than rounding does. The last one has about this many entries.
-_LEAST_SHARE = 0.25
-_LAST_ENTRIES = 4
+# A segment of the axis ends where it has at most so many times what is left of any direction, or, where many entries
+# are left, so many that each is moved by a quarter of a rounding error. The last segment has about two entries.
+_MOST_TIMES = 4.0
+_LEAST_ENTRIES = 1.0
 
 # Terms that are added before the sum goes on in float64: rows that follow each other, or numbers along a vector that
 # lie as far apart as there are lanes.
@@ -335,14 +335,17 @@ def _segments(basis: Float64[Tensor, "k d_model"], *, stored: torch.dtype) -> _S
     k, d_model = basis.shape
     left = basis.square().sum(dim=0).flip(0).cumsum(0).flip(0) / k
     bounds, grams, share = [0], [basis @ basis.T], 0.5
-    while is_rounded and share * d_model >= _LAST_ENTRIES / 2:
+    while is_rounded and share * d_model >= _LEAST_ENTRIES:
         cut = int((left > share).sum())
+        share /= 2
+        if not bounds[-1] < cut < d_model:
+            continue
         rest = basis[:, cut:]
-        if cut == bounds[-1] or float(torch.linalg.eigvalsh(rest @ rest.T).amin()) < _LEAST_SHARE * share:
-            break
+        rounded = float(left[bounds[-1]] - left[cut])
+        if float(torch.linalg.eigvalsh(rest @ rest.T).amin()) * max(_MOST_TIMES, (d_model - cut) / 16) < rounded:
+            continue
         bounds.append(cut)
         grams.append(rest @ rest.T)
-        share /= 2
     return _Segments(
         directions=basis.to(_wide(stored)),
         bounds=(*bounds, d_model),
