@@ -78,8 +78,8 @@ def printable(text: str) -> str:
 _LONGEST_SAID = 300
 
 
-def in_one_line(error: BaseException) -> str:
-    """Return what an error of a library says, as part of a message of ours: one line, shortened, printable."""
+def in_one_line(error: BaseException | str) -> str:
+    """Return what a library or a file says, as part of a message of ours: one line, shortened, printable."""
     said = printable(" ".join(str(error).split())).rstrip(".")
     return said if len(said) <= _LONGEST_SAID else said[: _LONGEST_SAID - 3] + "..."
 

@@ -114,3 +114,16 @@ def test_a_tensor_that_is_there_plain_and_quantised(tmp_path):
     tensors = {"a_blocks": codes, "a_scales": torch.zeros(2, 1, dtype=torch.uint8), "a": torch.zeros(2)}
     with pytest.raises(CheckpointError, match="tensor a is there plain and quantised"):
         plain_view(save(tmp_path / "base", tensors, config={"quant_method": "mxfp4"}))
+
+
+@pytest.mark.parametrize("key", ["quant_method", "base_model"])
+def test_what_a_config_says_stays_on_one_line(tmp_path, key):
+    base = tmp_path / "base"
+    save(base, pair(), config={"quant_method": "a\nb" if key == "quant_method" else "gptq"})
+    config = json.loads((base / "config.json").read_text()) | {"base_model": "c\nd\x1b[2J"}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QuantizedCheckpointError) as caught:
+        plain_view(open_checkpoint(base))
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert "c d" in str(caught.value)

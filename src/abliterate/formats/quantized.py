@@ -18,6 +18,7 @@ from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
 from abliterate.checkpoints.encoding import Encoding, EncodingError, QuantizedFormat
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, new_header
 from abliterate.errors import CheckpointError, QuantizedCheckpointError
+from abliterate.files import in_one_line
 
 # MLX writes the third, beside the first or alone.
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -30,7 +31,7 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] 
         if found:
             content = found if isinstance(found, dict) else {}
             method = "mlx" if {"group_size", "bits"} <= content.keys() and "quantization" in config else "unknown"
-            return str(content.get("quant_method", method)), content
+            return in_one_line(str(content.get("quant_method", method))), content
     return None
 
 
@@ -58,7 +59,7 @@ def base_in_words(config: Mapping[str, Any]) -> str:
     for key in ("base_model", "base_model_name_or_path", "_name_or_path"):
         name = config.get(key)
         if isinstance(name, str) and name:
-            return f"use the model it was quantised from (config.json names {name} as {key})"
+            return f"use the model it was quantised from (config.json names {in_one_line(name)} as {key})"
     return "use the model it was quantised from"
 
 
