@@ -127,3 +127,10 @@ def test_what_a_config_says_stays_on_one_line(tmp_path, key):
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
     assert "c d" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [3, "128", True, {"a": 1}])
+def test_a_block_size_that_is_no_list_is_none(tmp_path, size):
+    config = {"quant_method": "fp8", "weight_block_size": size}
+    with pytest.raises(QuantizedCheckpointError, match="whose blocks are not those that"):
+        plain_view(save(tmp_path / "base", pair(scales=(3, 2)), config=config))

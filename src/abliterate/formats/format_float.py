@@ -276,7 +276,8 @@ def _block_of(codes: tuple[int, ...], scales: tuple[int, ...], content: Mapping[
         return (rows, columns) if not leading and found in ([], [1]) else None
     found = found[len(leading) :]
     found += [1] * (2 - len(found))
-    given = content.get("weight_block_size") or [None, None]
+    named = content.get("weight_block_size")
+    given = named if isinstance(named, list) and named else [None, None]
     block = []
     for size, n_scales, wanted in zip((rows, columns), found, given, strict=False):
         if n_scales == 1:
