@@ -1,4 +1,4 @@
-"""Compiled arithmetic: the oracle is the same written with torch, bit for bit."""
+"""The fused arithmetic: the oracle is the same written with torch, bit for bit."""
 
 import importlib
 from pathlib import Path
@@ -34,6 +34,20 @@ SHAPES = [
 ]
 
 
+@pytest.fixture
+def runs(monkeypatch) -> list[torch.dtype]:
+    """What was projected by the kernels: without them the two sides of each comparison would be one."""
+    seen: list[torch.dtype] = []
+    plain = projection._project_fused
+
+    def project(kernels, weight, *rest):
+        seen.append(weight.dtype)
+        return plain(kernels, weight, *rest)
+
+    monkeypatch.setattr(projection, "_project_fused", project)
+    return seen
+
+
 def bits(weight: Tensor) -> Tensor:
     return weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
 
@@ -46,20 +60,21 @@ def bits(weight: Tensor) -> Tensor:
     rank=st.integers(0, 3),
     strength=st.sampled_from([1, 1.0, 0.5, 2.0, 0.0, -1.0]),
     preserve_norms=st.booleans(),
-    scale=st.sampled_from([1.0, 1e-30, 1e30, 0.0]),
+    scale=st.sampled_from([1.0, 1e-6, 1e-30, 1e30, 0.0]),
     with_norm=st.booleans(),
     in_place=st.booleans(),
 )
 def test_the_bytes_are_those_of_the_plain_arithmetic(
     shape_axis, dtype, seed, rank, strength, preserve_norms, scale, with_norm, in_place
 ):
+    assert projection.fused_kernels() is not None, "without numba both sides would be one"
     shape, axis = shape_axis
     generator = torch.Generator().manual_seed(seed)
     # Some numbers far larger than the others, as real weights have.
     weight = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp() * scale
     weight = weight.to(dtype)
     if dtype == torch.float16:
-        weight = weight.nan_to_num().clamp(-100, 100)
+        weight = weight.nan_to_num().clamp(-3e4, 3e4)
     directions = torch.randn(rank, shape[axis], generator=generator, dtype=torch.float64)
     if with_norm:
         gamma = torch.randn(shape[axis], generator=generator)
@@ -69,13 +84,13 @@ def test_the_bytes_are_those_of_the_plain_arithmetic(
     plain = project_out(weight, before=sums[0], **options)
     target = weight.clone() if in_place else None
     source = weight if target is None else target
-    fused = project_out(source, before=sums[1], out=target, compiled=True, **options)
+    fused = project_out(source, before=sums[1], out=target, fused=True, **options)
     assert torch.equal(bits(fused), bits(plain))
     for name in ("along_squared", "total_squared"):
         assert getattr(sums[1], name) == pytest.approx(getattr(sums[0], name), rel=1e-12, abs=1e-300)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_meter_measures_the_same(shape, axis, dtype, rank):
@@ -83,8 +98,8 @@ def test_the_meter_measures_the_same(shape, axis, dtype, rank):
     weight = torch.randn(shape, generator=generator).to(dtype)
     directions = torch.linalg.qr(torch.randn(shape[axis], rank, generator=generator, dtype=torch.float64)).Q.T
     results = []
-    for compiled in (False, True):
-        meter = ComponentMeter(directions, shape=shape, residual_axis=axis, compiled=compiled)
+    for fused in (False, True):
+        meter = ComponentMeter(directions, shape=shape, residual_axis=axis, fused=fused)
         rows = weight.reshape(-1, meter.row_length)
         for some in rows.split(5):
             meter.add(some, scratch=Scratch())
@@ -98,22 +113,31 @@ def test_a_number_that_is_none_is_not_lost():
         weight = torch.ones(48, 20, dtype=torch.bfloat16)
         weight[3, 4] = number
         sums = NormSums()
-        project_out(weight, directions=torch.ones(1, 48), residual_axis=0, before=sums, compiled=True)
+        project_out(weight, directions=torch.ones(1, 48), residual_axis=0, before=sums, fused=True)
         assert not torch.isfinite(torch.tensor(sums.total_squared))
 
 
 @pytest.mark.parametrize("options", [{}, {"preserve_norms": True}, {"strength": 0.5}])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_a_checkpoint_is_the_same_with_and_without(tmp_path: Path, monkeypatch, model_type, options):
-    base = save_tiny_model(tmp_path / "base", model_type, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("model_type", "dtype"), [("llama", torch.bfloat16), ("gpt2", torch.float16)])
+def test_a_checkpoint_is_the_same_with_and_without(tmp_path: Path, monkeypatch, runs, model_type, dtype, options):
+    base = save_tiny_model(tmp_path / "base", model_type, dtype=dtype)
     direction = make_direction(mean_difference=5 * random_direction())
     made = {}
     for name, worth in (("plain", 1 << 60), ("fused", 0)):
-        monkeypatch.setattr(edited_files, "_WORTH_COMPILING", worth)
+        monkeypatch.setattr(edited_files, "_WORTH_FUSING", worth)
         out = tmp_path / name
         orthogonalize_checkpoint(source=base, direction=direction, output=out, options=EditOptions(**options))
         made[name] = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+        assert set(runs) == (set() if name == "plain" else {dtype})
     assert made["plain"] == made["fused"]
+
+
+def test_every_number_of_sixteen_bits_is_read_and_written_as_it_is() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+        weight = numbers[torch.isfinite(numbers)][None, :]
+        kept = project_out(weight, directions=torch.eye(1, weight.shape[1]), residual_axis=1, strength=0.0, fused=True)
+        assert torch.equal(bits(kept), bits(weight))
 
 
 @pytest.mark.parametrize("error", [ImportError("no numba"), RuntimeError("cannot cache function")])
@@ -127,7 +151,20 @@ def test_without_a_compiler_or_a_folder_for_its_work_the_plain_arithmetic_is_use
         assert projection.fused_kernels() is None
         weight = torch.randn(48, 20, dtype=torch.bfloat16)
         direction = torch.randn(1, 48)
-        edited = project_out(weight, directions=direction, residual_axis=0, compiled=True)
+        edited = project_out(weight, directions=direction, residual_axis=0, fused=True)
         assert torch.equal(edited, project_out(weight, directions=direction, residual_axis=0))
     finally:
         projection.fused_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 1 << 7), (torch.float16, 1 << 10)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_halfway_between_two_numbers_the_even_one_is_taken(dtype, least, fused):
+    # Three quarters of a number with an odd last bit need one bit more than there is, or two.
+    numbers = torch.arange(least, 2 * least, dtype=torch.float32)
+    weight = torch.stack([numbers, -numbers]).to(dtype)
+    direction = torch.tensor([[1.0, 0.0]])
+    edited = project_out(weight, directions=direction, residual_axis=0, strength=0.25, fused=fused)
+    wanted = torch.stack([0.75 * numbers, -numbers])
+    assert (wanted.to(dtype) != wanted).sum() > least // 2
+    assert torch.equal(edited, wanted.to(dtype))

@@ -44,8 +44,8 @@ from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, EditedTensor
 from abliterate.formats.component import Component
 from abliterate.progress import ProgressReporter
 
-# Numbers edited, above which compiled arithmetic saves more time than it takes to be loaded.
-_WORTH_COMPILING = 1 << 28
+# Numbers edited, above which the fused arithmetic saves more time than it takes to be loaded.
+_WORTH_FUSING = 1 << 28
 
 
 class EditedShard:
@@ -57,7 +57,7 @@ class EditedShard:
         edits: Of tensors that are there, by the names that they are stored under; those of the plan.
         directions: Norm chain -> the directions that a writer before it must not have.
         device: Where the arithmetic is done.
-        compiled: See `projection.project_out`.
+        fused: See `projection.project_out`.
 
     Attributes:
         edits: Name of each edited tensor in it -> what projects it, or None where nothing is projected.
@@ -71,12 +71,12 @@ class EditedShard:
         directions: Mapping[str, Tensor],
         *,
         device: str,
-        compiled: bool,
+        fused: bool,
     ) -> None:
         self.edits: dict[str, ProjectedTensor | None] = {}
         self._by_name = edits
         self._shard, self._plan, self._directions = shard, plan, directions
-        self._device, self._compiled = device, compiled
+        self._device, self._fused = device, fused
         self._opened: dict[str, PlainFile] = {}
         self._segments: list[Segment] = []
 
@@ -204,7 +204,7 @@ class EditedShard:
             strength=self._plan.options.strength_of(edit.writer),
             preserve_norms=self._plan.options.preserve_norms,
             device=self._device,
-            compiled=self._compiled,
+            fused=self._fused,
         )
 
     def _source(self, shard_name: str) -> PlainFile:
@@ -266,7 +266,7 @@ class EditedFiles:
     def __init__(self, plan: EditPlan, *, device: str = "cpu") -> None:
         self._plan, self._device = plan, device
         numbers = sum(math.prod(edit.info.shape) for edit in plan.edits if edit.project)
-        self._compiled = numbers >= _WORTH_COMPILING
+        self._fused = numbers >= _WORTH_FUSING
         self._shards = {shard.file_name: shard for shard in plan.checkpoint.shards}
         # Looked up for each shard, of which there may be thousands.
         there = [edit for edit in plan.edits if not edit.is_new]
@@ -357,7 +357,7 @@ class EditedFiles:
                 self._stored,
                 self._directions,
                 device=self._device,
-                compiled=self._compiled,
+                fused=self._fused,
             )
             added = self._added(self._shards[name])
             if self._plan.is_dequantized:

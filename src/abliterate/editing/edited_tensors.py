@@ -32,7 +32,7 @@ from abliterate.checkpoints.safetensors_file import (
 )
 from abliterate.errors import CheckpointError
 from abliterate.formats.component import Component, ComponentMeter
-from abliterate.formats.projection import NormSums, block_width, project_out
+from abliterate.formats.projection import NormSums, project_out
 
 # Bytes of a tensor, as it is stored, that are held at a time. Where a block is one range of the file, few enough to
 # stay in the cache from reading to writing. Where a block is some of the columns, enough that each row's part is worth
@@ -84,7 +84,7 @@ class TensorBlock:
 
 
 def blocks_of(info: TensorInfo, *, residual_axis: int, budget: int = BLOCK_BYTES) -> tuple[TensorBlock, ...]:
-    """Cut a tensor into blocks of at most `budget` bytes; more only if that does not hold `block_width` vectors.
+    """Cut a tensor into blocks of at most `budget` bytes; more only if that does not hold a vector.
 
     Args:
         info: The tensor; it must have a floating-point dtype.
@@ -97,10 +97,9 @@ def blocks_of(info: TensorInfo, *, residual_axis: int, budget: int = BLOCK_BYTES
     item = TORCH_DTYPES[info.dtype].itemsize
     if not d_model * n_matrices * n_columns:
         return ()
-    width = block_width(d_model)
 
     def n_vectors(nbytes: int) -> int:
-        return max(width, nbytes // (d_model * item) // width * width)
+        return max(1, nbytes // (d_model * item))
 
     at_once = min(budget, RANGE_BYTES)
     if axis == len(info.shape) - 1:
@@ -148,7 +147,7 @@ class Projection:
         strength: Share of the component that is removed.
         preserve_norms: See `projection.project_out`.
         device: Where the arithmetic is done.
-        compiled: See `projection.project_out`.
+        fused: See `projection.project_out`.
     """
 
     directions: Tensor
@@ -156,7 +155,7 @@ class Projection:
     strength: float = 1.0
     preserve_norms: bool = False
     device: str = "cpu"
-    compiled: bool = False
+    fused: bool = False
 
 
 class ProjectedTensor:
@@ -181,7 +180,7 @@ class ProjectedTensor:
             projection.directions,
             shape=info.shape,
             residual_axis=projection.residual_axis,
-            compiled=projection.compiled,
+            fused=projection.fused,
         )
         # The widest words of which every piece of a block, and so every row, holds a whole number.
         lengths = [self.meter.row_length * self.dtype.itemsize, *(block.piece_bytes for block in blocks)]
@@ -222,7 +221,7 @@ class ProjectedTensor:
             out=moved,
             scratch=worker.scratch,
             before=before,
-            compiled=projection.compiled,
+            fused=projection.fused,
         )
         if not math.isfinite(before.total_squared):
             raise CheckpointError(f"{self._original} holds NaN or infinite values; download the checkpoint again")
@@ -370,7 +369,7 @@ class QuantizedEdit:
             residual_axis=self.projection.residual_axis - len(self.info.shape) + 2,
             strength=self.projection.strength,
             preserve_norms=self.projection.preserve_norms,
-            compiled=self.projection.compiled,
+            fused=self.projection.fused,
         )
 
     def refit(self, index: int, companion: int) -> Tensor:

@@ -71,8 +71,7 @@ class ComponentMeter:
         directions: U, orthonormal rows.
         shape: Shape of the tensor.
         residual_axis: The axis of it that indexes the residual stream.
-        dtype: Of the arithmetic: float64, or float32 where a component of the size of |W| is measured.
-        compiled: See `project_out`.
+        fused: See `projection.project_out`.
     """
 
     def __init__(
@@ -81,16 +80,15 @@ class ComponentMeter:
         *,
         shape: Sequence[int],
         residual_axis: int,
-        dtype: torch.dtype = torch.float64,
-        compiled: bool = False,
+        fused: bool = False,
     ) -> None:
-        self._basis = directions.to(dtype).contiguous()
-        self._kernels = fused_kernels() if compiled and dtype == torch.float64 else None
+        self._basis = directions.double().contiguous()
+        self._kernels = fused_kernels() if fused else None
         trailing = torch.Size(shape)[residual_axis % len(shape) + 1 :].numel()
         self._is_last = residual_axis % len(shape) == len(shape) - 1
         self.row_length = directions.shape[1] if self._is_last else trailing
         self._row = 0
-        self._sums = torch.zeros(len(directions), trailing, dtype=dtype)
+        self._sums = torch.zeros(len(directions), trailing, dtype=torch.float64)
         self._along_squared = self._total_squared = 0.0
 
     def add(self, rows: Float[Tensor, "n row_length"], *, scratch: Scratch) -> None:
@@ -98,11 +96,11 @@ class ComponentMeter:
         if self._kernels is not None and can_be_fused(rows):
             self._add_fused(self._kernels, rows)
             return
-        flat = scratch.take("measured", rows.numel(), dtype=self._basis.dtype, device=rows.device)
+        flat = scratch.take("measured", rows.numel(), dtype=torch.float64, device=rows.device)
         wide = flat.view(rows.shape).copy_(rows)
         self._total_squared += float(torch.dot(flat, flat))
         if self._is_last:
-            self._along_squared += float((wide @ self._basis.T).square().sum(dtype=torch.float64))
+            self._along_squared += float((wide @ self._basis.T).square().sum())
             return
         for part, basis in self._parts(wide):
             self._sums.addmm_(basis, part)
@@ -127,7 +125,7 @@ class ComponentMeter:
             self._row += len(part)
             rows = rows[len(part) :]
             if self._row == d_model:
-                self._along_squared += float(self._sums.square().sum(dtype=torch.float64))
+                self._along_squared += float(self._sums.square().sum())
                 self._sums.zero_()
                 self._row = 0
 

@@ -10,46 +10,68 @@ in the user's cache folder (https://numba.readthedocs.io/en/stable/developer/cac
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import overload
 
 from abliterate.formats.projection import CHUNK_ROWS, N_LANES
 
 # Columns that are worked on together: what comes out does not depend on it.
 _WIDTH = 1024
 
-# Its own types know nothing of the context that it gives.
-_intrinsic: Any = intrinsic
+
+def _widen(stored):
+    """Return a stored number as float32: bfloat16 is uint16 here and float16 int16, both as their bits."""
+    raise NotImplementedError
 
 
-@_intrinsic
-def _widen(_context: Any, stored: Any) -> Any:
-    """bfloat16, as its bits, or float32 -> float32."""
-
-    def lower(_codegen: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        if stored == types.float32:
-            return arguments[0]
-        word = ir.IntType(32)
-        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), ir.Constant(word, 16)), ir.FloatType())
-
-    return types.float32(stored), lower
+def _narrow(number, like):
+    """Return a float32 as what `like` is, rounded to the nearest, ties to even; NaN may become another number."""
+    raise NotImplementedError
 
 
-@_intrinsic
-def _narrow(_context: Any, _number: Any, like: Any) -> Any:
-    """float32 -> what `like` is, to the nearest, ties to even. NaN may become another number."""
+# Numbers of 32 bits become 64 wherever two of them meet, so each result is cut back.
+@overload(_widen)
+def _widen_of(stored):
+    if stored == types.float32:
+        return lambda stored: stored
+    if stored == types.uint16:
+        return lambda stored: np.uint32(np.uint32(stored) << 16).view(np.float32)
 
-    def lower(_codegen: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        if like == types.float32:
-            return arguments[0]
-        word = ir.IntType(32)
-        bits = builder.bitcast(arguments[0], word)
-        is_odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-        rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), is_odd)
-        return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
+    def widen_half(stored):
+        bits = np.uint32(np.uint16(stored))
+        magnitude = np.uint32((bits & 0x7FFF) << 13)
+        # Its exponent is 112 less than float32 would have it, and all ones where the number is none.
+        finite = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+        found = finite if bits & 0x7C00 != 0x7C00 else np.uint32(magnitude | 0x7F800000)
+        return np.uint32((bits & 0x8000) << 16 | found).view(np.float32)
 
-    return like(types.float32, like), lower
+    return widen_half
+
+
+@overload(_narrow)
+def _narrow_of(number, like):
+    if like == types.float32:
+        return lambda number, like: number
+    if like == types.uint16:
+
+        def narrow_bfloat(number, like):
+            bits = np.float32(number).view(np.uint32)
+            return np.uint16(np.uint32(bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+
+        return narrow_bfloat
+
+    def narrow_half(number, like):
+        bits = np.float32(number).view(np.uint32)
+        magnitude = np.uint32(bits & 0x7FFFFFFF)
+        normal = np.uint32(np.uint32(magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13)
+        # The step of float32 at a half is that of float16 below its least normal number, so this rounds to it.
+        small = np.uint32(np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - 0x3F000000)
+        none = np.uint32(0x7C00) if magnitude <= 0x7F800000 else np.uint32(0x7E00)
+        half = small if magnitude < 0x38800000 else normal
+        half = none if magnitude >= 0x47800000 else half
+        return np.int16(np.uint16(half | (bits >> 16 & 0x8000)))
+
+    return narrow_half
 
 
 def _compiled(*flags: str) -> Any:
@@ -69,11 +91,22 @@ def _feed_back(inverse, error, strengths):
 
 
 @_compiled()
+def _take_away(stored, shares, coefficients, exact):
+    """Set `exact` to some numbers of a row, less what the directions take away; `shares` is U of the row."""
+    for j in range(len(stored)):
+        exact[j] = _widen(stored[j])
+    for r in range(len(shares)):
+        share, coefficient = shares[r], coefficients[r]
+        for j in range(len(stored)):
+            exact[j] -= share * coefficient[j]
+
+
+@_compiled()
 def project_columns(matrix, edited, directions, bounds, inverses, strength, is_scaled, least_left, sums):
     """Project directions out of the columns of a matrix, [d_model, n]; see `projection.project_out`.
 
     Args:
-        matrix: bfloat16 as its bits, or float32.
+        matrix: float32, or the bits of bfloat16 (unsigned) or float16 (signed).
         edited: Where the result goes; `matrix` itself will do.
         directions: U, [k, d_model] float32.
         bounds: Where each segment of the residual axis begins, and the end of the last.
@@ -119,13 +152,7 @@ def project_columns(matrix, edited, directions, bounds, inverses, strength, is_s
             for top in range(0, d_model, CHUNK_ROWS):
                 square_terms[:] = 0
                 for i in range(top, min(top + CHUNK_ROWS, d_model)):
-                    stored = matrix[i, first : first + n]
-                    for j in range(n):
-                        exact[j] = _widen(stored[j])
-                    for r in range(k):
-                        share, coefficient = directions[r, i], coefficients[r]
-                        for j in range(n):
-                            exact[j] -= share * coefficient[j]
+                    _take_away(matrix[i, first : first + n], directions[:, i], coefficients, exact)
                     for j in range(n):
                         square_terms[j] += exact[j] * exact[j]
                 left += square_terms
@@ -141,13 +168,7 @@ def project_columns(matrix, edited, directions, bounds, inverses, strength, is_s
             for top in range(bounds[segment], bounds[segment + 1], CHUNK_ROWS):
                 terms[:] = 0
                 for i in range(top, min(top + CHUNK_ROWS, bounds[segment + 1])):
-                    stored = matrix[i, first : first + n]
-                    for j in range(n):
-                        exact[j] = _widen(stored[j])
-                    for r in range(k):
-                        share, coefficient = directions[r, i], coefficients[r]
-                        for j in range(n):
-                            exact[j] -= share * coefficient[j]
+                    _take_away(matrix[i, first : first + n], directions[:, i], coefficients, exact)
                     if is_scaled:
                         for j in range(n):
                             exact[j] *= scale[j]

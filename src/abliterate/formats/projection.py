@@ -66,7 +66,8 @@ _LEAST_ENTRIES = 1.0
 CHUNK_ROWS = 32
 N_LANES = 128
 
-_FUSED = (torch.bfloat16, torch.float32)
+# What stands for a number of each dtype that `fused` takes, in numpy.
+_FUSED = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 # A fibre of which less than this share is left has lost its direction to rounding: its norm is not restored.
 LEAST_LEFT = 1e-3
@@ -110,7 +111,7 @@ def project_out(
     out: Float[Tensor, "*shape"] | None = None,
     scratch: Scratch | None = None,
     before: NormSums | None = None,
-    compiled: bool = False,
+    fused: bool = False,
 ) -> Float[Tensor, "*shape"]:
     """Return W - strength * U^T (U W), rounded with feedback, with U an orthonormal basis of `directions`.
 
@@ -126,8 +127,8 @@ def project_out(
         out: Where to write the result, contiguous; `weight` itself will do. None makes a new tensor.
         scratch: Memory to work in, for a caller that calls often.
         before: Is told |U W| and |W|, with the accuracy of the arithmetic.
-        compiled: Whether it is worth loading `fused`, which takes half a second and, once on a machine, ten: several
-            times as fast for bfloat16 and float32 on the CPU. Where it cannot be had, this makes no difference.
+        fused: Whether it is worth loading `fused`, which takes a second and, once on a machine, ten: several times as
+            fast on the CPU for all but float64. Where it cannot be had, this makes no difference.
 
     Returns:
         A tensor of the shape and dtype of `weight`. Each vector is edited by itself, so a tensor that is cut between
@@ -145,7 +146,7 @@ def project_out(
     segments = _segments(basis, stored=weight.dtype)
     options = _Options(strength=strength, preserve_norms=preserve_norms)
     sums = NormSums() if before is None else before
-    kernels = fused_kernels() if compiled and can_be_fused(weight, edited) else None
+    kernels = fused_kernels() if fused and can_be_fused(weight, edited) else None
     if kernels is not None:
         _project_fused(kernels, weight, edited, residual_axis, segments, options, sums)
         return edited
@@ -170,11 +171,6 @@ class NormSums:
         """Count some vectors."""
         self.along_squared += along_squared
         self.total_squared += total_squared
-
-
-def block_width(d_model: int) -> int:
-    """Return how many vectors along the residual axis are edited together."""
-    return max(1, _BLOCK_ELEMENTS // d_model)
 
 
 def residue_bound(dtype: torch.dtype, *, d_model: int, elements: int, before: float, after: float) -> float:
@@ -224,7 +220,8 @@ def basis_for(
 def blocks_along(weight: Float[Tensor, "*shape"], residual_axis: int) -> Iterator[Float[Tensor, "d_model n"]]:
     """Yield views that cover a tensor; its vectors along the residual axis are their columns."""
     d_model = weight.shape[residual_axis]
-    width = block_width(d_model)
+    # Elsewhere memory is plentiful, and it is the number of operations that costs.
+    width = max(1, (_BLOCK_ELEMENTS if weight.device.type == "cpu" else 64 * _BLOCK_ELEMENTS) // d_model)
     trailing = weight.shape[residual_axis % weight.dim() + 1 :].numel()
     # Where the residual axis is the last, all vectors along it lie in one matrix; else in one per leading index.
     is_last = _is_last(weight, residual_axis)
@@ -412,8 +409,8 @@ def can_be_fused(*weights: Float[Tensor, "*shape"]) -> bool:
 
 
 def bits_of(weight: Float[Tensor, "*shape"]) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
-    """Return a weight as numpy has it, bfloat16 as its bits."""
-    return weight.view(torch.uint16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy()
+    """Return a weight as `fused` takes it: float32, or the bits of what numpy has no numbers for."""
+    return weight.view(_FUSED[weight.dtype]).numpy()
 
 
 def _project_fused(
