@@ -119,21 +119,15 @@ def _tables(report: "PlanReport") -> list[Table | str]:
 
 
 def _left_alone(report: "PlanReport") -> list[Table | str]:
-    from abliterate.editing.plan_report import pattern_of
+    from abliterate.architectures.writers import LeftAlone
+    from abliterate.editing.plan_report import group_left_alone
 
-    counts: dict[tuple[str, str], int] = {}
-    for kept in report.left_alone:
-        key = (pattern_of(kept.tensor_name), kept.reason)
-        counts[key] = counts.get(key, 0) + 1
-    for name in report.not_selected:
-        key = (pattern_of(name), "a residual writer that --components or --layers leaves out")
-        counts[key] = counts.get(key, 0) + 1
-    if not counts:
-        return []
+    reason = "a residual writer that --components or --layers leaves out"
+    not_selected = [LeftAlone(tensor_name=name, reason=reason) for name in report.not_selected]
     table = Table(Column("left alone", overflow="fold"), "count", "why")
-    for (pattern, reason), count in counts.items():
-        table.add_row(pattern, str(count), reason)
-    return [table]
+    for group in group_left_alone([*report.left_alone, *not_selected]):
+        table.add_row(group.tensors, str(group.count), group.reason)
+    return [table] if table.row_count else []
 
 
 def _facts(report: "PlanReport") -> list[Table | str]:

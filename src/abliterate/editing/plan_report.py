@@ -401,6 +401,14 @@ def pattern_of(name: str) -> str:
     return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
 
 
+def group_left_alone(left_alone: Iterable[LeftAlone]) -> tuple[LeftAloneTensors, ...]:
+    """Take tensors that differ by numbers in their names, and are left alone for one reason, together."""
+    counts = Counter((pattern_of(each.tensor_name), each.reason) for each in left_alone)
+    return tuple(
+        LeftAloneTensors(tensors=pattern, count=count, reason=reason) for (pattern, reason), count in counts.items()
+    )
+
+
 def format_ranges(numbers: Iterable[int]) -> str:
     """Write numbers as ranges: {0, 1, 2, 5} as `0-2, 5`."""
     ranges: list[list[int]] = []
@@ -458,7 +466,7 @@ def planned_report(
         options=plan.options,
         config_changes=plan.config_changes,
         tensors=tuple(EditedTensor(edit=edit) for edit in edits),
-        left_alone=_left_alone(plan),
+        left_alone=group_left_alone(plan.stream.left_alone),
         shards={},
         side_files={},
         counts=_counts(edits),
@@ -466,13 +474,6 @@ def planned_report(
         bytes_total=sum(shard.size for shard in plan.layout.shards) + sum(edit.nbytes for edit in edits if edit.is_new),
         notes=plan.notes(),
         partial=plan.partial,
-    )
-
-
-def _left_alone(plan: EditPlan) -> tuple[LeftAloneTensors, ...]:
-    counts = Counter((pattern_of(each.tensor_name), each.reason) for each in plan.stream.left_alone)
-    return tuple(
-        LeftAloneTensors(tensors=pattern, count=count, reason=reason) for (pattern, reason), count in counts.items()
     )
 
 

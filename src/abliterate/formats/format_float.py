@@ -82,9 +82,9 @@ class _Fp8:
             return None
         if scales.dtype not in {"F32", "BF16", "F16", "U8", "F8_E8M0"}:
             raise EncodingError(info, scales, "of a dtype that is not known")
-        block = _block_of(info.shape, scales.shape, content)
+        block = _block_of(info.shape, scales.shape, _named_block(content))
         if block is None and scales.dtype in {"U8", "F8_E8M0"}:
-            block = _block_of(info.shape, scales.shape, {"weight_block_size": _MX_BLOCK})
+            block = _block_of(info.shape, scales.shape, _MX_BLOCK)
         if block is None:
             raise EncodingError(info, scales, "whose blocks are not those that config.json names")
         power_of_two = scales.dtype in {"U8", "F8_E8M0"} or content.get("scale_fmt") == "ue8m0"
@@ -266,8 +266,13 @@ def _check_dtype(info: TensorInfo, scales: TensorInfo) -> None:
 FORMATS: tuple[QuantizedFormat, ...] = (_Fp8(), _Fp4())
 
 
-def _block_of(codes: tuple[int, ...], scales: tuple[int, ...], content: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return how many rows and columns share a scale; None where that cannot be told."""
+def _named_block(content: Mapping[str, Any]) -> Sequence[Any]:
+    named = content.get("weight_block_size")
+    return named if isinstance(named, list) and named else (None, None)
+
+
+def _block_of(codes: tuple[int, ...], scales: tuple[int, ...], named: Sequence[Any]) -> tuple[int, int] | None:
+    """Return how many rows and columns share a scale; None where neither the shapes nor what is named tell it."""
     if len(codes) not in {2, 3}:
         return None
     *leading, rows, columns = codes
@@ -276,10 +281,8 @@ def _block_of(codes: tuple[int, ...], scales: tuple[int, ...], content: Mapping[
         return (rows, columns) if not leading and found in ([], [1]) else None
     found = found[len(leading) :]
     found += [1] * (2 - len(found))
-    named = content.get("weight_block_size")
-    given = named if isinstance(named, list) and named else [None, None]
     block = []
-    for size, n_scales, wanted in zip((rows, columns), found, given, strict=False):
+    for size, n_scales, wanted in zip((rows, columns), found, named, strict=False):
         if n_scales == 1:
             block.append(size)
         elif n_scales == size:

@@ -87,7 +87,7 @@ def build_demo_model(
     check_output_directory(output, overwrite=overwrite)
     if not adapter.is_dir():
         raise MissingDependencyError(
-            f"{adapter}: the hardened adapter comes with the source alone; run this in a clone"
+            f"{adapter}: not there; the hardened one comes with the source, so run it in a clone"
         )
     if importlib.util.find_spec("peft") is None:
         raise MissingDependencyError(f"the demo model needs the package peft: {INSTALL_HINT}")

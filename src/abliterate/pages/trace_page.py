@@ -55,27 +55,24 @@ def _cosines(report: TraceReport) -> Figure:
 
 
 def _heads(report: TraceReport) -> dict[str, Figure]:
-    found = [each for each in report.sets if each.contributions is not None]
-    if report.heads_unavailable is not None or not found:
+    found = {each.label: each.contributions.heads for each in report.sets if each.contributions is not None}
+    if not found:
         return {}
-    heads = [row for each in found[:1] if each.contributions is not None for row in each.contributions.heads]
+    first, heads = next(iter(found.items()))
     greatest = max((abs(value) for row in heads for value in row), default=0.0) or 1.0
     cells = heat_map(
         [(f"layer {layer}", [value / greatest for value in row]) for layer, row in enumerate(heads)],
-        caption=f"Direct contribution of each head at the last token, {found[0].label}",
+        caption=f"Direct contribution of each head at the last token, {first}",
         x_name="head",
         legend=f"along the direction, at most {greatest:.3g}",
         negative="against it",
     )
     bars = bar_chart(
         [
-            (
-                f"layer {top.layer}, head {top.head}",
-                [each.contributions.heads[top.layer][top.head] for each in found if each.contributions is not None],
-            )
+            (f"layer {top.layer}, head {top.head}", [each[top.layer][top.head] for each in found.values()])
             for top in report.top_heads
         ],
-        series=[each.label for each in found],
+        series=list(found),
         caption="The heads that write most of the direction, direct contribution at the last token",
     )
     return {"heads": cells, "top_heads": bars}
