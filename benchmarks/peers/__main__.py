@@ -247,13 +247,13 @@ def _short(run: dict[str, Any]) -> str:
     return f"{'; '.join(parts)} ({run['usage']['wall_s']:.0f} s)"
 
 
-def chosen_tools(names: str) -> tuple[Tool, ...]:
-    """Return the tools of a list such as `heretic,ours`.
+def chosen_tools(names: str, extract: tuple[str, ...] = ()) -> tuple[Tool, ...]:
+    """Return the tools of a list such as `heretic,ours`, ours with these options of `extract`.
 
     Raises:
         ArgumentTypeError: One is unknown.
     """
-    known = {tool.name: (tool,) for tool in PEERS} | {OURS: our_tools()}
+    known = {tool.name: (tool,) for tool in PEERS} | {OURS: our_tools(extract)}
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
@@ -292,7 +292,8 @@ def parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where everything goes")
     parser.add_argument("--trials", type=whole_numbers, default="6,20,60", help="of the tools that search")
     parser.add_argument("--seeds", type=whole_numbers, default="1,2")
-    parser.add_argument("--tools", type=chosen_tools, default=every, help=f"of {every}")
+    parser.add_argument("--tools", default=every, help=f"of {every}")
+    parser.add_argument("--kl-threshold", help="of our `extract`; default: its own (`make demo` names 0.3)")
     parser.add_argument(
         "--front", type=positive, default=1, metavar="N", help="export N trials of a front that is shown"
     )
@@ -307,12 +308,17 @@ def parse(arguments: Sequence[str] | None) -> Plan:
     chosen = parser.parse_args(arguments)
     if not (chosen.model / "config.json").is_file():
         parser.error(f"{chosen.model} is no directory of a model: it has no config.json")
+    extract = () if chosen.kl_threshold is None else ("--kl-threshold", chosen.kl_threshold)
+    try:
+        tools = chosen_tools(chosen.tools, extract)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --tools: {error}")
     return Plan(
         model=chosen.model.resolve(),
         output=chosen.output.resolve(),
         trials=chosen.trials,
         seeds=chosen.seeds,
-        tools=chosen.tools,
+        tools=tools,
         n_front=chosen.front,
         max_new_tokens=chosen.max_new_tokens,
         every=chosen.every,

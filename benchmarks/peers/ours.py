@@ -11,7 +11,7 @@ import os
 import struct
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from abliterate.files import write_json
@@ -31,15 +31,10 @@ class Way:
 
 
 METADATA_KEY = "abliterate"
-# 0.3 is what `make demo` names.
 WAYS = (
-    Way(name="paper", extract=("--kl-threshold", "0.3")),
-    Way(
-        name="attn,mlp --tied skip",
-        extract=("--kl-threshold", "0.3"),
-        orthogonalize=("--components", "attn,mlp", "--tied", "skip"),
-    ),
-    Way(name="refine", extract=("--kl-threshold", "0.3"), refine=()),
+    Way(name="paper"),
+    Way(name="attn,mlp --tied skip", orthogonalize=("--components", "attn,mlp", "--tied", "skip")),
+    Way(name="refine", refine=()),
 )
 
 
@@ -123,10 +118,16 @@ def _claims(direction: Path) -> Mapping[str, float | int | str]:
     return {name: metadata[name] for name in ("position", "layer") if isinstance(metadata.get(name), int)}
 
 
-def our_tools(ways: tuple[Way, ...] = WAYS) -> tuple[Tool, ...]:
-    """Return a tool for each way."""
+def our_tools(extract: tuple[str, ...] = (), ways: tuple[Way, ...] = WAYS) -> tuple[Tool, ...]:
+    """Return a tool for each way.
+
+    Args:
+        extract: options of `extract` that all ways share.
+        ways: see `Way`.
+    """
 
     def tool(way: Way) -> Tool:
-        return Tool(name=f"ours: {way.name}", requirement=None, searches=False, run=lambda job: run_way(way, job))
+        given = replace(way, extract=(*extract, *way.extract))
+        return Tool(name=f"ours: {way.name}", requirement=None, searches=False, run=lambda job: run_way(given, job))
 
     return tuple(tool(way) for way in ways)

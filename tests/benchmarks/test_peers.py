@@ -48,7 +48,7 @@ class FakeTools:
         self.broken: dict[str, str] = {}
         self.evaluated: list[list[str]] = []
         monkeypatch.setattr(head_to_head, "PEERS", (self.tool("peer", searches=True),))
-        monkeypatch.setattr(head_to_head, "our_tools", lambda: (self.tool("ours: way", searches=False),))
+        monkeypatch.setattr(head_to_head, "our_tools", lambda _: (self.tool("ours: way", searches=False),))
         monkeypatch.setattr(head_to_head, "own_system_prompt", lambda model: "You are kind")
         monkeypatch.setattr(head_to_head, "make_environment", self.make_environment)
         monkeypatch.setattr(head_to_head, "run_measured", self.evaluate)

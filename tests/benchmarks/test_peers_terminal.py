@@ -206,7 +206,7 @@ def test_what_was_started_ends_when_the_command_is_ended(tmp_path):
         "def run(job):\n"
         "    return run_measured([sys.executable, '-c', child], log=job.log, env=dict(os.environ), limit_s=60)\n"
         "command.PEERS = ()\n"
-        "command.our_tools = lambda: (Tool(name='ours', requirement=None, searches=False, run=run),)\n"
+        "command.our_tools = lambda _: (Tool(name='ours', requirement=None, searches=False, run=run),)\n"
         "command.own_system_prompt = lambda model: None\n"
         f"sys.exit(command.main([{str(tmp_path)!r}, '--output', {str(tmp_path / 'out')!r}, '--tools', 'ours']))\n"
     )
