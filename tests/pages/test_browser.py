@@ -1,7 +1,7 @@
 """Report pages in headless Chromium, at the width of a phone and of a desk, light and dark, and under axe-core.
 
-Both are optional: `apt-get install chromium`, and `npm install axe-core` with AXE_CORE set to its axe.min.js. With
-SCREENSHOTS=DIR the pictures are kept to be looked at.
+All are optional: `apt-get install chromium`, `pip install pillow`, and `npm install axe-core` with AXE_CORE set to its
+axe.min.js. With SCREENSHOTS=DIR the pictures are kept to be looked at. `scripts/look.py` looks at the site.
 """
 
 import json
@@ -14,15 +14,26 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.directions import make_direction
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.pages.audit_page import write_audit_page
 from abliterate.pages.evaluation_page import write_evaluation_page
 from abliterate.pages.extraction_page import write_extraction_page
+from abliterate.pages.inspection_page import write_inspection_page
+from abliterate.pages.refinement_page import write_refinement_page
 from abliterate.pages.trace_page import write_trace_page
+from abliterate.pages.verification_page import write_verification_page
+from abliterate.release.options import VerificationOptions
+from abliterate.release.verification import verify_checkpoint
+from tests.inspection.test_reading import inspected
+from tests.pages.test_refinement_page import refinement_report
 from tests.support.pages import audit_report, evaluation_report, score_table, trace_report
+from tests.support.tiny_models import random_direction, save_chat_model, tiny_llama
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 AXE = os.environ.get("AXE_CORE", "")
 pytestmark = [
+    pytest.mark.proof,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)"),
 ]
 needs_axe = pytest.mark.skipif(not Path(AXE).is_file(), reason="AXE_CORE does not name axe-core's axe.min.js")
@@ -46,7 +57,7 @@ addEventListener('load', async () => {
 """
 
 
-@pytest.fixture(params=["evaluation", "extraction", "audit", "trace"])
+@pytest.fixture(params=["evaluation", "extraction", "audit", "trace", "verification", "inspection", "refinement"])
 def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "evaluation":
         return write_evaluation_page(evaluation_report(), tmp_path / "evaluation", command="abliterate evaluate x")[0]
@@ -54,6 +65,17 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         return write_audit_page(audit_report(), tmp_path / "audit", command="abliterate audit x")[0]
     if request.param == "trace":
         return write_trace_page(trace_report(), tmp_path / "trace", command="abliterate trace x")
+    if request.param == "refinement":
+        return write_refinement_page(refinement_report(), tmp_path / "refinement", command="abliterate refine x")
+    if request.param in ("verification", "inspection"):
+        base, edited = save_chat_model(tmp_path / "base", tiny_llama()), tmp_path / "edited"
+        direction = make_direction(mean_difference=random_direction())
+        orthogonalize_checkpoint(source=base, direction=direction, output=edited)
+        if request.param == "inspection":
+            report = inspected(edited, base).report
+            return write_inspection_page(report, tmp_path / "inspection", command="abliterate inspect x")[0]
+        checked = verify_checkpoint(checkpoint=edited, options=VerificationOptions(n_prompts=1))
+        return write_verification_page(checked, tmp_path / "verification", command="abliterate verify x")
     return write_extraction_page(score_table(), tmp_path / "extraction", command="abliterate extract x")
 
 
@@ -113,8 +135,7 @@ def test_axe_finds_no_violation(page: Path, width: int, dark: bool) -> None:
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_screenshot_is_no_blank_page(page: Path, width: int) -> None:
-    from PIL import Image
-
+    image_module = pytest.importorskip("PIL.Image")
     outer = page.with_name("shot.html")
     outer.write_text(
         '<body style="margin:0"><iframe src="index.html" '
@@ -122,7 +143,7 @@ def test_a_screenshot_is_no_blank_page(page: Path, width: int) -> None:
     )
     target = page.parent / f"{page.parent.name}-{width}.png"
     chromium(outer, f"--screenshot={target}", f"--window-size={width},3000")
-    with Image.open(target) as image:
+    with image_module.open(target) as image:
         assert image.height == 3000
         shades = image.convert("L").getextrema()
         assert shades[0] < 64

@@ -21,9 +21,9 @@ PLAIN = FrontierPoint(
 )
 
 
-def test_the_chosen_point_stands_beside_the_direction(tmp_path: Path) -> None:
+def refinement_report() -> RefinementReport:
     points = [replace(PLAIN, pressure=p, kl=0.05 * p, unanswered=n) for p, n in ((1.0, 0), (0.3, 1), (0.1, 4))]
-    report = RefinementReport(
+    return RefinementReport(
         model="<model>",
         direction_sha256="abc123",
         goal="remove",
@@ -36,7 +36,10 @@ def test_the_chosen_point_stands_beside_the_direction(tmp_path: Path) -> None:
         arguments=[],
         versions={"torch": "2.13.0"},
     )
-    path = write_refinement_page(report, tmp_path / "page", command="abliterate refine M")
+
+
+def test_the_chosen_point_stands_beside_the_direction(tmp_path: Path) -> None:
+    path = write_refinement_page(refinement_report(), tmp_path / "page", command="abliterate refine M")
     text = path.read_text(encoding="utf-8")
     for words in (
         "A gentler edit of &lt;model&gt;",
