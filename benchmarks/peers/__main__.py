@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.peers.measuring import ToolFailedError, run_measured
 from benchmarks.peers.others import PEERS
 from benchmarks.peers.ours import our_tools
-from benchmarks.peers.prompts import Prompts, describe, write_prompts, write_test_prompts
+from benchmarks.peers.prompts import Prompts, describe, describe_test, write_prompts, write_test_prompts
 from benchmarks.peers.results import NAME, Key, Results, ResultsError, kept, kept_base
 from benchmarks.peers.tools import (
     REPOSITORY,
@@ -120,6 +120,7 @@ def conditions(plan: Plan, prompts: Prompts, system_prompt: str | None) -> dict[
         "model": plan.model.resolve().name,
         "model_sha256": fingerprint(plan.model),
         "prompts": describe(prompts),
+        "test_prompts": describe_test(every=plan.every),
         "system_prompt": system_prompt,
         "max_new_tokens": plan.max_new_tokens,
         "every": plan.every,

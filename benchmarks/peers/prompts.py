@@ -46,22 +46,26 @@ def write_prompts(directory: Path) -> Prompts:
 
 def write_test_prompts(directory: Path, *, every: int) -> dict[Kind, Path]:
     """Write every n-th bundled test prompt of each kind, borderline ones too, and return the files."""
-    files: dict[Kind, Path] = {}
-    for kind in get_args(Kind):
-        texts = load_prompt_set("bundled", kind=kind, part="test").texts[::every]
-        files[kind] = directory / kind / "test.txt"
-        write_file(files[kind], "".join(f"{' '.join(text.split())}\n" for text in texts))
+    files = {kind: directory / kind / "test.txt" for kind in get_args(Kind)}
+    for kind, file in files.items():
+        write_file(file, _test_prompts(kind, every=every))
     return files
+
+
+def _test_prompts(kind: Kind, *, every: int) -> str:
+    texts = load_prompt_set("bundled", kind=kind, part="test").texts[::every]
+    return "".join(f"{' '.join(text.split())}\n" for text in texts)
 
 
 def describe(prompts: Prompts) -> dict[str, dict[str, int | str]]:
     """Return the number of prompts in each file, and the SHA-256 of its bytes."""
-    described: dict[str, dict[str, int | str]] = {}
-    for kind in KINDS:
-        for part in COUNTS:
-            content = prompts.part(kind, part).read_bytes()
-            described[f"{kind}/{part}"] = {
-                "count": content.count(b"\n"),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-    return described
+    return {f"{kind}/{part}": _described(prompts.part(kind, part).read_bytes()) for kind in KINDS for part in COUNTS}
+
+
+def describe_test(*, every: int) -> dict[str, dict[str, int | str]]:
+    """Return the same of every n-th bundled test prompt of each kind."""
+    return {kind: _described(_test_prompts(kind, every=every).encode()) for kind in get_args(Kind)}
+
+
+def _described(content: bytes) -> dict[str, int | str]:
+    return {"count": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}

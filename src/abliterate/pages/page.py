@@ -54,10 +54,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, caption: s
             return f'<th scope="row">{escape(str(value))}</th>'
         return f'<td class="{"text" if column < n_text else "number"}">{escape(str(value))}</td>'
 
-    head = "".join(
-        f'<th scope="col" class="{"text" if i < n_text else "number"}">{escape(name)}</th>'
-        for i, name in enumerate(header)
-    )
+    def heading(name: str, column: int) -> str:
+        kind = "text" if column < n_text else "number"
+        # A header without words is none.
+        return f'<th scope="col" class="{kind}">{escape(name)}</th>' if name else "<td></td>"
+
+    head = "".join(heading(name, column) for column, name in enumerate(header))
     body = "".join("<tr>" + "".join(cell(value, i) for i, value in enumerate(row)) + "</tr>" for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
@@ -147,7 +149,7 @@ td { font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .25rem; }
 caption span { display: block; max-width: calc(100vw - 2.5rem); }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--rule); text-align: left; overflow-wrap: normal; }
-thead th { border-bottom: 2px solid var(--quiet); vertical-align: bottom; } tbody th { font-weight: 500; }
+thead th, thead td { border-bottom: 2px solid var(--quiet); vertical-align: bottom; } tbody th { font-weight: 500; }
 .number { text-align: right; white-space: nowrap; }
 dl { margin: .5rem 0; font-size: .9rem; } dl div { display: flex; gap: 1rem; border-bottom: 1px solid var(--rule);
   padding: .25rem 0; } dt { flex: 0 0 40%; color: var(--quiet); } dd { margin: 0; }

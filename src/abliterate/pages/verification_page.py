@@ -68,8 +68,9 @@ def _chart(check: StreamCheck) -> Figure:
         lines.append(Line(name="base ablated by hooks, largest", values=[each.ablated_max for each in check.layers]))
     return line_chart(
         lines,
-        caption=f"|R·h|/|h| in the residual stream, {check.n_prompts} prompts, {check.n_tokens} tokens, {check.dtype}",
-        x_name="layer (input of the block; the last is what the final norm gets)",
+        caption=f"|R·h|/|h| in the residual stream at every block's input and, last, at the final norm's: "
+        f"{check.n_prompts} prompts, {check.n_tokens} tokens, {check.dtype}",
+        x_name="layer",
         thresholds=[Threshold(name="what rounding explains", value=check.tolerance)],
         scale="log",
     )
