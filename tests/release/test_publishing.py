@@ -13,7 +13,9 @@ from abliterate.directions import make_direction
 from abliterate.editing.adapter import write_adapter
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import AbliterateError, CheckpointError, HubError, InputError, VerificationError
+from abliterate.progress import SILENT
 from abliterate.release import publishing
+from abliterate.release.options import PushOptions
 from abliterate.release.publishing import PushReport, push_checkpoint
 from tests.support.fake_hub import FakeHub, evaluation_report, write_checkpoint
 from tests.support.tiny_models import random_direction, save_tiny_model
@@ -65,8 +67,10 @@ class Notes:
         self.messages.append(text)
 
 
-def push(out: Path, **options) -> PushReport:
-    return push_checkpoint(**{"checkpoint": out, "repo_id": "org/pushed", **options})
+def push(out: Path, repo_id: str = "org/pushed", *, dry_run=False, progress=SILENT, **options) -> PushReport:
+    return push_checkpoint(
+        checkpoint=out, repo_id=repo_id, options=PushOptions(**options), dry_run=dry_run, progress=progress
+    )
 
 
 def refused(kind: type[AbliterateError], match: str, out: Path, **options) -> str:

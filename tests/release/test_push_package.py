@@ -11,7 +11,7 @@ import pytest
 from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import AbliterateError, InputError, VerificationError
 from abliterate.progress import SILENT
-from abliterate.release.publishing import find_base_card_facts, read_push_package, stage_package
+from abliterate.release.push_package import find_base_card_facts, read_push_package, stage_package
 from tests.support.fake_hub import evaluation_report, write_checkpoint
 
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
