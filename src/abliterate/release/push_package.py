@@ -113,6 +113,8 @@ class PushPackage:
         """Return what goes in other words than it lies here: files that name folders of this machine, without them."""
         found = {sibling.record_name: as_json(sibling.told()) for sibling in self.siblings}
         content, sources = without_folders(self.record.content), self.sources()
+        # Their names have the host's in them.
+        content["side_files"] = {name: entry for name, entry in content["side_files"].items() if _LOGS not in name}
         is_local, own = not content["base"].get("revision"), {_ADAPTER_CONFIG, EVALUATION_NAME}
         for name in sorted(sources.keys() & (self.record.files.keys() | own)):
             source = sources[name]
@@ -139,10 +141,9 @@ class PushPackage:
 
     def _folders(self) -> tuple[str, ...]:
         """Return folders of this machine that files of a local base may name."""
-        base = Path(self.record.content["base"]["model"]).expanduser()
-        places = {Path.home(), base.parent, self.checkpoint.parent}
-        folders = {str(path) for place in places for path in (place.absolute(), place.resolve())}
-        return tuple(sorted(folder for folder in folders if folder != "/"))
+        models = (os.path.expanduser(self.record.content["base"]["model"]), str(self.checkpoint))
+        places = [os.path.expanduser("~"), *(os.path.dirname(os.path.abspath(model)) for model in models)]
+        return tuple(sorted({*places, *map(os.path.realpath, places)} - {"/"}))
 
 
 _FOLDER_KEYS = {
@@ -163,7 +164,7 @@ def without_folders(value: Any, *, named: bool = False) -> Any:
         plain = {key: without_folders(item, named=named or key in _FOLDER_KEYS) for key, item in value.items()}
         if isinstance(value.get("model"), str) and "revision" in value and not value["revision"]:
             # No Hub id, so it is a directory, whether or not it is still there.
-            plain["model"] = PurePath(value["model"]).name or value["model"]
+            plain["model"] = _last_part(value["model"])
         return plain
     if isinstance(value, list):
         return [without_folders(item, named=named) for item in value]
@@ -175,7 +176,12 @@ def without_folders(value: Any, *, named: bool = False) -> Any:
         is_here = PurePath(value).is_absolute() or value.startswith(("~", ".")) or Path(value).exists()
     except (OSError, ValueError):
         return value
-    return PurePath(value).name or value if is_here else value
+    return _last_part(value) if is_here else value
+
+
+def _last_part(path: str) -> str:
+    # That of the home directory is the owner's name.
+    return "~" if PurePath(path) == PurePath(os.path.expanduser("~")) else PurePath(path).name or path
 
 
 def _without_host(url: str) -> str:
@@ -198,7 +204,7 @@ def _without_own_paths(value: Any, *, folders: tuple[str, ...], named: bool = Fa
     if not isinstance(value, str):
         return value
     is_own = value in folders or value.startswith(tuple(folder + os.sep for folder in folders))
-    return PurePath(value).name or value if is_own or (named and PurePath(value).is_absolute()) else value
+    return _last_part(value) if is_own or (named and PurePath(value).is_absolute()) else value
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], within: str = "") -> dict[str, Any]:
