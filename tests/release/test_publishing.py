@@ -543,7 +543,7 @@ class TestGating:
         assert not hub.lfs
 
     def test_no_other_word(self, hub, out):
-        refused(InputError, "gated is 'maybe'; give one of manual, auto", out, gated="maybe")
+        refused(InputError, "gated is 'maybe'; give one of auto, manual", out, gated="maybe")
         assert not hub.requests
 
 

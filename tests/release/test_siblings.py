@@ -13,14 +13,15 @@ import pytest
 from abliterate.directions import encode_rows, make_direction
 from abliterate.editing.adapter import write_adapter
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.editing.record import read_record
+from abliterate.editing.record import read_record, shards_sha256
 from abliterate.errors import AbliterateError, InputError, VerificationError
+from abliterate.release import publishing
 from abliterate.release.options import PushOptions
 from abliterate.release.publishing import PushReport, push_checkpoint
 from abliterate.release.push_package import Sibling, read_push_package
 from abliterate.release.siblings import read_siblings
 from abliterate.release.verification import VerificationOptions, verify_checkpoint
-from tests.support.fake_hub import FakeHub
+from tests.support.fake_hub import FakeHub, evaluation_report
 from tests.support.gguf_models import F16, Q8_0, tiny, write_gguf
 from tests.support.tiny_models import make_tokenizer, random_direction
 
@@ -124,6 +125,37 @@ class TestWhatGoes:
             (place / "gguf" / name).write_text("{}")
         report = push(place / "edited", place / "gguf", dry_run=True)
         assert report.left_out == ("gguf/evaluation.json", "gguf/notes.txt")
+
+    def test_other_files_of_the_base_stay_and_its_record_names_none_of_them(self, hub, made, tmp_path):
+        base = write_files(tmp_path / "base", {"README.md": b"the base's card", "LICENSE": b"the licence"})
+        shutil.copy(made / "tiny-Q8_0.gguf", base)
+        orthogonalize_checkpoint(source=base, direction=DIRECTION, output=tmp_path / "gguf")
+        assert {"LICENSE", "README.md"} <= read_record(tmp_path / "gguf").files.keys()
+        report = push(made / "edited", tmp_path / "gguf")
+        assert report.left_out == ("gguf/LICENSE", "gguf/README.md")
+        files = hub.repos["org/pushed"].files
+        assert "LICENSE" not in files
+        assert files["README.md"].decode() == report.card
+        assert json.loads(files["abliteration.tiny-Q8_0.json"])["side_files"] == {}
+
+    def test_other_content_arrived(self, hub, place, monkeypatch):
+        real = publishing.list_remote_files
+
+        def altered(repo_id, *, revision):
+            files = real(repo_id, revision=revision)
+            return files | {"tiny-Q8_0.gguf": replace(files["tiny-Q8_0.gguf"], sha256="0" * 64)}
+
+        monkeypatch.setattr(publishing, "list_remote_files", altered)
+        with pytest.raises(VerificationError, match=r"tiny-Q8_0\.gguf arrived with other content"):
+            push(place / "edited", place / "gguf")
+
+    def test_what_was_measured_was_not_measured_with_it(self, place):
+        record = json.loads((place / "edited" / "abliteration.json").read_text())
+        evaluation = evaluation_report(shards_sha256=shards_sha256(record))
+        said = "The measurements below are of the checkpoint and not of these files."
+        assert said not in push(place / "edited", place / "gguf", dry_run=True).card
+        (place / "edited" / "evaluation.json").write_text(json.dumps(evaluation))
+        assert said in push(place / "edited", place / "gguf", dry_run=True).card
 
     def test_beside_an_adapter_and_beside_another_gguf_file(self, made, tmp_path):
         write_adapter(source=made / "base", direction=DIRECTION, output=tmp_path / "adapter")

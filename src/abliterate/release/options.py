@@ -38,7 +38,7 @@ class VerificationOptions:
             raise InputError(f"the number of prompts is {self.n_prompts}; give at least 1")
 
 
-Gating = Literal["manual", "auto"]
+Gating = Literal["auto", "manual"]
 _SLUG = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
