@@ -368,7 +368,7 @@ def build_model_card(
         library_name="peft" if is_adapter else "gguf" if is_gguf else "transformers",
         pipeline_tag=str(record["base"].get("pipeline_tag", "text-generation")),
         tags=[*_TAGS, "lora"] if is_adapter else _TAGS,
-        **({"extra_gated_prompt": _TERMS} if gated else {}),
+        extra_gated_prompt=_TERMS if gated else None,
     )
     tool = code("abliterate " + str(mapping(record.get("tool")).get("version", "")))
     made = "A LoRA adapter. Merged into its base, it gives this model: " if is_adapter else ""
