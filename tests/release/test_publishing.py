@@ -161,6 +161,7 @@ class TestPush:
         (place / "base" / "config.json").write_text(json.dumps({**config, "_name_or_path": f"{place}/marked-run/3"}))
         state = {"log": [f"{place}/run", str(Path.home())], "best_model_checkpoint": "/marked/elsewhere/step-10"}
         (place / "base" / "trainer_state.json").write_text(json.dumps(state))
+        (place / "base" / "mergekit_config.yml").write_text(f"- model: {place}/run\n- model: {Path.home()}/x\n")
         (place / "base" / "runs").mkdir()
         (place / "base" / "runs" / "events.out.tfevents.1.marked-host.2.0").write_bytes(b"marked-host")
         for kind, name in ((Q8_0, "tiny-Q8_0"), (F16, "tiny-F16")):

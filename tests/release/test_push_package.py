@@ -86,9 +86,10 @@ def test_the_configs_of_a_local_base_go_without_its_folders(out):
     add_side_file(out, "config.json", json.dumps({**config, "vision_config": {"path": f"{folder}/v"}}).encode())
     add_side_file(out, "tokenizer_config.json", json.dumps({"tokenizer_file": f"{Path.home()}/t.json"}).encode())
     add_side_file(out, "generation_config.json", json.dumps({"a": ["/usr/share/x", f"{Path.home()}x/y"]}).encode())
-    add_side_file(out, "odd.json", b"{" + str(folder).encode())
+    add_side_file(out, "odd.json", b"{" + str(folder).encode() + b"}")
     rewritten = read_push_package(out).rewritten()
-    assert rewritten.keys() == {"config.json", "tokenizer_config.json", "abliteration.json"}
+    assert rewritten.keys() == {"config.json", "tokenizer_config.json", "odd.json", "abliteration.json"}
+    assert rewritten["odd.json"] == b"{folder}"
     assert json.loads(rewritten["config.json"]) == {
         **config,
         "_name_or_path": "run",
@@ -97,14 +98,30 @@ def test_the_configs_of_a_local_base_go_without_its_folders(out):
     assert json.loads(rewritten["tokenizer_config.json"]) == {"tokenizer_file": "t.json"}
     record = json.loads(rewritten["abliteration.json"])
     assert record["config_changes"] == {"_name_or_path": "run", "vision_config.path": "v"}
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "odd.json"):
         digest = hashlib.sha256(rewritten[name]).hexdigest()
         assert record["side_files"][name] == {"sha256": digest, "bytes": len(rewritten[name])}
 
 
 def test_what_a_base_on_the_hub_says_of_folders_is_public(out):
     add_side_file(out, "config.json", b'{"_name_or_path": "/elsewhere/run"}')
+    add_side_file(out, "odd.bytes", b"\xff" + str(Path.home()).encode() + b"/x")
     assert read_push_package(out).rewritten() == {}
+
+
+def test_other_texts_of_a_local_base_and_what_is_no_text(out):
+    folder = of_a_local_base(out)
+    add_side_file(out, "merge.yml", f"model: {folder}/run/1 # not {folder}s/run\n".encode())
+    add_side_file(out, "trainer.json", json.dumps({"command": f"train --out {folder}/x"}).encode())
+    rewritten = read_push_package(out).rewritten()
+    assert rewritten["merge.yml"] == b"model: run/1 # not folders/run\n"
+    assert json.loads(rewritten["trainer.json"]) == {"command": "train --out x"}
+    assert "config_changes" not in json.loads(rewritten["abliteration.json"])
+    add_side_file(out, "tokenizer.model", b"\xff" + str(folder).encode() + b"/corpus.txt\x00")
+    with pytest.raises(
+        VerificationError, match=r"tokenizer\.model: names .*folder, a folder of this machine, and is no"
+    ):
+        read_push_package(out).rewritten()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -27,7 +27,7 @@ from abliterate.editing.record import (
     shards_sha256,
 )
 from abliterate.errors import AbliterateError, HubError, InputError, VerificationError
-from abliterate.files import read_json_report
+from abliterate.files import parse_json, read_json_report
 from abliterate.progress import ProgressReporter
 
 CARD_NAME = "README.md"
@@ -110,12 +110,17 @@ class PushPackage:
         return files | {path: hashlib.sha256(content).hexdigest() for path, content in self.rewritten().items()}
 
     def rewritten(self) -> dict[str, bytes]:
-        """Return what goes in other words than it lies here: files that name folders of this machine, without them."""
+        """Return what goes in other words than it lies here: files that name folders of this machine, without them.
+
+        Raises:
+            VerificationError: A file of a local base names one and is no text.
+        """
         found = {sibling.record_name: as_json(sibling.told()) for sibling in self.siblings}
         content, sources = without_folders(self.record.content), self.sources()
         # Their names have the host's in them.
         content["side_files"] = {name: entry for name, entry in content["side_files"].items() if _LOGS not in name}
         is_local, own = not content["base"].get("revision"), {_ADAPTER_CONFIG, EVALUATION_NAME}
+        folders = self._folders()
         for name in sorted(sources.keys() & (self.record.files.keys() | own)):
             source = sources[name]
             if source is None:
@@ -123,27 +128,28 @@ class PushPackage:
             if name in own:
                 before = read_json_report(source)
                 after = without_folders(before)
-            elif is_local and name.endswith(".json") and source.stat().st_size <= _LARGEST_CONFIG:
+                told = None if after == before else as_json(after)
+            elif is_local and name in content["side_files"]:
                 # What a model from the Hub says in its files, everyone can read there.
-                before = _read_if_json(source)
-                after = _without_own_paths(before, folders=self._folders())
+                told = _without_own_paths(source, folders)
             else:
                 continue
-            if after == before:
+            if told is None:
                 continue
-            found[name] = as_json(after)
+            found[name] = told
             if name in content["side_files"]:
-                digest = hashlib.sha256(found[name]).hexdigest()
-                content["side_files"][name] |= {"sha256": digest, "bytes": len(found[name])}
+                digest = hashlib.sha256(told).hexdigest()
+                content["side_files"][name] |= {"sha256": digest, "bytes": len(told)}
             if name == CONFIG_NAME:
-                content["config_changes"] = {**(content.get("config_changes") or {}), **_changes(before, after)}
+                changes = _changes(read_json_report(source), parse_json(told))
+                content["config_changes"] = {**(content.get("config_changes") or {}), **changes}
         return found if content == self.record.content else {**found, RECORD_NAME: as_json(content)}
 
     def _folders(self) -> tuple[str, ...]:
-        """Return folders of this machine that files of a local base may name."""
+        """Return folders of this machine that files of a local base may name, the longest first."""
         models = (os.path.expanduser(self.record.content["base"]["model"]), str(self.checkpoint))
         places = [os.path.expanduser("~"), *(os.path.dirname(os.path.abspath(model)) for model in models)]
-        return tuple(sorted({*places, *map(os.path.realpath, places)} - {"/"}))
+        return tuple(sorted({*places, *map(os.path.realpath, places)} - {"/"}, key=len, reverse=True))
 
 
 _FOLDER_KEYS = {
@@ -153,6 +159,7 @@ _PATH_KEYS = {
     "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "best_model_checkpoint",
 }  # fmt: skip
 _LARGEST_CONFIG = 1 << 22
+_LARGEST_TEXT = 1 << 28
 
 
 def without_folders(value: Any, *, named: bool = False) -> Any:
@@ -192,19 +199,45 @@ def _without_host(url: str) -> str:
     return f"{parts.scheme}://HOST{parts.path}"
 
 
-def _without_own_paths(value: Any, *, folders: tuple[str, ...], named: bool = False) -> Any:
-    """Return what a file of a local base holds, in which the paths of this machine are their last parts.
+def _without_own_paths(path: Path, folders: Sequence[str]) -> bytes | None:
+    """Return what a file of a local base holds without the paths of this machine; None where it names none.
 
     These are what lies in `folders`, and absolute paths where libraries write down where they read something.
     """
+    size = path.stat().st_size
+    content = _read_if_json(path) if path.suffix == ".json" and size <= _LARGEST_CONFIG else None
+    if content is not None:
+        plain = _values_without(content, folders)
+        return None if plain == content else as_json(plain)
+    data = path.read_bytes() if size <= _LARGEST_TEXT else b""
+    named = [folder for folder in folders if f"{folder}{os.sep}".encode() in data]
+    if not named:
+        return None
+    try:
+        return _text_without(data.decode(), folders).encode()
+    except UnicodeDecodeError:
+        raise VerificationError(
+            f"{path}: names {named[0]}, a folder of this machine, and is no text in which that could be replaced; take "
+            "it out of the base's file and run `abliterate orthogonalize` again (nothing was sent)"
+        ) from None
+
+
+def _values_without(value: Any, folders: Sequence[str], *, named: bool = False) -> Any:
     if isinstance(value, dict):
-        return {key: _without_own_paths(item, folders=folders, named=key in _PATH_KEYS) for key, item in value.items()}
+        return {key: _values_without(item, folders, named=key in _PATH_KEYS) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_own_paths(item, folders=folders) for item in value]
+        return [_values_without(item, folders) for item in value]
     if not isinstance(value, str):
         return value
     is_own = value in folders or value.startswith(tuple(folder + os.sep for folder in folders))
-    return _last_part(value) if is_own or (named and PurePath(value).is_absolute()) else value
+    is_path = is_own or (named and PurePath(value).is_absolute())
+    return _last_part(value) if is_path else _text_without(value, folders)
+
+
+def _text_without(text: str, folders: Sequence[str]) -> str:
+    for folder in folders:
+        text = text.replace(folder + os.sep, "")
+    return text
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], within: str = "") -> dict[str, Any]:

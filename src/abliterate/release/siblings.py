@@ -77,7 +77,7 @@ def _read_record(directory: Path) -> AbliterationRecord:
         )
     record = read_record(directory)
     files = [name for name in record.content["shards"] if not name.endswith(GGUF_SUFFIX) or "/" in name]
-    if files or record.is_adapter:
+    if files:
         what = "an adapter" if record.is_adapter else f"a checkpoint ({printable(files[0])})"
         raise InputError(
             f"{directory}: is {what}, and only GGUF files go beside a checkpoint, because what loads that would load "
