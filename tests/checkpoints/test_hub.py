@@ -9,11 +9,15 @@ import pytest
 
 from abliterate.checkpoints.hub import (
     CardFacts,
+    RepoSettings,
+    add_to_collection,
+    check_collection,
     check_repo_id,
     fetch_card_facts,
+    gate_repo,
     list_remote_files,
     read_card_facts,
-    repo_is_private,
+    read_repo_settings,
     resolve_model,
     whoami,
 )
@@ -176,16 +180,43 @@ class TestRepositories:
         Path(constants.HF_TOKEN_PATH).write_text("hf_test")
         assert whoami() == "tester"
 
-    def test_visibility(self, hub):
+    def test_settings(self, hub):
         hub.add_repo("org/secret", private=True)
-        assert repo_is_private("org/model") is False
-        assert repo_is_private("org/secret") is True
-        assert repo_is_private("org/nothing") is None
+        hub.add_repo("org/asks", gated="auto")
+        assert read_repo_settings("org/model") == RepoSettings(private=False, gated=None)
+        assert read_repo_settings("org/secret") == RepoSettings(private=True, gated=None)
+        assert read_repo_settings("org/asks") == RepoSettings(private=False, gated="auto")
+        assert read_repo_settings("org/nothing") is None
 
-    def test_visibility_is_not_guessed_when_the_hub_fails(self, hub):
+    def test_settings_are_not_guessed_when_the_hub_fails(self, hub):
         hub.fail_next("GET /api/models", status=500)
         with pytest.raises(HubError, match=r"\(500\)"):
-            repo_is_private("org/model")
+            read_repo_settings("org/model")
+
+    @pytest.mark.parametrize("gated", ["auto", "manual"])
+    def test_gating(self, hub, gated):
+        gate_repo("org/model", gated=gated)
+        assert read_repo_settings("org/model") == RepoSettings(private=False, gated=gated)
+        hub.add_repo("others/model")
+        with pytest.raises(HubError, match=r"others/model: the token may not write here \(403\)"):
+            gate_repo("others/model", gated=gated)
+
+    def test_collections(self, hub):
+        hub.collections |= {"org/mine-1a": [], "tester/mine-1b": [], "others/theirs-1c": []}
+        check_collection("org/mine-1a")
+        check_collection("tester/mine-1b")
+        for _ in range(2):
+            add_to_collection("org/mine-1a", "org/model")
+        assert hub.collections["org/mine-1a"] == ["org/model"]
+        with pytest.raises(HubError, match="a collection of neither tester, who is logged in, nor"):
+            check_collection("others/theirs-1c")
+        with pytest.raises(HubError, match="org/none-1d: no such collection on the Hub that this login can see"):
+            check_collection("org/none-1d")
+        with pytest.raises(HubError, match=r"others/theirs-1c: the token may not write here \(403\)"):
+            add_to_collection("others/theirs-1c", "org/model")
+        hub.fail_next("GET /api/collections/", status=500, times=-1)
+        with pytest.raises(HubError, match=r"out of order \(500\)"):
+            check_collection("org/mine-1a")
 
     def test_remote_files(self, hub):
         files = list_remote_files("org/model", revision="main")

@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from abliterate.directions import make_direction
 from tests.support.command_line import CommandLine, Outcome
 from tests.support.fake_hub import FakeHub, evaluation_report, write_checkpoint
+from tests.support.gguf_models import tiny, write
+from tests.support.tiny_models import random_direction
 
 
 @pytest.fixture
@@ -86,3 +89,57 @@ def test_errors_reach_the_one_boundary(run, hub, out, tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments", [[], ["out"], ["out", "org/x", "--no-such-option"]])
 def test_wrong_usage(run, arguments):
     assert run(*arguments).exit_code == 2
+
+
+def test_gating_and_collections(run, hub, out):
+    slug = "org/mine-1a"
+    words = ("org/pushed", "--gated", "manual", "--collection", slug)
+    dry = " ".join(run(out, *words, "--dry-run").stdout.split())
+    assert f"would go to org/pushed (private, gated: manual) and into the collection {slug}; licence" in dry
+    result = run(out, *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{slug}: no such collection" in result.error_line
+    assert not hub.repos
+    hub.collections[slug] = []
+    pushed = " ".join(run(out, *words).stdout.split())
+    assert f"(private, gated: manual, new) and into the collection {slug}, commit" in pushed
+    assert (hub.repos["org/pushed"].gated, hub.collections[slug]) == ("manual", ["org/pushed"])
+    report = json.loads(run(out, *words, "--json").stdout)
+    assert (report["gated"], report["collection"]) == ("manual", slug)
+    open_one = json.loads(run(out, "x", "--dry-run", "--json").stdout)
+    assert (open_one["gated"], open_one["collection"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "match"),
+    [
+        (("--gated", "maybe"), 2, "--gated"),
+        (("--gated", ""), 2, "--gated"),
+        (("--collection", "mine"), 1, "'mine' is not the slug of a collection"),
+        (("--collection", "a/b\nc"), 1, "is not the slug of a collection"),
+        (("--sibling", "nowhere"), 1, "nowhere: no such directory"),
+        (("--sibling", "."), 1, "has no abliteration.json"),
+        (("--sibling", "out"), 1, "only GGUF files go beside a checkpoint"),
+    ],
+)
+def test_options_that_cannot_be_obeyed(run, hub, out, tmp_path, monkeypatch, words, code, match):
+    monkeypatch.chdir(tmp_path)
+    result = run(out, "org/pushed", *words)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert match in result.error_line
+    assert not hub.requests
+
+
+def test_a_sibling(run, hub, tmp_path, call_main):
+    model = tiny("qwen2")
+    model.save_pretrained(tmp_path / "base")
+    write(tmp_path, model)
+    make_direction(mean_difference=random_direction()).save(tmp_path / "d.safetensors")
+    for source, out in (("base", "out"), ("model.gguf", "gguf")):
+        words = (tmp_path / source, "--direction", tmp_path / "d.safetensors", "-o", tmp_path / out)
+        assert call_main("orthogonalize", *words).exit_code == 0
+    report = json.loads(run(tmp_path / "out", "org/x", "--sibling", tmp_path / "gguf", "--json").stdout)
+    sizes = {file["path"]: file["bytes"] for file in report["files"]}
+    assert sizes["model.gguf"] == (tmp_path / "model.gguf").stat().st_size
+    assert "abliteration.model.json" in sizes
+    assert hub.repos["org/x"].files["model.gguf"] == (tmp_path / "gguf" / "model.gguf").read_bytes()

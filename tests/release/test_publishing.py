@@ -12,12 +12,18 @@ from abliterate.checkpoints import hub as hub_module
 from abliterate.directions import make_direction
 from abliterate.editing.adapter import write_adapter
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.record import shards_sha256
 from abliterate.errors import AbliterateError, CheckpointError, HubError, InputError, VerificationError
+from abliterate.progress import SILENT
 from abliterate.release import publishing
+from abliterate.release.options import PushOptions, VerificationOptions
 from abliterate.release.publishing import PushReport, push_checkpoint
+from abliterate.release.verification import verify_checkpoint
 from tests.support.fake_hub import FakeHub, evaluation_report, write_checkpoint
-from tests.support.tiny_models import random_direction, save_tiny_model
+from tests.support.gguf_models import F16, Q8_0, tiny, write_gguf
+from tests.support.tiny_models import make_tokenizer, random_direction, save_tiny_model
 
+RECORD = "abliteration.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 SENT = {
     *SHARDS,
@@ -65,8 +71,10 @@ class Notes:
         self.messages.append(text)
 
 
-def push(out: Path, **options) -> PushReport:
-    return push_checkpoint(**{"checkpoint": out, "repo_id": "org/pushed", **options})
+def push(out: Path, repo_id: str = "org/pushed", *, dry_run=False, progress=SILENT, **options) -> PushReport:
+    return push_checkpoint(
+        checkpoint=out, repo_id=repo_id, options=PushOptions(**options), dry_run=dry_run, progress=progress
+    )
 
 
 def refused(kind: type[AbliterateError], match: str, out: Path, **options) -> str:
@@ -136,6 +144,70 @@ class TestPush:
             name: len(content) for name, content in files.items() if name != ".gitattributes"
         }
         assert hashes(out) == before
+
+    @pytest.mark.parametrize("form", ["checkpoint", "adapter", "gguf"])
+    def test_nothing_of_the_owners_disk_goes(self, hub, tmp_path, monkeypatch, form):
+        """Not in any byte: neither the folders, nor the home directory, nor the host's name."""
+        monkeypatch.setattr("socket.gethostname", lambda: "marked-host")
+        monkeypatch.setenv("HOME", str(tmp_path / "marked-home"))
+        place = tmp_path / "marked-home" / "marked-folder"
+        place.mkdir(parents=True)
+        model, direction = tiny("qwen2"), place / "marked-direction" / "refusal.safetensors"
+        direction.parent.mkdir()
+        model.save_pretrained(place / "base")
+        told = {"model": str(place / "base"), "revision": None, "arguments": ["--harmful", str(place / "h.txt")]}
+        make_direction(mean_difference=random_direction(), metadata=told).save(direction)
+        config = json.loads((place / "base" / "config.json").read_text())
+        (place / "base" / "config.json").write_text(json.dumps({**config, "_name_or_path": f"{place}/marked-run/3"}))
+        state = {"log": [f"{place}/run", str(Path.home())], "best_model_checkpoint": "/marked/elsewhere/step-10"}
+        (place / "base" / "trainer_state.json").write_text(json.dumps(state))
+        (place / "base" / "mergekit_config.yml").write_text(f"- model: {place}/run\n- model: {Path.home()}/x\n")
+        (place / "base" / "runs").mkdir()
+        (place / "base" / "runs" / "events.out.tfevents.1.marked-host.2.0").write_bytes(b"marked-host")
+        for kind, name in ((Q8_0, "tiny-Q8_0"), (F16, "tiny-F16")):
+            file = write_gguf(place / f"{name}.gguf", model, make_tokenizer(), kind=kind)
+            orthogonalize_checkpoint(source=file, direction=direction, output=place / name)
+        if form == "adapter":
+            write_adapter(source=place / "base", direction=direction, output=place / "out")
+        elif form == "checkpoint":
+            orthogonalize_checkpoint(source=place / "base", direction=direction, output=place / "out")
+        out = place / "tiny-Q8_0" if form == "gguf" else place / "out"
+        siblings = tuple(place / name for name in ("tiny-Q8_0", "tiny-F16") if place / name != out)
+        evaluation = evaluation_report(
+            model=str(out),
+            base=str(place / "base"),
+            shards_sha256=None if form == "adapter" else shards_sha256(json.loads((out / RECORD).read_text())),
+            arguments=["--server", "http://marked-host:8000/v1", "--judge", str(place / "judge")],
+            server={"url": "http://marked-host:8000/v1", "model": str(out), "described": {"root": str(out)}},
+        )
+        (out / "evaluation.json").write_text(json.dumps(evaluation))
+        before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        push(out, siblings=siblings, gated="manual")
+        files = hub.repos["org/pushed"].files
+        assert {f"{each.name}.gguf" for each in siblings} <= files.keys()
+        assert "evaluation.json" in files
+        # The last part of the direction's folder would be the owner's, too.
+        for secret in (b"marked", str(Path.home()).encode(), str(tmp_path).encode()):
+            assert not [name for name, content in files.items() if secret in content or secret in name.encode()]
+        assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        if form != "adapter":
+            for name, entry in json.loads(files[RECORD])["side_files"].items():
+                assert hashlib.sha256(files[name]).hexdigest() == entry["sha256"]
+
+    def test_a_config_without_its_folder_verifies(self, hub, tmp_path):
+        base = save_tiny_model(tmp_path / "folder" / "base")
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "_name_or_path": str(base)}))
+        direction = make_direction(mean_difference=random_direction())
+        orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "out")
+        push(tmp_path / "out")
+        (tmp_path / "copy").mkdir()
+        for name, content in hub.repos["org/pushed"].files.items():
+            (tmp_path / "copy" / name).write_bytes(content)
+        assert json.loads((tmp_path / "copy" / "config.json").read_text())["_name_or_path"] == "base"
+        quick = VerificationOptions(quick=True)
+        report = verify_checkpoint(checkpoint=tmp_path / "copy", base=base, options=quick)
+        assert report.passed, report.failures
 
     def test_an_adapter_names_its_base_without_the_folder(self, hub, tmp_path):
         base = save_tiny_model(tmp_path / "folder" / "base")
@@ -409,6 +481,119 @@ class TestRefusalsOfTheHub:
         hub.fail_next("POST .*/commit/", status=503)
         refused(HubError, r"out of order \(503\).*run the same command again", out)
         assert push(out).created is False
+
+
+class TestGating:
+    """Readers ask for access before the first byte of a weight is there, and never by a change of what exists."""
+
+    @pytest.mark.parametrize("gated", ["manual", "auto"])
+    @pytest.mark.parametrize("private", [True, False])
+    def test_it_is_set_before_anything_is_uploaded(self, hub, out, gated, private):
+        report = push(out, gated=gated, private=private)
+        assert (hub.repos["org/pushed"].gated, hub.repos["org/pushed"].private) == (gated, private)
+        assert (report.gated, report.private) == (gated, private)
+        requests = [request for request in hub.requests if request.startswith(("POST", "PUT"))]
+        assert requests[:2] == ["POST /api/repos/create", "PUT /api/models/org/pushed/settings"]
+        assert hub.count("settings") == 1
+        assert report.card == hub.repos["org/pushed"].files["README.md"].decode()
+
+    def test_the_card_has_the_terms(self, out):
+        card = push(out, gated="manual", dry_run=True).card
+        terms = yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))["extra_gated_prompt"]
+        assert "you agree to use this model for research" in terms
+        assert "the owner of this repository decides on each request" in card
+        assert "it is given at once" in push(out, gated="auto", dry_run=True).card
+        alone = push(out, dry_run=True)
+        assert "extra_gated" not in alone.card
+        assert "## Access" not in alone.card
+        assert alone.gated is None
+
+    @pytest.mark.parametrize("gated", ["manual", "auto"])
+    def test_a_repository_that_exists_must_be_so_already(self, hub, out, gated):
+        repo = hub.add_repo("org/pushed", private=True, gated=gated)
+        assert push(out, gated=gated).gated == gated
+        other = {"manual": "auto", "auto": "manual"}[gated]
+        sent = len(hub.lfs)
+        refused(HubError, rf"exists and is gated \({gated}\), but this push is --gated {other}", out, gated=other)
+        assert (repo.gated, len(hub.lfs)) == (gated, sent)
+        assert not hub.count("settings|create")
+
+    def test_one_that_exists_and_is_open(self, hub, out):
+        repo = hub.add_repo("org/pushed", private=True)
+        text = refused(HubError, "exists and is not gated, but this push is --gated manual", out, gated="manual")
+        assert "nothing was sent" in text
+        assert repo.gated is False
+        assert not hub.count("POST|PUT")
+
+    def test_without_the_option_what_exists_stays_and_is_told(self, hub, out):
+        repo = hub.add_repo("org/pushed", private=True, gated="auto")
+        report = push(out)
+        assert (report.gated, repo.gated) == ("auto", "auto")
+        assert "extra_gated_prompt" in report.card
+
+    def test_a_hub_that_does_not_set_it_gets_no_weights(self, hub, out):
+        hub.fail_next("PUT .*/settings", status=403, message="not for you")
+        text = refused(HubError, r"may not write here \(403\) \(not for you\)", out, gated="manual")
+        assert f"org/pushed was made and is empty: gate it at {hub.endpoint}/org/pushed/settings, or delete it" in text
+        assert not hub.lfs
+        assert set(hub.repos["org/pushed"].files) == {".gitattributes"}
+
+    def test_nor_one_that_says_it_did_and_did_not(self, hub, out, monkeypatch):
+        monkeypatch.setattr(publishing, "gate_repo", lambda *_args, **_options: None)
+        refused(HubError, "is not gated, but this push is --gated manual", out, gated="manual")
+        assert not hub.lfs
+
+    def test_no_other_word(self, hub, out):
+        refused(InputError, "gated is 'maybe'; give one of auto, manual", out, gated="maybe")
+        assert not hub.requests
+
+
+class TestCollections:
+    SLUG = "org/edited-models-64f9a55bb3115b4f513ec026"
+
+    def test_the_model_is_added(self, hub, out):
+        hub.collections[self.SLUG] = ["org/older"]
+        assert push(out, collection=self.SLUG).collection == self.SLUG
+        assert hub.collections[self.SLUG] == ["org/older", "org/pushed"]
+        assert push(out, collection=self.SLUG).created is False
+        assert hub.collections[self.SLUG] == ["org/older", "org/pushed"]
+        assert hub.requests[-1].startswith("GET /api/collections/")
+
+    def test_a_dry_run_tells_it_and_asks_nothing(self, hub, out):
+        assert push(out, collection=self.SLUG, dry_run=True).collection == self.SLUG
+        assert push(out, dry_run=True).collection is None
+        assert not hub.requests
+
+    @pytest.mark.parametrize(
+        ("slug", "there", "match"),
+        [
+            ("org/none-1a", False, r"org/none-1a: no such collection on the Hub that this login can see \(404\)"),
+            ("others/theirs-1a", True, "others/theirs-1a: a collection of neither tester, who is logged in, nor"),
+        ],
+    )
+    def test_none_that_can_be_added_to(self, hub, out, slug, there, match):
+        if there:
+            hub.collections[slug] = []
+        refused(HubError, match, out, collection=slug)
+        assert not hub.repos
+        assert not hub.count("POST|PUT")
+
+    @pytest.mark.parametrize("slug", ["x", "a/b/c", "https://hub.example/collections/a/b", "a b/c", "../x", "a/..", ""])
+    def test_what_is_no_slug(self, hub, out, slug):
+        refused(InputError, "is not the slug of a collection; give OWNER/TITLE-HASH", out, collection=slug)
+        assert not hub.requests
+
+    @pytest.mark.parametrize("status", [403, 500])
+    def test_where_adding_fails_all_is_there(self, hub, out, status):
+        hub.collections[self.SLUG] = []
+        hub.fail_next("POST /api/collections/", status=status, times=-1)
+        text = refused(HubError, f"all is at {hub.endpoint}/org/pushed, commit", out, collection=self.SLUG)
+        assert f"({status})" in text
+        assert text.endswith(f"then run `hf collections add-item {self.SLUG} org/pushed model`")
+        assert SHARDS[0] in hub.repos["org/pushed"].files
+        hub.heal()
+        assert push(out, collection=self.SLUG).created is False
+        assert hub.collections[self.SLUG] == ["org/pushed"]
 
 
 class TestInterruption:

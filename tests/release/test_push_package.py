@@ -11,7 +11,7 @@ import pytest
 from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import AbliterateError, InputError, VerificationError
 from abliterate.progress import SILENT
-from abliterate.release.publishing import find_base_card_facts, read_push_package, stage_package
+from abliterate.release.push_package import find_base_card_facts, read_push_package, stage_package, without_folders
 from tests.support.fake_hub import evaluation_report, write_checkpoint
 
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
@@ -30,6 +30,7 @@ def edit_record(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def add_side_file(out: Path, name: str, data: bytes) -> None:
+    (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_bytes(data)
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     edit_record(out, lambda record: record["side_files"].update({name: entry}))
@@ -61,6 +62,87 @@ def test_files_of_ones_own_and_unedited_weights_stay(out):
     package = read_push_package(out)
     assert package.left_out == ("notes.txt", "pytorch_model.bin")
     assert not package.sources().keys() & set(package.left_out)
+
+
+def of_a_local_base(out: Path) -> Path:
+    """Return the folder of a base that is local."""
+    folder = out.parent / "folder"
+    edit_record(out, lambda record: record["base"].update(model=str(folder / "base"), revision=None))
+    return folder
+
+
+def test_logs_of_training_stay_and_are_not_named(out):
+    """TensorBoard puts the host's name into the names of its files."""
+    add_side_file(out, "runs/events.out.tfevents.1.host.2.0", b"host")
+    package = read_push_package(out)
+    assert package.left_out == ("runs/events.out.tfevents.1.host.2.0",)
+    assert package.left_out[0] not in package.sources()
+    assert b"tfevents" not in package.rewritten()["abliteration.json"]
+
+
+def test_the_configs_of_a_local_base_go_without_its_folders(out):
+    folder = of_a_local_base(out)
+    config = {"model_type": "llama", "_name_or_path": "/elsewhere/run", "text_config": {"_name_or_path": "org/name"}}
+    add_side_file(out, "config.json", json.dumps({**config, "vision_config": {"path": f"{folder}/v"}}).encode())
+    add_side_file(out, "tokenizer_config.json", json.dumps({"tokenizer_file": f"{Path.home()}/t.json"}).encode())
+    add_side_file(out, "generation_config.json", json.dumps({"a": ["/usr/share/x", f"{Path.home()}x/y"]}).encode())
+    add_side_file(out, "odd.json", b"{" + str(folder).encode() + b"}")
+    rewritten = read_push_package(out).rewritten()
+    assert rewritten.keys() == {"config.json", "tokenizer_config.json", "odd.json", "abliteration.json"}
+    assert rewritten["odd.json"] == b"{folder}"
+    assert json.loads(rewritten["config.json"]) == {
+        **config,
+        "_name_or_path": "run",
+        "vision_config": {"path": "v"},
+    }
+    assert json.loads(rewritten["tokenizer_config.json"]) == {"tokenizer_file": "t.json"}
+    record = json.loads(rewritten["abliteration.json"])
+    assert record["config_changes"] == {"_name_or_path": "run", "vision_config.path": "v"}
+    for name in ("config.json", "tokenizer_config.json", "odd.json"):
+        digest = hashlib.sha256(rewritten[name]).hexdigest()
+        assert record["side_files"][name] == {"sha256": digest, "bytes": len(rewritten[name])}
+
+
+def test_what_a_base_on_the_hub_says_of_folders_is_public(out):
+    add_side_file(out, "config.json", b'{"_name_or_path": "/elsewhere/run"}')
+    add_side_file(out, "odd.bytes", b"\xff" + str(Path.home()).encode() + b"/x")
+    assert read_push_package(out).rewritten() == {}
+
+
+def test_other_texts_of_a_local_base_and_what_is_no_text(out):
+    folder = of_a_local_base(out)
+    add_side_file(out, "merge.yml", f"model: {folder}/run/1 # not {folder}s/run\n".encode())
+    add_side_file(out, "trainer.json", json.dumps({"command": f"train --out {folder}/x"}).encode())
+    rewritten = read_push_package(out).rewritten()
+    assert rewritten["merge.yml"] == b"model: run/1 # not folders/run\n"
+    assert json.loads(rewritten["trainer.json"]) == {"command": "train --out x"}
+    assert "config_changes" not in json.loads(rewritten["abliteration.json"])
+    add_side_file(out, "tokenizer.model", b"\xff" + str(folder).encode() + b"/corpus.txt\x00")
+    with pytest.raises(
+        VerificationError, match=r"tokenizer\.model: names .*folder, a folder of this machine, and is no"
+    ):
+        read_push_package(out).rewritten()
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"model": "folder/m", "revision": None}, {"model": "m", "revision": None}),
+        ({"model": "org/m", "revision": "c"}, {"model": "org/m", "revision": "c"}),
+        (
+            {"arguments": ["--server", "https://me@host:80/v1?k=1", "~/x.txt:goal", "org/set:train"]},
+            {"arguments": ["--server", "https://HOST/v1", "x.txt:goal", "org/set:train"]},
+        ),
+        (
+            {"server": {"url": "http://[bad", "described": {"root": "/home/me/m"}}},
+            {"server": {"url": "HOST", "described": {"root": "m"}}},
+        ),
+        ({"name": str(Path.home())}, {"name": "~"}),
+        ({"other": "/home/me/m"}, {"other": "/home/me/m"}),
+    ],
+)
+def test_what_names_a_folder_is_its_last_part(value, told):
+    assert without_folders(value) == told
 
 
 def test_weights_that_the_record_does_not_name(out):

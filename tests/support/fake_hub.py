@@ -43,7 +43,7 @@ class Repo:
     repo_id: str
     repo_type: str = "model"
     private: bool = False
-    gated: bool = False
+    gated: bool | str = False
     granted: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -78,11 +78,12 @@ class Fault:
 
 class FakeHub:
     """The server. `requests` lists "METHOD /path" of all that came, `sent` the bytes of the answers to GET by path;
-    `lfs` holds the objects by SHA-256."""
+    `lfs` holds the objects by SHA-256, `collections` the models of each by its slug."""
 
     def __init__(self, *, part_size: int | None = None) -> None:
         self.part_size = part_size
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, list[str]] = {}
         self.lfs: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[str] = []
@@ -108,7 +109,7 @@ class FakeHub:
         *,
         repo_type: str = "model",
         private: bool = False,
-        gated: bool = False,
+        gated: bool | str = False,
         revisions: dict[str, dict[str, bytes]] | None = None,
     ) -> Repo:
         """Add a repository; `revisions` are further branches or tags with their own files."""
@@ -333,6 +334,8 @@ _API = re.compile(
     r"^/api/(?P<kind>model|dataset|space)s/(?P<repo>[^/]+(?:/[^/]+)?)"
     r"(?:/(?P<verb>revision|tree|preupload|commit|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?$"
 )
+_SETTINGS = re.compile(r"^/api/models/(?P<repo>[^/]+/[^/]+)/settings$")
+_COLLECTION = re.compile(r"^/api/collections/(?P<slug>[^/]+/[^/]+)(?P<items>/items)?$")
 _RESOLVE = re.compile(r"^/(?P<kind>datasets/)?(?P<repo>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
 _BATCH = re.compile(r"^/(?:datasets/)?(?P<repo>.+)\.git/info/lfs/objects/batch$")
 
@@ -441,6 +444,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._create(json.loads(body))
         elif path == "/api/validate-yaml":
             self._validate_yaml(json.loads(body)["content"])
+        elif match := _SETTINGS.match(path):
+            self._settings(match["repo"], json.loads(body))
+        elif match := _COLLECTION.match(path):
+            self._collection(match["slug"], json.loads(body) if match["items"] else None)
         elif match := _BATCH.match(path):
             self._lfs_batch(match["repo"], json.loads(body))
         elif path.startswith("/lfs/"):
@@ -469,6 +476,32 @@ class _Handler(BaseHTTPRequestHandler):
             private=payload.get("visibility") == "private",
         )
         self._json({"url": url, "name": repo_id})
+
+    def _settings(self, repo_id: str, payload: dict[str, Any]) -> None:
+        repo = self._repo(repo_id, "model", write=True)
+        if self.command != "PUT" or payload.keys() - {"gated"} or payload["gated"] not in ("auto", "manual", False):
+            raise _RefusedError(400, f"{self.command} {payload}")
+        repo.gated = payload["gated"]
+        self._json({})
+
+    def _collection(self, slug: str, added: dict[str, Any] | None) -> None:
+        token = self._token()
+        if slug not in self.hub.collections:
+            raise _RefusedError(404, "Collection not found")
+        items = self.hub.collections[slug]
+        if added is not None:
+            if token != WRITE_TOKEN or slug.split("/")[0] not in NAMESPACES:
+                raise _RefusedError(403, "You don't have the rights to change this collection")
+            name = added["item"]["id"]
+            if added["item"]["type"] != "model" or name not in self.hub.repos:
+                raise _RefusedError(404, "no such model")
+            if name in items:
+                raise _RefusedError(409, "already there")
+            items.append(name)
+        listed = [{"_id": f"{n}", "id": item, "type": "model", "position": n} for n, item in enumerate(items)]
+        about = {"title": slug, "owner": {"name": slug.split("/")[0]}, "position": 0, "private": False, "theme": "blue"}
+        dated = {"lastUpdated": "2026-01-02T03:04:05.000Z", "upvotes": 0}
+        self._json({"slug": slug, "items": listed, **about, **dated})
 
     def _validate_yaml(self, content: str) -> None:
         errors = []
@@ -516,7 +549,7 @@ class _Handler(BaseHTTPRequestHandler):
             "modelId": repo.repo_id,
             "sha": commit,
             "private": repo.private,
-            "gated": "manual" if repo.gated else False,
+            "gated": "manual" if repo.gated is True else repo.gated,
             "disabled": False,
             "downloads": 0,
             "likes": 0,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import yaml  # type: ignore[import-untyped]
@@ -185,6 +185,14 @@ class CardFacts:
     license_name: str | None = None
     license_link: str | None = None
     base_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepoSettings:
+    """Who can read a repository: `private`, its owner alone; `gated`, those who are given access, None where all."""
+
+    private: bool
+    gated: Literal["auto", "manual"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -416,21 +424,50 @@ def whoami() -> str:
         return str(HfApi().whoami()["name"])
 
 
-def repo_is_private(repo_id: str) -> bool | None:
-    """Return whether a model repository is private; None when there is none that this login can see."""
+def read_repo_settings(repo_id: str) -> RepoSettings | None:
+    """Return who can read a model repository; None when there is none that this login can see."""
     try:
         with hub_errors(repo_id, writing=True):
-            return bool(HfApi().model_info(repo_id).private)
+            found = HfApi().model_info(repo_id)
     except HubError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError) and not isinstance(error.__cause__, GatedRepoError):
             return None
         raise
+    return RepoSettings(private=bool(found.private), gated=found.gated or None)
 
 
 def create_repo(repo_id: str, *, private: bool) -> None:
     """Create a model repository; one that exists is left as it is, its visibility too."""
     with hub_errors(repo_id, writing=True):
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
+
+
+def gate_repo(repo_id: str, *, gated: Literal["auto", "manual"]) -> None:
+    """Have readers of a model repository ask for access, which is given at once (auto) or by its owner (manual)."""
+    with hub_errors(repo_id, writing=True):
+        HfApi().update_repo_settings(repo_id, gated=gated)
+
+
+def check_collection(slug: str) -> None:
+    """Raise `HubError` unless there is a collection that this login, or an organization of it, owns."""
+    try:
+        with hub_errors(slug, writing=True):
+            HfApi().get_collection(slug)
+            login = HfApi().whoami()
+    except HubError as error:
+        if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 404:
+            said = "no such collection on the Hub that this login can see (404); check the spelling, or make it first"
+            raise HubError(f"{slug}: {said}") from error.__cause__
+        raise
+    names = [str(login["name"]), *(str(each["name"]) for each in login.get("orgs", ()))]
+    if slug.split("/")[0].lower() not in {name.lower() for name in names}:
+        raise HubError(f"{slug}: a collection of neither {names[0]}, who is logged in, nor their organizations")
+
+
+def add_to_collection(slug: str, repo_id: str) -> None:
+    """Add a model to a collection; one that is in it stays as it is."""
+    with hub_errors(slug, writing=True):
+        HfApi().add_collection_item(slug, repo_id, "model", exists_ok=True)
 
 
 def upload_folder(repo_id: str, folder: Path, *, commit_message: str, quiet: bool = False) -> str:

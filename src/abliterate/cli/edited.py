@@ -7,13 +7,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.cli.options import JsonOption, output_option
+from abliterate.cli.options import JsonOption, option, output_option
 from abliterate.cli.output import Output
+from abliterate.release.options import Gating, PushOptions
 
 if TYPE_CHECKING:
     from abliterate.release.publishing import PushReport
     from abliterate.release.reverting import RevertReport
 
+_DEFAULTS = PushOptions()
 EditedArg = Annotated[Path, typer.Argument(metavar="OUT", help="A directory that `abliterate orthogonalize` wrote.")]
 
 
@@ -21,20 +23,15 @@ def push(
     context: typer.Context,
     checkpoint: EditedArg,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub, or NAME for yourself.")],
-    private: Annotated[
-        bool,
-        typer.Option("--private/--public", help="Who can read it; one that exists must already be so."),
-    ] = True,
+    private: Annotated[bool, option(PushOptions, "private")] = _DEFAULTS.private,
+    gated: Annotated[Gating | None, option(PushOptions, "gated")] = _DEFAULTS.gated,
+    collection: Annotated[str | None, option(PushOptions, "collection")] = _DEFAULTS.collection,
+    sibling: Annotated[list[Path] | None, option(PushOptions, "siblings")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show what would go; no network.")
     ] = False,
-    commit_message: Annotated[
-        str | None, typer.Option("--commit-message", metavar="TEXT", help="First line of the commit.")
-    ] = None,
-    evaluation: Annotated[
-        Path | None,
-        typer.Option("--evaluation", metavar="FILE", help="Measurements; default OUT/evaluation.json if there."),
-    ] = None,
+    commit_message: Annotated[str | None, option(PushOptions, "commit_message")] = _DEFAULTS.commit_message,
+    evaluation: Annotated[Path | None, option(PushOptions, "evaluation")] = _DEFAULTS.evaluation,
     json_output: JsonOption = False,
 ) -> None:
     """Push OUT to the Hub, with a model card made from its record and its evaluation.
@@ -48,10 +45,15 @@ def push(
     report = push_checkpoint(
         checkpoint=checkpoint,
         repo_id=repo_id,
-        private=private,
+        options=PushOptions(
+            private=private,
+            gated=gated,
+            collection=collection,
+            siblings=tuple(sibling or ()),
+            evaluation=evaluation,
+            commit_message=commit_message,
+        ),
         dry_run=dry_run,
-        commit_message=commit_message,
-        evaluation=evaluation,
         progress=output.progress,
     )
     for path in report.left_out:
@@ -68,17 +70,18 @@ def _pushed(report: "PushReport") -> list[Table | str]:
     table.columns[1].justify = "right"
     for file in report.files:
         table.add_row(escape(file.path), f"{file.bytes:,}")
-    visibility = "private" if report.private else "public"
+    visibility = ("private" if report.private else "public") + (f", gated: {report.gated}" if report.gated else "")
     total = f"{len(report.files)} files, {report.total_bytes:,} bytes"
     licence = report.license or "not known"
+    into = f" and into the collection {report.collection}" if report.collection else ""
     if report.dry_run:
         return [
             table,
-            f"Dry run: {total} would go to {report.repo_id} ({visibility}); licence {licence}. Model card:\n",
+            f"Dry run: {total} would go to {report.repo_id} ({visibility}){into}; licence {licence}. Model card:\n",
             report.card,
         ]
     state = "new" if report.created else "existing"
-    return [table, f"{total} are at {report.url} ({visibility}, {state}), commit {report.commit}"]
+    return [table, f"{total} are at {report.url} ({visibility}, {state}){into}, commit {report.commit}"]
 
 
 def revert(

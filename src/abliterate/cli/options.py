@@ -39,8 +39,8 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "--quantized", "--quick", "--strengths", "--tied", "--top-heads", "--unverified",
     ),
     "Output": (
-        "--commit-message", "--dry-run", "--evaluation", "--fail-if", "--fail-if-brittle", "--format", "--hardened",
-        "--json", "--output", "--overwrite", "--private", "--report", "--resume",
+        "--collection", "--commit-message", "--dry-run", "--evaluation", "--fail-if", "--fail-if-brittle", "--format",
+        "--gated", "--hardened", "--json", "--output", "--overwrite", "--private", "--report", "--resume", "--sibling",
     ),
     "Machine": ("--batch-size", "--device", "--dtype"),
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOT_MEASURED = "not measured"
@@ -69,8 +70,8 @@ _LOADERS = {
 }
 
 
-def how_to_use(record: dict[str, Any], title: str) -> str:
-    """Return the section on what runs the checkpoint: whatever runs its base."""
+def how_to_use(record: dict[str, Any], title: str, *, siblings: Mapping[str, dict[str, Any]] | None = None) -> str:
+    """Return the section on what runs the checkpoint: whatever runs its base; `siblings` as in `files_beside`."""
     heading = "## How to use it\n\n"
     files = [name for name in mapping(record.get("shards")) if name.endswith(".gguf")]
     if files:
@@ -80,7 +81,8 @@ def how_to_use(record: dict[str, Any], title: str) -> str:
         )
     text = (
         "Architecture, names and number formats are the base model's, but for what is said below, so what runs that "
-        f"runs this: transformers, vLLM (`vllm serve` {code(title)}), and llama.cpp after its own conversion."
+        f"runs this: transformers, vLLM (`vllm serve` {code(title)}), and llama.cpp "
+        + ("from a file below." if siblings else "after its own conversion.")
     )
     loader = _LOADERS.get(str(record["base"].get("pipeline_tag", "text-generation")))
     if loader is None:
@@ -96,6 +98,42 @@ def how_to_use(record: dict[str, Any], title: str) -> str:
             f"{tokenizer.removeprefix('Auto').lower()} = {tokenizer}.from_pretrained({name})\n```"
         )
     )
+
+
+def files_beside(siblings: Mapping[str, dict[str, Any]], *, measured: bool) -> list[str]:
+    """Return the section on the same edit in GGUF files, if there are any.
+
+    Args:
+        siblings: The record's name in the repository -> its content, of each.
+        measured: Whether the card tells measurements, which are of the checkpoint.
+    """
+    rows = [
+        (code(name), _gguf_types(record), f"{entry['bytes']:,}", code(record_name))
+        for record_name, record in siblings.items()
+        for name, entry in sorted(record["shards"].items())
+    ]
+    if not rows:
+        return []
+    run = (
+        f"llama.cpp runs them (`llama-server -m` {rows[0][0]}; of a model in parts, the first), and what is built on it"
+    )
+    not_measured = " The measurements below are of the checkpoint and not of these files." if measured else ""
+    return [
+        "## Files\n\nThe same edit, made in GGUF files of the base, each with its own record. "
+        f"{run}.{not_measured}\n\n" + table(("File", "Format", "Bytes", "Record"), rows)
+    ]
+
+
+def _gguf_types(record: dict[str, Any]) -> str:
+    counts = Counter(str(tensor.get("dtype")) for tensor in record["tensors"])
+    types = " and ".join(inline(name) for name, _ in counts.most_common(2))
+    return f"GGUF, edited in {types}" if types else "GGUF"
+
+
+def access_notice(gated: str | None) -> list[str]:
+    """Return the section on how access is given, if readers must ask for it."""
+    given = {"manual": "the owner of this repository decides on each request", "auto": "it is given at once"}
+    return [f"## Access\n\nReaders ask for access and agree to the terms shown there; {given[gated]}."] if gated else []
 
 
 def what_was_left_alone(record: dict[str, Any]) -> list[str]:

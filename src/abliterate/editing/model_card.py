@@ -15,7 +15,9 @@ from abliterate.arguments import cli_arguments, shell_word
 from abliterate.checkpoints.hub import CardFacts
 from abliterate.editing.card_text import (
     NOT_MEASURED,
+    access_notice,
     code,
+    files_beside,
     how_to_merge,
     how_to_use,
     inline,
@@ -310,6 +312,11 @@ _SAFETY_NOTICE = """\
   to the licence and the use policy of the base model.
 - It was taught nothing new, and has the base model's errors and biases."""
 
+_TERMS = (
+    "What the base model refuses was changed on purpose, and its safety is reduced. By asking for access you agree to "
+    "use this model for research, to keep to the law and to the licence and the use policy of the base model, and to "
+    "answer for how you use it and pass it on."
+)
 _CITATION = """\
 ## Citation
 
@@ -327,7 +334,13 @@ The method is that of the paper [arXiv 2406.11717](https://arxiv.org/abs/2406.11
 
 
 def build_model_card(
-    *, record: dict[str, Any], evaluation: dict[str, Any] | None, facts: CardFacts | None, title: str
+    *,
+    record: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    facts: CardFacts | None,
+    title: str,
+    gated: str | None = None,
+    siblings: Mapping[str, dict[str, Any]] | None = None,
 ) -> str:
     """Write the README.md of a checkpoint.
 
@@ -336,6 +349,8 @@ def build_model_card(
         evaluation: The content of `evaluation.json`, or None where nothing was measured.
         facts: What the base model's own card says; None where it is not known.
         title: The heading, usually the repository's name.
+        gated: How readers ask for access, manual or auto; None where they need none. The card has the terms then.
+        siblings: The same edit in GGUF files: the name of the record in the repository -> its content.
 
     Returns:
         Markdown with the Hub's YAML front matter.
@@ -353,6 +368,7 @@ def build_model_card(
         library_name="peft" if is_adapter else "gguf" if is_gguf else "transformers",
         pipeline_tag=str(record["base"].get("pipeline_tag", "text-generation")),
         tags=[*_TAGS, "lora"] if is_adapter else _TAGS,
+        extra_gated_prompt=_TERMS if gated else None,
     )
     tool = code("abliterate " + str(mapping(record.get("tool")).get("version", "")))
     made = "A LoRA adapter. Merged into its base, it gives this model: " if is_adapter else ""
@@ -364,7 +380,9 @@ def build_model_card(
         f"---\n{front_matter.to_yaml(original_order=_FRONT_MATTER_ORDER)}\n---\n",
         introduction,
         _safety_notice(record),
-        how_to_merge(record, title) if is_adapter else how_to_use(record, title),
+        *access_notice(gated),
+        how_to_merge(record, title) if is_adapter else how_to_use(record, title, siblings=siblings),
+        *files_beside(siblings or {}, measured=evaluation is not None),
         what_was_done(record),
         *what_was_left_alone(record),
         _how_it_was_measured(evaluation),
