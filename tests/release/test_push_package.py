@@ -124,6 +124,15 @@ def test_other_texts_of_a_local_base_and_what_is_no_text(out):
         read_push_package(out).rewritten()
 
 
+def test_a_vocabulary_is_never_rewritten(out):
+    folder = of_a_local_base(out)
+    add_side_file(out, "merges.txt", b"/d ata/\n")
+    assert "merges.txt" not in read_push_package(out).rewritten()
+    add_side_file(out, "vocab.json", json.dumps({f"{folder}/": 7}).encode())
+    with pytest.raises(VerificationError, match=r"vocab\.json: names .*folder, a folder of this machine, and is no"):
+        read_push_package(out).rewritten()
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [

@@ -146,10 +146,14 @@ class PushPackage:
         return found if content == self.record.content else {**found, RECORD_NAME: as_json(content)}
 
     def _folders(self) -> tuple[str, ...]:
-        """Return folders of this machine that files of a local base may name, the longest first."""
+        """Return folders of this machine that files of a local base may name, the longest first.
+
+        One right below the root, as `/data`, says nothing of its owner, and a vocabulary may well hold it.
+        """
         models = (os.path.expanduser(self.record.content["base"]["model"]), str(self.checkpoint))
         places = [os.path.expanduser("~"), *(os.path.dirname(os.path.abspath(model)) for model in models)]
-        return tuple(sorted({*places, *map(os.path.realpath, places)} - {"/"}, key=len, reverse=True))
+        found = {place for place in {*places, *map(os.path.realpath, places)} if len(PurePath(place).parts) > 2}
+        return tuple(sorted(found, key=len, reverse=True))
 
 
 _FOLDER_KEYS = {
@@ -158,6 +162,8 @@ _FOLDER_KEYS = {
 _PATH_KEYS = {
     "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "best_model_checkpoint",
 }  # fmt: skip
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"})
+"""In these a path may be a token: nothing is replaced."""
 _LARGEST_CONFIG = 1 << 22
 _LARGEST_TEXT = 1 << 28
 
@@ -204,8 +210,9 @@ def _without_own_paths(path: Path, folders: Sequence[str]) -> bytes | None:
 
     These are what lies in `folders`, and absolute paths where libraries write down where they read something.
     """
-    size = path.stat().st_size
-    content = _read_if_json(path) if path.suffix == ".json" and size <= _LARGEST_CONFIG else None
+    size, is_vocabulary = path.stat().st_size, path.name in _VOCABULARIES
+    is_config = path.suffix == ".json" and size <= _LARGEST_CONFIG and not is_vocabulary
+    content = _read_if_json(path) if is_config else None
     if content is not None:
         plain = _values_without(content, folders)
         return None if plain == content else as_json(plain)
@@ -214,12 +221,15 @@ def _without_own_paths(path: Path, folders: Sequence[str]) -> bytes | None:
     if not named:
         return None
     try:
-        return _text_without(data.decode(), folders).encode()
+        text = None if is_vocabulary else data.decode()
     except UnicodeDecodeError:
+        text = None
+    if text is None:
         raise VerificationError(
             f"{path}: names {named[0]}, a folder of this machine, and is no text in which that could be replaced; take "
             "it out of the base's file and run `abliterate orthogonalize` again (nothing was sent)"
-        ) from None
+        )
+    return _text_without(text, folders).encode()
 
 
 def _values_without(value: Any, folders: Sequence[str], *, named: bool = False) -> Any:
