@@ -139,7 +139,7 @@ def test_an_output_is_compared_by_its_shape(shown, same):
 
 def test_some_lines_are_found_in_their_order():
     assert missing("role\ncount", "a\nrole\nb\ncount\nc", some_lines=True) is None
-    assert missing("count\nrole", "a\nrole\nb\ncount\nc", some_lines=True) == "role"
+    assert missing("count\nrole", "a\nrole\nb\ncount\nc", some_lines=True) == "shown: role; printed: c"
     assert shape("12 at layer 3\n\n at final norm") == ["# at PLACE", "at PLACE"]
 
 
@@ -147,7 +147,7 @@ def test_a_reader_types_what_stands_there_and_says_what_is_wrong(tmp_path, call_
     reader = Reader(call_main, tmp_path, names={"N": "2"}, options={"prompts": "--json"})
     page = "a\n```python\nx = N\nprint('a', x)\n```\n\n```text\na 5\n```\n<!-- not run: hours -->\n```sh\nmake\n```\n"
     assert reader.read(page) == []
-    assert reader.read(page.replace("a 5", "b 5")) == ["line 8: not printed: b #\na 2\n"]
+    assert reader.read(page.replace("a 5", "b 5")) == ["line 8: shown: b #; printed: a #"]
     assert reader.read("a\n```python\nassert x == 2\n```\n") == []
     assert "no command was run" in reader.read("a\n```text\n5\n```\n")[0]
     not_run = page.replace("a\n```python", "<!-- not run: hours -->\n```python")

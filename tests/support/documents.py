@@ -94,7 +94,7 @@ def shape(text: str) -> list[str]:
 
 
 def missing(shown: str, printed: str, *, some_lines: bool = False) -> str | None:
-    """Return the first line of a page that was not printed where it should be, or None.
+    """Return the first line of a page that was not printed where it should be, and what was, or None.
 
     Args:
         shown: what the page shows; a line `...` stands for any number of lines.
@@ -118,9 +118,22 @@ def missing(shown: str, printed: str, *, some_lines: bool = False) -> str | None
         starts = range(at, at + 1) if i == 0 else starts
         match = next((start for start in starts if start >= at and there[start : start + len(run)] == run), None)
         if match is None:
-            return next((line for line in run if line not in there[at:]), run[0] if run else "")
+            return _where_it_parts(run, there, starts)
         at = match + len(run)
-    return None if at == len(there) else f"(nothing more, but then comes) {there[at]}"
+    return None if at == len(there) else f"nothing more is shown, but printed: {there[at]}"
+
+
+def _where_it_parts(run: Sequence[str], there: Sequence[str], starts: Sequence[int]) -> str:
+    """Return the first line of a run that is not there, and what is, at the start from which most of its lines are."""
+
+    def agreeing(start: int) -> int:
+        pairs = zip(run, there[max(0, start) :], strict=False)
+        return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(run), len(there) - start))
+
+    start = max(starts, key=agreeing)
+    n = min(agreeing(start), len(run) - 1)
+    printed = there[start + n] if 0 <= start + n < len(there) else "nothing"
+    return f"shown: {run[n]}; printed: {printed}"
 
 
 class NotKnownError(Exception):
@@ -165,7 +178,7 @@ class Reader:
                     continue
                 line = missing(block.text, printed, some_lines=block.some_lines)
                 if line is not None:
-                    faults.append(f"{where}: not printed: {line}\n{printed}")
+                    faults.append(f"{where}: {line}")
         return faults
 
     def run(self, block: Block) -> str:
