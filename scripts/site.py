@@ -1,9 +1,12 @@
 """What mkdocs asks while it builds the pages (`hooks` of mkdocs.yml): pages outside docs, and where links lead.
 
-README, CONTRIBUTING and the like are pages of the site, too, and their links are those of the repository. A link to
-such a page is turned to where it lies in the site; one to a file that is no page becomes its text.
+README, CONTRIBUTING and the like are pages of the site, too, and so is the notebook; their links are those of the
+repository. A link to such a page is turned to where it lies in the site; one to a file that is no page becomes text.
 """
 
+import base64
+import html
+import json
 import posixpath
 import re
 from collections.abc import Mapping
@@ -24,6 +27,7 @@ OUTSIDE: Mapping[str, str] = {
     "benchmarks/README.md": "project/benchmarks.md",
     "examples/README.md": "project/examples.md",
     "examples/ci/README.md": "project/examples-ci.md",
+    "examples/trace.ipynb": "project/trace.md",
     "prompts/README.md": "project/prompts.md",
 }
 """The pages outside docs, each with its place in the site."""
@@ -36,8 +40,37 @@ def on_files(files: "Files", config: Any) -> "Files":
     from mkdocs.structure.files import File
 
     for source, place in OUTSIDE.items():
-        files.append(File.generated(config, place, abs_src_path=str(REPOSITORY / source)))
+        path = REPOSITORY / source
+        if path.suffix == ".ipynb":
+            page = notebook_page(json.loads(path.read_text(encoding="utf-8")))
+            files.append(File.generated(config, place, content=page))
+        else:
+            files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
+
+
+def notebook_page(notebook: Mapping[str, Any]) -> str:
+    """Return an executed notebook as a page in Markdown, with its outputs: figures as pictures, all else as text."""
+    parts: list[str] = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text)
+        else:
+            parts += [f"```python\n{text}\n```", *map(_output, cell["outputs"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _output(output: Mapping[str, Any]) -> str:
+    data = output.get("data", {})
+    if "image/svg+xml" not in data:
+        text = "".join(output.get("text") or data["text/plain"])
+        return f"```text\n{text.rstrip()}\n```"
+    svg = "".join(data["image/svg+xml"])
+    title = re.search(r"<title>([^<]*)</title>", svg)
+    words = "" if title is None else html.escape(html.unescape(title[1]))
+    encoded = base64.b64encode(svg.encode()).decode()
+    return f'<p><img alt="{words}" src="data:image/svg+xml;base64,{encoded}"></p>'
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_more: Any) -> str:
@@ -58,7 +91,9 @@ def with_links_of_the_site(text: str, place: str) -> str:
         path, mark, anchor = link.partition("#")
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         inside = OUTSIDE.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
-        if inside is None or not ((REPOSITORY / target).is_file() and Path(target).suffix in {".md", ".json", ".svg"}):
+        if inside is None or not (
+            (REPOSITORY / target).is_file() and Path(target).suffix in {".md", ".json", ".svg", ".ipynb"}
+        ):
             return None
         return posixpath.relpath(inside, posixpath.dirname(place) or ".") + mark + anchor
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,22 @@ def demo_directory() -> Path:
         if not directory.exists():
             # Under its own name only when it is whole.
             demo.build_demo_model(output=directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_demo_directory() -> Path:
+    """A small model that refuses the bundled harmful prompts, trained once for its code, and kept in build/."""
+    from tests.support import small_demo
+
+    digest = hash_file(Path(small_demo.__file__))[:16]
+    directory = REPOSITORY / "build" / "tests" / f"small-demo-{digest}"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            partial = directory.with_name(f"{directory.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            small_demo.save_small_demo(partial).rename(directory)
     return directory
 
 

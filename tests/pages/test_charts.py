@@ -46,6 +46,8 @@ def test_a_file_is_xml_that_needs_no_page(text: str) -> None:
         inner = root.findall("{http://www.w3.org/2000/svg}svg")[-1]
         assert len(list(inner.iter())) - 1 == figure.html.count("<") - figure.html.count("</") - extra(figure)
         assert Page(figure.html).balanced
+        # A notebook asks the last value of a cell for this.
+        assert figure._repr_svg_() == figure.svg
 
 
 def extra(figure: Figure) -> int:

@@ -76,6 +76,10 @@ class Figure:
         )
         return re.sub(r"var\((--[a-z]+)\)", lambda match: LIGHT[match[1]], text)
 
+    def _repr_svg_(self) -> str:
+        """Show it in a notebook, where it is the last value of a cell."""
+        return self.svg
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
