@@ -40,8 +40,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entries", [1 << 19, 1 << 12])
 def test_norms_rank_and_vectors_are_those_of_a_dense_computation(tmp_path, monkeypatch, axis, dtype, entries):
-    # In small blocks the vectors are looked for in a part of them first.
-    monkeypatch.setattr(numbers, "BLOCK_ENTRIES", entries)
+    # In a matrix that is large enough the vectors are looked for in some rows first.
+    monkeypatch.setattr("abliterate.inspection.change._WORTH_SAMPLING", entries)
     old = (random(700, 300) / 10).to(dtype)
     new = (old.double() + 0.01 * random(700, 3, seed=1) @ random(3, 300, seed=2)).to(dtype)
     (pair,) = pairs(tmp_path, old, new)
@@ -77,7 +77,7 @@ def test_noise_of_full_rank_has_none_and_rounding_is_told_from_it(tmp_path):
 
 @pytest.mark.parametrize("row", [5, 20, 699])
 def test_a_change_of_one_row_is_seen_wherever_it_is(tmp_path, monkeypatch, row):
-    monkeypatch.setattr(numbers, "BLOCK_ENTRIES", 1 << 12)
+    monkeypatch.setattr("abliterate.inspection.change._WORTH_SAMPLING", 1 << 12)
     old = random(700, 300).bfloat16()
     new = old.clone()
     new[row] += random(300, seed=4).bfloat16()

@@ -144,7 +144,7 @@ def _fit(change: MatrixChange, span: Span) -> Projection | None:
         left=math.sqrt(float((span.before[:k] + span.change[:k]).double().square().sum()) / before),
         before_squared=before,
         misfit=float(rests[:k].norm() / energies[:k].sum().sqrt()),
-        error=min(1.0, change.rest / math.sqrt(n) / float(energies[k - 1].sqrt())),
+        error=min(1.0, change.rest / math.sqrt(change.lines) / float(energies[k - 1].sqrt())),
         row_normalised=False,
         kept=None,
         is_whole=False,

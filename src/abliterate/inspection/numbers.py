@@ -16,9 +16,10 @@ from torch import Tensor
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, damaged_file, encoded_parts, read_tensor
 from abliterate.errors import CheckpointError
 
-CHUNK_BYTES = 4 << 20
-# Entries of a block: 2 MiB of float32, which stays in cache.
-BLOCK_ENTRIES = 1 << 19
+# Two buffers of a thread that stay in its cache; larger ones are slower.
+CHUNK_BYTES = 1 << 18
+# Entries of a block: half a MiB of float32, of either side, for the same reason.
+BLOCK_ENTRIES = 1 << 17
 # Bits behind the leading one; what is stored otherwise has a grid of its own.
 MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 # Below the smallest normal number, steps have one size; it matters where the range is narrow.
@@ -143,17 +144,21 @@ class MatrixPair:
         new: The model's.
         name: The tensor's in the model, for messages.
         every: Of its blocks every so many are read, for a part of the matrix.
+        at_once: Rows of a block; None: as many as fit the cache.
     """
 
     old: StoredMatrix
     new: StoredMatrix
     name: str
     every: int = 1
+    at_once: int | None = None
 
     @property
     def rows_at_once(self) -> int:
         """Rows of a block."""
         rows, columns = self.shape
+        if self.at_once is not None:
+            return self.at_once
         return max(1, min(rows, BLOCK_ENTRIES // max(1, columns)))
 
     @property
