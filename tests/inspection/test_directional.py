@@ -7,7 +7,7 @@ from abliterate.formats.projection import NormFactor, effective_directions
 from abliterate.inspection.change import measure_change
 from abliterate.inspection.consensus import Projected, cosine_of, find_consensus
 from abliterate.inspection.directional import Projection, find_projection
-from tests.inspection.test_change import pairs, random
+from tests.support.stored_pairs import pairs_of, random
 
 U = random(96, seed=9) / random(96, seed=9).norm()
 W = random(96, 240, seed=3)
@@ -26,7 +26,7 @@ def projected(weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
 
 
 def found_in(tmp_path, new: torch.Tensor, *, axis: int = 0, old: torch.Tensor = W) -> Projection | None:
-    (pair,) = pairs(tmp_path, old.float(), new.float())
+    (pair,) = pairs_of(tmp_path, old.float(), new.float())
     return find_projection(pair, measure_change(pair, axis=axis, seed=1), other=None)
 
 

@@ -13,6 +13,7 @@ not above E is the rank of the change, and where R is above E the change has a p
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from abliterate.errors import CheckpointError
 from abliterate.inspection.numbers import MatrixPair, bits_per_number, steps
+from abliterate.inspection.products import Products, fused_products
 
 # Columns of the first sketch and of the second, which is made where the first one is full.
 NARROW, WIDE = 8, 72
@@ -40,8 +42,8 @@ _HALF_A_STEP = 0.505
 # The step is summed in every so many blocks, and in all where the dtypes differ.
 _STEPS_SUMMED = 32
 # Of a matrix of at least so many numbers some rows are looked at first: at most one in so many, and so many numbers,
-# which lie in so many places.
-_WORTH_SAMPLING, _PART, _SAMPLE_ENTRIES, _PLACES = 1 << 22, 4, 1 << 23, 32
+# which lie in so many places. Vectors of the columns' axis are those of these rows; the others are found by all.
+_WORTH_SAMPLING, _PART, _SAMPLE_ENTRIES, _PLACES = 1 << 22, 4, (1 << 21, 1 << 23), 32
 # Less than this share of the largest is float32's own noise.
 _NOTHING = 1e-5
 # What plain quantisation moves numbers by, as a share of their norm: bits a number -> share; generous.
@@ -119,20 +121,21 @@ class MatrixChange:
         return self.rest <= ABOVE_ROUNDING * self.rounding + _ARITHMETIC * self.change
 
 
-def measure_change(pair: MatrixPair, *, axis: int, seed: int) -> MatrixChange:
+def measure_change(pair: MatrixPair, *, axis: int, seed: int, fused: bool = False) -> MatrixChange:
     """Read two matrices and tell what their difference is.
 
     Args:
         pair: The matrices.
         axis: On which axis the vectors of the change are looked for.
         seed: Of the random columns.
+        fused: With the arithmetic of `fused_products`, which takes half a second to be loaded, where it can be had.
 
     Raises:
         CheckpointError: A file cannot be read, or a matrix holds NaN or infinite values.
     """
     generator = torch.Generator().manual_seed(seed)
     if math.prod(pair.shape) >= _WORTH_SAMPLING and pair.old.info.encoding is pair.new.info.encoding:
-        found_by_sample = _measure_by_sample(pair, axis, generator)
+        found_by_sample = _measure_by_sample(pair, axis, generator, fused=fused)
         if found_by_sample is not None:
             return found_by_sample
     rows, columns = pair.shape
@@ -195,7 +198,7 @@ def project(pair: MatrixPair, axis: int, vectors: Tensor) -> tuple[Tensor, Tenso
     return before, change
 
 
-def _measure_by_sample(pair: MatrixPair, axis: int, generator: torch.Generator) -> MatrixChange | None:
+def _measure_by_sample(pair: MatrixPair, axis: int, generator: torch.Generator, *, fused: bool) -> MatrixChange | None:
     """Return a change of few vectors that are found in some of the rows; None where all must be looked at for them.
 
     A change of low rank has that rank in any part. Norms, values and what is left are those of the whole, which is read
@@ -203,7 +206,7 @@ def _measure_by_sample(pair: MatrixPair, axis: int, generator: torch.Generator) 
     """
     rows, columns = pair.shape
     m, n = (rows, columns) if axis == 0 else (columns, rows)
-    sample, totals = _sample_of(pair)
+    sample, totals = _sample_of(pair, _SAMPLE_ENTRIES[axis])
     right, values = _vectors_of(sample, generator)
     seen = math.sqrt(totals.change_squared)
     floor = _floor(totals)
@@ -213,7 +216,7 @@ def _measure_by_sample(pair: MatrixPair, axis: int, generator: torch.Generator) 
     lines = len(sample) if axis == 1 else n
     del sample
     sketch = _Sketch(pair, axis)
-    span, values = sketch.decompose(right[:, : rank + _MORE])
+    span, values = sketch.decompose(right[:, : rank + _MORE], fused=fused)
     totals = sketch.totals(pair)
     change = math.sqrt(totals.change_squared)
     rank = count_outliers(values, change, floor=_floor(totals), m=m, n=n)
@@ -224,10 +227,10 @@ def _measure_by_sample(pair: MatrixPair, axis: int, generator: torch.Generator) 
     return found_all if found_all.rest_is_rounding else None
 
 
-def _sample_of(pair: MatrixPair) -> tuple[Tensor, "_Totals"]:
+def _sample_of(pair: MatrixPair, entries: int) -> tuple[Tensor, "_Totals"]:
     """Return D of some rows, [m, columns] float32, that lie in some places of the matrix, and their sums."""
     rows, columns = pair.shape
-    count = min(rows // _PART, max(NARROW, _SAMPLE_ENTRIES // columns))
+    count = min(rows // _PART, max(NARROW, entries // columns))
     at_once = max(1, count // _PLACES)
     places = math.ceil(count / at_once)
     every = rows // at_once // places
@@ -389,31 +392,32 @@ class _Sketch:
                 self.count(number, old, change)
         return made
 
-    def decompose(self, vectors: Tensor) -> tuple[Span, list[float]]:
+    def decompose(self, vectors: Tensor, *, fused: bool) -> tuple[Span, list[float]]:
         """Return what `_decompose` does, in one pass, from vectors V that span the right singular vectors; and count.
 
         Y = D V spans the left ones. Of the rows' axis, Y^T W and Y^T D are summed while a block is in the cache.
         """
-        rows, columns = self._pair.shape
-        k = vectors.shape[1]
-        across = torch.zeros(rows, k), torch.zeros(rows, k)
-        along = torch.zeros(k, columns), torch.zeros(k, columns)
-        for number, (part, old, change) in enumerate(self._pair.blocks()):
-            found = torch.mm(change, vectors, out=across[1][part])
-            if self._axis == 1:
-                torch.mm(old, vectors, out=across[0][part])
-            else:
-                along[0].addmm_(found.T, old)
-                along[1].addmm_(found.T, change)
-            self.count(number, old, change)
+        products = Products(self._pair, vectors, axis=self._axis)
+        kernels = fused_products() if fused and products.can_be_fused else None
+        if kernels is not None:
+            for number, (part, stored, edited) in enumerate(self._pair.stored()):
+                self._add(products.add_stored(part, stored, edited, kernels), stored.numel())
+                if number % _STEPS_SUMMED == 0:
+                    self._sample(stored.float(), edited.float() - stored.float())
+        else:
+            for number, (part, old, change) in enumerate(self._pair.blocks()):
+                products.add(part, old, change)
+                self.count(number, old, change)
         self.totals(self._pair)  # which no numbers would not get past
         if self._axis == 1:
-            return _turned(Span(axis=1, vectors=vectors.double(), before=across[0].T, change=across[1].T))
+            before, change = products.across
+            return _turned(Span(axis=1, vectors=vectors.double(), before=before.T, change=change.T))
         # Y = P S T^T, so P^T W = S^-1 T^T (Y^T W); a column that is nothing leads nowhere.
-        basis, lengths, turn = torch.linalg.svd(across[1].double(), full_matrices=False)
+        basis, lengths, turn = torch.linalg.svd(products.across[1].double(), full_matrices=False)
         kept = int((lengths > _NOTHING * lengths[0]).sum())
         back = (turn[:kept] / lengths[:kept, None]).float()
-        return _turned(Span(axis=0, vectors=basis[:, :kept], before=back @ along[0], change=back @ along[1]))
+        before, change = (back @ each for each in products.along)
+        return _turned(Span(axis=0, vectors=basis[:, :kept], before=before, change=change))
 
     def count(self, number: int, old: Tensor, change: Tensor) -> None:
         """Count a block, of such a number."""
@@ -427,9 +431,11 @@ class _Sketch:
 
     def _sum(self, old: Tensor, change: Tensor) -> None:
         one, other = old.reshape(-1), change.reshape(-1)
-        self._entries += old.numel()
-        for index, (first, second) in enumerate(((one, one), (one, other), (other, other))):
-            self._sums[index] += float(torch.dot(first, second))
+        self._add([float(torch.dot(*pair)) for pair in ((one, one), (one, other), (other, other))], old.numel())
+
+    def _add(self, sums: Sequence[float], entries: int) -> None:
+        self._entries += entries
+        self._sums = [one + other for one, other in zip(self._sums, sums, strict=True)]
 
     def _sample(self, old: Tensor, change: Tensor) -> None:
         sides = [side.info for side in (self._pair.old, self._pair.new)]

@@ -5,6 +5,7 @@ embedding) is decoded at a time.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,8 @@ BLOCK_ENTRIES = 1 << 17
 MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 # Below the smallest normal number, steps have one size; it matters where the range is narrow.
 _LEAST_STEPS = {"F16": 2.0**-24, "F8_E4M3": 2.0**-9, "F8_E5M2": 2.0**-16}
+# So much of a file is asked for before it is needed, so that the disk reads while what is there is computed with.
+_AHEAD, _ASKED_AT_ONCE = 8 << 20, 1 << 20
 _EXPONENT = 0x7F800000
 _PLAIN = TORCH_DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -69,8 +72,11 @@ class ByteComparer:
             with paths[0].open("rb", buffering=0) as first, paths[1].open("rb", buffering=0) as second:
                 first.seek(old.start)
                 second.seek(new.start)
+                ahead = [_Ahead(file.fileno(), info.start, info.end) for file, info in ((first, old), (second, new))]
                 while left:
                     size = min(left, CHUNK_BYTES)
+                    for each in ahead:
+                        each.ask(each.end - left)
                     # Whole buffers are compared by the C library; a shorter last part through copies.
                     views = [memoryview(buffer)[:size] for buffer in self._buffers]
                     for file, view, path in zip((first, second), views, paths, strict=True):
@@ -82,6 +88,21 @@ class ByteComparer:
         except OSError as error:
             raise CheckpointError(f"{error.filename or paths[1]}: cannot be read: {error.strerror or error}") from error
         return True
+
+
+class _Ahead:
+    """Asks the system for a range of a file, some of it at a time, before it is read."""
+
+    def __init__(self, descriptor: int, start: int, end: int) -> None:
+        self.end = end
+        self._descriptor, self._asked = descriptor, start
+
+    def ask(self, position: int) -> None:
+        """Ask for what follows a position."""
+        while self._asked < min(self.end, position + _AHEAD) and hasattr(os, "posix_fadvise"):
+            size = min(_ASKED_AT_ONCE, self.end - self._asked)
+            os.posix_fadvise(self._descriptor, self._asked, size, os.POSIX_FADV_WILLNEED)
+            self._asked += size
 
 
 def _fill(file: object, view: memoryview, path: Path) -> None:
@@ -108,18 +129,28 @@ class StoredMatrix:
                 if index % every == 0:
                     yield block
             return
+        wide = torch.empty(rows, self.shape[1])
+        for stored in self.stored(rows, every=every):
+            yield wide[: len(stored)].copy_(stored)
+
+    def stored(self, rows: int, *, every: int = 1) -> Iterator[Tensor]:
+        """Yield the same as it is stored, if that is plain."""
         cols = self.shape[1]
         row_bytes = (self.info.end - self.info.start) // max(1, self.shape[0])
-        raw, wide = bytearray(rows * row_bytes), torch.empty(rows, cols)
+        raw = bytearray(rows * row_bytes)
         path = self.directory / self.info.shard
         try:
             with path.open("rb", buffering=0) as file:
+                ahead = _Ahead(file.fileno(), self.info.start, self.info.end)
                 for first in range(0, self.shape[0], rows * every):
-                    file.seek(self.info.start + first * row_bytes)
+                    position = self.info.start + first * row_bytes
+                    file.seek(position)
+                    if every == 1:
+                        ahead.ask(position)
                     count = min(rows, self.shape[0] - first)
                     _fill(file, memoryview(raw)[: count * row_bytes], path)
                     stored = torch.frombuffer(raw, dtype=_PLAIN[self.info.dtype], count=count * cols)
-                    yield wide[:count].copy_(stored.view(count, cols))
+                    yield stored.view(count, cols)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -174,6 +205,14 @@ class MatrixPair:
             first = index * at_once * self.every
             part = slice(first, first + len(old))
             yield part, old, new.sub_(old) if self.new.info.encoding is None else new - old
+
+    def stored(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield rows, W and W' of these rows as both are stored, if that is plain; the memory is used again."""
+        at_once = self.rows_at_once
+        first = 0
+        for old, new in zip(*(side.stored(at_once) for side in (self.old, self.new)), strict=True):
+            yield slice(first, first + len(old)), old, new
+            first += len(old)
 
 
 def matrices_of(old: TensorInfo, new: TensorInfo, *, old_directory: Path, new_directory: Path) -> list[MatrixPair]:
