@@ -84,6 +84,10 @@ def projection(vector: torch.Tensor, **more) -> Projection:
     return Projection(vectors=(vector / vector.norm())[:, None], **values)
 
 
+def unit(vector: torch.Tensor) -> torch.Tensor:
+    return (vector / vector.norm())[None]
+
+
 def writers(vectors: list[torch.Tensor], **more) -> list[Projected]:
     return [
         Projected(name=f"w{index}", role="attn", layer=index // 2, projection=projection(each), **more)
@@ -103,8 +107,28 @@ def test_one_direction_in_all_but_one_tensor_is_one_direction():
 
 def test_a_direction_of_each_layer_and_of_each_tensor():
     layers = [random(96, seed=100 + index // 2) for index in range(12)]
-    assert find_consensus(writers(layers)).scope == "per_layer"
-    assert find_consensus(writers([random(96, seed=200 + index) for index in range(12)])).scope == "several"
+    found = find_consensus(writers(layers))
+    assert found.scope == "per_layer"
+    assert list(found.by_layer) == list(range(6))
+    assert all(cosine_of(found.of(index // 2), unit(each)) > 0.9999 for index, each in enumerate(layers))
+    assert min(found.cosines.values()) > 0.9999
+    assert len(found.agreeing) == 12
+    several = find_consensus(writers([random(96, seed=200 + index) for index in range(12)]))
+    assert (several.scope, several.by_layer) == ("several", {})
+
+
+def test_a_direction_of_each_layer_through_norms():
+    members = []
+    for index in range(12):
+        vector = random(96, seed=100 + index // 2)
+        norms = (NormFactor(gamma=1 + 0.4 * random(96, seed=index)),)
+        written = effective_directions(unit(vector), norms=norms)[0]
+        members.append(
+            Projected(name=f"w{index}", role="mlp", layer=index // 2, projection=projection(written), norms=norms)
+        )
+    found = find_consensus(members)
+    assert (found.scope, found.through_norms) == ("per_layer", True)
+    assert all(cosine_of(found.of(layer), unit(random(96, seed=100 + layer))) > 0.9999 for layer in range(6))
 
 
 @pytest.mark.parametrize("through", [True, False])

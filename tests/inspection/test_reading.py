@@ -67,7 +67,8 @@ def test_the_recovered_direction_is_a_direction_file_and_its_cosine_is_told(work
     found = inspected(work / "out", work / "base", work / "r.safetensors")
     pair = found.report.pair
     assert pair.directions.cosines[0] > 0.9999
-    (direction,) = found.directions()
+    ((added, direction),) = found.directions().items()
+    assert added == ""
     direction.save(work / "again.safetensors")
     again = load_direction(work / "again.safetensors", d_model=D_MODEL)
     # A given direction lends its sign.
@@ -76,6 +77,27 @@ def test_the_recovered_direction_is_a_direction_file_and_its_cosine_is_told(work
     assert found.report.left < 0.01
     orthogonalize_checkpoint(source=work / "base", direction=work / "again.safetensors", output=work / "second")
     assert inspected(work / "second", work / "base").report.verdict == "directional"
+
+
+def test_directions_of_layers_are_written_a_file_each(work):
+    vectors = [random_direction(D_MODEL, seed=20 + layer) for layer in range(N_LAYERS)]
+    edit = each_writer(
+        lambda w, layer: project(w, vectors[layer]), which=re.compile(r"o_proj\.weight|down_proj\.weight")
+    )
+    changed(work / "base", work / "own", edit)
+    make_direction(mean_difference=-vectors[1]).save(work / "second.safetensors")
+    found = inspected(work / "own", work / "base", work / "second.safetensors")
+    pair = found.report.pair
+    assert (pair.verdict, pair.directions.scope, pair.directions.disagreeing) == ("directional", "per_layer", ())
+    assert pair.directions.cosines[0] > 0.9999
+    assert all(tensor.cosine > 0.9999 for tensor in pair.changed)
+    made = found.directions()
+    assert list(made) == ["layer0", "layer1", "layer2"]
+    assert [each.metadata["recovered"]["layer"] for each in made.values()] == [0, 1, 2]
+    for direction, vector in zip(made.values(), vectors, strict=True):
+        assert abs(float(direction.vector.double() @ vector)) > 0.9999
+    # A given direction lends its sign to what is like it.
+    assert float(made["layer1"].vector.double() @ vectors[1]) < 0
 
 
 def test_parts_say_what_was_changed(work):

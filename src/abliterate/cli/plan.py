@@ -27,7 +27,7 @@ from abliterate.editing.options import EditOptions
 from abliterate.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from abliterate.editing.plan_report import PlanReport
     from abliterate.inspection.reading import Inspection
@@ -48,7 +48,7 @@ InspectDirectionsOption = Annotated[
 ]
 InspectOutputOption = Annotated[
     Path | None,
-    output_option("FILE", "Direction file to write: what was projected out."),
+    output_option("FILE", "Direction file to write: what was projected out; of each layer one where they differ."),
 ]
 InspectReportOption = Annotated[
     Path | None,
@@ -216,10 +216,10 @@ def _saved(found: "Inspection", output_file: Path | None) -> "tuple[InspectionRe
         return found.report, None
     try:
         made = found.directions()
-        files = _file_names(output_file, len(made))
+        files = _file_names(output_file, made)
         check_outputs(*map(_direction_file, files))
         with writing(output_file, "-o"):
-            for path, direction in zip(files, made, strict=True):
+            for path, direction in zip(files, made.values(), strict=True):
                 direction.save(path)
     except InputError as error:
         return found.report, error
@@ -232,10 +232,9 @@ def _direction_file(path: Path | None) -> OutputFile:
     return OutputFile(path=path, what="direction file", is_own=is_direction_file)
 
 
-def _file_names(output_file: Path, k: int) -> list[Path]:
-    if k == 1:
-        return [output_file]
-    return [output_file.with_name(f"{output_file.stem}.{i}{output_file.suffix}") for i in range(1, k + 1)]
+def _file_names(output_file: Path, added: "Iterable[str]") -> list[Path]:
+    names = (".".join(filter(None, (output_file.stem, each))) for each in added)
+    return [output_file.with_name(f"{name}{output_file.suffix}") for name in names]
 
 
 def _pair_tables(report: "InspectionReport") -> list[Table | str]:
@@ -291,6 +290,8 @@ def _pair_lines(report: "InspectionReport") -> list[str]:
         cosines = ", ".join(f"{cosine:.4f}" for cosine in found.cosines)
         beside = f"; cosine with the given: {cosines}" if cosines else ""
         lines.append(f"Recovered from {found.tensors} tensors: k {found.k}, {found.scope}{beside}")
+        if found.files:
+            lines.append(f"Written to {_first_names(found.files)}")
     lines += list(pair.notes)
     beside = f" ({', '.join(words)})" if words else ""
     return [*lines, f"verdict: {pair.verdict}{beside}: {pair.reason}"]
