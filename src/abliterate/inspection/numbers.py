@@ -5,7 +5,6 @@ embedding) is decoded at a time.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, damaged_file, encoded_parts, read_tensor
 from abliterate.errors import CheckpointError
+from abliterate.inspection.ahead import Ahead
 
 # Two buffers of a thread that stay in its cache; larger ones are slower.
 CHUNK_BYTES = 1 << 18
@@ -25,8 +25,6 @@ BLOCK_ENTRIES = 1 << 17
 MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 # Below the smallest normal number, steps have one size; it matters where the range is narrow.
 _LEAST_STEPS = {"F16": 2.0**-24, "F8_E4M3": 2.0**-9, "F8_E5M2": 2.0**-16}
-# So much of a file is asked for before it is needed, so that the disk reads while what is there is computed with.
-_AHEAD, _ASKED_AT_ONCE = 8 << 20, 1 << 20
 _EXPONENT = 0x7F800000
 _PLAIN = TORCH_DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -72,7 +70,7 @@ class ByteComparer:
             with paths[0].open("rb", buffering=0) as first, paths[1].open("rb", buffering=0) as second:
                 first.seek(old.start)
                 second.seek(new.start)
-                ahead = [_Ahead(file.fileno(), info.start, info.end) for file, info in ((first, old), (second, new))]
+                ahead = [Ahead(file.fileno(), info.start, info.end) for file, info in ((first, old), (second, new))]
                 while left:
                     size = min(left, CHUNK_BYTES)
                     for each in ahead:
@@ -88,21 +86,6 @@ class ByteComparer:
         except OSError as error:
             raise CheckpointError(f"{error.filename or paths[1]}: cannot be read: {error.strerror or error}") from error
         return True
-
-
-class _Ahead:
-    """Asks the system for a range of a file, some of it at a time, before it is read."""
-
-    def __init__(self, descriptor: int, start: int, end: int) -> None:
-        self.end = end
-        self._descriptor, self._asked = descriptor, start
-
-    def ask(self, position: int) -> None:
-        """Ask for what follows a position."""
-        while self._asked < min(self.end, position + _AHEAD) and hasattr(os, "posix_fadvise"):
-            size = min(_ASKED_AT_ONCE, self.end - self._asked)
-            os.posix_fadvise(self._descriptor, self._asked, size, os.POSIX_FADV_WILLNEED)
-            self._asked += size
 
 
 def _fill(file: object, view: memoryview, path: Path) -> None:
@@ -141,7 +124,7 @@ class StoredMatrix:
         path = self.directory / self.info.shard
         try:
             with path.open("rb", buffering=0) as file:
-                ahead = _Ahead(file.fileno(), self.info.start, self.info.end)
+                ahead = Ahead(file.fileno(), self.info.start, self.info.end)
                 for first in range(0, self.shape[0], rows * every):
                     position = self.info.start + first * row_bytes
                     file.seek(position)
