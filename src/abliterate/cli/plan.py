@@ -24,7 +24,7 @@ from abliterate.cli.options import (
 )
 from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, gate_tables, writing
 from abliterate.editing.options import EditOptions
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from abliterate.editing.plan_report import PlanReport
     from abliterate.inspection.reading import Inspection
     from abliterate.inspection.report import InspectionReport, PairReading
+    from abliterate.inspection.sources import PairSources
     from abliterate.release.gates import GateResult
+    from abliterate.release.run_reading import RunReading
 
 
 DEFAULTS = EditOptions()
@@ -53,6 +55,12 @@ InspectOutputOption = Annotated[
 InspectReportOption = Annotated[
     Path | None,
     report_option("one HTML page, and the JSON"),
+]
+InspectRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--run", help="Run both models on a few prompts: what is left in the stream, and how many each refuses."
+    ),
 ]
 InspectFailIfOption = Annotated[
     list[str] | None,
@@ -159,6 +167,7 @@ def inspect(
     directions: InspectDirectionsOption = None,
     output_file: InspectOutputOption = None,
     report_directory: InspectReportOption = None,
+    run: InspectRunOption = False,
     fail_if: InspectFailIfOption = None,
     revision: RevisionOption = None,
     base_revision: BaseRevisionOption = None,
@@ -170,7 +179,7 @@ def inspect(
     fine_tuned or unrelated; the direction that was projected out, how strongly, and what is left. Other shards, names
     with other prefixes, dtypes and quantised layouts are understood; of two Hub models only the files that differ are
     downloaded. Without --base: what MODEL's record and card say, and what its weights have of --direction. --fail-if
-    takes verdict!=WORD and numbers (tensors_edited>0, record_problems>0, ...). Nothing is run.
+    takes verdict!=WORD and numbers (tensors_edited>0, record_problems>0, ...). Nothing is run without --run.
     """
     from abliterate.inspection.ahead import begin_reading
 
@@ -187,6 +196,8 @@ def inspect(
     check_outputs(_direction_file(output_file), report=report_directory)
     if output_file is not None and base is None:
         raise InputError("--output writes the direction that a base was freed of; name that base with --base")
+    if run and base is None:
+        raise InputError("--run holds a model against its base on prompts; name that base with --base")
     conditions = [gates.parse_gate(text, gates.INSPECTION_NAMES) for text in fail_if or ()]
     with resolve_pair(model, base, revision=revision, base_revision=base_revision, progress=output.progress) as pair:
         found = inspect_model(
@@ -197,23 +208,63 @@ def inspect(
             same_files=pair.same_files,
             progress=output.progress,
         )
+        ran, not_run = _ran(pair, found, directions or (), output) if run else (None, None)
     report, failure = _saved(found, output_file)
     results = gates.judge_gates(conditions, gates.inspection_numbers(report))
-    _print(output, report, results)
+    _print(output, report, results, ran)
     if report_directory is not None:
         with writing(report_directory):
             write_inspection_page(report, report_directory, command=command_line())
     # Last: what was read at length is not lost.
-    if failure is not None:
-        raise failure
+    if failure or not_run:
+        raise failure or not_run
     gates.require(results)
 
 
-def _print(output: Output, report: "InspectionReport", results: "Sequence[GateResult]") -> None:
+def _ran(
+    pair: "PairSources", found: "Inspection", directions: "Sequence[Path]", output: Output
+) -> "tuple[RunReading | None, AbliterateError | None]":
+    """Run both models; return what they did, or why that cannot be said."""
+    from abliterate.directions import load_direction
+    from abliterate.release.run_reading import read_runs
+
+    try:
+        if pair.opened is not None or pair.base is None:
+            raise InputError("--run needs both models whole; name directories, or download what is on the Hub first")
+        given = [load_direction(each).vector for each in directions]
+        return read_runs(
+            model=pair.model, base=pair.base, recovered=found.vectors, given=given, progress=output.progress
+        ), None
+    except AbliterateError as error:
+        return None, error
+
+
+def _print(
+    output: Output, report: "InspectionReport", results: "Sequence[GateResult]", ran: "RunReading | None"
+) -> None:
+    beside = {"gates": output.plain(results)} if results else {}
+    if ran is not None:
+        beside["run"] = output.plain(ran)
     output.report(
-        {**output.plain(report), **({"gates": output.plain(results)} if results else {})},
-        tables=lambda: [*_pair_tables(report), *_readings(report), *gate_tables((), results)],
+        {**output.plain(report), **beside},
+        tables=lambda: [*_pair_tables(report), *_readings(report), *_run_lines(ran), *gate_tables((), results)],
     )
+
+
+def _run_lines(ran: "RunReading | None") -> list[str]:
+    if ran is None:
+        return []
+    lines = [
+        f"Run on {2 * ran.n_prompts} prompts: of what the base's stream has of the {ran.directions} directions, "
+        f"{ran.left:.2%} is in the model's"
+    ]
+    if ran.base.refused is not None and ran.model.refused is not None:
+        lines.append(
+            f"Refused in short replies, of {ran.n_prompts} harmful prompts: {ran.base.refused} by the base, "
+            f"{ran.model.refused} by the model; of {ran.n_prompts} harmless ones {ran.base.refused_harmless} and "
+            f"{ran.model.refused_harmless}"
+        )
+    return lines
 
 
 def _saved(found: "Inspection", output_file: Path | None) -> "tuple[InspectionReport, InputError | None]":
