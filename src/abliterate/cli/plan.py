@@ -216,8 +216,9 @@ def inspect(
         with writing(report_directory):
             write_inspection_page(report, report_directory, command=command_line())
     # Last: what was read at length is not lost.
-    if failure or not_run:
-        raise failure or not_run
+    for error in (failure, not_run):
+        if error is not None:
+            raise error
     gates.require(results)
 
 
