@@ -125,9 +125,7 @@ DOCUMENTS: Mapping[str, tuple[type | str, Mapping[str, Key]]] = {
         InspectionReport,
         {
             "gates": _GATES,
-            "run": Key(
-                type=RunReading | None, description="What both models do with prompts; not there without --run."
-            ),
+            "run": Key(type=RunReading, description="What both models did; not there without --run.", always=False),
         },
     ),
     "orthogonalize.hooks": (HookExport, {}),
