@@ -54,6 +54,23 @@ def test_restored_lengths_are_told_and_so_is_what_came_back(tmp_path, kept):
     assert abs(float(found.vectors[:, 0] @ U)) > 0.99999
 
 
+def test_restored_rows_are_told_though_one_entry_of_the_direction_outweighs_the_others(tmp_path):
+    vector = random(96, seed=1)
+    vector[5] = 4 * vector.norm()
+    vector /= vector.norm()
+    old = random(96, 240, seed=2)
+    old[5:8] *= 9
+    new = old - 0.84 * torch.outer(vector, vector @ old)
+    new *= old.norm(dim=1, keepdim=True) / new.norm(dim=1, keepdim=True)
+    found = found_in(tmp_path, new, old=old)
+    assert found is not None
+    # At first there seem to be eight.
+    assert found.vectors.shape == (96, 1)
+    assert abs(float(found.vectors[:, 0] @ vector)) > 0.9999
+    assert found.strength == pytest.approx(0.84, abs=1e-3)
+    assert found.is_whole
+
+
 def test_rows_that_were_divided_by_their_lengths_before(tmp_path):
     old = W * torch.linspace(0.3, 3, 96, dtype=torch.float64)[:, None]
     lengths = old.norm(dim=1, keepdim=True)
