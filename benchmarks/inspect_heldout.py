@@ -26,6 +26,7 @@ from torch import Tensor
 from abliterate.directions import make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.inspection import change as measuring
 from abliterate.inspection.reading import Inspection
 from tests.support.changed_models import Case, changed, inspect_case, recovered_cosine, with_rows_of
 from tests.support.quantized_models import LAYOUTS
@@ -516,8 +517,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limits", action="store_true", help="changes that come near to rounding, instead")
     parser.add_argument("--only", default="", help="pairs whose name has this")
+    parser.add_argument(
+        "--sample-from", type=int, metavar="N", help="look at some rows first in matrices of N numbers or more"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if given.sample_from is not None:
+        # These pairs are far smaller than what that is for.
+        measuring._WORTH_SAMPLING = given.sample_from
     chosen = LIMITS if given.limits else CASES
     makers = (Maker(seed=1000 * given.seed + i, width=WIDTHS[(i + given.seed) % 3]) for i in range(len(chosen)))
     cases = [make(maker) for make, maker in zip(chosen, makers, strict=True)]

@@ -49,6 +49,7 @@ from abliterate.release.publishing import PushReport
 from abliterate.release.recorded_edits import RecordedTensor
 from abliterate.release.report import VerificationReport
 from abliterate.release.reverting import RevertReport
+from abliterate.release.run_reading import RunReading
 
 DIRECTORY = Path(__file__).parents[1] / "docs" / "schemas"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -120,7 +121,13 @@ DOCUMENTS: Mapping[str, tuple[type | str, Mapping[str, Key]]] = {
     "extract.not_found": ("What is nearest where no candidate passes the selection (exit code 3).", _NOT_FOUND),
     "extract.repair": (RepairReport, {"direction_file": _FILE}),
     "orthogonalize": (OrthogonalizationReport, {}),
-    "inspect": (InspectionReport, {"gates": _GATES}),
+    "inspect": (
+        InspectionReport,
+        {
+            "gates": _GATES,
+            "run": Key(type=RunReading, description="What both models did; not there without --run.", always=False),
+        },
+    ),
     "orthogonalize.hooks": (HookExport, {}),
     "plan": (PlanReport, {}),
     "prompts": (

@@ -1,9 +1,13 @@
 """`abliterate inspect`, and GGUF files on the command line: exit codes, stdout and stderr."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from abliterate.directions import load_direction, make_direction
 from tests.support.command_line import CommandLine
@@ -92,6 +96,26 @@ def test_a_pair_is_judged_the_direction_written_and_a_gate_obeyed(call_main, tmp
     # Without a base there is no verdict, so that a gate on it fails.
     assert call_main("inspect", out, "--fail-if", "verdict!=identical").exit_code == 1
     assert call_main("inspect", out, "--base", recovered).exit_code == 1
+
+
+def test_directions_of_layers_have_files_of_their_own(call_main, tmp_path):
+    base = save_tiny_llama(tmp_path / "base", hidden_size=64)
+    vectors = [random_direction(64, seed=layer) for layer in range(2)]
+    shutil.copytree(base, tmp_path / "out")
+    weights = load_file(base / "model.safetensors")
+    for name, weight in weights.items():
+        layer = re.search(r"layers\.([01])\..*(o_proj|down_proj)\.weight", name)
+        if layer:
+            vector = vectors[int(layer[1])].to(weight.dtype)
+            weights[name] = (weight - torch.outer(vector, vector @ weight)).contiguous()
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    done = call_main("inspect", tmp_path / "out", "--base", base, "-o", tmp_path / "own.safetensors")
+    assert done.exit_code == 0
+    files = [tmp_path / f"own.layer{layer}.safetensors" for layer in range(2)]
+    assert "Written to" in done.stdout
+    assert sorted(tmp_path.glob("own*")) == files
+    for file, vector in zip(files, vectors, strict=True):
+        assert abs(float(load_direction(file).vector.double() @ vector)) > 0.999
 
 
 def test_where_no_direction_can_be_written_the_report_is_not_lost(call_main, tmp_path):

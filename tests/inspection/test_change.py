@@ -1,17 +1,14 @@
 """Bytes and numbers of two matrices, and the numerical rank of what lies between them."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from abliterate.checkpoints.safetensors_file import read_shard
 from abliterate.errors import CheckpointError
-from abliterate.inspection import numbers
 from abliterate.inspection.change import count_outliers, measure_change
-from abliterate.inspection.numbers import ByteComparer, MatrixPair, has_few_levels, matrices_of, steps
+from abliterate.inspection.numbers import ByteComparer, has_few_levels, steps
+from tests.support.stored_pairs import pairs_of, random, stored
 
 
 @pytest.fixture(autouse=True)
@@ -22,34 +19,22 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def stored(path: Path, weight: torch.Tensor):
-    save_file({"w": weight.contiguous()}, path)
-    return read_shard(path).tensors[0]
-
-
-def pairs(tmp_path: Path, old: torch.Tensor, new: torch.Tensor) -> list[MatrixPair]:
-    infos = stored(tmp_path / "old.safetensors", old), stored(tmp_path / "new.safetensors", new)
-    return matrices_of(*infos, old_directory=tmp_path, new_directory=tmp_path)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("entries", [1 << 19, 1 << 12])
-def test_norms_rank_and_vectors_are_those_of_a_dense_computation(tmp_path, monkeypatch, axis, dtype, entries):
-    # In small blocks the vectors are looked for in a part of them first.
-    monkeypatch.setattr(numbers, "BLOCK_ENTRIES", entries)
+@pytest.mark.parametrize(("entries", "fused"), [(1 << 19, False), (1 << 12, False), (1 << 12, True)])
+def test_norms_rank_and_vectors_are_those_of_a_dense_computation(tmp_path, monkeypatch, axis, dtype, entries, fused):
+    # In a matrix that is large enough the vectors are looked for in some rows first.
+    monkeypatch.setattr("abliterate.inspection.change._WORTH_SAMPLING", entries)
     old = (random(700, 300) / 10).to(dtype)
     new = (old.double() + 0.01 * random(700, 3, seed=1) @ random(3, 300, seed=2)).to(dtype)
-    (pair,) = pairs(tmp_path, old, new)
-    found = measure_change(pair, axis=axis, seed=1)
+    (pair,) = pairs_of(tmp_path, old, new)
+    found = measure_change(pair, axis=axis, seed=1, fused=fused)
     change = new.double() - old.double()
     assert found.norm == pytest.approx(float(old.double().norm()), rel=1e-5)
     assert found.change == pytest.approx(float(change.norm()), rel=1e-5)
     assert found.rank == 3
+    # Of the columns' axis the vectors are those of the rows that were looked at: 35 places of 5 rows.
+    assert found.lines == (300 if axis == 0 else 700 if entries > 1 << 12 else 175)
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     assert found.values == pytest.approx(values[:3].tolist(), rel=2e-3)
     assert found.rest == pytest.approx(float(values[3:].norm()), abs=3e-3 * found.change)
@@ -64,12 +49,12 @@ def test_norms_rank_and_vectors_are_those_of_a_dense_computation(tmp_path, monke
 
 def test_noise_of_full_rank_has_none_and_rounding_is_told_from_it(tmp_path):
     old = random(300, 400).float()
-    (pair,) = pairs(tmp_path, old, old + 1e-3 * random(300, 400, seed=1).float())
+    (pair,) = pairs_of(tmp_path, old, old + 1e-3 * random(300, 400, seed=1).float())
     assert (measure_change(pair, axis=0, seed=1).rank, measure_change(pair, axis=0, seed=1).rest_is_rounding) == (
         0,
         False,
     )
-    (pair,) = pairs(tmp_path, old, old.bfloat16())
+    (pair,) = pairs_of(tmp_path, old, old.bfloat16())
     found = measure_change(pair, axis=0, seed=1)
     assert found.is_rounding
     assert found.change == pytest.approx(found.rounding, rel=0.05)
@@ -77,11 +62,11 @@ def test_noise_of_full_rank_has_none_and_rounding_is_told_from_it(tmp_path):
 
 @pytest.mark.parametrize("row", [5, 20, 699])
 def test_a_change_of_one_row_is_seen_wherever_it_is(tmp_path, monkeypatch, row):
-    monkeypatch.setattr(numbers, "BLOCK_ENTRIES", 1 << 12)
+    monkeypatch.setattr("abliterate.inspection.change._WORTH_SAMPLING", 1 << 12)
     old = random(700, 300).bfloat16()
     new = old.clone()
     new[row] += random(300, seed=4).bfloat16()
-    (pair,) = pairs(tmp_path, old, new)
+    (pair,) = pairs_of(tmp_path, old, new)
     found = measure_change(pair, axis=0, seed=1)
     assert found.change == pytest.approx(float((new.double() - old.double()).norm()), rel=1e-5)
     assert found.rank == 1
@@ -92,7 +77,7 @@ def test_one_number_that_is_further_off_is_no_rounding(tmp_path):
     old = random(300, 400).float()
     new = old.bfloat16()
     new[200, 7] += 0.5
-    (pair,) = pairs(tmp_path, old, new)
+    (pair,) = pairs_of(tmp_path, old, new)
     assert not measure_change(pair, axis=0, seed=1).is_rounding
 
 
@@ -107,18 +92,30 @@ def test_stacks_are_taken_apart_and_vectors_are_one_row(tmp_path):
     old = random(3, 20, 30).float()
     new = old.clone()
     new[1] += 1.0
-    found = [measure_change(pair, axis=0, seed=1).change for pair in pairs(tmp_path, old, new)]
+    found = [measure_change(pair, axis=0, seed=1).change for pair in pairs_of(tmp_path, old, new)]
     assert found == pytest.approx([0.0, math.sqrt(600), 0.0])
-    assert [pair.shape for pair in pairs(tmp_path, random(5).float(), random(5).float())] == [(1, 5)]
+    assert [pair.shape for pair in pairs_of(tmp_path, random(5).float(), random(5).float())] == [(1, 5)]
 
 
 def test_not_a_number_is_named(tmp_path):
     old = random(10, 20).float()
     new = old.clone()
     new[3, 4] = float("nan")
-    (pair,) = pairs(tmp_path, old, new)
+    (pair,) = pairs_of(tmp_path, old, new)
     with pytest.raises(CheckpointError, match=r"new.safetensors: tensor w, or that of the base, holds NaN"):
         measure_change(pair, axis=0, seed=1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_not_a_number_that_the_first_look_does_not_see_is_named(tmp_path, monkeypatch, fused):
+    monkeypatch.setattr("abliterate.inspection.change._WORTH_SAMPLING", 1 << 12)
+    old = random(700, 300).bfloat16()
+    new = (old.double() + 0.1 * random(700, 1, seed=1) @ random(1, 300, seed=2)).bfloat16()
+    # 35 places of 5 rows, each 20 behind the other.
+    new[17, 4] = float("inf")
+    (pair,) = pairs_of(tmp_path, old, new)
+    with pytest.raises(CheckpointError, match=r"holds NaN or infinite values"):
+        measure_change(pair, axis=0, seed=1, fused=fused)
 
 
 @pytest.mark.parametrize("size", [7, 1 << 20, (4 << 20) + 12])
@@ -148,5 +145,5 @@ def test_a_coarse_grid_is_seen_though_it_is_stored_finely(tmp_path):
     scale = old.float().abs().max() / 448
     eight = ((old.float() / scale).to(torch.float8_e4m3fn).float() * scale).bfloat16()
     four = (old.float() * 2).round().clamp(-7, 7).bfloat16() / 2
-    assert [has_few_levels(pairs(tmp_path, old, each)[0]) for each in (old, eight, four)] == [None, 8, 4]
-    assert has_few_levels(pairs(tmp_path, eight, eight)[0]) is None
+    assert [has_few_levels(pairs_of(tmp_path, old, each)[0]) for each in (old, eight, four)] == [None, 8, 4]
+    assert has_few_levels(pairs_of(tmp_path, eight, eight)[0]) is None

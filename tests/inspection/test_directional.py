@@ -7,7 +7,7 @@ from abliterate.formats.projection import NormFactor, effective_directions
 from abliterate.inspection.change import measure_change
 from abliterate.inspection.consensus import Projected, cosine_of, find_consensus
 from abliterate.inspection.directional import Projection, find_projection
-from tests.inspection.test_change import pairs, random
+from tests.support.stored_pairs import pairs_of, random
 
 U = random(96, seed=9) / random(96, seed=9).norm()
 W = random(96, 240, seed=3)
@@ -26,7 +26,7 @@ def projected(weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
 
 
 def found_in(tmp_path, new: torch.Tensor, *, axis: int = 0, old: torch.Tensor = W) -> Projection | None:
-    (pair,) = pairs(tmp_path, old.float(), new.float())
+    (pair,) = pairs_of(tmp_path, old.float(), new.float())
     return find_projection(pair, measure_change(pair, axis=axis, seed=1), other=None)
 
 
@@ -52,6 +52,23 @@ def test_restored_lengths_are_told_and_so_is_what_came_back(tmp_path, kept):
     assert found.left == pytest.approx(float((U @ new).norm() / (U @ W).norm()), abs=1e-4)
     assert (found.left > 1e-3) == (kept == "rows")
     assert abs(float(found.vectors[:, 0] @ U)) > 0.99999
+
+
+def test_restored_rows_are_told_though_one_entry_of_the_direction_outweighs_the_others(tmp_path):
+    vector = random(96, seed=1)
+    vector[5] = 4 * vector.norm()
+    vector /= vector.norm()
+    old = random(96, 240, seed=2)
+    old[5:8] *= 9
+    new = old - 0.84 * torch.outer(vector, vector @ old)
+    new *= old.norm(dim=1, keepdim=True) / new.norm(dim=1, keepdim=True)
+    found = found_in(tmp_path, new, old=old)
+    assert found is not None
+    # At first there seem to be eight.
+    assert found.vectors.shape == (96, 1)
+    assert abs(float(found.vectors[:, 0] @ vector)) > 0.9999
+    assert found.strength == pytest.approx(0.84, abs=1e-3)
+    assert found.is_whole
 
 
 def test_rows_that_were_divided_by_their_lengths_before(tmp_path):
@@ -84,6 +101,10 @@ def projection(vector: torch.Tensor, **more) -> Projection:
     return Projection(vectors=(vector / vector.norm())[:, None], **values)
 
 
+def unit(vector: torch.Tensor) -> torch.Tensor:
+    return (vector / vector.norm())[None]
+
+
 def writers(vectors: list[torch.Tensor], **more) -> list[Projected]:
     return [
         Projected(name=f"w{index}", role="attn", layer=index // 2, projection=projection(each), **more)
@@ -103,8 +124,28 @@ def test_one_direction_in_all_but_one_tensor_is_one_direction():
 
 def test_a_direction_of_each_layer_and_of_each_tensor():
     layers = [random(96, seed=100 + index // 2) for index in range(12)]
-    assert find_consensus(writers(layers)).scope == "per_layer"
-    assert find_consensus(writers([random(96, seed=200 + index) for index in range(12)])).scope == "several"
+    found = find_consensus(writers(layers))
+    assert found.scope == "per_layer"
+    assert list(found.by_layer) == list(range(6))
+    assert all(cosine_of(found.of(index // 2), unit(each)) > 0.9999 for index, each in enumerate(layers))
+    assert min(found.cosines.values()) > 0.9999
+    assert len(found.agreeing) == 12
+    several = find_consensus(writers([random(96, seed=200 + index) for index in range(12)]))
+    assert (several.scope, several.by_layer) == ("several", {})
+
+
+def test_a_direction_of_each_layer_through_norms():
+    members = []
+    for index in range(12):
+        vector = random(96, seed=100 + index // 2)
+        norms = (NormFactor(gamma=1 + 0.4 * random(96, seed=index)),)
+        written = effective_directions(unit(vector), norms=norms)[0]
+        members.append(
+            Projected(name=f"w{index}", role="mlp", layer=index // 2, projection=projection(written), norms=norms)
+        )
+    found = find_consensus(members)
+    assert (found.scope, found.through_norms) == ("per_layer", True)
+    assert all(cosine_of(found.of(layer), unit(random(96, seed=100 + layer))) > 0.9999 for layer in range(6))
 
 
 @pytest.mark.parametrize("through", [True, False])

@@ -20,7 +20,7 @@ from abliterate.inspection.pair_report import PARTS
 from abliterate.inspection.reading import Inspection, inspect_model
 from abliterate.inspection.sources import resolve_pair
 from abliterate.inspection.verdict import thresholds
-from tests.support.changed_models import D_MODEL, N_LAYERS, SIZES, changed, each_writer, project
+from tests.support.changed_models import D_MODEL, N_LAYERS, SIZES, changed, each_writer, noise, project
 from tests.support.fake_hub import FakeHub
 from tests.support.tiny_models import random_direction, save_tiny_llama, save_tiny_model
 
@@ -67,7 +67,8 @@ def test_the_recovered_direction_is_a_direction_file_and_its_cosine_is_told(work
     found = inspected(work / "out", work / "base", work / "r.safetensors")
     pair = found.report.pair
     assert pair.directions.cosines[0] > 0.9999
-    (direction,) = found.directions()
+    ((added, direction),) = found.directions().items()
+    assert added == ""
     direction.save(work / "again.safetensors")
     again = load_direction(work / "again.safetensors", d_model=D_MODEL)
     # A given direction lends its sign.
@@ -76,6 +77,48 @@ def test_the_recovered_direction_is_a_direction_file_and_its_cosine_is_told(work
     assert found.report.left < 0.01
     orthogonalize_checkpoint(source=work / "base", direction=work / "again.safetensors", output=work / "second")
     assert inspected(work / "second", work / "base").report.verdict == "directional"
+
+
+def test_directions_of_layers_are_written_a_file_each(work):
+    vectors = [random_direction(D_MODEL, seed=20 + layer) for layer in range(N_LAYERS)]
+    edit = each_writer(
+        lambda w, layer: project(w, vectors[layer]), which=re.compile(r"o_proj\.weight|down_proj\.weight")
+    )
+    changed(work / "base", work / "own", edit)
+    make_direction(mean_difference=-vectors[1]).save(work / "second.safetensors")
+    found = inspected(work / "own", work / "base", work / "second.safetensors")
+    pair = found.report.pair
+    assert (pair.verdict, pair.directions.scope, pair.directions.disagreeing) == ("directional", "per_layer", ())
+    assert pair.directions.cosines[0] > 0.9999
+    assert all(tensor.cosine > 0.9999 for tensor in pair.changed)
+    made = found.directions()
+    assert list(made) == ["layer0", "layer1", "layer2"]
+    assert [each.metadata["recovered"]["layer"] for each in made.values()] == [0, 1, 2]
+    for direction, vector in zip(made.values(), vectors, strict=True):
+        assert abs(float(direction.vector.double() @ vector)) > 0.9999
+    # A given direction lends its sign to what is like it.
+    assert float(made["layer1"].vector.double() @ vectors[1]) < 0
+
+
+def test_a_merge_lies_on_the_line_between_both(work):
+    changed(work / "base", work / "tuned", noise(0.1))
+    tuned = load_file(work / "tuned" / "model.safetensors")
+    changed(
+        work / "base", work / "merged", lambda w: {n: 0.7 * each + 0.3 * tuned[n].double() for n, each in w.items()}
+    )
+    changed(work / "base", work / "other", noise(0.03, seed=9))
+    whole = moved(work / "tuned", work / "base")
+    for model, is_merge in (("merged", True), ("other", False)):
+        here, there = moved(work / model, work / "base"), moved(work / model, work / "tuned")
+        for part in ("embed", "attn", "mlp", "reader", "head"):
+            assert here[part] / whole[part] == pytest.approx(0.3, abs=0.01)
+            assert ((here[part] + there[part]) / whole[part] < 1.01) == is_merge
+
+
+def moved(model: Path, base: Path) -> dict[str, float]:
+    pair = inspected(model, base).report.pair
+    assert pair.verdict == "fine_tuned"
+    return {part.part: part.change for part in pair.parts}
 
 
 def test_parts_say_what_was_changed(work):

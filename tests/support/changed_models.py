@@ -180,11 +180,11 @@ def lora(rank: int, *, targets: str = "q_proj|v_proj|o_proj|down_proj", scale: f
     return change
 
 
-def noise(share: float) -> Any:
+def noise(share: float, *, seed: int = 1) -> Any:
     """Return a full fine-tune: every number moved by noise of this share of its matrix' norm."""
 
     def change(weights: Weights) -> Weights:
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         made = {}
         for name, weight in weights.items():
             moved = torch.randn(weight.shape, generator=generator, dtype=torch.float64)

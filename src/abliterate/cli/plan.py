@@ -24,15 +24,17 @@ from abliterate.cli.options import (
 )
 from abliterate.cli.output import Output, OutputFile, check_outputs, command_line, gate_tables, writing
 from abliterate.editing.options import EditOptions
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from abliterate.editing.plan_report import PlanReport
     from abliterate.inspection.reading import Inspection
     from abliterate.inspection.report import InspectionReport, PairReading
+    from abliterate.inspection.sources import PairSources
     from abliterate.release.gates import GateResult
+    from abliterate.release.run_reading import RunReading
 
 
 DEFAULTS = EditOptions()
@@ -48,11 +50,17 @@ InspectDirectionsOption = Annotated[
 ]
 InspectOutputOption = Annotated[
     Path | None,
-    output_option("FILE", "Direction file to write: what was projected out."),
+    output_option("FILE", "Direction file to write: what was projected out; of each layer one where they differ."),
 ]
 InspectReportOption = Annotated[
     Path | None,
     report_option("one HTML page, and the JSON"),
+]
+InspectRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--run", help="Run both models on a few prompts: what is left in the stream, and how many each refuses."
+    ),
 ]
 InspectFailIfOption = Annotated[
     list[str] | None,
@@ -159,6 +167,7 @@ def inspect(
     directions: InspectDirectionsOption = None,
     output_file: InspectOutputOption = None,
     report_directory: InspectReportOption = None,
+    run: InspectRunOption = False,
     fail_if: InspectFailIfOption = None,
     revision: RevisionOption = None,
     base_revision: BaseRevisionOption = None,
@@ -170,8 +179,14 @@ def inspect(
     fine_tuned or unrelated; the direction that was projected out, how strongly, and what is left. Other shards, names
     with other prefixes, dtypes and quantised layouts are understood; of two Hub models only the files that differ are
     downloaded. Without --base: what MODEL's record and card say, and what its weights have of --direction. --fail-if
-    takes verdict!=WORD and numbers (tensors_edited>0, record_problems>0, ...). Nothing is run.
+    takes verdict!=WORD and numbers (tensors_edited>0, record_problems>0, ...). Nothing is run without --run.
     """
+    from abliterate.inspection.ahead import begin_reading
+
+    if base is not None:
+        # The disk has work while torch is loaded.
+        begin_reading([Path(model), Path(base)])
+
     from abliterate.inspection.reading import inspect_model
     from abliterate.inspection.sources import resolve_pair
     from abliterate.pages.inspection_page import write_inspection_page
@@ -181,6 +196,8 @@ def inspect(
     check_outputs(_direction_file(output_file), report=report_directory)
     if output_file is not None and base is None:
         raise InputError("--output writes the direction that a base was freed of; name that base with --base")
+    if run and base is None:
+        raise InputError("--run holds a model against its base on prompts; name that base with --base")
     conditions = [gates.parse_gate(text, gates.INSPECTION_NAMES) for text in fail_if or ()]
     with resolve_pair(model, base, revision=revision, base_revision=base_revision, progress=output.progress) as pair:
         found = inspect_model(
@@ -191,23 +208,64 @@ def inspect(
             same_files=pair.same_files,
             progress=output.progress,
         )
+        ran, not_run = _ran(pair, found, directions or (), output) if run else (None, None)
     report, failure = _saved(found, output_file)
     results = gates.judge_gates(conditions, gates.inspection_numbers(report))
-    _print(output, report, results)
+    _print(output, report, results, ran)
     if report_directory is not None:
         with writing(report_directory):
             write_inspection_page(report, report_directory, command=command_line())
     # Last: what was read at length is not lost.
-    if failure is not None:
-        raise failure
+    for error in (failure, not_run):
+        if error is not None:
+            raise error
     gates.require(results)
 
 
-def _print(output: Output, report: "InspectionReport", results: "Sequence[GateResult]") -> None:
+def _ran(
+    pair: "PairSources", found: "Inspection", directions: "Sequence[Path]", output: Output
+) -> "tuple[RunReading | None, AbliterateError | None]":
+    """Run both models; return what they did, or why that cannot be said."""
+    from abliterate.directions import load_direction
+    from abliterate.release.run_reading import read_runs
+
+    try:
+        if pair.opened is not None or pair.base is None:
+            raise InputError("--run needs both models whole; name directories, or download what is on the Hub first")
+        given = [load_direction(each).vector for each in directions]
+        return read_runs(
+            model=pair.model, base=pair.base, recovered=found.vectors, given=given, progress=output.progress
+        ), None
+    except AbliterateError as error:
+        return None, error
+
+
+def _print(
+    output: Output, report: "InspectionReport", results: "Sequence[GateResult]", ran: "RunReading | None"
+) -> None:
+    beside = {"gates": output.plain(results)} if results else {}
+    if ran is not None:
+        beside["run"] = output.plain(ran)
     output.report(
-        {**output.plain(report), **({"gates": output.plain(results)} if results else {})},
-        tables=lambda: [*_pair_tables(report), *_readings(report), *gate_tables((), results)],
+        {**output.plain(report), **beside},
+        tables=lambda: [*_pair_tables(report), *_readings(report), *_run_lines(ran), *gate_tables((), results)],
     )
+
+
+def _run_lines(ran: "RunReading | None") -> list[str]:
+    if ran is None:
+        return []
+    lines = [
+        f"Run on {2 * ran.n_prompts} prompts: of what the base's stream has of the {ran.directions} directions, "
+        f"{ran.left:.2%} is in the model's"
+    ]
+    if ran.base.refused is not None and ran.model.refused is not None:
+        lines.append(
+            f"Refused in short replies, of {ran.n_prompts} harmful prompts: {ran.base.refused} by the base, "
+            f"{ran.model.refused} by the model; of {ran.n_prompts} harmless ones {ran.base.refused_harmless} and "
+            f"{ran.model.refused_harmless}"
+        )
+    return lines
 
 
 def _saved(found: "Inspection", output_file: Path | None) -> "tuple[InspectionReport, InputError | None]":
@@ -216,10 +274,10 @@ def _saved(found: "Inspection", output_file: Path | None) -> "tuple[InspectionRe
         return found.report, None
     try:
         made = found.directions()
-        files = _file_names(output_file, len(made))
+        files = _file_names(output_file, made)
         check_outputs(*map(_direction_file, files))
         with writing(output_file, "-o"):
-            for path, direction in zip(files, made, strict=True):
+            for path, direction in zip(files, made.values(), strict=True):
                 direction.save(path)
     except InputError as error:
         return found.report, error
@@ -232,10 +290,9 @@ def _direction_file(path: Path | None) -> OutputFile:
     return OutputFile(path=path, what="direction file", is_own=is_direction_file)
 
 
-def _file_names(output_file: Path, k: int) -> list[Path]:
-    if k == 1:
-        return [output_file]
-    return [output_file.with_name(f"{output_file.stem}.{i}{output_file.suffix}") for i in range(1, k + 1)]
+def _file_names(output_file: Path, added: "Iterable[str]") -> list[Path]:
+    names = (".".join(filter(None, (output_file.stem, each))) for each in added)
+    return [output_file.with_name(f"{name}{output_file.suffix}") for name in names]
 
 
 def _pair_tables(report: "InspectionReport") -> list[Table | str]:
@@ -291,6 +348,8 @@ def _pair_lines(report: "InspectionReport") -> list[str]:
         cosines = ", ".join(f"{cosine:.4f}" for cosine in found.cosines)
         beside = f"; cosine with the given: {cosines}" if cosines else ""
         lines.append(f"Recovered from {found.tensors} tensors: k {found.k}, {found.scope}{beside}")
+        if found.files:
+            lines.append(f"Written to {_first_names(found.files)}")
     lines += list(pair.notes)
     beside = f" ({', '.join(words)})" if words else ""
     return [*lines, f"verdict: {pair.verdict}{beside}: {pair.reason}"]

@@ -13,6 +13,7 @@ not above E is the rank of the change, and where R is above E the change has a p
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from abliterate.errors import CheckpointError
 from abliterate.inspection.numbers import MatrixPair, bits_per_number, steps
+from abliterate.inspection.products import Products, fused_products
 
 # Columns of the first sketch and of the second, which is made where the first one is full.
 NARROW, WIDE = 8, 72
@@ -38,9 +40,12 @@ _STRUCTURE, _CODED_STRUCTURE = 0.2, 0.04
 # A number is rounded if it lies within half a step of what it was, and a hair.
 _HALF_A_STEP = 0.505
 # The step is summed in every so many blocks, and in all where the dtypes differ.
-_SAMPLED = 32
-# Of a matrix of at least so many blocks, every so many are looked at first.
-_FEWEST_BLOCKS, _PART = 16, 4
+_STEPS_SUMMED = 32
+# Of a matrix of at least so many numbers some rows are looked at first: at most one in so many, and so many numbers,
+# which lie in so many places. Vectors of the columns' axis are those of these rows; the others are found by all.
+_WORTH_SAMPLING, _PART, _SAMPLE_ENTRIES, _PLACES = 1 << 22, 4, (1 << 21, 1 << 23), 32
+# Less than this share of the largest is float32's own noise.
+_NOTHING = 1e-5
 # What plain quantisation moves numbers by, as a share of their norm: bits a number -> share; generous.
 _QUANTISED = ((7.0, 0.045), (5.4, 0.06), (4.6, 0.1), (3.9, 0.16), (2.9, 0.35), (0.0, 0.7))
 
@@ -87,6 +92,7 @@ class MatrixChange:
         is_full: More stand out than were looked for.
         span: What is kept of the first of them; None where there are none.
         dots: W . D.
+        lines: How many lines across the axis the vectors of `span` were found by.
     """
 
     norm: float
@@ -99,6 +105,7 @@ class MatrixChange:
     is_full: bool
     span: Span | None
     dots: float
+    lines: int
 
     @property
     def is_rounding(self) -> bool:
@@ -114,22 +121,23 @@ class MatrixChange:
         return self.rest <= ABOVE_ROUNDING * self.rounding + _ARITHMETIC * self.change
 
 
-def measure_change(pair: MatrixPair, *, axis: int, seed: int) -> MatrixChange:
+def measure_change(pair: MatrixPair, *, axis: int, seed: int, fused: bool = False) -> MatrixChange:
     """Read two matrices and tell what their difference is.
 
     Args:
         pair: The matrices.
         axis: On which axis the vectors of the change are looked for.
         seed: Of the random columns.
+        fused: With the arithmetic of `fused_products`, which takes half a second to be loaded, where it can be had.
 
     Raises:
         CheckpointError: A file cannot be read, or a matrix holds NaN or infinite values.
     """
     generator = torch.Generator().manual_seed(seed)
-    if pair.shape[0] // pair.rows_at_once >= _FEWEST_BLOCKS and pair.old.info.encoding is pair.new.info.encoding:
-        found_in_part = _measure_by_part(pair, axis, generator)
-        if found_in_part is not None:
-            return found_in_part
+    if math.prod(pair.shape) >= _WORTH_SAMPLING and pair.old.info.encoding is pair.new.info.encoding:
+        found_by_sample = _measure_by_sample(pair, axis, generator, fused=fused)
+        if found_by_sample is not None:
+            return found_by_sample
     rows, columns = pair.shape
     m, n = (rows, columns) if axis == 0 else (columns, rows)
     # In a small matrix the singular values of a rank that is still low do not stand out one by one.
@@ -141,7 +149,7 @@ def measure_change(pair: MatrixPair, *, axis: int, seed: int) -> MatrixChange:
     change = math.sqrt(totals.change_squared)
     if not change:
         return _of(totals, _Found(values=(), is_full=False, span=None), change)
-    floor = (_STRUCTURE if totals.beyond is not None else _CODED_STRUCTURE) * totals.rounding
+    floor = _floor(totals)
     right, values = _right_vectors(pair, axis, found)
     rank = count_outliers(values, change, floor=floor, m=m, n=n)
     if rank >= width - 2 and width < min(m, n, WIDE):
@@ -190,40 +198,69 @@ def project(pair: MatrixPair, axis: int, vectors: Tensor) -> tuple[Tensor, Tenso
     return before, change
 
 
-def _measure_by_part(pair: MatrixPair, axis: int, generator: torch.Generator) -> MatrixChange | None:
-    """Return a change of few vectors that are found in a part of the rows; None where all must be looked at for them.
+def _measure_by_sample(pair: MatrixPair, axis: int, generator: torch.Generator, *, fused: bool) -> MatrixChange | None:
+    """Return a change of few vectors that are found in some of the rows; None where all must be looked at for them.
 
-    A change of low rank has that rank in any part. Norms, values and what is left are those of the whole.
+    A change of low rank has that rank in any part. Norms, values and what is left are those of the whole, which is read
+    once: D V, for the right singular vectors V of D in the sample, are the left ones, row by row.
     """
-    part = replace(pair, every=_PART)
     rows, columns = pair.shape
     m, n = (rows, columns) if axis == 0 else (columns, rows)
-    sketch = _Sketch(part, axis)
-    found = sketch.times(torch.randn(n, NARROW, generator=generator), totals=True)
-    totals = sketch.totals(part)
+    sample, totals = _sample_of(pair, _SAMPLE_ENTRIES[axis])
+    right, values = _vectors_of(sample, generator)
     seen = math.sqrt(totals.change_squared)
-    right, values = _right_vectors(part, axis, found)
-    in_part = (m // _PART, n) if axis == 0 else (m, n // _PART)
-    floor = (_STRUCTURE if totals.beyond is not None else _CODED_STRUCTURE) * totals.rounding
-    rank = count_outliers(values, seen, floor=floor, m=in_part[0], n=in_part[1]) if seen else 0
+    floor = _floor(totals)
+    rank = count_outliers(values, seen, floor=floor, m=len(sample), n=columns) if seen else 0
     if not 0 < rank < NARROW - 2:
         return None
-    vectors = right[:, : rank + _MORE]
-    whole = _Sketch(pair, axis)
-    if axis == 0:
-        found = whole.times(vectors, totals=True)
-    else:
-        # Rows outside the part have no entries in these; the part has enough of them to know the columns' vectors.
-        found = _Sketch(part, axis).times(vectors)
-        whole.times(vectors[:, :1], totals=True)
-    totals = whole.totals(pair)
+    lines = len(sample) if axis == 1 else n
+    del sample
+    sketch = _Sketch(pair, axis)
+    span, values = sketch.decompose(right[:, : rank + _MORE], fused=fused)
+    totals = sketch.totals(pair)
     change = math.sqrt(totals.change_squared)
-    span, values = _decompose(pair, axis, found)
-    floor = (_STRUCTURE if totals.beyond is not None else _CODED_STRUCTURE) * totals.rounding
-    rank = count_outliers(values, change, floor=floor, m=m, n=n)
-    kept = tuple(values[:rank])
-    found_all = _of(totals, _Found(values=kept, is_full=False, span=_first(span, rank)), change) if rank else None
-    return found_all if found_all is not None and found_all.rest_is_rounding else None
+    rank = count_outliers(values, change, floor=_floor(totals), m=m, n=n)
+    if not rank:
+        return None
+    found = _Found(values=tuple(values[:rank]), is_full=False, span=_first(span, rank))
+    found_all = replace(_of(totals, found, change), lines=lines)
+    return found_all if found_all.rest_is_rounding else None
+
+
+def _sample_of(pair: MatrixPair, entries: int) -> tuple[Tensor, "_Totals"]:
+    """Return D of some rows, [m, columns] float32, that lie in some places of the matrix, and their sums."""
+    rows, columns = pair.shape
+    count = min(rows // _PART, max(NARROW, entries // columns))
+    at_once = max(1, count // _PLACES)
+    places = math.ceil(count / at_once)
+    every = rows // at_once // places
+    part = replace(pair, at_once=at_once, every=every)
+    sketch, filled = _Sketch(part, 0), 0
+    sample = torch.empty(len(range(0, rows, at_once * every)) * at_once, columns)
+    for number, (_, old, change) in enumerate(part.blocks()):
+        sketch.count(number, old, change)
+        sample[filled : filled + len(change)] = change
+        filled += len(change)
+    return sample[:filled], sketch.totals(pair)
+
+
+def _vectors_of(sample: Tensor, generator: torch.Generator) -> tuple[Tensor, list[float]]:
+    """Return the right singular vectors of a matrix, [n, p], and the singular values; the largest of them."""
+    vectors = torch.randn(sample.shape[1], NARROW, generator=generator)
+    values: list[float] = []
+    # The second time from vectors that are nearly those, which leaves next to nothing of what the first one missed.
+    for _ in range(2):
+        basis = torch.linalg.qr((sample @ vectors).double())[0].float()
+        found = (sample.T @ basis).double()
+        squares, turn = torch.linalg.eigh(found.T @ found)
+        lengths = squares.flip(0).clamp(min=0).sqrt()
+        vectors = (found @ turn.flip(1) / lengths.clamp(min=1e-300)).float()
+        values = lengths.tolist()
+    return vectors, values
+
+
+def _floor(totals: "_Totals") -> float:
+    return (_STRUCTURE if totals.beyond is not None else _CODED_STRUCTURE) * totals.rounding
 
 
 def multiply(pair: MatrixPair, axis: int, vectors: Tensor) -> Tensor:
@@ -290,6 +327,7 @@ def _of(totals: _Totals, found: _Found, change: float) -> MatrixChange:
         is_full=found.is_full,
         span=found.span,
         dots=totals.dots,
+        lines=0 if found.span is None else found.span.before.shape[1],
     )
 
 
@@ -301,11 +339,17 @@ def _decompose(pair: MatrixPair, axis: int, found: Tensor) -> tuple[Span, list[f
     """Return the left singular vectors of D within the range of Y, what lies along them, and the singular values."""
     basis = torch.linalg.qr(found.double())[0]
     before, change = project(pair, axis, basis)
-    squares, turn = torch.linalg.eigh(change.double() @ change.double().T)
+    return _turned(Span(axis=axis, vectors=basis, before=before, change=change))
+
+
+def _turned(span: Span) -> tuple[Span, list[float]]:
+    """Return a span whose vectors are the left singular vectors of D within it, and the singular values."""
+    wide = span.change.double()
+    squares, turn = torch.linalg.eigh(wide @ wide.T)
     turn = turn.flip(1)
     values = squares.flip(0).clamp(min=0).sqrt().tolist()
     narrow = turn.float().T
-    return Span(axis=axis, vectors=basis @ turn, before=narrow @ before, change=narrow @ change), values
+    return replace(span, vectors=span.vectors @ turn, before=narrow @ span.before, change=narrow @ span.change), values
 
 
 def _right_vectors(pair: MatrixPair, axis: int, found: Tensor) -> tuple[Tensor, list[float]]:
@@ -345,10 +389,41 @@ class _Sketch:
             else:
                 made.addmm_(change.T, vectors[part])
             if totals:
-                self._sum(old, change)
-                if number % _SAMPLED == 0 or self._is_stored_otherwise:
-                    self._sample(old, change)
+                self.count(number, old, change)
         return made
+
+    def decompose(self, vectors: Tensor, *, fused: bool) -> tuple[Span, list[float]]:
+        """Return what `_decompose` does, in one pass, from vectors V that span the right singular vectors; and count.
+
+        Y = D V spans the left ones. Of the rows' axis, Y^T W and Y^T D are summed while a block is in the cache.
+        """
+        products = Products(self._pair, vectors, axis=self._axis)
+        kernels = fused_products() if fused and products.can_be_fused else None
+        if kernels is not None:
+            for number, (part, stored, edited) in enumerate(self._pair.stored()):
+                self._add(products.add_stored(part, stored, edited, kernels), stored.numel())
+                if number % _STEPS_SUMMED == 0:
+                    self._sample(stored.float(), edited.float() - stored.float())
+        else:
+            for number, (part, old, change) in enumerate(self._pair.blocks()):
+                products.add(part, old, change)
+                self.count(number, old, change)
+        self.totals(self._pair)  # which no numbers would not get past
+        if self._axis == 1:
+            before, change = products.across
+            return _turned(Span(axis=1, vectors=vectors.double(), before=before.T, change=change.T))
+        # Y = P S T^T, so P^T W = S^-1 T^T (Y^T W); a column that is nothing leads nowhere.
+        basis, lengths, turn = torch.linalg.svd(products.across[1].double(), full_matrices=False)
+        kept = int((lengths > _NOTHING * lengths[0]).sum())
+        back = (turn[:kept] / lengths[:kept, None]).float()
+        before, change = (back @ each for each in products.along)
+        return _turned(Span(axis=0, vectors=basis[:, :kept], before=before, change=change))
+
+    def count(self, number: int, old: Tensor, change: Tensor) -> None:
+        """Count a block, of such a number."""
+        self._sum(old, change)
+        if number % _STEPS_SUMMED == 0 or self._is_stored_otherwise:
+            self._sample(old, change)
 
     @property
     def _is_stored_otherwise(self) -> bool:
@@ -356,9 +431,11 @@ class _Sketch:
 
     def _sum(self, old: Tensor, change: Tensor) -> None:
         one, other = old.reshape(-1), change.reshape(-1)
-        self._entries += old.numel()
-        for index, (first, second) in enumerate(((one, one), (one, other), (other, other))):
-            self._sums[index] += float(torch.dot(first, second))
+        self._add([float(torch.dot(*pair)) for pair in ((one, one), (one, other), (other, other))], old.numel())
+
+    def _add(self, sums: Sequence[float], entries: int) -> None:
+        self._entries += entries
+        self._sums = [one + other for one, other in zip(self._sums, sums, strict=True)]
 
     def _sample(self, old: Tensor, change: Tensor) -> None:
         sides = [side.info for side in (self._pair.old, self._pair.new)]

@@ -8,8 +8,8 @@ does not agree is left out and looked for again without it.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -52,11 +52,13 @@ class Consensus:
     """What the projections have in common.
 
     Attributes:
-        vectors: [k, d_model] float64, orthonormal rows: directions of the stream.
+        vectors: [k, d_model] float64, orthonormal rows: directions of the stream; where each layer has its own, those
+            that most tensors are near to.
         scope: one: the same in all tensors; per_layer: the same within each layer; several: neither.
         through_norms: Whether tensors behind norms were edited through them; None where none stands behind one.
-        cosines: Tensor -> the cosine of the largest angle between its directions and the common ones.
+        cosines: Tensor -> the cosine of the largest angle between its directions and the common ones, or its layer's.
         agreeing: Tensors that agree.
+        by_layer: Where each layer has its own, those; under None what tensors outside of layers have.
     """
 
     vectors: Tensor
@@ -64,6 +66,11 @@ class Consensus:
     through_norms: bool | None
     cosines: dict[str, float]
     agreeing: frozenset[str]
+    by_layer: Mapping[int | None, Tensor] = field(default_factory=dict)
+
+    def of(self, layer: int | None) -> Tensor:
+        """Return the directions of a layer, as `vectors`."""
+        return self.by_layer.get(layer, self.vectors)
 
 
 def find_consensus(found: Sequence[Projected]) -> Consensus | None:
@@ -74,8 +81,9 @@ def find_consensus(found: Sequence[Projected]) -> Consensus | None:
     if not any(each.norms for each in found):
         return plain
     through = _consensus(found, through=True)
-    mean = [sum(each.cosines.values()) / len(each.cosines) for each in (plain, through)]
-    return through if mean[1] > mean[0] else plain
+    # One direction in all says more than one of each layer, which a single tensor of a layer always has.
+    fit = [(each.scope == "one", sum(each.cosines.values()) / len(each.cosines)) for each in (plain, through)]
+    return through if fit[1] > fit[0] else plain
 
 
 def as_written(vectors: Tensor, norms: Sequence[NormFactor]) -> Tensor:
@@ -96,26 +104,43 @@ def _consensus(found: Sequence[Projected], *, through: bool) -> Consensus:
     members: Sequence[Projected] = found
     for _ in range(3):
         vectors = _common(members, int(k), through=through)
-        cosines = {each.name: 0.0 for each in found}
-        for each in found:
-            written = as_written(vectors, each.norms if through else ())
-            cosines[each.name] = cosine_of(written, each.projection.vectors.T)
+        cosines = _cosines(found, dict.fromkeys([each.layer for each in found], vectors), through=through)
         kept = [each for each in found if cosines[each.name] > _least(each)]
         if not kept or len(kept) == len(members):
             break
         members = kept
-    agreeing = frozenset(each.name for each in found if cosines[each.name] > _least(each))
     scope: Scope = "one"
-    if len(agreeing) < _MOST * len(found):
-        scope = "per_layer" if _agrees_in_layers(found) else "several"
-    has_norms = any(each.norms for each in found)
+    by_layer: dict[int | None, Tensor] = {}
+    if sum(cosines[each.name] > _least(each) for each in found) < _MOST * len(found):
+        layers = _by_layer(found)
+        own = {layer: _common(each, int(k), through=through) for layer, each in layers.items()}
+        in_layers = _cosines(found, own, through=through)
+        scope = "per_layer" if _agrees_in_layers(layers, in_layers) else "several"
+        if scope == "per_layer":
+            by_layer, cosines = own, in_layers
     return Consensus(
         vectors=vectors,
         scope=scope,
-        through_norms=through if has_norms else None,
+        through_norms=through if any(each.norms for each in found) else None,
         cosines=cosines,
-        agreeing=agreeing,
+        agreeing=frozenset(each.name for each in found if cosines[each.name] > _least(each)),
+        by_layer=by_layer,
     )
+
+
+def _cosines(found: Sequence[Projected], vectors: Mapping[int | None, Tensor], *, through: bool) -> dict[str, float]:
+    """Return the cosine of each tensor's directions with those of its layer."""
+    return {
+        each.name: cosine_of(as_written(vectors[each.layer], each.norms if through else ()), each.projection.vectors.T)
+        for each in found
+    }
+
+
+def _by_layer(found: Sequence[Projected]) -> dict[int | None, list[Projected]]:
+    layers: dict[int | None, list[Projected]] = defaultdict(list)
+    for each in found:
+        layers[each.layer].append(each)
+    return layers
 
 
 def _least(each: Projected) -> float:
@@ -138,19 +163,11 @@ def _common(members: Sequence[Projected], k: int, *, through: bool) -> Tensor:
     return right[:k]
 
 
-def _agrees_in_layers(found: Sequence[Projected]) -> bool:
-    layers: dict[int, list[Projected]] = defaultdict(list)
-    for each in found:
-        if each.layer is not None:
-            layers[each.layer].append(each)
-    if len(layers) < 2:
+def _agrees_in_layers(layers: Mapping[int | None, Sequence[Projected]], cosines: Mapping[str, float]) -> bool:
+    """Return whether nearly all tensors have the directions of their layer; of one a layer, each has its own."""
+    inside = [members for layer, members in layers.items() if layer is not None]
+    if len(inside) < 2:
         return False
-    pairs = [(members[0], other) for members in layers.values() for other in members[1:]]
-    if not pairs:
-        # One tensor a layer, each with a direction of its own.
-        return True
-    apart = [
-        cosine_of(one.projection.vectors.T, other.projection.vectors.T) < min(_least(one), _least(other))
-        for one, other in pairs
-    ]
-    return sum(apart) <= (1 - _MOST) * len(pairs)
+    beside = sum(len(members) - 1 for members in inside)
+    apart = sum(cosines[each.name] <= _least(each) for members in inside if len(members) > 1 for each in members)
+    return apart <= (1 - _MOST) * beside

@@ -47,8 +47,9 @@ _BLURRED = 0.3
 # Lengths are kept to what rounding does to them, or far better than those of the other lines.
 _WITHIN_ROUNDING, _FAR_BETTER = 3.0, 0.3
 _ARITHMETIC = 2e-3
-# Scales and vectors are found in turn; each round takes an order of magnitude from the error.
-_ROUNDS = 3
+# Scales and vectors are found in turn; a round takes an order of magnitude from the error, and less where few numbers
+# of a direction are far larger than the others. So there are at least so many, and more as long as that helps.
+_ROUNDS, _MOST_ROUNDS, _HELPS = 3, 20, 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,7 +145,7 @@ def _fit(change: MatrixChange, span: Span) -> Projection | None:
         left=math.sqrt(float((span.before[:k] + span.change[:k]).double().square().sum()) / before),
         before_squared=before,
         misfit=float(rests[:k].norm() / energies[:k].sum().sqrt()),
-        error=min(1.0, change.rest / math.sqrt(n) / float(energies[k - 1].sqrt())),
+        error=min(1.0, change.rest / math.sqrt(change.lines) / float(energies[k - 1].sqrt())),
         row_normalised=False,
         kept=None,
         is_whole=False,
@@ -191,46 +192,66 @@ def _with_norms(pair: MatrixPair, change: MatrixChange, found: Projection) -> Pr
     allowed = ABOVE_ROUNDING * change.rounding + _ARITHMETIC * change.change
     ways = (_scaled_across, _scaled_along) if kept == "rows" else (_scaled_along, _scaled_across)
     for way in ways:
-        scaled, rest = way(pair, lines, found)
+        scaled, rest = way(pair, lines, found, allowed)
         if rest <= allowed:
             error = min(found.error, rest / change.change)
             return replace(scaled, kept=kept, is_whole=True, error=error)
     return replace(found, kept=kept)
 
 
-def _scaled_along(pair: MatrixPair, both: tuple[Lines, Lines], found: Projection) -> tuple[Projection, float]:
+def _scaled_along(
+    pair: MatrixPair, both: tuple[Lines, Lines], found: Projection, allowed: float
+) -> tuple[Projection, float]:
     """Return a projection after which each vector along the axis was scaled, W' = (W - a U U^T W) S, and what is left.
 
     D - W (S - 1) has no other left vectors than U, so the two are found in turn.
     """
     lines, vectors = both[1 - found.axis], found.vectors
-    for _ in range(_ROUNDS):
+    last = math.inf
+    for number in range(_MOST_ROUNDS):
         before, moved = project(pair, found.axis, vectors)
-        scales = _scales(lines, before, moved)[0]
+        scales, rest = _scales(lines, before, moved)
+        if _is_found(number, rest, last, allowed):
+            break
+        last = rest
         narrow = torch.cat([before, before * (scales - 1).float()])
         products = multiply(pair, found.axis, narrow.T.contiguous()).double()
         k = len(before)
         vectors = torch.linalg.qr(products[:, :k] - products[:, k:])[0]
-    before, moved = project(pair, found.axis, vectors)
-    scales, rest = _scales(lines, before, moved)
+    else:
+        before, moved = project(pair, found.axis, vectors)
+        scales, rest = _scales(lines, before, moved)
     wanted, after = scales * before.double(), (before + moved).double()
     strength = 1 - float((after * wanted).sum() / wanted.square().sum())
     return _renewed(found, vectors, before, moved, strength), rest
 
 
-def _scaled_across(pair: MatrixPair, both: tuple[Lines, Lines], found: Projection) -> tuple[Projection, float]:
+def _scaled_across(
+    pair: MatrixPair, both: tuple[Lines, Lines], found: Projection, allowed: float
+) -> tuple[Projection, float]:
     """Return a projection after which each line across the vectors was scaled, W' = S (W - a U U^T W); as above."""
     lines, vectors = both[found.axis], found.vectors
-    strength, rest = found.strength, math.inf
-    for _ in range(_ROUNDS):
+    strength, last = found.strength, math.inf
+    sign = math.copysign(1.0, found.strength)
+    for number in range(_MOST_ROUNDS):
         basis, turn = torch.linalg.qr(project(pair, found.axis, vectors)[0].double().T)
         before, moved = project(pair, 1 - found.axis, basis)
         scales, rest = _scales(lines, before, moved)
         # D R - (S - 1) W R = -a S U (C R), and C R is the turn.
         made = ((moved.double() - (scales - 1) * before.double()) / scales).T @ torch.linalg.inv(turn.T)
-        strength = float(made.norm() / math.sqrt(made.shape[1])) * (1.0 if found.strength > 0 else -1.0)
-        vectors = torch.linalg.qr(made)[0]
+        vectors, strengths, _ = torch.linalg.svd(made, full_matrices=False)
+        # What restored lengths seemed to be at first is no direction.
+        kept = strengths >= _LEAST_STRENGTH * strengths[0]
+        vectors, strength = vectors[:, kept], sign * float(strengths[kept].square().mean().sqrt())
+        if _is_found(number, rest, last, allowed):
+            break
+        last = rest
     return _renewed(found, vectors, *project(pair, found.axis, vectors), strength), rest
+
+
+def _is_found(number: int, rest: float, last: float, allowed: float) -> bool:
+    """Return whether a round more would not help, which left so much after it was `last`."""
+    return number >= _ROUNDS and (rest <= allowed or rest > _HELPS * last)
 
 
 def _renewed(found: Projection, vectors: Tensor, before: Tensor, moved: Tensor, strength: float) -> Projection:

@@ -31,6 +31,8 @@ Status = Literal["equal_bytes", "equal_numbers", "changed"]
 
 # More threads than disks and memory can serve gain nothing.
 _MOST_THREADS = 8
+# Numbers of a model, above which the fused arithmetic saves more time than it takes to be loaded.
+_WORTH_FUSING = 1 << 30
 # A change of a higher rank than this is not tried along the other axis: nobody projects out so many directions.
 _MOST_DIRECTIONS = 4
 # What 8 and 4 bits move numbers by where they were stored plain again, as a share of their norm.
@@ -96,6 +98,7 @@ class PairReader:
         self._stream, self._d_model = stream, d_model
         self._writers = {} if stream is None else {writer.tensor_name: writer for writer in stream.writers}
         self._thread = local()
+        self._fused = False
 
     def read(self, pairs: Sequence[TensorPair], *, same_files: frozenset[str], advance: Advance) -> list[Finding]:
         """Return what became of each tensor, in the order of `pairs`.
@@ -108,6 +111,7 @@ class PairReader:
         Raises:
             CheckpointError: A file cannot be read, or what is changed holds NaN or infinite values.
         """
+        self._fused = sum(math.prod(pair.new.shape) for pair in pairs) >= _WORTH_FUSING
         # Large ones first, so that no thread is left with one at the end.
         order = sorted(range(len(pairs)), key=lambda index: pairs[index].new.start - pairs[index].new.end)
         found: dict[int, Finding] = {}
@@ -158,7 +162,7 @@ class PairReader:
         seed = zlib.crc32(pair.old.name.encode())
         changes, projections = [], []
         for each in matrices:
-            change = _with_grid(each, measure_change(each, axis=axis, seed=seed))
+            change = _with_grid(each, measure_change(each, axis=axis, seed=seed, fused=self._fused))
             changes.append(change)
             if change.change and change.rank and len(pair.new.shape) > 1:
                 projections.append(self._projection(each, change, seed))

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, damaged_file, encoded_parts, read_tensor
 from abliterate.errors import CheckpointError
+from abliterate.inspection.ahead import Ahead
 
-CHUNK_BYTES = 4 << 20
-# Entries of a block: 2 MiB of float32, which stays in cache.
-BLOCK_ENTRIES = 1 << 19
+# Two buffers of a thread that stay in its cache; larger ones are slower.
+CHUNK_BYTES = 1 << 18
+# Entries of a block: half a MiB of float32, of either side, for the same reason.
+BLOCK_ENTRIES = 1 << 17
 # Bits behind the leading one; what is stored otherwise has a grid of its own.
 MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 # Below the smallest normal number, steps have one size; it matters where the range is narrow.
@@ -68,8 +70,11 @@ class ByteComparer:
             with paths[0].open("rb", buffering=0) as first, paths[1].open("rb", buffering=0) as second:
                 first.seek(old.start)
                 second.seek(new.start)
+                ahead = [Ahead(file.fileno(), info.start, info.end) for file, info in ((first, old), (second, new))]
                 while left:
                     size = min(left, CHUNK_BYTES)
+                    for each in ahead:
+                        each.ask(each.end - left)
                     # Whole buffers are compared by the C library; a shorter last part through copies.
                     views = [memoryview(buffer)[:size] for buffer in self._buffers]
                     for file, view, path in zip((first, second), views, paths, strict=True):
@@ -107,18 +112,28 @@ class StoredMatrix:
                 if index % every == 0:
                     yield block
             return
+        wide = torch.empty(rows, self.shape[1])
+        for stored in self.stored(rows, every=every):
+            yield wide[: len(stored)].copy_(stored)
+
+    def stored(self, rows: int, *, every: int = 1) -> Iterator[Tensor]:
+        """Yield the same as it is stored, if that is plain."""
         cols = self.shape[1]
         row_bytes = (self.info.end - self.info.start) // max(1, self.shape[0])
-        raw, wide = bytearray(rows * row_bytes), torch.empty(rows, cols)
+        raw = bytearray(rows * row_bytes)
         path = self.directory / self.info.shard
         try:
             with path.open("rb", buffering=0) as file:
+                ahead = Ahead(file.fileno(), self.info.start, self.info.end)
                 for first in range(0, self.shape[0], rows * every):
-                    file.seek(self.info.start + first * row_bytes)
+                    position = self.info.start + first * row_bytes
+                    file.seek(position)
+                    if every == 1:
+                        ahead.ask(position)
                     count = min(rows, self.shape[0] - first)
                     _fill(file, memoryview(raw)[: count * row_bytes], path)
                     stored = torch.frombuffer(raw, dtype=_PLAIN[self.info.dtype], count=count * cols)
-                    yield wide[:count].copy_(stored.view(count, cols))
+                    yield stored.view(count, cols)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -143,17 +158,21 @@ class MatrixPair:
         new: The model's.
         name: The tensor's in the model, for messages.
         every: Of its blocks every so many are read, for a part of the matrix.
+        at_once: Rows of a block; None: as many as fit the cache.
     """
 
     old: StoredMatrix
     new: StoredMatrix
     name: str
     every: int = 1
+    at_once: int | None = None
 
     @property
     def rows_at_once(self) -> int:
         """Rows of a block."""
         rows, columns = self.shape
+        if self.at_once is not None:
+            return self.at_once
         return max(1, min(rows, BLOCK_ENTRIES // max(1, columns)))
 
     @property
@@ -169,6 +188,14 @@ class MatrixPair:
             first = index * at_once * self.every
             part = slice(first, first + len(old))
             yield part, old, new.sub_(old) if self.new.info.encoding is None else new - old
+
+    def stored(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield rows, W and W' of these rows as both are stored, if that is plain; the memory is used again."""
+        at_once = self.rows_at_once
+        first = 0
+        for old, new in zip(*(side.stored(at_once) for side in (self.old, self.new)), strict=True):
+            yield slice(first, first + len(old)), old, new
+            first += len(old)
 
 
 def matrices_of(old: TensorInfo, new: TensorInfo, *, old_directory: Path, new_directory: Path) -> list[MatrixPair]:

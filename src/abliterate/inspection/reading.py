@@ -5,7 +5,7 @@ Nothing is run, and nothing that comes with a checkpoint but its files is believ
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,38 +48,51 @@ class Inspection:
 
     Attributes:
         report: What was found.
-        vectors: [k, d_model] float64, orthonormal rows; None where nothing was projected or added, or each layer has
-            its own.
+        vectors: [k, d_model] float64, orthonormal rows; None where nothing was projected or added, or tensors have
+            their own.
+        by_layer: Layer -> the same, where each layer has its own; under None what tensors outside of layers have.
     """
 
     report: InspectionReport
     vectors: Tensor | None = None
+    by_layer: Mapping[int | None, Tensor] = field(default_factory=dict)
 
-    def directions(self) -> list[Direction]:
-        """Return the recovered directions as direction files hold them.
+    def directions(self) -> dict[str, Direction]:
+        """Return the recovered directions as direction files hold them, by what is added to the name of the file.
+
+        That is nothing for a single one, a number for one of several, and `layer7` (or `embed`) where each layer has
+        its own.
 
         Raises:
             InputError: There are none.
         """
         pair = self.report.pair
-        if self.vectors is None or pair is None:
+        if pair is None or (self.vectors is None and not self.by_layer):
             said = "nothing was held against a base" if pair is None else f"the verdict is {pair.verdict}"
             if pair is not None and pair.directions is not None:
-                said = "tensors have directions of their own, and no single one is to be written"
+                said = "tensors have directions of their own, which not even those of a layer share"
             raise InputError(f"{self.report.model}: no direction was recovered: {said}; leave out --output")
         found = pair.directions
         assert found is not None
-        metadata = {
-            "recovered": {
-                "model": self.report.model,
-                "base": self.report.base,
-                "tensors": found.tensors,
-                "least_cosine": found.least_cosine,
-                "sign": "not known, but for a given direction" if not found.cosines else "of the first given direction",
-            },
-            "model": self.report.base,
-        }
-        return [make_direction(mean_difference=vector, metadata=metadata) for vector in self.vectors]
+        made = {}
+        of_all: Mapping[int | None, Tensor] = self.by_layer if self.vectors is None else {None: self.vectors}
+        for layer, vectors in of_all.items():
+            metadata = {
+                "recovered": {
+                    "model": self.report.model,
+                    "base": self.report.base,
+                    "tensors": found.tensors,
+                    "least_cosine": found.least_cosine,
+                    "sign": "of the first given direction" if found.cosines else "not known, but for a given direction",
+                    **({"layer": layer} if self.by_layer else {}),
+                },
+                "model": self.report.base,
+            }
+            first = [] if not self.by_layer else ["embed"] if layer is None else [f"layer{layer}"]
+            for number, vector in enumerate(vectors, 1):
+                name = ".".join([*first, *([str(number)] if len(vectors) > 1 else [])])
+                made[name] = make_direction(mean_difference=vector, metadata=metadata)
+        return made
 
     def written_to(self, files: Sequence[Path]) -> InspectionReport:
         """Return the report with the files that the directions were written to."""
@@ -122,7 +135,7 @@ def inspect_model(
     original = plain_view(open_weights(base.path) if opened is None else opened[1])
     compared = _compare(original, view, same_files, progress)
     judgement, stream = compared.judgement, compared.stream
-    vectors = _signed(judgement, given)
+    vectors, by_layer = _recovered(judgement, given)
     cosines = _cosines(judgement, given, stream)
     pair = _pair_reading(original, view, compared, cosines)
     if record is not None:
@@ -149,6 +162,7 @@ def inspect_model(
             pair=pair,
         ),
         vectors=vectors,
+        by_layer=by_layer,
     )
 
 
@@ -347,32 +361,39 @@ def _added(
     return lengths, vectors
 
 
-def _signed(judgement: Judgement, given: Sequence[Direction]) -> Tensor | None:
-    """Return the common directions, turned as the first given one where there is one, else as their largest entry."""
+def _recovered(judgement: Judgement, given: Sequence[Direction]) -> tuple[Tensor | None, dict[int | None, Tensor]]:
+    """Return the common directions, None where tensors have their own, and those of each layer."""
     consensus = judgement.consensus
-    if consensus is None or consensus.scope != "one" or judgement.verdict == "unrelated":
-        return None
-    vectors = consensus.vectors
+    if consensus is None or judgement.verdict == "unrelated":
+        return None, {}
+    # What a bias adds has a sign of its own.
+    is_signed = bool(judgement.added) and not judgement.strengths
+    if consensus.scope == "one":
+        return consensus.vectors if is_signed else _turned(consensus.vectors, given), {}
+    layers = sorted(consensus.by_layer, key=lambda layer: -1 if layer is None else layer)
+    return None, {layer: _turned(consensus.by_layer[layer], given) for layer in layers}
+
+
+def _turned(vectors: Tensor, given: Sequence[Direction]) -> Tensor:
+    """Return directions turned as the first given one where there is one, else as their largest entry."""
     if given and given[0].d_model == vectors.shape[1]:
         signs = vectors @ given[0].vector.double()
     else:
         signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-    if judgement.added and not judgement.strengths:
-        # What a bias adds has a sign of its own.
-        return vectors
     return vectors * torch.where(signs < 0, -1.0, 1.0)[:, None]
 
 
 def _cosines(judgement: Judgement, given: Sequence[Direction], stream: StreamMap | None) -> tuple[float, ...]:
     if stream is not None:
         _check_width(given, stream)
-    if judgement.consensus is None:
+    consensus = judgement.consensus
+    if consensus is None:
         return ()
-    vectors = judgement.consensus.vectors
+    of_all = list(consensus.by_layer.values()) or [consensus.vectors]
     return tuple(
-        cosine_of(vectors, orthonormalize(each.vector.double()[None])[0])
+        max(cosine_of(vectors, orthonormalize(each.vector.double()[None])[0]) for vectors in of_all)
         for each in given
-        if each.d_model == vectors.shape[1]
+        if each.d_model == consensus.vectors.shape[1]
     )
 
 

@@ -78,7 +78,7 @@ class ChangedTensor:
         rest: Share of |D| that is not in those.
         strength: Share of the component that was projected out; None where nothing was.
         left: |U W'|/|U W|, along the tensor's own directions.
-        cosine: Of the largest angle between its directions and the recovered ones.
+        cosine: Of the largest angle between its directions and the recovered ones, or those of its layer.
         other_axis: Whether it was projected along the axis that is not the stream's.
         row_normalised: Whether its rows were divided by their lengths before.
         kept: Lengths that were restored: columns (what one input writes), rows (what one output reads), whole (of the
@@ -132,9 +132,10 @@ class RecoveredDirections:
         scope: one: the same in all tensors; per_layer: each layer has its own; several: neither.
         through_norms: Whether tensors behind norms were edited through them; None where there are no such norms.
         tensors: How many have them.
-        least_cosine: Of those that agree the least cosine with them.
+        least_cosine: Of those that agree the least cosine with them, or with those of their layer.
         disagreeing: Tensors with other directions.
-        cosines: With each of the given directions: of the angle between it and what the recovered ones span.
+        cosines: With each of the given directions: of the angle between it and what the recovered ones span; where each
+            layer has its own, of the layer that is nearest.
         files: Where they were written; empty: nowhere.
     """
 

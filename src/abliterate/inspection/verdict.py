@@ -253,7 +253,7 @@ def _is_projected(evidence: Evidence, finding: Finding, consensus: Consensus) ->
     assert finding.vectors is not None
     old, change = finding.vectors
     norms = evidence.norms.get(finding.pair.old.name, ()) if consensus.through_norms else ()
-    basis = as_written(consensus.vectors, norms)
+    basis = as_written(consensus.of(finding.layer), norms)
     before, moved = basis @ old, basis @ change
     rest, across = change - basis.T @ moved, old - basis.T @ before
     # Where lengths were restored, what is left is a multiple of the vector.
@@ -370,7 +370,7 @@ def _untouched(evidence: Evidence, consensus: Consensus) -> list[str]:
         if finding.vectors is not None:
             old, change = finding.vectors
             norms = evidence.norms.get(finding.pair.old.name, ()) if consensus.through_norms else ()
-            basis = as_written(consensus.vectors, norms)
+            basis = as_written(consensus.of(finding.layer), norms)
             by_chance = float(old.norm()) / math.sqrt(len(old))
             most = _MOST_LEFT * max(float((basis @ old).norm()), by_chance)
             if float((basis @ (old + change)).norm()) <= most:
