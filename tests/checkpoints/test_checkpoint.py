@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.safetensors_file import read_tensor
+from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.errors import CheckpointError
 from tests.support.tiny_models import save_tiny_llama
 

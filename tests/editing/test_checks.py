@@ -16,12 +16,12 @@ from torch import Tensor
 from abliterate.architectures.writers import PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.editing.checks import (
-    RemovedDirections,
     compare_bytes,
     compare_layouts,
     directions_through,
     measure_survivors,
 )
+from abliterate.editing.plan import RemovedDirections
 from abliterate.errors import CheckpointError
 from abliterate.formats.projection import effective_directions, project_out
 from tests.support.loaded_models import stored

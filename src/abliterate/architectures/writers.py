@@ -17,7 +17,7 @@ from abliterate.architectures.config import TextModel, read_text_model
 from abliterate.architectures.names import NormChains, Part, PostNorm, Role, TensorName, parse_name
 from abliterate.architectures.table import Architecture
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
+from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
 from abliterate.files import shown
 from abliterate.formats.quantized import CONFIG_KEYS, base_in_words, is_handled, quantization_of
@@ -36,7 +36,7 @@ def refuse_quantization_config(config: Mapping[str, Any], tensors: Sequence[Tens
         if found:
             method = (quantization_of(config) or ("unknown",))[0]
             method = method if method.isprintable() else shown(method)
-            plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
+            plain = next((t for t in tensors if t.dtype not in PLAIN_DTYPES), None)
             example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
             way_out = ", or give --quantized requantize or --quantized dequantize" if is_handled(config) else ""
             raise QuantizedCheckpointError(
@@ -412,9 +412,9 @@ class _Mapper:
 
     def _check_writer(self, tensor: TensorInfo, writer: ResidualWriter) -> None:
         where = f"{self.path / tensor.shard}: tensor {tensor.name}"
-        if tensor.dtype not in TORCH_DTYPES:
+        if tensor.dtype not in PLAIN_DTYPES:
             raise QuantizedCheckpointError(
-                f"{where} is stored as {tensor.dtype}, and only {', '.join(TORCH_DTYPES)} can be edited; "
+                f"{where} is stored as {tensor.dtype}, and only {', '.join(PLAIN_DTYPES)} can be edited; "
                 "use the model it was quantised from"
             )
         name = self.names[tensor.name]

@@ -21,7 +21,8 @@ from abliterate.checkpoints.atomic_directory import published_directory
 from abliterate.checkpoints.file_assembly import GivenSegment, NewFile, assemble_files
 from abliterate.checkpoints.file_ranges import WrittenFile
 from abliterate.checkpoints.hub import ModelSource, read_card_facts
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_shard, read_tensor
+from abliterate.checkpoints.safetensors_file import TensorInfo, read_shard
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor
 from abliterate.directions import Direction
 from abliterate.editing.adapter_layout import AdaptedWeight, AdapterLayout, lay_out_adapter
 from abliterate.editing.checks import directions_through

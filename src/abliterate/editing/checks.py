@@ -10,7 +10,6 @@ ablation if no norm stands between a writer and the stream and the output head k
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,9 @@ from torch import Tensor
 from abliterate.architectures.writers import ROLES, PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
 from abliterate.checkpoints.encoding import EditableEncoding
-from abliterate.checkpoints.safetensors_file import (
-    TORCH_DTYPES,
-    TensorInfo,
-    encoded_parts,
-    read_tensor,
-    tensor_bytes,
-)
-from abliterate.editing.options import EditOptions
+from abliterate.checkpoints.safetensors_file import TensorInfo, encoded_parts
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor, tensor_bytes
+from abliterate.editing.plan import RemovedDirections
 from abliterate.errors import CheckpointError
 from abliterate.formats.component import Component, component_and_norm
 from abliterate.formats.projection import NormFactor, effective_directions, residue_bound
@@ -84,47 +78,6 @@ def read_norm(checkpoint: Checkpoint, norm: PostNorm) -> NormFactor:
             f"{checkpoint.path}: tensor {norm.weight} holds NaN or infinite values; download the checkpoint again"
         )
     return NormFactor(gamma=1 + weight if norm.plus_one else weight, centered=norm.centered)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RemovedDirections:
-    """What is taken out of the stream, and of each layer's writers.
-
-    Attributes:
-        subspace: R, [k, d_model] float64, orthonormal rows.
-        by_layer: [n_layers, d_model] float64, unit rows: what is taken out of each layer's writers in the place of R;
-            None: R is taken out of all.
-    """
-
-    subspace: Tensor
-    by_layer: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """How many directions are taken out of a writer."""
-        return len(self.subspace) if self.by_layer is None else 1
-
-    def of(self, writer: ResidualWriter) -> Tensor:
-        """Return what is taken out of a writer, [rank, d_model]; the embeddings count as layer 0."""
-        if self.by_layer is None:
-            return self.subspace
-        layer = writer.layer or 0
-        return self.by_layer[layer : layer + 1]
-
-
-def removed_directions(subspace: Tensor, options: EditOptions) -> RemovedDirections:
-    """Return what is taken out by an edit.
-
-    Args:
-        subspace: R, [k, d_model] float64, orthonormal rows.
-        options: The edit's; strengths may come with a direction for each layer.
-
-    Raises:
-        InputError: Those are not one unit vector a layer, or have another width.
-    """
-    strengths = options.strengths
-    by_layer = None if strengths is None else strengths.by_layer(d_model=subspace.shape[1])
-    return RemovedDirections(subspace=subspace, by_layer=by_layer)
 
 
 def directions_through(

@@ -27,15 +27,8 @@ from abliterate.checkpoints.file_assembly import (
 )
 from abliterate.checkpoints.file_ranges import PlainFile, WrittenFile, became_shorter, open_file
 from abliterate.checkpoints.partial_run import Entry, PartialDirectory
-from abliterate.checkpoints.safetensors_file import (
-    TORCH_DTYPES,
-    Shard,
-    TensorInfo,
-    damaged_file,
-    extended_header,
-    read_tensor,
-    tensor_bytes,
-)
+from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, extended_header
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor, tensor_bytes
 from abliterate.editing.checks import directions_through
 from abliterate.editing.edited_tensors import MadeParts, ProjectedTensor, Projection, QuantizedEdit
 from abliterate.editing.edits import TensorEdit

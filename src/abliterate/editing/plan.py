@@ -1,20 +1,17 @@
 """What an edit will do: which tensors, along which directions, how far; from the files' headers alone."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import Checkpoint, is_gguf, refuse_adapter
 from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, Shard
-from abliterate.directions import Direction, load_direction, orthonormalize
-from abliterate.editing.checks import RemovedDirections, removed_directions
+from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, Shard
 from abliterate.editing.edits import (
     Addition,
     TensorEdit,
@@ -33,6 +30,11 @@ from abliterate.formats.quantized import (
     plain_info,
     plain_view,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from abliterate.directions import Direction
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
@@ -95,6 +97,47 @@ def partial_edit(stream: StreamMap, proof: TwinProof | None) -> PartialEdit | No
     if stream.remainder is None:
         return None
     return PartialEdit(reason=stream.remainder.reason, modules=stream.remainder.modules, twin=proof)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RemovedDirections:
+    """What is taken out of the stream, and of each layer's writers.
+
+    Attributes:
+        subspace: R, [k, d_model] float64, orthonormal rows.
+        by_layer: [n_layers, d_model] float64, unit rows: what is taken out of each layer's writers in the place of R;
+            None: R is taken out of all.
+    """
+
+    subspace: Tensor
+    by_layer: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """How many directions are taken out of a writer."""
+        return len(self.subspace) if self.by_layer is None else 1
+
+    def of(self, writer: ResidualWriter) -> Tensor:
+        """Return what is taken out of a writer, [rank, d_model]; the embeddings count as layer 0."""
+        if self.by_layer is None:
+            return self.subspace
+        layer = writer.layer or 0
+        return self.by_layer[layer : layer + 1]
+
+
+def removed_directions(subspace: Tensor, options: EditOptions) -> RemovedDirections:
+    """Return what is taken out by an edit.
+
+    Args:
+        subspace: R, [k, d_model] float64, orthonormal rows.
+        options: The edit's; strengths may come with a direction for each layer.
+
+    Raises:
+        InputError: Those are not one unit vector a layer, or have another width.
+    """
+    strengths = options.strengths
+    by_layer = None if strengths is None else strengths.by_layer(d_model=subspace.shape[1])
+    return RemovedDirections(subspace=subspace, by_layer=by_layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -213,6 +256,8 @@ def make_edit_plan(
         DirectionError: A direction is malformed, has another width than the model, or lies in the span of others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or cannot express an addition.
     """
+    from abliterate.directions import Direction
+
     model = _as_source(source)
     checkpoint = open_weights(model.path)
     refuse_adapter(checkpoint.path, checkpoint.side_files)
@@ -343,6 +388,8 @@ def _as_source(source: ModelSource | Path | str) -> ModelSource:
 
 
 def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str) -> Direction:
+    from abliterate.directions import Direction, load_direction
+
     if not isinstance(direction, Direction):
         return load_direction(Path(direction), d_model=d_model)
     if direction.d_model != d_model:
@@ -354,6 +401,10 @@ def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str
 
 
 def _span(directions: Sequence[Direction], given: Sequence[Direction | Path | str]) -> Tensor:
+    import torch
+
+    from abliterate.directions import Direction, orthonormalize
+
     if not directions:
         raise DirectionError("no direction was given; name a direction file with --direction")
     basis, left_out = orthonormalize(torch.stack([each.vector for each in directions]), tolerance=_LEAST_SINE)
@@ -372,7 +423,7 @@ def _check_norms(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], *, d
     for writer in writers:
         for norm in writer.norm_chain:
             info = tensors.get(norm.weight)
-            if info is None or info.shape != (d_model,) or info.dtype not in TORCH_DTYPES:
+            if info is None or info.shape != (d_model,) or info.dtype not in PLAIN_DTYPES:
                 found = "it is missing" if info is None else f"it is {info.dtype} {list(info.shape)}"
                 raise CheckpointError(
                     f"{checkpoint.path}: the norm {norm.weight} stands between {writer.tensor_name} and the residual "

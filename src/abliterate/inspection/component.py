@@ -15,7 +15,8 @@ from torch import Tensor
 from abliterate.architectures.writers import Role, StreamMap
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.directions import orthonormalize
-from abliterate.editing.checks import RemovedDirections, measure_survivors
+from abliterate.editing.checks import measure_survivors
+from abliterate.editing.plan import RemovedDirections
 from abliterate.formats.component import Component
 from abliterate.inspection.report import RoleReading, TensorReading
 from abliterate.progress import SILENT, ProgressReporter

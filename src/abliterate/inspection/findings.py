@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate.architectures.names import Part, parse_name
 from abliterate.architectures.writers import ResidualWriter, StreamMap
-from abliterate.checkpoints.safetensors_file import read_tensor
+from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.inspection.change import ABOVE_ROUNDING, MatrixChange, measure_change
 from abliterate.inspection.directional import Projection, find_projection, measured_along
 from abliterate.inspection.numbers import ByteComparer, MatrixPair, has_few_levels, is_numbers, matrices_of

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
+from abliterate.checkpoints.safetensors_file import TensorInfo
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor
 from abliterate.editing.checks import (
-    RemovedDirections,
     compare_bytes,
     compare_layouts,
     measure_survivors,
-    removed_directions,
     rounding_bound,
 )
 from abliterate.editing.options import EditOptions
+from abliterate.editing.plan import RemovedDirections, removed_directions
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
 from abliterate.formats.component import Component

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from abliterate.architectures.writers import Remainder
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES
 from abliterate.editing.checks import reasons_against_clean_stream, reasons_against_equal_logits
 from abliterate.release.file_checks import QuickCheck, TensorCheck
 from abliterate.release.stream_checks import LogitComparison, LogitDifference, StreamComponents
