@@ -19,7 +19,7 @@ from abliterate.checkpoints.safetensors_file import (
     same_bytes,
 )
 from abliterate.errors import CheckpointError
-from abliterate.files import MAX_BYTES, has_file, open_regular, parse_json, regular_files, shown
+from abliterate.files import MAX_BYTES, has_file, open_regular, parse_json, regular_files, shown, uncollected
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -98,6 +98,7 @@ def refuse_gguf(path: Path) -> None:
         )
 
 
+@uncollected()
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and check a checkpoint's layout: config, index and shard headers, no weights.
 

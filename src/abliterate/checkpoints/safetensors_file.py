@@ -154,8 +154,9 @@ def describe_tensors(path: Path, header: Mapping[str, Any], *, data_start: int) 
     Raises:
         CheckpointError: An entry is malformed, or the tensors overlap or leave gaps.
     """
+    shard = path.name
     tensors = sorted(
-        (_tensor_info(path, name, entry, data_start) for name, entry in header.items()),
+        (_tensor_info(path, shard, name, entry, data_start) for name, entry in header.items()),
         key=operator.attrgetter("start", "end"),
     )
     position = data_start
@@ -249,7 +250,7 @@ def _header_with(header: dict[str, Any], added: Sequence[TensorInfo], *, positio
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor_info(path: Path, shard: str, name: str, entry: Any, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise damaged_file(path, f"the header's entry of {name} is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -262,7 +263,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise damaged_file(path, f"tensor {name} ({dtype} {shown(shape)}) does not fill its {end - start} bytes")
     return TensorInfo(
         name=name,
-        shard=path.name,
+        shard=shard,
         dtype=dtype,
         shape=tuple(shape),
         start=data_start + start,

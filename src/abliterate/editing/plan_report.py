@@ -50,7 +50,7 @@ from abliterate.editing.record import (
     encode_subspace,
 )
 from abliterate.errors import InputError
-from abliterate.files import MAX_BYTES, has_file
+from abliterate.files import MAX_BYTES, has_file, uncollected
 from abliterate.formats.gguf_checkpoint import config_sha256, open_weights
 from abliterate.formats.quantized import dequantized_layout, plain_view
 
@@ -212,6 +212,7 @@ def read_layout(*, model: str, revision: str | None = None) -> Layout:
     return _read_local(local.path, local.name)
 
 
+@uncollected()
 def plan_layout(layout: Layout, *, options: EditOptions | None = None, proof: TwinProof | None = None) -> PlanReport:
     """Return what orthogonalizing a model would edit, leave alone and need.
 
