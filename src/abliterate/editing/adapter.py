@@ -36,7 +36,8 @@ from abliterate.editing.record import RECORD_NAME, EditedTensor, Orthogonalizati
 from abliterate.errors import CheckpointError, InputError, VerificationError
 from abliterate.formats.component import component_and_norm
 from abliterate.formats.gguf_checkpoint import holds_gguf
-from abliterate.formats.projection import project_out, residue_bound
+from abliterate.formats.projection import project_out
+from abliterate.formats.stored_component import residue_bound
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -239,7 +240,7 @@ def _check_merged(plan: EditPlan, edit: TensorEdit, result: MergedWeight, *, rou
     strength, d_model = plan.options.strength_of(edit.writer), plan.stream.d_model
     dtype = TORCH_DTYPES[edit.info.dtype]
     bound = residue_bound(
-        dtype,
+        edit.info.dtype,
         d_model=d_model,
         elements=math.prod(edit.info.shape),
         before=max(1.0, abs(strength)) * result.before.norm,
@@ -247,7 +248,7 @@ def _check_merged(plan: EditPlan, edit: TensorEdit, result: MergedWeight, *, rou
     )
     if rounds_change:
         bound += residue_bound(
-            dtype,
+            edit.info.dtype,
             d_model=d_model,
             elements=math.prod(edit.info.shape),
             before=0.0,

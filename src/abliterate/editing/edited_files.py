@@ -34,7 +34,7 @@ from abliterate.editing.edited_tensors import MadeParts, ProjectedTensor, Projec
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, EditedTensor
-from abliterate.formats.component import Component
+from abliterate.formats.stored_component import Component
 from abliterate.progress import ProgressReporter
 
 # Numbers edited, above which the fused arithmetic saves more time than it takes to be loaded.

@@ -32,6 +32,8 @@ from abliterate.formats.quantized import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from abliterate.directions import Direction
@@ -104,20 +106,20 @@ class RemovedDirections:
     """What is taken out of the stream, and of each layer's writers.
 
     Attributes:
-        subspace: R, [k, d_model] float64, orthonormal rows.
-        by_layer: [n_layers, d_model] float64, unit rows: what is taken out of each layer's writers in the place of R;
-            None: R is taken out of all.
+        subspace: R, [k, d_model], orthonormal rows.
+        by_layer: [n_layers, d_model], unit rows: what is taken out of each layer's writers in the place of R; None: R
+            is taken out of all.
     """
 
-    subspace: Tensor
-    by_layer: Tensor | None = None
+    subspace: NDArray[np.float64]
+    by_layer: NDArray[np.float64] | None = None
 
     @property
     def rank(self) -> int:
         """How many directions are taken out of a writer."""
         return len(self.subspace) if self.by_layer is None else 1
 
-    def of(self, writer: ResidualWriter) -> Tensor:
+    def of(self, writer: ResidualWriter) -> NDArray[np.float64]:
         """Return what is taken out of a writer, [rank, d_model]; the embeddings count as layer 0."""
         if self.by_layer is None:
             return self.subspace
@@ -125,11 +127,11 @@ class RemovedDirections:
         return self.by_layer[layer : layer + 1]
 
 
-def removed_directions(subspace: Tensor, options: EditOptions) -> RemovedDirections:
+def removed_directions(subspace: NDArray[np.float64], options: EditOptions) -> RemovedDirections:
     """Return what is taken out by an edit.
 
     Args:
-        subspace: R, [k, d_model] float64, orthonormal rows.
+        subspace: R, [k, d_model], orthonormal rows.
         options: The edit's; strengths may come with a direction for each layer.
 
     Raises:
@@ -137,7 +139,7 @@ def removed_directions(subspace: Tensor, options: EditOptions) -> RemovedDirecti
     """
     strengths = options.strengths
     by_layer = None if strengths is None else strengths.by_layer(d_model=subspace.shape[1])
-    return RemovedDirections(subspace=subspace, by_layer=by_layer)
+    return RemovedDirections(subspace=subspace, by_layer=None if by_layer is None else by_layer.numpy())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -173,7 +175,9 @@ class EditPlan:
     @property
     def subspace(self) -> Tensor:
         """R, [k, d_model] float64, orthonormal rows that span the directions, in their order."""
-        return self.removed.subspace
+        import torch
+
+        return torch.from_numpy(self.removed.subspace)
 
     @property
     def layout(self) -> Checkpoint:
@@ -281,7 +285,7 @@ def make_edit_plan(
         view=view,
         stream=stream,
         directions=directions,
-        removed=removed_directions(_span(directions, given), options),
+        removed=removed_directions(_span(directions, given).numpy(), options),
         options=options,
         edits=edits,
         config_changes=config_changes,
