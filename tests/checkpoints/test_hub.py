@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.checkpoints.hub import (
-    CardFacts,
-    check_repo_id,
-    fetch_card_facts,
-    list_remote_files,
-    read_card_facts,
-    repo_is_private,
-    resolve_model,
-    whoami,
-)
+from abliterate.checkpoints.hub import check_repo_id, fetch_card_facts, list_remote_files, repo_is_private, whoami
+from abliterate.checkpoints.model_source import CardFacts, read_card_facts, resolve_model
 from abliterate.errors import AbliterateError, HubError, InputError
 from tests.support.fake_hub import FakeHub
 
@@ -148,7 +140,8 @@ class TestDownloads:
 
 def test_the_endpoint_of_the_environment_is_used(tmp_path):
     code = (
-        "from abliterate.checkpoints.hub import resolve_model, whoami; print(resolve_model('org/m').revision, whoami())"
+        "from abliterate.checkpoints.hub import whoami; from abliterate.checkpoints.model_source import resolve_model; "
+        "print(resolve_model('org/m').revision, whoami())"
     )
     with FakeHub() as server:
         repo = server.add_repo("org/m", FILES)

@@ -16,7 +16,7 @@ import abliterate.editing.edited_files
 import abliterate.editing.edited_tensors
 import abliterate.formats.projection
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.checkpoints.hub import resolve_model
+from abliterate.checkpoints.model_source import resolve_model
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint

@@ -12,7 +12,7 @@ import gguf
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.directions import make_direction
 from abliterate.editing.options import EditOptions

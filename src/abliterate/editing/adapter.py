@@ -20,7 +20,7 @@ from torch import Tensor
 from abliterate.checkpoints.atomic_directory import published_directory
 from abliterate.checkpoints.file_assembly import GivenSegment, NewFile, assemble_files
 from abliterate.checkpoints.file_ranges import WrittenFile
-from abliterate.checkpoints.hub import ModelSource, read_card_facts
+from abliterate.checkpoints.model_source import ModelSource, read_card_facts
 from abliterate.checkpoints.safetensors_file import TensorInfo, read_shard
 from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor
 from abliterate.directions import Direction
@@ -285,7 +285,7 @@ def write_adapter(
     factors are reread and merged in memory before it appears, whole.
 
     Args:
-        source: The model to edit: a local directory, or what `hub.resolve_model` returned.
+        source: The model to edit: a local directory, or what `resolve_model` returned.
         direction: A direction or the file that holds it, or several of them.
         output: Directory to make; may be None in a dry run.
         options: What to edit, and how; all residual writers at strength 1 by default.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import Checkpoint, is_gguf, refuse_adapter
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, Shard
 from abliterate.editing.edits import (
     Addition,
@@ -250,7 +250,7 @@ def make_edit_plan(
     """Read the layouts, and check that checkpoint, directions and options fit one another.
 
     Args:
-        source: The model: a local directory, or what `hub.resolve_model` returned.
+        source: The model: a local directory, or what `resolve_model` returned.
         direction: A direction or the file that holds it, or several of them.
         options: What to edit.
         proof: What a tiny model of the checkpoint showed, if it was tried.
@@ -386,7 +386,7 @@ def _as_source(source: ModelSource | Path | str) -> ModelSource:
     if not Path(source).is_dir() and not is_gguf(Path(source)):
         raise InputError(
             f"{source}: there is no such directory; give a checkpoint directory, or resolve a Hub id with "
-            "abliterate.checkpoints.hub.resolve_model"
+            "abliterate.checkpoints.model_source.resolve_model"
         )
     return ModelSource(path=Path(source), name=str(source), revision=None)
 

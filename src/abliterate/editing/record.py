@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from abliterate.checkpoints.hub import ModelSource
+    from abliterate.checkpoints.model_source import ModelSource
     from abliterate.editing.edits import TensorEdit
     from abliterate.editing.options import EditOptions
     from abliterate.editing.plan import PartialEdit
@@ -297,7 +297,7 @@ def resolve_base(
         InputError: `base` is not there, or is local and a revision is given, or the record cannot be read.
         HubError: The Hub does not give it.
     """
-    from abliterate.checkpoints.hub import find_local_model, resolve_model
+    from abliterate.checkpoints.model_source import find_local_model, resolve_model
 
     local = find_local_model(base)
     if local is not None:

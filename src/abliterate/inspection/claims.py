@@ -13,7 +13,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from abliterate.checkpoints.hub import read_card_facts
+from abliterate.checkpoints.model_source import read_card_facts
 from abliterate.editing.options import EditOptions
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, check_sizes, decode_subspace, read_record
 from abliterate.errors import AbliterateError, InputError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.editing.record import AbliterationRecord
 from abliterate.errors import ModelError
 from abliterate.formats.gguf_checkpoint import gguf_file_of, holds_gguf

@@ -12,17 +12,16 @@ from typing import Any
 from abliterate._version import __version__
 from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.hub import (
-    CardFacts,
     check_repo_id,
     create_repo,
     fetch_card_facts,
     list_remote_files,
-    read_card_facts,
     repo_is_private,
     repo_url,
     upload_folder,
     whoami,
 )
+from abliterate.checkpoints.model_source import CardFacts, read_card_facts
 from abliterate.editing.model_card import base_model_id, build_model_card
 from abliterate.editing.record import (
     EVALUATION_NAME,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from abliterate.architectures.writers import ROLES, PostNorm, Remainder, ResidualWriter, StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import Checkpoint
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.model_source import ModelSource, resolve_model
 from abliterate.editing.edits import Kind, edits_of_writers
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import select_writers

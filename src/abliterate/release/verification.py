@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterate.checkpoints.checkpoint import is_gguf
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.errors import InputError
 from abliterate.formats.gguf_checkpoint import open_weights
