@@ -239,7 +239,8 @@ def became_shorter(path: Path) -> CheckpointError:
 
 
 _CHUNK_BYTES = 1 << 20
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
