@@ -2,7 +2,7 @@
 
     python -m benchmarks.startup [RUNS]
 
-The plan is of a small checkpoint (163 tensors). Prints medians of whole processes, run in turn: their time and the CPU
+The plan is of a small checkpoint (135 tensors). Prints medians of whole processes, run in turn: their time and the CPU
 that they took, which other work on the machine changes less; and the ratios of the time.
 """
 
