@@ -25,8 +25,8 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.safetensors_file import read_tensor
+from abliterate.checkpoints.model_source import ModelSource
+from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.extraction.reply_classes import read_completions, read_reply
 from abliterate.files import JsonLines, read_json_report, write_json

@@ -79,7 +79,7 @@ def from_hub(model: RealModel, target: Path) -> dict[str, str]:
     Raises:
         HubError: the Hub does not give it.
     """
-    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.model_source import resolve_model
 
     found = resolve_model(model.hub_id)
     partial = target.with_name(f".{target.name}.partial")

@@ -1,13 +1,15 @@
 """Small files appear whole or not at all, with the permissions and through the links that plain writing would use."""
 
+import gc
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from abliterate.errors import InputError
-from abliterate.files import check_writable, in_one_line, write_csv, write_file, write_json
+from abliterate.files import check_writable, in_one_line, parse_json, uncollected, write_csv, write_file, write_json
 
 
 def names(directory: Path) -> list[str]:
@@ -125,3 +127,49 @@ def test_documents_and_tables(tmp_path: Path) -> None:
 )
 def test_what_a_library_says_becomes_part_of_a_line(says: str, line: str) -> None:
     assert in_one_line(ValueError(says)) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[" * 64 + "]" * 64, None),
+        ("[" * 65 + "]" * 65, "nests more than 64 levels"),
+        ('{"a": [' * 32 + "1" + "]}" * 32, None),
+        ('{"b": 1, "c": ' + '{"a": [' * 32 + "1" + "]}" * 32 + "}", "nests more than 64 levels"),
+        ("9" * 400, None),
+        ("-" + "9" * 399, None),
+        ("-" + "9" * 400, "has 401 digits"),
+        ('["' + "9" * 500 + '", 12]', None),
+        ('{"a": 1, "%s": 2}' % ("b" * 1000), None),
+        ('{"a": 1, "%s": 2}' % ("b" * 1001), "a name has 1001 characters"),
+        ('{"a": 1, "b\u200b": 2}', "cannot be shown"),
+        ('{"%s": 1, "a": 2, "a": 3}' % ("b" * 1000), "'a' occurs twice"),
+        ('["\\u00e9", "\\\\ud800"]', None),
+        ('["\\ud800"]', "half of a surrogate pair"),
+        ('{"a": {"b": ["x", "\\udc00"]}}', "half of a surrogate pair"),
+        ('["\\ud83d\\ude00"]', None),
+        ("[1.5, 1e999]", "is not finite"),
+        ("[NaN]", "is not JSON"),
+    ],
+    ids=lambda value: value[:30] if value else "fine",
+)
+def test_json_of_others_is_taken_or_refused_to_the_letter(text: str, problem: str | None) -> None:
+    if problem is None:
+        assert parse_json(text.encode()) == json.loads(text)
+        return
+    with pytest.raises(ValueError, match=problem):
+        parse_json(text.encode())
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_collector_is_as_it_was_whatever_happens(was_enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if was_enabled else gc.disable)()
+        seen = []
+        with suppress(InputError), uncollected():
+            seen.append(gc.isenabled())
+            raise InputError("x")
+        assert [*seen, gc.isenabled()] == [False, was_enabled]
+    finally:
+        (gc.enable if before else gc.disable)()

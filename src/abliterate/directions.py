@@ -17,7 +17,6 @@ import base64
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from abliterate import files
 from abliterate.errors import DirectionError
 from abliterate.files import in_one_line, parse_json, write_file
 
@@ -342,10 +342,4 @@ def decode_rows(encoded: Mapping[str, Any]) -> Float64[Tensor, "n d_model"]:
     Raises:
         KeyError, TypeError, ValueError: They are not what that returns.
     """
-    n, d_model = encoded["k"], encoded["d_model"]
-    data = bytearray(base64.b64decode(encoded["base64"], validate=True))
-    if encoded["dtype"] != "float64" or n < 1 or d_model < 1 or len(data) != 8 * n * d_model:
-        raise ValueError(f"{len(data)} bytes do not hold {n} float64 vectors of {d_model}")
-    if sys.byteorder == "big":
-        return torch.frombuffer(data, dtype=torch.uint8).view(-1, 8).flip(1).view(torch.float64).view(n, d_model)
-    return torch.frombuffer(data, dtype=torch.float64).view(n, d_model)
+    return torch.from_numpy(files.decode_rows(encoded))

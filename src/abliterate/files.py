@@ -9,8 +9,11 @@ A small file of our own is written beside its target under a hidden name, flushe
 by one rename; whatever goes wrong before leaves the older file as it was and nothing else behind.
 """
 
+import base64
 import csv
+import gc
 import io
+import itertools
 import json
 import math
 import os
@@ -18,21 +21,40 @@ import re
 import reprlib
 import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
 
 from abliterate.errors import AbliterateError, CheckpointError, InputError, ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Real ones: 15 levels, 40 characters a number, names of 150 characters, 30 MB.
 _MAX_DEPTH = 64
 _MAX_DIGITS = 400
 _MAX_NAME = 1000
 MAX_BYTES = 100_000_000
+# A number that is too long has at least so many digits in a row.
+_DIGITS_ALIKE = bytes(ord("0") if chr(byte) in "0123456789" else byte for byte in range(256))
+_LONG_NUMBER = b"0" * _MAX_DIGITS
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 Value = TypeVar("Value")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python from looking for cycles while many objects are made and none is dropped, at all of them each time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def parse_json(data: bytes, *, infinities: bool = False) -> Any:
@@ -46,11 +68,13 @@ def parse_json(data: bytes, *, infinities: bool = False) -> Any:
         ValueError: It is not JSON, a key occurs twice, a number is no finite one or absurdly long, a name or string
             cannot be shown or written, or nested too deeply. The message is one line that any terminal can show.
     """
+    # The parser of the library is compiled and so are these searches, which tell that nothing need be looked at singly.
+    has_long_numbers = _LONG_NUMBER in data.translate(_DIGITS_ALIKE)
     try:
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_object,
-            parse_int=_integer,
+            parse_int=_integer if has_long_numbers else int,
             parse_float=_floating if not infinities else float,
             parse_constant=_infinity if infinities else _refuse_constant,
         )
@@ -58,7 +82,8 @@ def parse_json(data: bytes, *, infinities: bool = False) -> Any:
         raise ValueError("it nests too deeply") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
-    _check_values(value)
+    if b"\\u" in data or _is_nested_too_deeply(value):
+        _check_values(value)
     return value
 
 
@@ -130,7 +155,11 @@ def _is_plain(character: str) -> bool:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found = dict(pairs)
+    names = "".join(found)
+    if len(found) == len(pairs) and names.isprintable() and (len(names) <= _MAX_NAME or _are_short(found)):
+        return found
+    found = {}
     for name, value in pairs:
         if len(name) > _MAX_NAME:
             raise ValueError(f"a name has {len(name)} characters, {name[:20]!a}...")
@@ -140,6 +169,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the name {name!r} occurs twice")
         found[name] = value
     return found
+
+
+def _are_short(names: Iterable[str]) -> bool:
+    return max(map(len, names)) <= _MAX_NAME
 
 
 def _integer(text: str) -> int:
@@ -161,6 +194,14 @@ def _infinity(name: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _is_nested_too_deeply(value: Any) -> bool:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_MAX_DEPTH):
+        inside = itertools.chain.from_iterable(each.values() if type(each) is dict else each for each in level)
+        level = [each for each in inside if type(each) is dict or type(each) is list]
+    return bool(level)
 
 
 def _check_values(value: Any) -> None:
@@ -378,6 +419,21 @@ def read_json_report(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object")
     return content
+
+
+def decode_rows(encoded: Mapping[str, Any]) -> "NDArray[np.float64]":
+    """Return the vectors, [n, d_model], that `directions.encode_rows` put into JSON.
+
+    Raises:
+        KeyError, TypeError, ValueError: They are not what that returns.
+    """
+    import numpy as np
+
+    n, d_model = encoded["k"], encoded["d_model"]
+    data = base64.b64decode(encoded["base64"], validate=True)
+    if encoded["dtype"] != "float64" or n < 1 or d_model < 1 or len(data) != 8 * n * d_model:
+        raise ValueError(f"{len(data)} bytes do not hold {n} float64 vectors of {d_model}")
+    return np.frombuffer(data, "<f8").astype(np.float64).reshape(n, d_model)
 
 
 class JsonLines:

@@ -1,7 +1,12 @@
 """What names on disk are taken for."""
 
-import pytest
+import re
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abliterate.architectures import names
 from abliterate.architectures.names import NormChains, Part, parse_name
 
 
@@ -68,3 +73,19 @@ def test_a_writer_is_seen_through_the_norms_behind_it_in_its_own_layer():
     assert norm.weight == f"{layer}post_feedforward_layernorm.weight"
     assert found.of(parse_name("model.layers.2.mlp.down_proj.weight")) == ()
     assert chains(*names, post_norm=False).of(parse_name(f"{layer}mlp.down_proj.weight")) == ()
+
+
+WORDS = (
+    *("model", "layers", "h", "blocks", "decoder", "vision_tower", "mtp", "mtp_1", "visual", "transformer"),
+    *("language_model", "self_attn", "o_proj", "mlp", "experts", "shared_experts", "down_proj", "weight", "bias"),
+    *("shard_0", "shard_12", "0", "1", "37", "007", "٣", "norm", "embed_tokens", "lm_head", "wte", "", "x\n"),
+)
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=9), st.booleans())
+def test_what_names_have_in_common_is_kept_and_nothing_else(words, has_towers):
+    # What is kept of a name comes from one with other numbers.
+    name = ".".join(words)
+    parse_name(re.sub(r"(?<![^.])[0-9]+(?![^.])", "5", name), has_towers=has_towers)
+    assert parse_name(name, has_towers=has_towers) == names._parse(name, has_towers=has_towers)

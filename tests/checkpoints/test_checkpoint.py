@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.safetensors_file import read_tensor
+from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.errors import CheckpointError
 from tests.support.tiny_models import save_tiny_llama
 
@@ -109,6 +109,9 @@ def test_a_hub_cache_snapshot_of_symbolic_links_opens(directory, tmp_path_factor
         (lambda d: write_index(d, {"a": "one.safetensors"} | {"b": 3}), "do not trust"),
         (lambda d: write_index(d, {}), "has no weight_map"),
         (lambda d: write_index(d, ["a"]), "has no weight_map"),
+        (lambda d: write_index(d, {"a": "x.safetensors", "b": ["y.safetensors"]}), "names the shard"),
+        (lambda d: write_index(d, {"a": "x.safetensors", "b": {}, "c": 1}), r"names the shard \{\}"),
+        (lambda d: write_index(d, {"a": "x.safetensors", "b": 1, "c": True}), "names the shard 1,"),
         (lambda d: write_index(d, {"a": "two.safetensors", "b": "one.safetensors"}), "says that tensor a is in two"),
         (
             lambda d: write_index(d, {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}),

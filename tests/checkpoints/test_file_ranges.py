@@ -3,6 +3,8 @@ import fcntl
 import hashlib
 import os
 import struct
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +12,14 @@ import pytest
 
 import abliterate.checkpoints.file_ranges
 import abliterate.checkpoints.linux_file
-from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, can_share_blocks, hash_file, open_file
+from abliterate.checkpoints.file_ranges import (
+    AlignedMemory,
+    PlainFile,
+    can_share_blocks,
+    hash_file,
+    in_threads,
+    open_file,
+)
 from abliterate.checkpoints.linux_file import LinuxFile
 from abliterate.errors import CheckpointError
 
@@ -147,3 +156,33 @@ def test_a_file_is_hashed_with_progress(tmp_path):
     assert hash_file(tmp_path / "a", advance=seen.append) == hashlib.sha256(content).hexdigest()
     assert sum(seen) == len(content)
     assert hash_file(tmp_path / "a") == hash_file(tmp_path / "a", advance=seen.append)
+
+
+class TestInThreads:
+    """Several threads do what one would, and it comes out in the same order."""
+
+    def test_results_come_in_the_order_of_the_items_from_several_threads(self, monkeypatch):
+        monkeypatch.setattr(abliterate.checkpoints.file_ranges, "n_cores", lambda: 2)
+        both = threading.Barrier(2, timeout=60)
+
+        def meet(item: int) -> int:
+            both.wait()
+            return -item
+
+        assert list(in_threads(meet, range(6))) == [0, -1, -2, -3, -4, -5]
+
+    def test_the_first_error_in_their_order_is_raised_and_what_has_not_begun_is_not_done(self, monkeypatch):
+        monkeypatch.setattr(abliterate.checkpoints.file_ranges, "n_cores", lambda: 1)
+        done = []
+
+        def fail_at_two(item: int) -> int:
+            done.append(item)
+            if item == 2:
+                raise CheckpointError("two")
+            time.sleep(0.001)
+            return item
+
+        found = []
+        with pytest.raises(CheckpointError, match="two"):
+            found.extend(in_threads(fail_at_two, range(1000)))
+        assert len(done) < 1000

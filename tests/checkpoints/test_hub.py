@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from abliterate.checkpoints.hub import (
-    CardFacts,
     RepoSettings,
     add_to_collection,
     check_collection,
@@ -16,11 +15,10 @@ from abliterate.checkpoints.hub import (
     fetch_card_facts,
     gate_repo,
     list_remote_files,
-    read_card_facts,
     read_repo_settings,
-    resolve_model,
     whoami,
 )
+from abliterate.checkpoints.model_source import CardFacts, read_card_facts, resolve_model
 from abliterate.errors import AbliterateError, HubError, InputError
 from tests.support.fake_hub import FakeHub
 
@@ -152,7 +150,8 @@ class TestDownloads:
 
 def test_the_endpoint_of_the_environment_is_used(tmp_path):
     code = (
-        "from abliterate.checkpoints.hub import resolve_model, whoami; print(resolve_model('org/m').revision, whoami())"
+        "from abliterate.checkpoints.hub import whoami; from abliterate.checkpoints.model_source import resolve_model; "
+        "print(resolve_model('org/m').revision, whoami())"
     )
     with FakeHub() as server:
         repo = server.add_repo("org/m", FILES)

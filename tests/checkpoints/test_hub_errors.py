@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from abliterate.checkpoints import hub as hub_module
-from abliterate.checkpoints.hub import resolve_model
+from abliterate.checkpoints.model_source import resolve_model
 from abliterate.errors import AbliterateError, HubError, InputError
 from tests.support.fake_hub import FakeHub
 

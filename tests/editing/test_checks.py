@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,12 +17,12 @@ from torch import Tensor
 from abliterate.architectures.writers import PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import open_checkpoint
 from abliterate.editing.checks import (
-    RemovedDirections,
     compare_bytes,
     compare_layouts,
     directions_through,
     measure_survivors,
 )
+from abliterate.editing.plan import RemovedDirections
 from abliterate.errors import CheckpointError
 from abliterate.formats.projection import effective_directions, project_out
 from tests.support.loaded_models import stored
@@ -139,7 +140,7 @@ def test_survivors_are_measured_from_the_files_through_norms_in_other_shards(bas
     subspace = (random_direction() / random_direction().norm()).double()[None]
     writer = ResidualWriter(tensor_name=DOWN, role="mlp", layer=2, residual_axis=0, norm_chain=(norm,))
     plain = replace(writer, norm_chain=())
-    removed = RemovedDirections(subspace=subspace)
+    removed = RemovedDirections(subspace=subspace.numpy())
     (seen,) = directions_through(checkpoint, removed, writers=[writer]).values()
     (unseen,) = directions_through(checkpoint, removed, writers=[plain]).values()
     gamma = 1 + stored(base)[norm.weight].double()
@@ -159,7 +160,7 @@ def test_survivors_are_measured_from_the_files_through_norms_in_other_shards(bas
 
 def test_what_is_not_there_is_said(base):
     checkpoint = open_checkpoint(base)
-    subspace = torch.eye(1, D_MODEL, dtype=torch.float64)
+    subspace = np.eye(1, D_MODEL)
     writer = ResidualWriter(tensor_name="nowhere", role="mlp", layer=0, residual_axis=0)
     with pytest.raises(CheckpointError, match="no tensor nowhere"):
         list(measure_survivors(checkpoint, base=None, writers=[writer], removed=RemovedDirections(subspace=subspace)))
@@ -175,7 +176,7 @@ def test_a_norm_that_is_not_finite_is_refused(base):
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds NaN"):
         directions_through(
             open_checkpoint(base),
-            RemovedDirections(subspace=torch.eye(1, D_MODEL, dtype=torch.float64)),
+            RemovedDirections(subspace=np.eye(1, D_MODEL)),
             writers=[writer],
         )
     assert effective_directions(torch.eye(1, 4), norms=[]).dtype == torch.float64

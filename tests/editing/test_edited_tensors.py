@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import abliterate.formats.projection
 from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.checkpoints.file_ranges import AlignedMemory, open_file
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, tensor_bytes
+from abliterate.checkpoints.safetensors_file import TensorInfo
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, tensor_bytes
 from abliterate.editing.edited_tensors import blocks_of
 from abliterate.formats.component import ComponentMeter, component_and_norm
 from abliterate.formats.projection import project_out

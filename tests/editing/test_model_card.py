@@ -8,7 +8,7 @@ import shlex
 import pytest
 import yaml
 
-from abliterate.checkpoints.hub import CardFacts
+from abliterate.checkpoints.model_source import CardFacts
 from abliterate.editing.model_card import base_model_id, build_model_card
 from tests.support.fake_hub import evaluation_report, write_checkpoint
 

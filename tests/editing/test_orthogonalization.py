@@ -16,7 +16,7 @@ import abliterate.editing.edited_files
 import abliterate.editing.edited_tensors
 import abliterate.formats.projection
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions, WriteOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
@@ -156,7 +156,9 @@ def test_the_record_is_complete(llama, tmp_path, direction):
     assert record["directions"] == [
         {"sha256": direction.sha256, "d_model": D_MODEL, "metadata": {"model": "tiny", "layer": 1}}
     ]
-    torch.testing.assert_close(decode_subspace(record["subspace"])[0], direction.vector.double(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        torch.from_numpy(decode_subspace(record["subspace"]))[0], direction.vector.double(), rtol=0, atol=1e-7
+    )
     assert record["options"] == {
         "components": ["embed", "attn", "mlp"], "layers": None, "strength": 1.0, "strengths": None,
         "tied": "edit",
@@ -570,7 +572,7 @@ class TestSeveralDirections:
             assert stream_component(edited, direction.vector) < 1e-6
         assert stream_component(edited, random_direction(seed=4)) > 1e-2
         assert [entry["sha256"] for entry in report.directions] == [each.sha256 for each in directions]
-        subspace = decode_subspace(report.subspace)
+        subspace = torch.from_numpy(decode_subspace(report.subspace))
         torch.testing.assert_close(subspace @ subspace.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-14)
         stacked = torch.stack([each.vector.double() for each in directions])
         torch.testing.assert_close(stacked @ subspace.T @ subspace, stacked, rtol=0, atol=1e-14)

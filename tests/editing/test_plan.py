@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import EditPlan, make_edit_plan

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import abliterate.editing.edited_tensors
 from abliterate.checkpoints.checkpoint import open_checkpoint
-from abliterate.checkpoints.safetensors_file import read_tensor, tensor_bytes
+from abliterate.checkpoints.stored_tensors import read_tensor, tensor_bytes
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.adapter import write_adapter
 from abliterate.editing.options import EditOptions, WriteOptions

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.model_source import ModelSource, resolve_model
 from abliterate.errors import InputError, ModelError
 from abliterate.evaluation.judges import JudgeOptions, judge_replies, load_judge, parse_verdict
 from abliterate.evaluation.report import EvaluationOptions

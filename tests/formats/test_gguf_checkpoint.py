@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from abliterate.checkpoints.safetensors_file import read_tensor
+from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.errors import AbliterateError, CheckpointError
 from abliterate.formats.gguf_checkpoint import (
     config_sha256,

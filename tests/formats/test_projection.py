@@ -5,8 +5,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from abliterate.formats.component import component_and_norm, component_norm
-from abliterate.formats.projection import NormFactor, effective_directions, project_out, residue_bound
+from abliterate.formats.projection import NormFactor, effective_directions, project_out
+from abliterate.formats.stored_component import residue_bound
 
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 UNIT_ROUNDOFF = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 SHAPES = st.sampled_from([((48, 20), 0), ((20, 48), 1), ((48, 48), 0), ((48, 48), 1), ((48,), 0), ((3, 48, 5), 1)])
@@ -35,7 +37,7 @@ def test_the_component_is_there_before_and_gone_after(shape_axis, dtype, seed):
     before = write(weight, direction, axis).norm()
     edited = project_out(weight, directions=direction[None], residual_axis=axis)
     bound = residue_bound(
-        dtype,
+        NAMES[dtype],
         d_model=shape[axis],
         elements=weight.numel(),
         before=float(weight.double().norm()),
@@ -249,7 +251,7 @@ class TestPreservedNorms:
         if len(shape) > 1:
             assert plain.double().norm() < 0.999 * weight.double().norm(), "without the option they get shorter"
         total = float(edited.double().norm())
-        bound = residue_bound(dtype, d_model=shape[axis], elements=weight.numel(), before=total, after=total)
+        bound = residue_bound(NAMES[dtype], d_model=shape[axis], elements=weight.numel(), before=total, after=total)
         assert write(edited, direction, axis).norm() <= bound
 
     def test_a_vector_along_the_direction_is_not_blown_up(self):

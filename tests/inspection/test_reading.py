@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.directions import load_direction, make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import AbliterateError, CheckpointError, DirectionError, InputError

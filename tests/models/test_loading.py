@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import InputError, ModelError

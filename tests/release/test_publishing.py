@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from abliterate.checkpoints import hub as hub_module
+from abliterate.checkpoints.model_source import resolve_model
 from abliterate.directions import make_direction
 from abliterate.editing.adapter import write_adapter
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
@@ -223,7 +224,7 @@ class TestPush:
 
     def test_the_client_of_the_hub_can_load_it_again(self, hub, out):
         push(out)
-        source = hub_module.resolve_model("org/pushed")
+        source = resolve_model("org/pushed")
         assert (source.path / SHARDS[0]).read_bytes() == (out / SHARDS[0]).read_bytes()
 
     def test_in_parts(self, monkeypatch, tmp_path, out):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.checkpoints.hub import resolve_model
+from abliterate.checkpoints.model_source import resolve_model
 from abliterate.directions import Direction, make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
@@ -21,10 +21,11 @@ from abliterate.errors import CheckpointError, InputError, ModelError
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT
 from abliterate.release.file_checks import QuickCheck
+from abliterate.release.model_runs import ModelRuns
 from abliterate.release.options import VerificationOptions
 from abliterate.release.recorded_edits import recorded_subspace
 from abliterate.release.report import LogitCheck, StreamCheck, logit_failures, stream_failures
-from abliterate.release.verification import VerificationReport, _Run, verify_checkpoint
+from abliterate.release.verification import VerificationReport, verify_checkpoint
 from tests.support.conformance import build_model
 from tests.support.fake_hub import FakeHub
 from tests.support.loaded_models import stored
@@ -140,7 +141,7 @@ class TestWhatOrthogonalizeWrote:
         assert report.files.bytes_compared == unedited
 
     def test_quick_runs_no_model(self, made, monkeypatch):
-        monkeypatch.setattr("abliterate.release.verification.open_model", None)
+        monkeypatch.setattr("abliterate.release.model_runs.open_model", None)
         report = verify(made[1], options=QUICK)
         assert report.passed
         assert (report.stream, report.logits) == (None, None)
@@ -408,7 +409,7 @@ class TestBases:
 def run_only(out: Path, base: Path) -> tuple[StreamCheck, LogitCheck | None]:
     """Run (c) and (d) alone, where the files would fail first."""
     record = read_record(out)
-    run = _Run(
+    run = ModelRuns(
         record=record,
         source=resolve_model(str(base)),
         subspace=recorded_subspace(record),

@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from abliterate.checkpoints.hub import ModelSource, find_local_model
+from abliterate.checkpoints.model_source import ModelSource, find_local_model
 from abliterate.directions import encode_rows, is_direction_file, load_direction, make_direction
 from abliterate.editing.adapter import write_adapter
 from abliterate.editing.options import EditOptions

@@ -12,8 +12,8 @@ import gguf
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.safetensors_file import read_tensor
+from abliterate.checkpoints.model_source import ModelSource
+from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.directions import make_direction
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint

@@ -5,6 +5,8 @@ stream is read off the names of the writer's own layer: for y = gamma * x / rms(
 (gamma * r) . x = 0, so an edit must know gamma (see `formats.projection`).
 """
 
+import functools
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +39,9 @@ class Part(Enum):
     TOWER = auto()
     PREDICTION = auto()
     UNKNOWN = auto()
+
+    # There is one of each, so that none is looked up by its name: a checkpoint's tensors are counted by the million.
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +91,60 @@ def parse_name(name: str, *, has_towers: bool = False) -> TensorName:
         name: As in the shard's header.
         has_towers: Parts for images or sound may lie beside the text model; without, their names are unknown.
     """
+    # Of a model with experts a hundred thousand names differ by their numbers alone, and what they say does not.
+    between, numbers = tuple((parts := _NUMBER.split(name))[::2]), parts[1::2]
+    pattern = _pattern(between, has_towers)
+    if pattern is None:
+        return _parse(name, has_towers=has_towers)
+    return TensorName(
+        part=pattern.part,
+        stack=pattern.stack,
+        layer=int(numbers[0]) if pattern.in_layer else None,
+        path=pattern.path,
+        expert=None if pattern.expert is None else int(numbers[pattern.expert]),
+        is_bias=pattern.is_bias,
+        role=pattern.role,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pattern:
+    """What names say that differ by their numbers alone; `expert` is which of the numbers is that of the expert."""
+
+    part: Part
+    stack: str
+    in_layer: bool
+    path: str
+    expert: int | None
+    is_bias: bool
+    role: Role | None
+
+
+_NUMBER = re.compile(r"(?<![^.])([0-9]+)(?![^.])")
+
+
+@functools.lru_cache(maxsize=10_000)
+def _pattern(between: tuple[str, ...], has_towers: bool) -> _Pattern | None:
+    """Return what names have in common with these texts between their numbers; None where it is not all they say."""
+    numbers = range(len(between) - 1)
+    first = _parse(
+        "".join(itertools.chain(*zip(between, (*map(str, numbers), ""), strict=True))), has_towers=has_towers
+    )
+    # Where a number stands before the layer's, or the whole name is the path, each name says something else.
+    if first.layer or _NUMBER.search(first.path):
+        return None
+    return _Pattern(
+        part=first.part,
+        stack=first.stack,
+        in_layer=first.layer is not None,
+        path=first.path,
+        expert=first.expert,
+        is_bias=first.is_bias,
+        role=first.role,
+    )
+
+
+def _parse(name: str, *, has_towers: bool) -> TensorName:
     match = _IN_LAYER.fullmatch(name)
     before = (match[1] if match else name).split(".")
     if any(vocabulary.PREDICTION.fullmatch(part) for part in before):

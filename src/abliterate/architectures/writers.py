@@ -17,9 +17,9 @@ from abliterate.architectures.config import TextModel, read_text_model
 from abliterate.architectures.names import NormChains, Part, PostNorm, Role, TensorName, parse_name
 from abliterate.architectures.table import Architecture
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
+from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, TensorInfo
 from abliterate.errors import CheckpointError, QuantizedCheckpointError, UnsupportedArchitectureError
-from abliterate.files import shown
+from abliterate.files import shown, uncollected
 from abliterate.formats.quantized import CONFIG_KEYS, base_in_words, is_handled, quantization_of
 
 _SUBLAYERS: dict[Role, str] = {"attn": "attention (or another mixer)", "mlp": "an MLP"}
@@ -36,7 +36,7 @@ def refuse_quantization_config(config: Mapping[str, Any], tensors: Sequence[Tens
         if found:
             method = (quantization_of(config) or ("unknown",))[0]
             method = method if method.isprintable() else shown(method)
-            plain = next((t for t in tensors if t.dtype not in TORCH_DTYPES), None)
+            plain = next((t for t in tensors if t.dtype not in PLAIN_DTYPES), None)
             example = f", for one tensor {plain.name} as {plain.dtype}" if plain else ""
             way_out = ", or give --quantized requantize or --quantized dequantize" if is_handled(config) else ""
             raise QuantizedCheckpointError(
@@ -194,6 +194,7 @@ SameBytes = Callable[[TensorInfo, TensorInfo], bool]
 """Whether two stored tensors have the same dtype, shape and bytes."""
 
 
+@uncollected()
 def map_stream(
     *,
     config: dict[str, Any],
@@ -353,7 +354,7 @@ class _Mapper:
             return None
         if name.part is Part.COMPANION:
             raise QuantizedCheckpointError(
-                f"{self.path / tensor.shard}: tensor {tensor.name} belongs to a residual writer that is not "
+                f"{self._where(tensor)} belongs to a residual writer that is not "
                 "stored as a plain weight (quantised, or an adapter that was not merged); "
                 "use the original model"
             )
@@ -405,26 +406,28 @@ class _Mapper:
 
     def _unknown(self, tensor: TensorInfo) -> UnsupportedArchitectureError:
         return UnsupportedArchitectureError(
-            f"{self.path / tensor.shard}: tensor {tensor.name} {list(tensor.shape)} is not a known "
+            f"{self._where(tensor)} {list(tensor.shape)} is not a known "
             f"part of {self.row.model_type} and may write to the residual stream, so the edit could be "
             "incomplete; use a checkpoint without it"
         )
 
     def _check_writer(self, tensor: TensorInfo, writer: ResidualWriter) -> None:
-        where = f"{self.path / tensor.shard}: tensor {tensor.name}"
-        if tensor.dtype not in TORCH_DTYPES:
+        if tensor.dtype not in PLAIN_DTYPES:
             raise QuantizedCheckpointError(
-                f"{where} is stored as {tensor.dtype}, and only {', '.join(TORCH_DTYPES)} can be edited; "
-                "use the model it was quantised from"
+                f"{self._where(tensor)} is stored as {tensor.dtype}, and only {', '.join(PLAIN_DTYPES)} can be "
+                "edited; use the model it was quantised from"
             )
         name = self.names[tensor.name]
         is_vector = name.part in {Part.BIAS, Part.STREAM_START, Part.POST_NORM, Part.EMBEDDING_NORM}
         axes = {1, 2} if is_vector else {2, 3} if name.layer is not None and name.expert is None else {2}
         if len(tensor.shape) not in axes or tensor.shape[writer.residual_axis] != self.d_model:
             raise CheckpointError(
-                f"{where} has shape {list(tensor.shape)}, but axis {writer.residual_axis} of {min(axes)} must be "
-                f"the residual stream of {self.d_model}; do config.json and the weights belong together?"
+                f"{self._where(tensor)} has shape {list(tensor.shape)}, but axis {writer.residual_axis} of {min(axes)} "
+                f"must be the residual stream of {self.d_model}; do config.json and the weights belong together?"
             )
+
+    def _where(self, tensor: TensorInfo) -> str:
+        return f"{self.path / tensor.shard}: tensor {tensor.name}"
 
 
 _WRITING = {

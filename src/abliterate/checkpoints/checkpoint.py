@@ -5,7 +5,7 @@ The layout is read from the shards' headers alone (see `safetensors_file`) and c
 
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from abliterate.checkpoints.safetensors_file import (
     same_bytes,
 )
 from abliterate.errors import CheckpointError
-from abliterate.files import MAX_BYTES, has_file, open_regular, parse_json, regular_files, shown
+from abliterate.files import MAX_BYTES, has_file, open_regular, parse_json, regular_files, shown, uncollected
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -98,6 +98,7 @@ def refuse_gguf(path: Path) -> None:
         )
 
 
+@uncollected()
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and check a checkpoint's layout: config, index and shard headers, no weights.
 
@@ -245,13 +246,21 @@ def parse_index(data: bytes, *, path: Path) -> dict[str, Any]:
         raise damaged_file(path, "it has no weight_map")
     if metadata is not None and not isinstance(metadata, dict):
         raise damaged_file(path, f"its metadata is {shown(metadata)}, expected an object")
-    for name in weight_map.values():
+    for name in _different(weight_map.values()):
         if not _is_shard_name(name):
             raise CheckpointError(
                 f"{path}: names the shard {shown(name)}, which is not a safetensors file of this directory; "
                 "do not trust this checkpoint"
             )
     return index
+
+
+def _different(values: Iterable[Any]) -> Iterable[Any]:
+    """Return what differs among some values, in their order, of which there are far more; or all of them."""
+    try:
+        return dict.fromkeys(values)
+    except TypeError:  # a list or an object, which has no hash
+        return values
 
 
 def _is_shard_name(name: Any) -> bool:
@@ -353,7 +362,10 @@ def check_tensor_names(path: Path, shards: tuple[Shard, ...], index: dict[str, A
     Raises:
         CheckpointError: It is not.
     """
-    found: dict[str, str] = {}
+    found = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
+    if len(found) == sum(len(shard.tensors) for shard in shards) and (index is None or index["weight_map"] == found):
+        return
+    found = {}
     for shard in shards:
         for tensor in shard.tensors:
             if tensor.name in found:

@@ -6,14 +6,17 @@ name. Each has two parts: `QuantizedFormat` recognises it in a config and in the
 Everything that differs between formats stands behind these; nobody else asks for a format by its name.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from abliterate.checkpoints.safetensors_file import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,8 @@ so the hash of the file is known with its last byte. One more thread waits for w
 comes out does not depend on how many threads there are.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import threading
@@ -19,13 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile, WrittenFile, open_file, round_up
 from abliterate.errors import VerificationError
 from abliterate.progress import Advance
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _SEGMENT_BYTES = 32 << 20
 # Read at a time.
@@ -43,7 +47,7 @@ class Traffic:
     written: int = 0
     shared: int = 0
 
-    def add(self, other: "Traffic") -> None:
+    def add(self, other: Traffic) -> None:
         """Count what another counted."""
         self.read += other.read
         self.written += other.written
@@ -58,6 +62,8 @@ class Scratch:
 
     def take(self, name: str, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return [size], the same memory for a name each time, with what its last user left."""
+        import torch
+
         key = (name, dtype, device)
         if key not in self._kept or len(self._kept[key]) < size:
             self._kept[key] = torch.empty(size, dtype=dtype, device=device)

@@ -12,11 +12,12 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self, TypeVar
 
 from abliterate.errors import CheckpointError
 from abliterate.progress import Advance
@@ -237,7 +238,9 @@ def became_shorter(path: Path) -> CheckpointError:
     )
 
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 1 << 20
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,13 +254,24 @@ class WrittenFile:
 def hash_file(path: Path, *, advance: Advance = lambda _bytes: None) -> str:
     """Return the SHA-256 of a file; `advance` is told the bytes read."""
     digest = hashlib.sha256()
-    with path.open("rb") as reader:
-        for chunk in _chunks(reader):
-            digest.update(chunk)
-            advance(len(chunk))
+    # Memory that is taken anew for each chunk costs more than reading it.
+    memory = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as reader:
+        while count := reader.readinto(memory):
+            digest.update(memory[:count])
+            advance(count)
     return digest.hexdigest()
 
 
-def _chunks(reader: BinaryIO) -> Iterator[bytes]:
-    while chunk := reader.read(_CHUNK_BYTES):
-        yield chunk
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield what a function returns of each item, in their order, as many at a time as there are cores."""
+    with ThreadPoolExecutor(max_workers=n_cores()) as pool:
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def n_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

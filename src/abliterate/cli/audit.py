@@ -103,7 +103,7 @@ def audit(
     and written nowhere. With -o, an interrupted audit keeps what it has measured in OUTPUT.work, and the same command
     goes on from there.
     """
-    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.model_source import resolve_model
     from abliterate.checkpoints.saved_work import work_directory
     from abliterate.evaluation.auditing import audit_model
     from abliterate.pages.audit_page import write_audit_page

@@ -55,7 +55,7 @@ def chat(
     --json it holds one document with all turns, at the end. Ctrl-C stops a reply; at the prompt, or from a pipe, it
     ends the run. Nothing is written unless /save asks for it.
     """
-    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.model_source import resolve_model
     from abliterate.directions import load_direction
     from abliterate.editing.record import resolve_base
     from abliterate.interventions.chatting import ChatSession

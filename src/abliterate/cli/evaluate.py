@@ -260,7 +260,7 @@ def _measure(
     options: EvaluationOptions,
     model_options: ModelOptions,
 ) -> "EvaluationReport":
-    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.model_source import resolve_model
 
     source = None if model is None else resolve_model(model, revision=revision, progress=output.progress)
     if options.server.url is not None:

@@ -38,7 +38,7 @@ from abliterate.extraction.options import (
 from abliterate.models.options import DeviceMap, ModelOptions
 
 if TYPE_CHECKING:
-    from abliterate.checkpoints.hub import ModelSource
+    from abliterate.checkpoints.model_source import ModelSource
     from abliterate.extraction.report import Extraction, ExtractionReport, NoCandidatePassesError, RepairReport
     from abliterate.extraction.score_report import ScoreTable
     from abliterate.extraction.selection import CandidateScore
@@ -268,7 +268,7 @@ def _check_outside(files: list[Path], model: Path) -> None:
 
 
 def _resolved(model: str, revision: str | None, files: list[Path], output: Output) -> "ModelSource":
-    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.model_source import resolve_model
 
     source = resolve_model(model, revision=revision, progress=output.progress)
     # Where the Hub's client put a model is known only now.

@@ -33,7 +33,7 @@ from abliterate.processes import in_first_process
 
 if TYPE_CHECKING:
     from abliterate.architectures.names import Role
-    from abliterate.checkpoints.hub import ModelSource
+    from abliterate.checkpoints.model_source import ModelSource
     from abliterate.editing.edits import Kind
     from abliterate.editing.plan import TwinProof
     from abliterate.editing.record import EditedTensor, OrthogonalizationReport
@@ -136,7 +136,7 @@ def orthogonalize(
     )
     writing = WriteOptions(workers=workers, device=device, resume=resume)
 
-    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.model_source import resolve_model
 
     output = Output.of(context, json_output=json_output)
     source = resolve_model(model, revision=revision, progress=output.progress)

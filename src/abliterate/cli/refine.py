@@ -75,7 +75,7 @@ def refine(
     An interrupted run keeps the points that it has found in OUTPUT.work: the same command goes on from there, with
     other limits too.
     """
-    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.model_source import resolve_model
     from abliterate.checkpoints.saved_work import work_directory
     from abliterate.interventions.refining import refine_edit
     from abliterate.pages.refinement_page import write_refinement_page

@@ -57,7 +57,7 @@ def trace(
 
     Where an architecture's heads are not known the cosines are shown without the table of heads.
     """
-    from abliterate.checkpoints.hub import resolve_model
+    from abliterate.checkpoints.model_source import resolve_model
     from abliterate.interventions.trace_report import TraceOptions, write_trace_report
     from abliterate.interventions.tracing import trace_direction
     from abliterate.pages.trace_page import write_trace_page

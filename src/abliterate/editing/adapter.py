@@ -20,8 +20,9 @@ from torch import Tensor
 from abliterate.checkpoints.atomic_directory import published_directory
 from abliterate.checkpoints.file_assembly import GivenSegment, NewFile, assemble_files
 from abliterate.checkpoints.file_ranges import WrittenFile
-from abliterate.checkpoints.hub import ModelSource, read_card_facts
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_shard, read_tensor
+from abliterate.checkpoints.model_source import ModelSource, read_card_facts
+from abliterate.checkpoints.safetensors_file import TensorInfo, read_shard
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor
 from abliterate.directions import Direction
 from abliterate.editing.adapter_layout import AdaptedWeight, AdapterLayout, lay_out_adapter
 from abliterate.editing.checks import directions_through
@@ -35,7 +36,8 @@ from abliterate.editing.record import RECORD_NAME, EditedTensor, Orthogonalizati
 from abliterate.errors import CheckpointError, InputError, VerificationError
 from abliterate.formats.component import component_and_norm
 from abliterate.formats.gguf_checkpoint import holds_gguf
-from abliterate.formats.projection import project_out, residue_bound
+from abliterate.formats.projection import project_out
+from abliterate.formats.stored_component import residue_bound
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -238,7 +240,7 @@ def _check_merged(plan: EditPlan, edit: TensorEdit, result: MergedWeight, *, rou
     strength, d_model = plan.options.strength_of(edit.writer), plan.stream.d_model
     dtype = TORCH_DTYPES[edit.info.dtype]
     bound = residue_bound(
-        dtype,
+        edit.info.dtype,
         d_model=d_model,
         elements=math.prod(edit.info.shape),
         before=max(1.0, abs(strength)) * result.before.norm,
@@ -246,7 +248,7 @@ def _check_merged(plan: EditPlan, edit: TensorEdit, result: MergedWeight, *, rou
     )
     if rounds_change:
         bound += residue_bound(
-            dtype,
+            edit.info.dtype,
             d_model=d_model,
             elements=math.prod(edit.info.shape),
             before=0.0,
@@ -283,7 +285,7 @@ def write_adapter(
     factors are reread and merged in memory before it appears, whole.
 
     Args:
-        source: The model to edit: a local directory, or what `hub.resolve_model` returned.
+        source: The model to edit: a local directory, or what `resolve_model` returned.
         direction: A direction or the file that holds it, or several of them.
         output: Directory to make; may be None in a dry run.
         options: What to edit, and how; all residual writers at strength 1 by default.

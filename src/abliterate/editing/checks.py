@@ -8,34 +8,37 @@ The residual stream is clean if every writer is edited at strength 1. The logits
 ablation if no norm stands between a writer and the stream and the output head keeps its rows (docs/exactness.md).
 """
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from abliterate.architectures.writers import ROLES, PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
 from abliterate.checkpoints.encoding import EditableEncoding
-from abliterate.checkpoints.safetensors_file import (
-    TORCH_DTYPES,
-    TensorInfo,
-    encoded_parts,
-    read_tensor,
-    tensor_bytes,
-)
-from abliterate.editing.options import EditOptions
+from abliterate.checkpoints.file_ranges import in_threads
+from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, TensorInfo, encoded_parts
+from abliterate.editing.plan import RemovedDirections
 from abliterate.errors import CheckpointError
-from abliterate.formats.component import Component, component_and_norm
-from abliterate.formats.projection import NormFactor, effective_directions, residue_bound
+from abliterate.formats.stored_component import Component, directions_behind, measure, read_numbers, residue_bound
 from abliterate.progress import Advance
 
-_CHUNK_BYTES = 4 << 20
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from abliterate.formats.projection import NormFactor
+
+_CHUNK_BYTES = 1 << 20
 # Of what is stored quantised, the whole numbers of eight bits, whose steps are about what an edit changes.
 _FINE = {"I8", "Q8_0"}
+
+
+Found = TypeVar("Found")
 
 
 def _ignore(_bytes: int) -> None:
@@ -61,7 +64,7 @@ def rounding_bound(
             d_model=d_model, k=k, along=before.along, norm=before.norm
         )
     return residue_bound(
-        TORCH_DTYPES.get(info.dtype, torch.float32),
+        info.dtype if info.dtype in PLAIN_DTYPES else "F32",
         d_model=d_model,
         elements=math.prod(info.shape),
         before=max(1.0, abs(strength)) * before.norm,
@@ -75,56 +78,38 @@ def read_norm(checkpoint: Checkpoint, norm: PostNorm) -> NormFactor:
     Raises:
         CheckpointError: It is not there, or holds NaN or infinite values.
     """
+    import torch
+
+    from abliterate.formats.projection import NormFactor
+
+    gamma, is_centered = _stored_norm(checkpoint, norm)
+    return NormFactor(gamma=torch.from_numpy(gamma), centered=is_centered)
+
+
+def _stored_norm(checkpoint: Checkpoint, norm: PostNorm) -> tuple[NDArray[np.float64], bool]:
+    import numpy as np
+
     try:
-        weight = read_tensor(checkpoint.path, checkpoint.tensor(norm.weight)).double()
+        weight = _numbers(checkpoint.path, checkpoint.tensor(norm.weight))
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path}: there is no tensor {norm.weight}; download it again") from error
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(np.isfinite(weight).all()):
         raise CheckpointError(
             f"{checkpoint.path}: tensor {norm.weight} holds NaN or infinite values; download the checkpoint again"
         )
-    return NormFactor(gamma=1 + weight if norm.plus_one else weight, centered=norm.centered)
+    return 1 + weight if norm.plus_one else weight, norm.centered
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RemovedDirections:
-    """What is taken out of the stream, and of each layer's writers.
+def _numbers(path: Path, info: TensorInfo) -> NDArray[np.float64]:
+    if _is_plain(info):
+        return read_numbers(path, info)
+    from abliterate.checkpoints.stored_tensors import read_tensor
 
-    Attributes:
-        subspace: R, [k, d_model] float64, orthonormal rows.
-        by_layer: [n_layers, d_model] float64, unit rows: what is taken out of each layer's writers in the place of R;
-            None: R is taken out of all.
-    """
-
-    subspace: Tensor
-    by_layer: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """How many directions are taken out of a writer."""
-        return len(self.subspace) if self.by_layer is None else 1
-
-    def of(self, writer: ResidualWriter) -> Tensor:
-        """Return what is taken out of a writer, [rank, d_model]; the embeddings count as layer 0."""
-        if self.by_layer is None:
-            return self.subspace
-        layer = writer.layer or 0
-        return self.by_layer[layer : layer + 1]
+    return read_tensor(path, info).double().numpy()
 
 
-def removed_directions(subspace: Tensor, options: EditOptions) -> RemovedDirections:
-    """Return what is taken out by an edit.
-
-    Args:
-        subspace: R, [k, d_model] float64, orthonormal rows.
-        options: The edit's; strengths may come with a direction for each layer.
-
-    Raises:
-        InputError: Those are not one unit vector a layer, or have another width.
-    """
-    strengths = options.strengths
-    by_layer = None if strengths is None else strengths.by_layer(d_model=subspace.shape[1])
-    return RemovedDirections(subspace=subspace, by_layer=by_layer)
+def _is_plain(info: TensorInfo) -> bool:
+    return info.encoding is None and info.dtype in PLAIN_DTYPES
 
 
 def directions_through(
@@ -140,13 +125,38 @@ def directions_through(
     Raises:
         CheckpointError: A norm is missing or not finite.
     """
-    found: dict[tuple[tuple[PostNorm, ...], int | None], Tensor] = {}
+    import torch
+
+    from abliterate.formats.projection import effective_directions
+
+    def seen(writer: ResidualWriter) -> Tensor:
+        norms = [read_norm(checkpoint, norm) for norm in writer.norm_chain]
+        return effective_directions(torch.from_numpy(removed.of(writer)), norms=norms)
+
+    return _by_writer(seen, removed, writers)
+
+
+def _directions_behind(
+    checkpoint: Checkpoint, removed: RemovedDirections, writers: Iterable[ResidualWriter]
+) -> dict[str, NDArray[np.float64]]:
+    """Return what `directions_through` does, without torch."""
+
+    def seen(writer: ResidualWriter) -> NDArray[np.float64]:
+        return directions_behind(removed.of(writer), [_stored_norm(checkpoint, norm) for norm in writer.norm_chain])
+
+    return _by_writer(seen, removed, writers)
+
+
+def _by_writer(
+    seen: Callable[[ResidualWriter], Found], removed: RemovedDirections, writers: Iterable[ResidualWriter]
+) -> dict[str, Found]:
+    """Return what is `seen` behind each writer, by the name of its tensor; it is asked once for each chain of norms."""
+    found: dict[tuple[tuple[PostNorm, ...], int | None], Found] = {}
     by_name = {}
     for writer in writers:
         key = (writer.norm_chain, None if removed.by_layer is None else writer.layer)
         if key not in found:
-            norms = [read_norm(checkpoint, norm) for norm in writer.norm_chain]
-            found[key] = effective_directions(removed.of(writer), norms=norms)
+            found[key] = seen(writer)
         by_name[writer.tensor_name] = found[key]
     return by_name
 
@@ -216,17 +226,23 @@ def compare_bytes(
     Raises:
         CheckpointError: A file cannot be read.
     """
-    problems = []
     new_infos = {tensor.name: tensor for tensor in edited.tensors()}
-    for old in base.tensors():
-        new = new_infos.get(old.name)
-        if old.name not in changed and new is not None:
-            same = _same_bytes(base.path, edited.path, old, new, advance)
-            problems += [] if same else [f"{new.shard}: tensor {old.name} differs, and no edit of it was planned"]
     old_infos = {tensor.name: tensor for tensor in base.tensors()}
-    for name, original in (copies or {}).items():
-        if not _same_bytes(base.path, edited.path, old_infos[original], new_infos[name], advance):
-            problems.append(f"{new_infos[name].shard}: tensor {name} is not the copy of {original} that it was to be")
+    kept = [old for old in old_infos.values() if old.name not in changed and old.name in new_infos]
+    copied = [(name, original) for name, original in (copies or {}).items()]
+    pairs = [(old, new_infos[old.name]) for old in kept]
+    pairs += [(old_infos[original], new_infos[name]) for name, original in copied]
+    same = in_threads(lambda pair: _same_bytes(base.path, edited.path, *pair, advance), pairs)
+    problems = [
+        f"{new_infos[old.name].shard}: tensor {old.name} differs, and no edit of it was planned"
+        for old, is_same in zip(kept, same, strict=False)
+        if not is_same
+    ]
+    problems += [
+        f"{new_infos[name].shard}: tensor {name} is not the copy of {original} that it was to be"
+        for (name, original), is_same in zip(copied, same, strict=True)
+        if not is_same
+    ]
     for name in other_files:
         ends = [(path / name).stat().st_size if (path / name).is_file() else -1 for path in (base.path, edited.path)]
         whole = [TensorInfo(name=name, shard=name, dtype="U8", shape=(), start=0, end=end) for end in ends]
@@ -260,30 +276,63 @@ def measure_survivors(
     Raises:
         CheckpointError: A file cannot be read, or a tensor or norm is missing.
     """
-    directions = directions_through(edited, removed, writers=writers)
     new_infos = {tensor.name: tensor for tensor in edited.tensors()}
     old_infos = {} if base is None else {tensor.name: tensor for tensor in base.tensors()}
-    for writer in writers:
-        name = writer.tensor_name
-        basis = directions[name]
-        info = _find(new_infos, name, edited)
-        before = None
-        if base is not None:
-            old = _find(old_infos, (made_from or {}).get(name, name), base)
-            before = _measure(base, old, basis, writer.residual_axis)
-        after = _measure(edited, info, basis, writer.residual_axis)
-        advance(info.end - info.start)
-        yield before, after
 
-
-def _measure(checkpoint: Checkpoint, info: TensorInfo, basis: Tensor, residual_axis: int) -> Component:
-    # Of a quantised tensor one part at a time: decoded it has four to eight times the size.
-    parts = encoded_parts(info)
-    axis = residual_axis - (len(info.shape) - len(parts[0].shape))
-    found = [
-        component_and_norm(read_tensor(checkpoint.path, part), directions=basis, residual_axis=axis) for part in parts
+    stored = [
+        infos[each.tensor_name] for infos in (old_infos, new_infos) for each in writers if each.tensor_name in infos
     ]
-    return Component(math.hypot(*(each.along for each in found)), math.hypot(*(each.norm for each in found)))
+    is_plain = all(map(_is_plain, stored))
+    measure_one = (_plain_meter if is_plain else _meter)(edited, removed, writers)
+
+    def pairs() -> Iterator[tuple[ResidualWriter, TensorInfo | None, TensorInfo]]:
+        for writer in writers:
+            info = _find(new_infos, writer.tensor_name, edited)
+            name = (made_from or {}).get(writer.tensor_name, writer.tensor_name)
+            yield writer, None if base is None else _find(old_infos, name, base), info
+
+    def measured(pair: tuple[ResidualWriter, TensorInfo | None, TensorInfo]) -> tuple[Component | None, Component]:
+        writer, old, new = pair
+        before = None if old is None or base is None else measure_one(base, old, writer)
+        after = measure_one(edited, new, writer)
+        advance(new.end - new.start)
+        return before, after
+
+    # What is decoded takes four to eight times its room, so there one comes after the other.
+    yield from in_threads(measured, pairs()) if is_plain else map(measured, pairs())
+
+
+Meter = Callable[[Checkpoint, TensorInfo, ResidualWriter], Component]
+
+
+def _plain_meter(edited: Checkpoint, removed: RemovedDirections, writers: Sequence[ResidualWriter]) -> Meter:
+    directions = _directions_behind(edited, removed, writers)
+
+    def measured(checkpoint: Checkpoint, info: TensorInfo, writer: ResidualWriter) -> Component:
+        basis = directions[writer.tensor_name]
+        return measure(checkpoint.path, info, directions=basis, residual_axis=writer.residual_axis)
+
+    return measured
+
+
+def _meter(edited: Checkpoint, removed: RemovedDirections, writers: Sequence[ResidualWriter]) -> Meter:
+    from abliterate.checkpoints.stored_tensors import read_tensor
+    from abliterate.formats.component import component_and_norm
+
+    directions = directions_through(edited, removed, writers=writers)
+
+    def measured(checkpoint: Checkpoint, info: TensorInfo, writer: ResidualWriter) -> Component:
+        # Of a quantised tensor one part at a time: decoded it has four to eight times the size.
+        parts = encoded_parts(info)
+        axis = writer.residual_axis - (len(info.shape) - len(parts[0].shape))
+        basis = directions[writer.tensor_name]
+        found = [
+            component_and_norm(read_tensor(checkpoint.path, part), directions=basis, residual_axis=axis)
+            for part in parts
+        ]
+        return Component(math.hypot(*(each.along for each in found)), math.hypot(*(each.norm for each in found)))
+
+    return measured
 
 
 def _find(infos: Mapping[str, TensorInfo], name: str, checkpoint: Checkpoint) -> TensorInfo:
@@ -326,6 +375,8 @@ def _index_differences(base: Checkpoint, edited: Checkpoint, added: Collection[s
 
 def _are_decoded(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo, advance: Advance) -> bool:
     """Return whether `new` is stored as what `old` means, in bfloat16."""
+    from abliterate.checkpoints.stored_tensors import read_tensor, tensor_bytes
+
     try:
         with (new_path / new.shard).open("rb") as file:
             file.seek(new.start)
@@ -345,19 +396,38 @@ def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo
     left = old.end - old.start
     if left != new.end - new.start:
         return False
+    # Memory that is taken anew for each chunk costs more than reading it.
+    buffers = bytearray(min(left, _CHUNK_BYTES)), bytearray(min(left, _CHUNK_BYTES))
     try:
-        with (old_path / old.shard).open("rb") as first, (new_path / new.shard).open("rb") as second:
+        with (
+            (old_path / old.shard).open("rb", buffering=0) as first,
+            (new_path / new.shard).open("rb", buffering=0) as second,
+        ):
             first.seek(old.start)
             second.seek(new.start)
             while left:
                 count = min(left, _CHUNK_BYTES)
-                chunk = first.read(count)
-                if len(chunk) != count or chunk != second.read(count):
+                if count < len(buffers[0]):
+                    buffers = bytearray(count), bytearray(count)
+                if not all(_is_filled(*each) for each in zip((first, second), buffers, strict=True)):
+                    return False
+                if buffers[0] != buffers[1]:
                     return False
                 left -= count
                 advance(count)
     except OSError as error:
         raise CheckpointError(f"{error.filename or new_path}: cannot be read: {error.strerror or error}") from error
+    return True
+
+
+def _is_filled(file: FileIO, buffer: bytearray) -> bool:
+    """Fill a buffer from a file; return whether that had enough."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(memoryview(buffer)[done:])
+        if not count:
+            return False
+        done += count
     return True
 
 

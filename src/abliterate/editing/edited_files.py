@@ -27,21 +27,14 @@ from abliterate.checkpoints.file_assembly import (
 )
 from abliterate.checkpoints.file_ranges import PlainFile, WrittenFile, became_shorter, open_file
 from abliterate.checkpoints.partial_run import Entry, PartialDirectory
-from abliterate.checkpoints.safetensors_file import (
-    TORCH_DTYPES,
-    Shard,
-    TensorInfo,
-    damaged_file,
-    extended_header,
-    read_tensor,
-    tensor_bytes,
-)
+from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, extended_header
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor, tensor_bytes
 from abliterate.editing.checks import directions_through
 from abliterate.editing.edited_tensors import MadeParts, ProjectedTensor, Projection, QuantizedEdit
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, EditedTensor
-from abliterate.formats.component import Component
+from abliterate.formats.stored_component import Component
 from abliterate.progress import ProgressReporter
 
 # Numbers edited, above which the fused arithmetic saves more time than it takes to be loaded.

@@ -23,16 +23,12 @@ from torch import Tensor
 from abliterate.checkpoints.encoding import EditableEncoding, Encoding
 from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
 from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile
-from abliterate.checkpoints.safetensors_file import (
-    TORCH_DTYPES,
-    TensorInfo,
-    encoded_parts,
-    read_codes,
-    tensor_bytes,
-)
+from abliterate.checkpoints.safetensors_file import TensorInfo, encoded_parts
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_codes, tensor_bytes
 from abliterate.errors import CheckpointError
-from abliterate.formats.component import Component, ComponentMeter
+from abliterate.formats.component import ComponentMeter
 from abliterate.formats.projection import NormSums, project_out
+from abliterate.formats.stored_component import Component
 
 # Bytes of a tensor, as it is stored, that are held at a time. Where a block is one range of the file, few enough to
 # stay in the cache from reading to writing. Where a block is some of the columns, enough that each row's part is worth

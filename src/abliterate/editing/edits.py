@@ -14,7 +14,6 @@ bias that the switch brings is added, and all but this one are zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap
 from abliterate.checkpoints.encoding import EditableEncoding
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo
-from abliterate.directions import Direction
+from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, TensorInfo
 from abliterate.editing.options import TiedPolicy
 from abliterate.errors import (
     CheckpointError,
@@ -37,6 +35,8 @@ from abliterate.files import shown
 if TYPE_CHECKING:
     from jaxtyping import Float32
     from torch import Tensor
+
+    from abliterate.directions import Direction
 
 Kind = Literal["projected", "added", "untied"]
 
@@ -87,7 +87,7 @@ class TensorEdit:
         """Bytes it takes up in its shard; of a tensor that is stored quantised those of its codes."""
         if self.info.encoding is not None:
             return self.info.end - self.info.start
-        return math.prod(self.info.shape) * TORCH_DTYPES[self.info.dtype].itemsize
+        return self.info.plain_bytes
 
     def described(self) -> dict[str, Any]:
         """Return what every list of tensors says of one: `plan --json` and the record begin with it."""
@@ -306,7 +306,7 @@ def _switched_on(
         mlp = writer.tensor_name.removesuffix(f"{leaf}.weight")
         for module in (*rule.modules, leaf):
             beside = tensors.get(f"{mlp}{module}.weight")
-            if beside is None or len(beside.shape) != 2 or beside.dtype not in TORCH_DTYPES:
+            if beside is None or len(beside.shape) != 2 or beside.dtype not in PLAIN_DTYPES:
                 found = "missing" if beside is None else f"{beside.dtype} {list(beside.shape)}"
                 raise CheckpointError(
                     f"{path}: {mlp}{module}.weight must be a matrix of floating-point numbers for {rule.switch} to be "

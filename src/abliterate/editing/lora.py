@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import orthonormalize
-from abliterate.formats.component import Component
+from abliterate.formats.stored_component import Component
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from huggingface_hub import ModelCardData
 
 from abliterate.arguments import cli_arguments, shell_word
-from abliterate.checkpoints.hub import CardFacts
+from abliterate.checkpoints.model_source import CardFacts
 from abliterate.editing.card_text import (
     NOT_MEASURED,
     access_notice,

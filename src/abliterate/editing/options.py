@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from abliterate.architectures.names import Role
 from abliterate.arguments import Argument
+from abliterate.checkpoints.file_ranges import n_cores
 from abliterate.editing.strengths import Strengths
 from abliterate.errors import InputError
 from abliterate.files import in_one_line
@@ -247,4 +247,4 @@ class WriteOptions:
         """The number of threads."""
         if self.workers is not None:
             return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return n_cores()

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from abliterate.checkpoints.checkpoint import GGUF_SUFFIX
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.partial_run import partial_run
 from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.directions import Direction
@@ -87,7 +87,7 @@ def orthogonalize_checkpoint(
     between a writer and the stream, what is projected out is the direction as seen through them.
 
     Args:
-        source: The model to edit: a local directory, or what `hub.resolve_model` returned.
+        source: The model to edit: a local directory, or what `resolve_model` returned.
         direction: A direction or the file that holds it, or several of them.
         output: Directory to make; may be None in a dry run.
         options: What to edit, and how; all residual writers at strength 1 by default.

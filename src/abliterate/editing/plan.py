@@ -1,20 +1,17 @@
 """What an edit will do: which tensors, along which directions, how far; from the files' headers alone."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from abliterate.architectures.writers import ResidualWriter, StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import Checkpoint, is_gguf, refuse_adapter
-from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, Shard
-from abliterate.directions import Direction, load_direction, orthonormalize
-from abliterate.editing.checks import RemovedDirections, removed_directions
+from abliterate.checkpoints.model_source import ModelSource
+from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, Shard
 from abliterate.editing.edits import (
     Addition,
     TensorEdit,
@@ -33,6 +30,13 @@ from abliterate.formats.quantized import (
     plain_info,
     plain_view,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from abliterate.directions import Direction
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
@@ -98,6 +102,47 @@ def partial_edit(stream: StreamMap, proof: TwinProof | None) -> PartialEdit | No
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RemovedDirections:
+    """What is taken out of the stream, and of each layer's writers.
+
+    Attributes:
+        subspace: R, [k, d_model], orthonormal rows.
+        by_layer: [n_layers, d_model], unit rows: what is taken out of each layer's writers in the place of R; None: R
+            is taken out of all.
+    """
+
+    subspace: NDArray[np.float64]
+    by_layer: NDArray[np.float64] | None = None
+
+    @property
+    def rank(self) -> int:
+        """How many directions are taken out of a writer."""
+        return len(self.subspace) if self.by_layer is None else 1
+
+    def of(self, writer: ResidualWriter) -> NDArray[np.float64]:
+        """Return what is taken out of a writer, [rank, d_model]; the embeddings count as layer 0."""
+        if self.by_layer is None:
+            return self.subspace
+        layer = writer.layer or 0
+        return self.by_layer[layer : layer + 1]
+
+
+def removed_directions(subspace: NDArray[np.float64], options: EditOptions) -> RemovedDirections:
+    """Return what is taken out by an edit.
+
+    Args:
+        subspace: R, [k, d_model], orthonormal rows.
+        options: The edit's; strengths may come with a direction for each layer.
+
+    Raises:
+        InputError: Those are not one unit vector a layer, or have another width.
+    """
+    strengths = options.strengths
+    by_layer = None if strengths is None else strengths.by_layer(d_model=subspace.shape[1])
+    return RemovedDirections(subspace=subspace, by_layer=None if by_layer is None else by_layer.numpy())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EditPlan:
     """An edit that has been checked and can be made.
 
@@ -130,7 +175,9 @@ class EditPlan:
     @property
     def subspace(self) -> Tensor:
         """R, [k, d_model] float64, orthonormal rows that span the directions, in their order."""
-        return self.removed.subspace
+        import torch
+
+        return torch.from_numpy(self.removed.subspace)
 
     @property
     def layout(self) -> Checkpoint:
@@ -203,7 +250,7 @@ def make_edit_plan(
     """Read the layouts, and check that checkpoint, directions and options fit one another.
 
     Args:
-        source: The model: a local directory, or what `hub.resolve_model` returned.
+        source: The model: a local directory, or what `resolve_model` returned.
         direction: A direction or the file that holds it, or several of them.
         options: What to edit.
         proof: What a tiny model of the checkpoint showed, if it was tried.
@@ -213,6 +260,8 @@ def make_edit_plan(
         DirectionError: A direction is malformed, has another width than the model, or lies in the span of others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or cannot express an addition.
     """
+    from abliterate.directions import Direction
+
     model = _as_source(source)
     checkpoint = open_weights(model.path)
     refuse_adapter(checkpoint.path, checkpoint.side_files)
@@ -236,7 +285,7 @@ def make_edit_plan(
         view=view,
         stream=stream,
         directions=directions,
-        removed=removed_directions(_span(directions, given), options),
+        removed=removed_directions(_span(directions, given).numpy(), options),
         options=options,
         edits=edits,
         config_changes=config_changes,
@@ -337,12 +386,14 @@ def _as_source(source: ModelSource | Path | str) -> ModelSource:
     if not Path(source).is_dir() and not is_gguf(Path(source)):
         raise InputError(
             f"{source}: there is no such directory; give a checkpoint directory, or resolve a Hub id with "
-            "abliterate.checkpoints.hub.resolve_model"
+            "abliterate.checkpoints.model_source.resolve_model"
         )
     return ModelSource(path=Path(source), name=str(source), revision=None)
 
 
 def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str) -> Direction:
+    from abliterate.directions import Direction, load_direction
+
     if not isinstance(direction, Direction):
         return load_direction(Path(direction), d_model=d_model)
     if direction.d_model != d_model:
@@ -354,6 +405,10 @@ def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str
 
 
 def _span(directions: Sequence[Direction], given: Sequence[Direction | Path | str]) -> Tensor:
+    import torch
+
+    from abliterate.directions import Direction, orthonormalize
+
     if not directions:
         raise DirectionError("no direction was given; name a direction file with --direction")
     basis, left_out = orthonormalize(torch.stack([each.vector for each in directions]), tolerance=_LEAST_SINE)
@@ -372,7 +427,7 @@ def _check_norms(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], *, d
     for writer in writers:
         for norm in writer.norm_chain:
             info = tensors.get(norm.weight)
-            if info is None or info.shape != (d_model,) or info.dtype not in TORCH_DTYPES:
+            if info is None or info.shape != (d_model,) or info.dtype not in PLAIN_DTYPES:
                 found = "it is missing" if info is None else f"it is {info.dtype} {list(info.shape)}"
                 raise CheckpointError(
                     f"{checkpoint.path}: the norm {norm.weight} stands between {writer.tensor_name} and the residual "

@@ -3,6 +3,8 @@
 `plan` shows it, and the record of an edit is made from it.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abliterate._version import __version__
 from abliterate.architectures.config import pipeline_tag
@@ -25,7 +27,7 @@ from abliterate.checkpoints.checkpoint import (
     read_json_object,
     refuse_adapter,
 )
-from abliterate.checkpoints.hub import CardFacts, RemoteModel, find_local_model, inspect_model, read_card_facts
+from abliterate.checkpoints.model_source import CardFacts, find_local_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
 from abliterate.editing.edits import TensorEdit, projection_of
@@ -50,9 +52,12 @@ from abliterate.editing.record import (
     encode_subspace,
 )
 from abliterate.errors import InputError
-from abliterate.files import MAX_BYTES, has_file
+from abliterate.files import MAX_BYTES, has_file, uncollected
 from abliterate.formats.gguf_checkpoint import config_sha256, open_weights
 from abliterate.formats.quantized import dequantized_layout, plain_view
+
+if TYPE_CHECKING:
+    from abliterate.checkpoints.hub import RemoteModel
 
 # Blocks of float32 and buffers of files; 24 to 39 MB were measured beside the two copies of the largest tensor.
 _WORKSPACE_BYTES = 40_000_000
@@ -208,10 +213,13 @@ def read_layout(*, model: str, revision: str | None = None) -> Layout:
     """
     local = find_local_model(model, revision=revision)
     if local is None:
+        from abliterate.checkpoints.hub import inspect_model
+
         return _read_remote(inspect_model(model, revision=revision))
     return _read_local(local.path, local.name)
 
 
+@uncollected()
 def plan_layout(layout: Layout, *, options: EditOptions | None = None, proof: TwinProof | None = None) -> PlanReport:
     """Return what orthogonalizing a model would edit, leave alone and need.
 

@@ -13,20 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from abliterate.checkpoints.file_ranges import WrittenFile, hash_file
+from abliterate.checkpoints.file_ranges import WrittenFile, hash_file, in_threads
 from abliterate.checkpoints.provenance import values_sha256
 from abliterate.errors import InputError, VerificationError
-from abliterate.files import has_file, in_one_line, read_json_report, write_json
+from abliterate.files import decode_rows, has_file, in_one_line, read_json_report, write_json
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from abliterate.checkpoints.hub import ModelSource
+    from abliterate.checkpoints.model_source import ModelSource
     from abliterate.editing.edits import TensorEdit
     from abliterate.editing.options import EditOptions
     from abliterate.editing.plan import PartialEdit
-    from abliterate.formats.component import Component
+    from abliterate.formats.stored_component import Component
 
 RECORD_NAME = "abliteration.json"
 FORMAT_VERSION = 2
@@ -219,14 +221,12 @@ def encode_subspace(subspace: "Tensor") -> dict[str, Any]:
     return encode_rows(subspace)
 
 
-def decode_subspace(encoded: dict[str, Any]) -> "Tensor":
-    """Return the orthonormal rows [k, d_model], float64, that `encode_subspace` encoded.
+def decode_subspace(encoded: dict[str, Any]) -> "NDArray[np.float64]":
+    """Return the orthonormal rows [k, d_model] that `encode_subspace` encoded.
 
     Raises:
         InputError: They are not what `encode_subspace` returns.
     """
-    from abliterate.directions import decode_rows
-
     try:
         rows = decode_rows(encoded)
         if len(rows) > rows.shape[1]:
@@ -297,7 +297,7 @@ def resolve_base(
         InputError: `base` is not there, or is local and a revision is given, or the record cannot be read.
         HubError: The Hub does not give it.
     """
-    from abliterate.checkpoints.hub import find_local_model, resolve_model
+    from abliterate.checkpoints.model_source import find_local_model, resolve_model
 
     local = find_local_model(base)
     if local is not None:
@@ -345,9 +345,10 @@ def check_hashes(record: AbliterationRecord, *, progress: ProgressReporter = SIL
     """
     total = sum(recorded.bytes for recorded in record.files.values())
     with progress.task("Checking hashes", total=total, unit="bytes") as advance:
-        for name, recorded in record.files.items():
-            path = record.directory / name
-            if hash_file(path, advance=advance) != recorded.sha256:
+        paths = [record.directory / name for name in record.files]
+        found = in_threads(lambda path: hash_file(path, advance=advance), paths)
+        for path, sha256, recorded in zip(paths, found, record.files.values(), strict=True):
+            if sha256 != recorded.sha256:
                 raise VerificationError(
                     f"{path}: its SHA-256 is not the one in {RECORD_NAME}: changed since written; {_AGAIN}"
                 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.saved_work import SavedWork, saved_work
 from abliterate.errors import InputError

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.errors import InputError, ModelError
 from abliterate.evaluation.chat_server import ChatServer, Message, Request, ServedReplies
 from abliterate.evaluation.replies import ReplyCache, generate_replies, reply_conditions

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.provenance import model_sha256, values_sha256
 from abliterate.errors import InputError
 from abliterate.evaluation.drift import Surprise, completion_surprise

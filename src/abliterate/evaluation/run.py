@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from abliterate.arguments import cli_arguments
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
-from abliterate.checkpoints.hub import ModelSource, as_source
+from abliterate.checkpoints.model_source import ModelSource, as_source
 from abliterate.checkpoints.provenance import versions
 from abliterate.directions import Direction, load_direction
 from abliterate.editing.record import resolve_base, shards_sha256

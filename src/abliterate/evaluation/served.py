@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.arguments import cli_arguments
-from abliterate.checkpoints.hub import ModelSource, as_source
+from abliterate.checkpoints.model_source import ModelSource, as_source
 from abliterate.checkpoints.provenance import versions
 from abliterate.directions import Direction, load_direction
 from abliterate.editing.record import shards_sha256

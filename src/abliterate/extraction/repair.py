@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from abliterate.arguments import cli_arguments
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.saved_work import SavedWork, saved_work
 from abliterate.directions import Direction, make_direction, orthogonal_to
 from abliterate.errors import InputError, ModelError, NoDirectionError, RefusalBehaviourError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.arguments import cli_arguments
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.provenance import values_sha256, versions
 from abliterate.directions import Direction, make_direction
 from abliterate.errors import NoDirectionError

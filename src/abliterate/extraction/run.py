@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.arguments import cli_arguments
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.provenance import quick_model_sha256, values_sha256
 from abliterate.checkpoints.saved_work import SavedWork, saved_work
 from abliterate.directions import orthonormalize

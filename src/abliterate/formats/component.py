@@ -4,37 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.formats.projection import Block, basis_for, bits_of, blocks_along, can_be_fused, fused_kernels
+from abliterate.formats.stored_component import Component
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-
-class Component(NamedTuple):
-    """How much of a tensor lies along directions U; Frobenius norms.
-
-    Attributes:
-        along: |U W|.
-        norm: |W|.
-    """
-
-    along: float
-    norm: float
-
-    @property
-    def share(self) -> float:
-        """|U W| / |W|, and 0 where W is 0."""
-        return self.along / self.norm if self.norm else 0.0
-
-    def survivor_of(self, before: Component) -> float:
-        """Return |U W'| / |U W|, W' being this tensor and W what it was `before`; 0 where there was nothing."""
-        return self.along / before.along if before.along else 0.0
 
 
 def component_norm(

@@ -8,16 +8,15 @@ What llama.cpp's converter does to a writer of the residual stream, or to a norm
 architectures in `_NORM_OFFSETS`; others are refused by name.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, GGUF_SUFFIX, Checkpoint, is_gguf, open_checkpoint
 from abliterate.checkpoints.encoding import Encoding, encoded_tensor
@@ -25,9 +24,11 @@ from abliterate.checkpoints.file_ranges import hash_file
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo
 from abliterate.errors import CheckpointError
 from abliterate.files import printable, regular_files, shown
-from abliterate.formats.ggml_blocks import BLOCK_TYPES, GgmlEncoding
 from abliterate.formats.gguf_config import FREQUENCIES, config_of, loads_as_a_model, names_of_class
 from abliterate.formats.gguf_file import GgufFile, GgufTensor, damaged_gguf, read_gguf
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Architecture, as GGUF calls it -> what its norms are stored with in addition.
 _NORM_OFFSETS = {
@@ -177,6 +178,8 @@ def _shard(header: GgufFile, names: dict[str, str], architecture: str) -> Shard:
 def _tensor_info(header: GgufFile, tensor: GgufTensor, name: str, architecture: str) -> TensorInfo:
     import gguf
 
+    from abliterate.formats.ggml_blocks import BLOCK_TYPES, GgmlEncoding
+
     n_entries, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
     plain = TensorInfo(
         name=name,
@@ -270,5 +273,6 @@ class UneditedEncoding(Encoding):
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
         """See `Encoding.decode`; as the package gguf does."""
         import gguf
+        import torch
 
         return torch.from_numpy(gguf.dequantize(codes.numpy(), gguf.GGMLQuantizationType(self.kind)))

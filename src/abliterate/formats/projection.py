@@ -173,32 +173,6 @@ class NormSums:
         self.total_squared += total_squared
 
 
-def residue_bound(dtype: torch.dtype, *, d_model: int, elements: int, before: float, after: float) -> float:
-    """Return the largest |U W'| that rounding can leave behind after `project_out` with strength 1.
-
-    Three terms, by Cauchy-Schwarz over each column of W' (the rows of U are orthonormal). Feedback keeps the
-    best of several roundings, the plain one among them, so it can leave no more:
-
-    * rounding W' to its dtype moves each entry by at most u |w'|, so u |W'| in all (u = 2^-8 for bfloat16,
-      2^-11 for float16, 2^-24 for float32, 2^-53 for float64);
-    * entries below the smallest normal number move by half the smallest step: that step/2 * sqrt(elements);
-    * the coefficients U W come from sums of d_model terms in float32 (or float64): 4 sqrt(d_model) u |W|.
-
-    Args:
-        dtype: Dtype the weight is stored in.
-        d_model: Length of the residual axis.
-        elements: Number of entries of the weight.
-        before: |W|, Frobenius norm before the edit.
-        after: |W'|, Frobenius norm after it.
-    """
-    stored = torch.finfo(dtype)
-    worked = torch.finfo(_wide(dtype))
-    rounding = stored.eps / 2 * after
-    underflow = stored.tiny * stored.eps / 2 * elements**0.5
-    arithmetic = 4 * d_model**0.5 * (worked.eps / 2) * before
-    return float(rounding + underflow + arithmetic)
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -9,10 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from abliterate.checkpoints.hub import read_card_facts
+from abliterate.checkpoints.model_source import read_card_facts
 from abliterate.editing.options import EditOptions
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, check_sizes, decode_subspace, read_record
 from abliterate.errors import AbliterateError, InputError
@@ -56,7 +57,7 @@ def recorded_directions(record: AbliterationRecord | None) -> Tensor | None:
     """Return the rows that a record says were projected out; None where it says none that can be read."""
     try:
         found = None if record is None else record.content.get("subspace")
-        return decode_subspace(found) if isinstance(found, dict) else None
+        return torch.from_numpy(decode_subspace(found)) if isinstance(found, dict) else None
     except InputError:
         return None
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from abliterate.architectures.writers import Role, StreamMap
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.directions import orthonormalize
-from abliterate.editing.checks import RemovedDirections, measure_survivors
-from abliterate.formats.component import Component
+from abliterate.editing.checks import measure_survivors
+from abliterate.editing.plan import RemovedDirections
+from abliterate.formats.stored_component import Component
 from abliterate.inspection.report import RoleReading, TensorReading
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -62,7 +63,7 @@ def read_component(
     Raises:
         CheckpointError: A file cannot be read.
     """
-    removed = RemovedDirections(subspace=orthonormalize(vectors)[0])
+    removed = RemovedDirections(subspace=orthonormalize(vectors)[0].numpy())
     infos = {tensor.name: tensor for tensor in view.tensors()}
     total = sum(infos[writer.tensor_name].end - infos[writer.tensor_name].start for writer in stream.writers)
     with progress.task("Measuring the directions", total=total, unit="bytes") as advance:

@@ -5,7 +5,6 @@ the system has just put it, as numbers.
 """
 
 import math
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from abliterate.architectures.names import Part, parse_name
 from abliterate.architectures.writers import ResidualWriter, StreamMap
-from abliterate.checkpoints.safetensors_file import read_tensor
+from abliterate.checkpoints.file_ranges import n_cores
+from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.inspection.change import ABOVE_ROUNDING, MatrixChange, measure_change
 from abliterate.inspection.directional import Projection, find_projection, measured_along
 from abliterate.inspection.numbers import ByteComparer, MatrixPair, has_few_levels, is_numbers, matrices_of
@@ -243,5 +243,6 @@ def _kind(found: Finding, moved: Sequence[MatrixChange], kept: Sequence[Projecti
 
 def _threads() -> ThreadPoolExecutor:
     """Return as many threads as there are cores, each of which computes alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(max_workers=min(cores, _MOST_THREADS), initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(
+        max_workers=min(n_cores(), _MOST_THREADS), initializer=torch.set_num_threads, initargs=(1,)
+    )

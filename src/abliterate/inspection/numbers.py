@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, damaged_file, encoded_parts, read_tensor
+from abliterate.checkpoints.safetensors_file import TensorInfo, damaged_file, encoded_parts
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor
 from abliterate.errors import CheckpointError
 from abliterate.inspection.ahead import Ahead
 

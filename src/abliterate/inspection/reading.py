@@ -15,8 +15,9 @@ from torch import Tensor
 from abliterate.architectures.names import Part, parse_name
 from abliterate.architectures.writers import StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
-from abliterate.checkpoints.hub import ModelSource
-from abliterate.checkpoints.safetensors_file import TensorInfo, read_tensor
+from abliterate.checkpoints.model_source import ModelSource
+from abliterate.checkpoints.safetensors_file import TensorInfo
+from abliterate.checkpoints.stored_tensors import read_tensor
 from abliterate.directions import Direction, load_direction, make_direction, orthonormalize
 from abliterate.editing.checks import read_norm
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord

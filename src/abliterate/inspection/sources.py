@@ -21,7 +21,8 @@ from abliterate.checkpoints.checkpoint import (
     read_json_object,
 )
 from abliterate.checkpoints.file_ranges import hash_file
-from abliterate.checkpoints.hub import ModelSource, RemoteModel, find_local_model, resolve_model
+from abliterate.checkpoints.hub import RemoteModel
+from abliterate.checkpoints.model_source import ModelSource, find_local_model, resolve_model
 from abliterate.checkpoints.safetensors_file import Shard, header_end, parse_shard, read_shard
 from abliterate.editing.record import RECORD_NAME, resolve_base
 from abliterate.files import has_file, parse_json, regular_files

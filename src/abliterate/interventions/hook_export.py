@@ -21,7 +21,7 @@ import torch
 
 from abliterate.architectures.modules import StreamModules, map_modules
 from abliterate.checkpoints.atomic_directory import published_directory
-from abliterate.checkpoints.hub import ModelSource, as_source
+from abliterate.checkpoints.model_source import ModelSource, as_source
 from abliterate.checkpoints.provenance import versions
 from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.adapter import write_contents

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.directions import Direction, load_direction
 from abliterate.errors import DirectionError, InputError, ModelError, UnsupportedArchitectureError
 from abliterate.interventions.contributions import (

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from abliterate.architectures.vocabulary import MERGED_EXPERTS
 from abliterate.checkpoints.checkpoint import Checkpoint
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_rows, read_tensor
+from abliterate.checkpoints.safetensors_file import TensorInfo
+from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_rows, read_tensor
 from abliterate.errors import ModelError
 
 if TYPE_CHECKING:

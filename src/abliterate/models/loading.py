@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from abliterate.architectures.config import MOST_LAYERS
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.checkpoints.checkpoint import is_of_mlx, open_checkpoint, refuse_adapter, refuse_pickles
-from abliterate.checkpoints.hub import ModelSource, as_source
+from abliterate.checkpoints.model_source import ModelSource, as_source
 from abliterate.checkpoints.safetensors_file import is_lfs_pointer, lfs_pointer
 from abliterate.directions import Direction
 from abliterate.errors import AbliterateError, InputError, ModelError

@@ -10,24 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
+from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.editing.checks import (
-    RemovedDirections,
     compare_bytes,
     compare_layouts,
     measure_survivors,
-    removed_directions,
     rounding_bound,
 )
 from abliterate.editing.options import EditOptions
+from abliterate.editing.plan import RemovedDirections, removed_directions
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, AbliterationRecord, check_hashes, check_sizes
 from abliterate.errors import VerificationError
-from abliterate.formats.component import Component
 from abliterate.formats.gguf_checkpoint import open_weights
 from abliterate.formats.quantized import dequantized_layout, plain_view, quantization_of
+from abliterate.formats.stored_component import Component, read_numbers, roundoff
 from abliterate.progress import SILENT, ProgressReporter
 from abliterate.release.recorded_edits import (
     RecordedTensor,
@@ -38,8 +35,6 @@ from abliterate.release.recorded_edits import (
 )
 
 _AGAIN = "run `abliterate orthogonalize` again"
-_BFLOAT16_ROUNDOFF = torch.finfo(torch.bfloat16).eps / 2
-
 # A component measured twice differs by the order of float64 sums alone.
 _SAME = 1e-6
 
@@ -235,21 +230,23 @@ def _is_copy(tensor: RecordedTensor) -> bool:
 
 def _addition_problems(files: _Files, base: Checkpoint) -> list[str]:
     """An added bias differs from the base's, or from zero, along the directions only."""
+    import numpy as np
+
     old = {tensor.name: tensor for tensor in base.tensors()}
     problems = []
     for tensor in files.tensors:
         if tensor.kind != "added":
             continue
         info = files.edited.tensor(tensor.name)
-        new = read_tensor(files.edited.path, info).double()
-        before = read_tensor(base.path, old[tensor.name]).double() if tensor.name in old else torch.zeros_like(new)
-        rounding = torch.finfo(TORCH_DTYPES[info.dtype]).eps * float(new.norm() + before.norm())
+        new = read_numbers(files.edited.path, info)
+        before = read_numbers(base.path, old[tensor.name]) if tensor.name in old else np.zeros_like(new)
+        rounding = 2 * roundoff(info.dtype) * float(np.linalg.norm(new) + np.linalg.norm(before))
         # A bias of another width, as those that config.json switches on beside it, can have nothing added to it.
         subspace = files.removed.subspace
         basis = subspace if new.shape[-1] == subspace.shape[1] else subspace[:0, :1]
         change = new - before
         across = change - (change @ basis.T) @ basis if len(basis) else change
-        if not float(across.norm()) <= rounding:
+        if not float(np.linalg.norm(across)) <= rounding:
             problems.append(
                 f"{info.shard}: tensor {tensor.name} differs from the base's by more than a multiple of the direction"
             )
@@ -320,7 +317,7 @@ def _tensor_check(
         after=after,
         expected=Component(abs(1.0 - strength) * before.along, after.norm).share,
         bound=Component(bound, after.norm).share if is_known else None,
-        decoded=0.0 if info.encoding is None else _BFLOAT16_ROUNDOFF * math.sqrt(files.removed.rank / d_model),
+        decoded=0.0 if info.encoding is None else roundoff("BF16") * math.sqrt(files.removed.rank / d_model),
     )
 
 

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME
 from abliterate.checkpoints.file_ranges import hash_file
-from abliterate.checkpoints.hub import CardFacts, fetch_card_facts, read_card_facts
+from abliterate.checkpoints.hub import fetch_card_facts
+from abliterate.checkpoints.model_source import CardFacts, read_card_facts
 from abliterate.editing.record import (
     EVALUATION_NAME,
     RECORD_NAME,

@@ -7,13 +7,11 @@ is neither edited nor named would pass every other check of the files. The base 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, get_args
 
 from abliterate.architectures.writers import ROLES, PostNorm, Remainder, ResidualWriter, StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import Checkpoint
-from abliterate.checkpoints.hub import ModelSource, resolve_model
+from abliterate.checkpoints.model_source import ModelSource, resolve_model
 from abliterate.editing.edits import Kind, edits_of_writers
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import select_writers
@@ -21,6 +19,10 @@ from abliterate.editing.record import RECORD_NAME, AbliterationRecord, decode_su
 from abliterate.errors import CheckpointError, InputError
 from abliterate.formats.gguf_checkpoint import config_sha256, holds_weights, open_weights
 from abliterate.formats.quantized import plain_view
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _AGAIN = "run `abliterate orthogonalize` again"
 
@@ -54,8 +56,8 @@ class RecordedTensor:
         return self.component_after is not None
 
 
-def recorded_subspace(record: AbliterationRecord) -> Tensor:
-    """Return the orthonormal rows [k, d_model], float64, that the record says were removed.
+def recorded_subspace(record: AbliterationRecord) -> "NDArray[np.float64]":
+    """Return the orthonormal rows [k, d_model] that the record says were removed.
 
     Raises:
         InputError: They are missing or malformed.

@@ -8,21 +8,22 @@ eightfold (massive activations: a few large terms among many). What rounding lef
 bfloat16 by what runs them, whatever it computes in, which rounds once more.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.architectures.writers import Remainder
-from abliterate.checkpoints.safetensors_file import TORCH_DTYPES
+from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES
 from abliterate.editing.checks import reasons_against_clean_stream, reasons_against_equal_logits
+from abliterate.formats.stored_component import roundoff
 from abliterate.release.file_checks import QuickCheck, TensorCheck
-from abliterate.release.stream_checks import LogitComparison, LogitDifference, StreamComponents
 
-_FLOAT32_ROUNDOFF = torch.finfo(torch.float32).eps / 2
+if TYPE_CHECKING:
+    from abliterate.release.stream_checks import LogitComparison, LogitDifference, StreamComponents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +166,7 @@ def stream_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: in
         (check.after.share + check.decoded for check in tensors if not check.expected and check.bound is not None),
         default=0.0,
     )
-    return writes * (_roundoff(dtype) + 8 * _FLOAT32_ROUNDOFF) + 16 * stored
+    return writes * (_roundoff(dtype) + 8 * roundoff("F32")) + 16 * stored
 
 
 def logit_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: int) -> float:
@@ -175,14 +176,15 @@ def logit_tolerance(tensors: Sequence[TensorCheck], *, dtype: str, n_layers: int
     u of the format it runs in; a model's 2 L + 1 writes add up as above, and its layers may amplify that eightfold.
     Codes with scales count as bfloat16.
     """
-    formats = [dtype, *(str(TORCH_DTYPES.get(check.dtype, torch.bfloat16)).removeprefix("torch.") for check in tensors)]
-    rounding = max(_roundoff(each) for each in formats) + 8 * _FLOAT32_ROUNDOFF
+    stored = (roundoff(check.dtype if check.dtype in PLAIN_DTYPES else "BF16") for check in tensors)
+    rounding = max([_roundoff(dtype), *stored]) + 8 * roundoff("F32")
     return float(8 * math.sqrt(2 * n_layers + 1) * rounding)
 
 
 def _roundoff(dtype: str) -> float:
-    roundoff: float = torch.finfo(getattr(torch, dtype)).eps / 2
-    return roundoff
+    import torch
+
+    return float(torch.finfo(getattr(torch, dtype)).eps / 2)
 
 
 def check_stream(
@@ -242,11 +244,14 @@ def check_partial(remainder: Remainder | None, stream: StreamCheck | None) -> Pa
     if remainder is None:
         return None
     layers = () if stream is None else stream.layers
+    if not layers:
+        nothing = {"base_max": None, "base_mean": None, "edited_max": None, "edited_mean": None}
+        return PartialCheck(reason=remainder.reason, modules=remainder.modules, **nothing)
+    import torch
+
     # `max` would lose a NaN.
     found = torch.tensor([[each.base_max, each.base_mean, each.edited_max, each.edited_mean] for each in layers])
-    largest, means = (
-        (found.max(dim=0).values.tolist(), found.mean(dim=0).tolist()) if layers else ([None] * 4, [None] * 4)
-    )
+    largest, means = found.max(dim=0).values.tolist(), found.mean(dim=0).tolist()
     return PartialCheck(
         reason=remainder.reason,
         modules=remainder.modules,

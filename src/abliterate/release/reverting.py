@@ -12,7 +12,7 @@ from abliterate.checkpoints.atomic_directory import published_directory
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.file_assembly import NewFile, assemble_files, copied_segments
 from abliterate.checkpoints.file_ranges import WrittenFile, open_file
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.editing.plan_report import check_output
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, Format, read_record
 from abliterate.errors import InputError, VerificationError

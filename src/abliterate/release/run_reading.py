@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.hub import ModelSource
+from abliterate.checkpoints.model_source import ModelSource
 from abliterate.directions import orthonormalize
 from abliterate.errors import InputError
 from abliterate.extraction.behaviour import ReplyRun, count_short_replies

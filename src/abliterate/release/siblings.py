@@ -110,7 +110,7 @@ def _other_directions(checkpoint: AbliterationRecord, sibling: AbliterationRecor
         return
     a, b = recorded_subspace(checkpoint), recorded_subspace(sibling)
     # Of the same directions in another order the rows are others, and span the same.
-    if a.shape != b.shape or abs(float((a @ b.T).square().sum()) - len(a)) > _SAME_SPAN:
+    if a.shape != b.shape or abs(float(((a @ b.T) ** 2).sum()) - len(a)) > _SAME_SPAN:
         yield "its subspace is not the one of the same directions"
 
 

@@ -1,0 +1,207 @@
+"""How much of a plain weight lies along directions, from its file, part by part: |U W| and |W| without torch.
+
+`component` measures a tensor in hand, and what is stored in few bits. Both sum in float64, in another order.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from abliterate.checkpoints.safetensors_file import TensorInfo, damaged_file
+from abliterate.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Numbers = NDArray[np.float64]
+
+# Bytes that are read at a time, and elements that are worked on together, which stay in the cache.
+_READ_BYTES = 4 << 20
+_PART_ELEMENTS = 1 << 16
+# A vector is left out if the sine of its angle to the span of those before is less.
+_LEAST_SINE = 1e-12
+# Of each dtype the distance from 1 to the next number, and the least normal number.
+_EPS = {"F16": 2.0**-10, "BF16": 2.0**-7, "F32": 2.0**-23, "F64": 2.0**-52}
+_TINY = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126, "F64": 2.0**-1022}
+_NUMPY = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+
+
+class Component(NamedTuple):
+    """How much of a tensor lies along directions U; Frobenius norms.
+
+    Attributes:
+        along: |U W|.
+        norm: |W|.
+    """
+
+    along: float
+    norm: float
+
+    @property
+    def share(self) -> float:
+        """|U W| / |W|, and 0 where W is 0."""
+        return self.along / self.norm if self.norm else 0.0
+
+    def survivor_of(self, before: "Component") -> float:
+        """Return |U W'| / |U W|, W' being this tensor and W what it was `before`; 0 where there was nothing."""
+        return self.along / before.along if before.along else 0.0
+
+
+def roundoff(dtype: str) -> float:
+    """Return the unit roundoff of a dtype, as safetensors names it."""
+    return _EPS[dtype] / 2
+
+
+def residue_bound(dtype: str, *, d_model: int, elements: int, before: float, after: float) -> float:
+    """Return the largest |U W'| that rounding can leave behind after `projection.project_out` with strength 1.
+
+    Three terms, by Cauchy-Schwarz over each column of W' (the rows of U are orthonormal). Feedback keeps the
+    best of several roundings, the plain one among them, so it can leave no more:
+
+    * rounding W' to its dtype moves each entry by at most u |w'|, so u |W'| in all (u = 2^-8 for bfloat16,
+      2^-11 for float16, 2^-24 for float32, 2^-53 for float64);
+    * entries below the smallest normal number move by half the smallest step: that step/2 * sqrt(elements);
+    * the coefficients U W come from sums of d_model terms in float32 (or float64): 4 sqrt(d_model) u |W|.
+
+    Args:
+        dtype: What the weight is stored in, as safetensors names it.
+        d_model: Length of the residual axis.
+        elements: Number of entries of the weight.
+        before: |W|, Frobenius norm before the edit.
+        after: |W'|, Frobenius norm after it.
+    """
+    rounding = roundoff(dtype) * after
+    underflow = _TINY[dtype] * _EPS[dtype] / 2 * elements**0.5
+    arithmetic = 4 * d_model**0.5 * roundoff("F64" if dtype == "F64" else "F32") * before
+    return float(rounding + underflow + arithmetic)
+
+
+def read_numbers(directory: Path, info: TensorInfo) -> "Numbers":
+    """Return the numbers of a plain tensor, as float64.
+
+    Raises:
+        CheckpointError: The file cannot be read or has become shorter.
+    """
+    import numpy as np
+
+    parts = [numbers.ravel() for numbers in _rows(directory, info, row_length=max(1, math.prod(info.shape)))]
+    return np.concatenate([np.empty(0), *parts]).reshape(info.shape)
+
+
+def directions_behind(directions: "Numbers", norms: Sequence[tuple["Numbers", bool]]) -> "Numbers":
+    """Return what `projection.effective_directions` does: U, orthonormal, seen through norms.
+
+    Args:
+        directions: R, [k, d_model], what the stream shall not have.
+        norms: What each norm between writer and stream multiplies by, [d_model], and whether it takes the mean away;
+            innermost first.
+    """
+    vectors = directions
+    for gamma, is_centered in reversed(norms):
+        vectors = vectors * gamma
+        if is_centered:
+            vectors = vectors - vectors.mean(axis=1, keepdims=True)
+    return _orthonormal(vectors)
+
+
+def measure(directory: Path, info: TensorInfo, *, directions: "Numbers", residual_axis: int) -> Component:
+    """Return |U W| and |W| of a plain tensor as it lies in its file.
+
+    Args:
+        directory: Where its shard is.
+        info: What the header says of it; its dtype is one of `PLAIN_DTYPES`.
+        directions: U, [k, d_model], orthonormal rows.
+        residual_axis: The axis of it that indexes the residual stream.
+
+    Raises:
+        CheckpointError: The file cannot be read or has become shorter.
+        ValueError: The directions are not of the axis' length.
+    """
+    import numpy as np
+
+    if directions.shape[1] != info.shape[residual_axis]:
+        raise ValueError(
+            f"directions have shape {list(directions.shape)}, the residual axis has length {info.shape[residual_axis]}"
+        )
+    axis = residual_axis % len(info.shape)
+    d_model, trailing = info.shape[axis], math.prod(info.shape[axis + 1 :])
+    is_last = axis == len(info.shape) - 1
+    along_squared = total_squared = 0.0
+    sums, row = np.zeros((len(directions), trailing)), 0
+    # Sums of `einsum` and not products of matrices, for which the library has threads of its own, that wait for one
+    # another at each part: ten times the processor's time beside ours. What is not finite is found by what comes out.
+    with np.errstate(all="ignore"):
+        for rows in _rows(directory, info, row_length=d_model if is_last else trailing):
+            flat = rows.ravel()
+            total_squared += float(np.einsum("i,i->", flat, flat))
+            if is_last:
+                along_squared += float(np.square(np.einsum("ij,kj->ik", rows, directions)).sum())
+                continue
+            while len(rows):
+                part = rows[: d_model - row]
+                sums += np.einsum("km,mn->kn", directions[:, row : row + len(part)], part)
+                row, rows = row + len(part), rows[len(part) :]
+                if row == d_model:
+                    along_squared += float(np.square(sums).sum())
+                    sums[:], row = 0.0, 0
+    return Component(along_squared**0.5, total_squared**0.5)
+
+
+def _orthonormal(vectors: "Numbers") -> "Numbers":
+    import numpy as np
+
+    if not bool(np.isfinite(vectors).all()):
+        raise ValueError(f"directions must be finite; found {list(vectors.shape)}")
+    basis: Numbers = np.empty((0, vectors.shape[1]))
+    for vector in vectors:
+        length = np.linalg.norm(vector)
+        unit = vector / length if length > 0 else vector
+        # Twice, because one pass leaves rounding of the size of the part that it takes away.
+        rest = unit - basis.T @ (basis @ unit)
+        rest = rest - basis.T @ (basis @ rest)
+        if np.linalg.norm(rest) >= _LEAST_SINE:
+            basis = np.concatenate([basis, (rest / np.linalg.norm(rest))[None]])
+    return basis
+
+
+def _rows(directory: Path, info: TensorInfo, *, row_length: int) -> "Iterator[Numbers]":
+    """Yield the numbers of a tensor as rows, some at a time; what is yielded lasts until the next."""
+    import numpy as np
+
+    if info.start == info.end:
+        return
+    path, item = directory / info.shard, np.dtype(_NUMPY[info.dtype]).itemsize
+    per_part = max(1, _PART_ELEMENTS // row_length)
+    per_read = max(per_part, _READ_BYTES // (row_length * item) // per_part * per_part)
+    n_rows = (info.end - info.start) // (row_length * item)
+    memory = bytearray(min(per_read, n_rows) * row_length * item)
+    wide = np.empty((min(per_part, n_rows), row_length))
+    # Room for bfloat16 as what it is the upper half of.
+    single = np.empty(wide.shape if info.dtype == "BF16" else (0, row_length), np.uint32)
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            for first in range(0, n_rows, per_read):
+                count = min(per_read, n_rows - first)
+                _fill(file, memoryview(memory)[: count * row_length * item], path)
+                stored = np.frombuffer(memory, _NUMPY[info.dtype], count * row_length).reshape(count, row_length)
+                for top in range(0, count, per_part):
+                    part = stored[top : top + per_part]
+                    if info.dtype == "BF16":
+                        bits = np.left_shift(part, 16, out=single[: len(part)], dtype=np.uint32)
+                        part = bits.view(np.float32)
+                    wide[: len(part)] = part
+                    yield wide[: len(part)]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _fill(file: BinaryIO, memory: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise damaged_file(path, "it became shorter while it was being read")
+        done += count

@@ -1,0 +1,89 @@
+"""What works on files alone starts without torch, and what a plan does grows with the tensors and no faster."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from abliterate.directions import make_direction
+from abliterate.editing.orthogonalization import orthogonalize_checkpoint
+from abliterate.editing.plan_report import plan_layout, read_layout
+from tests.support.sparse_checkpoints import make_sparse_checkpoint, moe_config
+from tests.support.tiny_models import random_direction, save_tiny_model
+
+LOADED = "import sys; from abliterate.cli.app import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+HEAVY = {"torch", "transformers", "safetensors", "datasets", "accelerate", "numba", "huggingface_hub", "httpx2"}
+# Function calls for each tensor: 57, and 166 before names were read by what they have in common.
+MOST_CALLS = 75
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory) -> Path:
+    # With norms between writers and the stream, shards, and what Gemma has of its own.
+    directory = tmp_path_factory.mktemp("start")
+    base = save_tiny_model(directory / "base", model_type="gemma2", max_shard_size="30KB")
+    direction = make_direction(mean_difference=random_direction())
+    orthogonalize_checkpoint(source=base, direction=direction, output=directory / "out")
+    return directory / "out"
+
+
+def loaded_by(*arguments: object) -> tuple[set[str], str]:
+    """Run a command in a process of its own; return the modules that it imported, and what it printed."""
+    command = [sys.executable, "-c", LOADED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split()), done.stdout
+
+
+def test_a_plan_imports_neither_torch_nor_numpy_nor_the_client_of_the_hub(edited):
+    loaded, printed = loaded_by("plan", edited.with_name("base"))
+    assert not loaded & (HEAVY | {"numpy"})
+    assert "tensors to edit" in printed
+
+
+def test_verifying_the_files_imports_no_torch(edited):
+    loaded, printed = loaded_by("verify", "--quick", edited)
+    assert not loaded & HEAVY
+    assert "Verified" in printed
+
+
+def test_reverting_imports_no_torch(edited, tmp_path):
+    loaded, _ = loaded_by("revert", edited, "-o", tmp_path / "restored")
+    assert not loaded & HEAVY
+    assert (tmp_path / "restored" / "config.json").read_bytes() == (
+        edited.with_name("base") / "config.json"
+    ).read_bytes()
+
+
+def calls_of_a_plan(base: Path) -> tuple[int, int]:
+    """Return how many functions a plan calls, and of how many tensors it is."""
+    counted: Counter[str] = Counter()
+
+    def count(_frame: FrameType, event: str, _argument: Any) -> None:
+        counted[event] += 1
+
+    sys.setprofile(count)
+    try:
+        plan_layout(read_layout(model=str(base)))
+    finally:
+        sys.setprofile(None)
+    weight_map = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    return counted["call"] + counted["c_call"], len(weight_map)
+
+
+def test_a_plan_calls_few_functions_for_each_tensor(tmp_path):
+    found = []
+    for experts in (16, 16, 64):
+        base = tmp_path / f"{len(found)}"
+        config = moe_config(hidden=32, layers=4, experts=experts, intermediate=16, heads=4, vocabulary=64)
+        make_sparse_checkpoint(base, config, shard_bytes=100_000)
+        found.append(calls_of_a_plan(base))
+    # The first fills what is kept from one plan to the next.
+    (_, (few_calls, few), (many_calls, many)) = found
+    assert many > 3 * few > 500
+    assert (many_calls - few_calls) / (many - few) < MOST_CALLS
