@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.architectures import vocabulary
+from abliterate.architectures import names, vocabulary
 from abliterate.architectures.table import ARCHITECTURES, WRAPPERS
 from abliterate.architectures.tiny_config import shrink_config
 from abliterate.directions import make_direction
@@ -201,6 +201,8 @@ def test_a_writer_that_the_checkpoint_has_not(tmp_path, refused, monkeypatch):
 
 def test_a_missed_writer_leaves_the_stream_unclean(unknown, refused, monkeypatch):
     monkeypatch.setattr(vocabulary, "READER_PATHS", vocabulary.READER_PATHS | {"self_attn.o_proj"})
+    # What names say is remembered from before, and must not be what they say here.
+    monkeypatch.setattr(names, "_pattern", names._pattern.__wrapped__)
     refused(unknown, "a tiny model of it does not show that the edit is complete: |r.h|/|h| is 0.")
 
 

@@ -246,7 +246,7 @@ def compare_bytes(
     for name in other_files:
         ends = [(path / name).stat().st_size if (path / name).is_file() else -1 for path in (base.path, edited.path)]
         whole = [TensorInfo(name=name, shard=name, dtype="U8", shape=(), start=0, end=end) for end in ends]
-        if ends[0] != ends[1] or not _same_bytes(base.path, edited.path, whole[0], whole[1], advance):
+        if -1 in ends or ends[0] != ends[1] or not _same_bytes(base.path, edited.path, whole[0], whole[1], advance):
             problems.append(f"{name}: is not the base's file")
     return problems
 
