@@ -20,7 +20,7 @@ DEMO := build/demo
 DEMO_REAL := build/demo-real
 # A process a core, as one of them computes with one thread.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist worksteal
-SOURCES := src tests training scripts benchmarks examples
+SOURCES := src tests training scripts benchmarks examples noxfile.py
 
 .PHONY: demo demo-real results results-real test coverage proof check format docs adapter clean
 

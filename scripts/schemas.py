@@ -45,11 +45,11 @@ from abliterate.models.demo import DemoReport
 from abliterate.prompt_sets import PromptSetInfo
 from abliterate.release.file_checks import TensorCheck
 from abliterate.release.gates import Comparison, GateResult
+from abliterate.release.inspection_runs import RunReading
 from abliterate.release.publishing import PushReport
 from abliterate.release.recorded_edits import RecordedTensor
 from abliterate.release.report import VerificationReport
 from abliterate.release.reverting import RevertReport
-from abliterate.release.run_reading import RunReading
 
 DIRECTORY = Path(__file__).parents[1] / "docs" / "schemas"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.directions import Direction, load_direction, make_direction, orthonormalize
+from abliterate.directions import (
+    Direction,
+    decode_rows,
+    encode_rows,
+    load_direction,
+    make_direction,
+    orthonormal_basis,
+    orthonormalize,
+)
 from abliterate.errors import DirectionError
 
 
@@ -215,3 +223,33 @@ def test_the_basis_is_orthonormal_and_spans_the_vectors():
     assert left_out == ()
     torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(vectors.double() @ basis.T @ basis, vectors.double())
+
+
+def test_a_basis_spans_what_the_vectors_do_in_their_order() -> None:
+    vectors = np.random.default_rng(0).normal(size=(4, 9)) * [[1e-9], [1e9], [1], [1]]
+    vectors[2] = 3 * vectors[0] - 1e-18 * vectors[1]
+    basis, left_out = orthonormal_basis(vectors)
+    assert left_out == (2,)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-14)
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(units @ basis.T @ basis, units, atol=1e-12)
+    assert (np.einsum("ij,ij->i", basis, units[[0, 1, 3]]) > 0).all()
+    assert orthonormal_basis(vectors, at_most=1)[1] == (1, 2, 3)
+    assert orthonormal_basis(np.array([[1.0, 0.0], [1.0, 1e-4]]), tolerance=1e-3)[1] == (1,)
+
+
+@pytest.mark.parametrize("vectors", [np.array([[np.nan, 1.0]]), np.array([1.0, 2.0])])
+def test_what_spans_nothing_is_refused(vectors: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"directions must be finite and \[n, d_model\]"):
+        orthonormal_basis(vectors)
+
+
+def test_rows_come_back_out_of_json_bit_by_bit() -> None:
+    rows = np.random.default_rng(1).normal(size=(2, 5))
+    encoded = json.loads(json.dumps(encode_rows(rows[:, ::-1])))
+    assert decode_rows(encoded).tobytes() == np.ascontiguousarray(rows[:, ::-1]).tobytes()
+    for changed in ({"k": 3}, {"k": 0}, {"dtype": "float32"}, {"base64": "?"}):
+        with pytest.raises(ValueError):  # noqa: PT011 - each says it in its own words
+            decode_rows({**encoded, **changed})
+    with pytest.raises(KeyError):
+        decode_rows({})

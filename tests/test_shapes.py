@@ -28,7 +28,7 @@ K, D_MODEL, N, EXPERTS, N_POS, N_LAYERS = 2, 12, 7, 3, 4, 5
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Read the annotations of a function, with the names that its module imports for type checkers alone."""
-    return get_type_hints(function, localns=vars(jaxtyping))
+    return get_type_hints(function, localns=vars(jaxtyping) | {"Tensor": torch.Tensor})
 
 
 def has_form(value: Any, hint: Any) -> bool:

@@ -22,17 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
-
-from abliterate import files
 from abliterate.errors import DirectionError
 from abliterate.files import in_one_line, parse_json, write_file
 
 if TYPE_CHECKING:
+    import numpy as np
     from jaxtyping import Float, Float32, Float64
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Vectors = NDArray[np.float64]
 
 METADATA_KEY = "abliterate"
 SCORE_NAMES = ("bypass", "induce", "kl")
@@ -80,6 +79,8 @@ class Direction:
             tensors["candidates"] = self.candidates
         tensors |= {f"scores.{name}": score for name, score in self.scores.items()}
         metadata = {METADATA_KEY: json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)}
+        import safetensors.torch
+
         content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata)
         try:
             write_file(Path(path), content)
@@ -158,15 +159,21 @@ def load_direction(path: Path, *, d_model: int | None = None) -> Direction:
 
 def is_direction_file(path: Path) -> bool:
     """Return whether a file has a tensor named `direction`; no tensor is read."""
+    import safetensors
+
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
+        with safetensors.safe_open(str(path), framework="np") as file:
             return "direction" in file.keys()  # noqa: SIM118 - it is no dictionary
     except (OSError, safetensors.SafetensorError):
         return False
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    import torch
+
     wanted = {"direction", "mean_difference", "candidates", *(f"scores.{name}" for name in SCORE_NAMES)}
+    import safetensors
+
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             names = list(file.keys())
@@ -233,6 +240,8 @@ def _checked_direction(
 
 
 def _unit_vector(vector: Tensor, where: str) -> Float32[Tensor, " d_model"]:
+    import torch
+
     if vector.dim() != 1 or vector.numel() == 0:
         raise DirectionError(_shape_message(where, "direction", vector, "one non-empty axis, [d_model]"))
     if not vector.is_floating_point():
@@ -259,6 +268,43 @@ def vector_sha256(vector: Float[Tensor, " d_model"]) -> str:
     return hashlib.sha256(vector.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
 
 
+def orthonormal_basis(
+    vectors: Vectors, *, tolerance: float = 1e-12, at_most: int | None = None
+) -> tuple[Vectors, tuple[int, ...]]:
+    """Return an orthonormal basis of what some vectors span, and which of the vectors it leaves out.
+
+    Args:
+        vectors: [n, d_model], one a row; their lengths do not matter.
+        tolerance: A vector is left out if the sine of its angle to the span of those before is less.
+        at_most: Leave out all that come after this many rows; None: there is no limit.
+
+    Returns:
+        The basis, [k, d_model], k <= n, each row turned like its vector, and the indices left out.
+
+    Raises:
+        ValueError: The vectors are not finite or not [n, d_model].
+    """
+    import numpy as np
+
+    if vectors.ndim != 2 or not bool(np.isfinite(vectors).all()):
+        raise ValueError(f"directions must be finite and [n, d_model]; found {list(vectors.shape)}")
+    basis: Vectors = np.empty((0, vectors.shape[1]))
+    left_out: list[int] = []
+    for index, vector in enumerate(vectors):
+        if at_most is not None and len(basis) == at_most:
+            return basis, (*left_out, *range(index, len(vectors)))
+        length = np.linalg.norm(vector)
+        unit = vector / length if length > 0 else vector
+        # Twice, because one pass leaves rounding of the size of the part that it takes away.
+        rest = unit - basis.T @ (basis @ unit)
+        rest = rest - basis.T @ (basis @ rest)
+        if float(np.linalg.norm(rest)) >= tolerance:
+            basis = np.concatenate([basis, (rest / np.linalg.norm(rest))[None]])
+        else:
+            left_out.append(index)
+    return basis, tuple(left_out)
+
+
 def orthonormalize(
     vectors: Float[Tensor, "n d_model"], *, tolerance: float = 1e-12, at_most: int | None = None
 ) -> tuple[Float64[Tensor, "k d_model"], tuple[int, ...]]:
@@ -275,24 +321,11 @@ def orthonormalize(
     Raises:
         ValueError: The vectors are not finite or not [n, d_model].
     """
-    if vectors.dim() != 2 or not bool(torch.isfinite(vectors).all()):
-        raise ValueError(f"directions must be finite and [n, d_model]; found {list(vectors.shape)}")
-    basis = torch.empty(0, vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    left_out: list[int] = []
-    for index, vector in enumerate(vectors):
-        if at_most is not None and len(basis) == at_most:
-            return basis, (*left_out, *range(index, len(vectors)))
-        wide = vector.double()
-        length = wide.norm()
-        unit = wide / length if length > 0 else wide
-        # Twice, because one pass leaves rounding of the size of the part that it takes away.
-        rest = unit - basis.T @ (basis @ unit)
-        rest = rest - basis.T @ (basis @ rest)
-        if float(rest.norm()) >= tolerance:
-            basis = torch.cat([basis, (rest / rest.norm()).unsqueeze(0)])
-        else:
-            left_out.append(index)
-    return basis, tuple(left_out)
+    import torch
+
+    wide = vectors.detach().double().cpu().numpy()
+    basis, left_out = orthonormal_basis(wide, tolerance=tolerance, at_most=at_most)
+    return torch.from_numpy(basis).to(vectors.device), left_out
 
 
 def orthogonal_to(
@@ -313,6 +346,28 @@ def orthogonal_to(
     return found
 
 
+def encode_rows(rows: Vectors) -> dict[str, Any]:
+    """Return vectors, [n, d_model], as JSON holds them: their float64 bytes, little-endian, in base64."""
+    n, d_model = rows.shape
+    data = rows.astype("<f8").tobytes()
+    return {"k": n, "d_model": d_model, "dtype": "float64", "base64": base64.b64encode(data).decode("ascii")}
+
+
+def decode_rows(encoded: Mapping[str, Any]) -> Vectors:
+    """Return the vectors, [n, d_model], that `encode_rows` put into JSON.
+
+    Raises:
+        KeyError, TypeError, ValueError: They are not what that returns.
+    """
+    import numpy as np
+
+    n, d_model = encoded["k"], encoded["d_model"]
+    data = base64.b64decode(encoded["base64"], validate=True)
+    if encoded["dtype"] != "float64" or n < 1 or d_model < 1 or len(data) != 8 * n * d_model:
+        raise ValueError(f"{len(data)} bytes do not hold {n} float64 vectors of {d_model}")
+    return np.frombuffer(data, "<f8").astype(np.float64).reshape(n, d_model)
+
+
 def _shape_message(where: str, name: str, tensor: Tensor, wanted: str) -> str:
     return f"{where}: `{name}` has shape {list(tensor.shape)}, expected {wanted}; extract the direction again"
 
@@ -327,19 +382,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def encode_rows(rows: Float[Tensor, "n d_model"]) -> dict[str, Any]:
-    """Return vectors as JSON holds them: their float64 bytes, little-endian, in base64."""
-    data = rows.double().cpu().contiguous().numpy().astype("<f8").tobytes()
-    n, d_model = rows.shape
-    return {"k": n, "d_model": d_model, "dtype": "float64", "base64": base64.b64encode(data).decode("ascii")}
-
-
-def decode_rows(encoded: Mapping[str, Any]) -> Float64[Tensor, "n d_model"]:
-    """Return the vectors that `encode_rows` encoded.
-
-    Raises:
-        KeyError, TypeError, ValueError: They are not what that returns.
-    """
-    return torch.from_numpy(files.decode_rows(encoded))

@@ -9,7 +9,6 @@ A small file of our own is written beside its target under a hidden name, flushe
 by one rename; whatever goes wrong before leaves the older file as it was and nothing else behind.
 """
 
-import base64
 import csv
 import gc
 import io
@@ -21,16 +20,12 @@ import re
 import reprlib
 import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from abliterate.errors import AbliterateError, CheckpointError, InputError, ModelError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 # Real ones: 15 levels, 40 characters a number, names of 150 characters, 30 MB.
 _MAX_DEPTH = 64
@@ -419,21 +414,6 @@ def read_json_report(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object")
     return content
-
-
-def decode_rows(encoded: Mapping[str, Any]) -> "NDArray[np.float64]":
-    """Return the vectors, [n, d_model], that `directions.encode_rows` put into JSON.
-
-    Raises:
-        KeyError, TypeError, ValueError: They are not what that returns.
-    """
-    import numpy as np
-
-    n, d_model = encoded["k"], encoded["d_model"]
-    data = base64.b64decode(encoded["base64"], validate=True)
-    if encoded["dtype"] != "float64" or n < 1 or d_model < 1 or len(data) != 8 * n * d_model:
-        raise ValueError(f"{len(data)} bytes do not hold {n} float64 vectors of {d_model}")
-    return np.frombuffer(data, "<f8").astype(np.float64).reshape(n, d_model)
 
 
 class JsonLines:

@@ -5,8 +5,8 @@ import subprocess
 from dataclasses import asdict
 from typing import Any, get_args
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -181,7 +181,7 @@ def test_the_card_says_how_strengths_were_found(record, parsed, tmp_path):
         embed=0.0,
         attn=(0.5, 1.0),
         mlp=(0.0, -1.0),
-        directions=encode_rows(torch.eye(2)),
+        directions=encode_rows(np.eye(2)),
         arguments=tuple(cli_arguments(options)),
     )
     # As a record holds them.

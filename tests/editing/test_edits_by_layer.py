@@ -40,7 +40,7 @@ def own_directions(n_layers: int = 3) -> torch.Tensor:
 
 
 def strengths_for(direction: Direction, *, own: bool, embed: float = 0.0) -> Strengths:
-    directions = encode_rows(own_directions()) if own else None
+    directions = encode_rows(own_directions().numpy()) if own else None
     return Strengths(
         file="s.json", direction_sha256=direction.sha256, embed=embed, attn=ATTN, mlp=MLP, directions=directions
     )
@@ -121,13 +121,13 @@ def _plain(strengths: Strengths | None) -> dict[str, object]:
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, base, direction):
     fits = strengths_for(direction, own=True)
     other = make_direction(mean_difference=random_direction(seed=99))
-    wide = encode_rows(torch.eye(3, D_MODEL + 1, dtype=torch.float64))
+    wide = encode_rows(torch.eye(3, D_MODEL + 1, dtype=torch.float64).numpy())
     for given, strengths, message in (
         (other, fits, "another direction"),
         ([direction, other], fits, "another direction"),
         (direction, _with(fits, attn=(1.0,), mlp=(1.0,)), "strengths for 1 layers"),
         (direction, _with(fits, directions=wide), "one unit vector of"),
-        (direction, _with(fits, directions=encode_rows(2 * own_directions())), "one unit vector of"),
+        (direction, _with(fits, directions=encode_rows(2 * own_directions().numpy())), "one unit vector of"),
     ):
         with pytest.raises(InputError, match=message):
             orthogonalize_checkpoint(

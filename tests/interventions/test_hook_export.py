@@ -107,7 +107,7 @@ def test_strengths_of_refine(tmp_path):
         embed=0.0,
         attn=(0.5, *[0.0] * (n_layers - 1)),
         mlp=(*[0.0] * (n_layers - 1), 1.2),
-        directions=encode_rows(rows[:n_layers]),
+        directions=encode_rows(rows[:n_layers].double().numpy()),
     )
     hooks = export(base, tmp_path / "hooks", strengths=strengths)
     assert [(place["role"], place["layer"], place["strength"], place["tensor"]) for place in hooks["places"]] == [

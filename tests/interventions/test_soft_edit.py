@@ -70,7 +70,7 @@ def test_hooks_are_the_edit_of_the_files(tmp_path: Path, model_type: str) -> Non
             embed=0.0,
             attn=tuple(shares[:, 0].tolist()),
             mlp=tuple(shares[:, 1].tolist()),
-            directions=encode_rows(own(chat)),
+            directions=encode_rows(own(chat).double().numpy()),
         )
     )
     orthogonalize_checkpoint(source=tmp_path / "base", direction=direction, output=tmp_path / "out", options=options)

@@ -1,16 +1,16 @@
-"""Report pages in headless Chromium, at the width of a phone and of a desk, light and dark, and under axe-core.
+"""Report pages in Chromium, at the width of a phone and of a desk, light and dark, and under axe-core.
 
-All are optional: `apt-get install chromium`, `pip install pillow`, and `npm install axe-core` with AXE_CORE set to its
-axe.min.js. With SCREENSHOTS=DIR the pictures are kept to be looked at. `scripts/look.py` looks at the site.
+All are optional: `apt-get install chromium`, `pip install playwright pillow`, and `npm install axe-core` with AXE_CORE
+set to its axe.min.js. With SCREENSHOTS=DIR the pictures are kept to be looked at. The browser is that of
+`scripts/look.py`, which looks at the site with it.
 """
 
-import json
 import os
-import re
-import shutil
-import subprocess
-from html import unescape
+from collections.abc import Iterator
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,36 +25,36 @@ from abliterate.pages.trace_page import write_trace_page
 from abliterate.pages.verification_page import write_verification_page
 from abliterate.release.options import VerificationOptions
 from abliterate.release.verification import verify_checkpoint
+from scripts.look import CHROMIUM, open_browser, open_page, violations
 from tests.inspection.test_reading import inspected
 from tests.pages.test_refinement_page import refinement_report
 from tests.support.pages import audit_report, evaluation_report, score_table, trace_report
 from tests.support.tiny_models import random_direction, save_chat_model, tiny_llama
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-AXE = os.environ.get("AXE_CORE", "")
+AXE = Path(os.environ.get("AXE_CORE", ""))
 pytestmark = [
     pytest.mark.proof,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)"),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="no playwright here (pip install playwright)"),
 ]
-needs_axe = pytest.mark.skipif(not Path(AXE).is_file(), reason="AXE_CORE does not name axe-core's axe.min.js")
+needs_axe = pytest.mark.skipif(not AXE.is_file(), reason="AXE_CORE does not name axe-core's axe.min.js")
 
-PROBE = """
-<script>
-addEventListener('load', async () => {
+
+MEASURE = """() => {
   const root = document.documentElement;
   const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, pre, details')
     && e.getBoundingClientRect().right > root.clientWidth + 1).map(e => e.tagName + '.' + e.className);
   const small = [...document.querySelectorAll('p, td, th, dd, dt, text, li')].map(e => [
     parseFloat(getComputedStyle(e).fontSize), e.tagName]).filter(([size]) => size < 12);
-  const found = {width: root.clientWidth, scroll: root.scrollWidth, wide, small,
+  return {width: root.clientWidth, scroll: root.scrollWidth, wide, small,
     ink: getComputedStyle(document.body).color, paper: getComputedStyle(document.body).backgroundColor};
-  if (window.axe) found.violations = (await axe.run()).violations.map(v => [v.id, v.impact, v.nodes.length,
-    v.nodes[0].html.slice(0, 200)]);
-  const out = document.createElement('pre'); out.id = 'found'; out.textContent = JSON.stringify(found);
-  document.body.append(out);
-});
-</script>
-"""
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.fixture(params=["evaluation", "extraction", "audit", "trace", "verification", "inspection", "refinement"])
@@ -79,78 +79,48 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write_extraction_page(score_table(), tmp_path / "extraction", command="abliterate extract x")
 
 
-def chromium(page: Path, *arguments: str) -> str:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access"]
-    command += [f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=20000", *arguments, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def probe(page: Path, *, width: int, dark: bool = False, axe: bool = False) -> dict:
-    """Load the page with a script that measures it; for that copy alone the policy that forbids scripts is lifted."""
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
-    script = f"<script>{Path(AXE).read_text()}</script>" if axe else ""
-    # A frame has exactly the width it is given; a window may have a least width of its own.
-    inner = page.with_name("probed.html")
-    inner.write_text(text.replace("</head>", script + PROBE + "</head>"))
-    outer = page.with_name("frame.html")
-    outer.write_text(
-        f'<iframe id="f" src="probed.html" style="width:{width}px;height:2000px;border:0"></iframe><script>'
-        "const wait = () => { const found = document.getElementById('f').contentDocument.getElementById('found');"
-        "if (!found) return setTimeout(wait, 50);"
-        "const out = document.createElement('pre'); out.id = 'result'; out.textContent = found.textContent;"
-        "document.body.append(out); }; addEventListener('load', wait);</script>"
-    )
-    arguments = ["--dump-dom", "--allow-file-access-from-files", "--window-size=1400,2000"]
-    arguments += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    found = re.search(r'<pre id="result">(.*?)</pre>', chromium(outer, *arguments), flags=re.DOTALL)
-    assert found is not None
-    return json.loads(unescape(found[1]))
-
-
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_fits_its_screen(page: Path, width: int) -> None:
-    found = probe(page, width=width)
+def test_the_page_fits_its_screen(browser: Any, page: Path, width: int) -> None:
+    with open_page(browser, page, width=width) as tab:
+        found = tab.evaluate(MEASURE)
     assert found["width"] == width
     assert found["scroll"] <= width
     assert found["wide"] == []
     assert found["small"] == []
 
 
-def test_dark_and_light_follow_the_reader(page: Path) -> None:
-    light, dark = probe(page, width=1280), probe(page, width=1280, dark=True)
-    assert light["paper"] == "rgb(255, 255, 255)"
-    assert dark["paper"] == "rgb(22, 24, 27)"
-    assert light["ink"] != dark["ink"]
+def test_dark_and_light_follow_the_reader(browser: Any, page: Path) -> None:
+    found = {}
+    for dark in (False, True):
+        with open_page(browser, page, width=1280, dark=dark) as tab:
+            found[dark] = tab.evaluate(MEASURE)
+    assert found[False]["paper"] == "rgb(255, 255, 255)"
+    assert found[True]["paper"] == "rgb(22, 24, 27)"
+    assert found[False]["ink"] != found[True]["ink"]
 
 
 @needs_axe
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_axe_finds_no_violation(page: Path, width: int, dark: bool) -> None:
-    assert probe(page, width=width, dark=dark, axe=True)["violations"] == []
+def test_axe_finds_no_violation(browser: Any, page: Path, width: int, dark: bool) -> None:
+    with open_page(browser, page, width=width, dark=dark) as tab:
+        found = violations(tab, AXE.read_text())
+    assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_screenshot_is_no_blank_page(page: Path, width: int) -> None:
+def test_a_screenshot_is_no_blank_page(browser: Any, page: Path, width: int) -> None:
     image_module = pytest.importorskip("PIL.Image")
-    outer = page.with_name("shot.html")
-    outer.write_text(
-        '<body style="margin:0"><iframe src="index.html" '
-        f'style="width:{width}px;height:3000px;border:0"></iframe></body>'
-    )
-    target = page.parent / f"{page.parent.name}-{width}.png"
-    chromium(outer, f"--screenshot={target}", f"--window-size={width},3000")
-    with image_module.open(target) as image:
-        assert image.height == 3000
+    with open_page(browser, page, width=width) as tab:
+        picture = tab.screenshot(full_page=True)
+    with image_module.open(BytesIO(picture)) as image:
+        assert image.width == width
         shades = image.convert("L").getextrema()
         assert shades[0] < 64
         assert shades[1] == 255
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24) or []}
-        # Base and model, as the figures draw them; an inspection has no two to compare.
-        assert page.parent.name == "inspection" or {(31, 95, 168), (179, 67, 15)} <= colours
+    # Base and model, as the figures draw them; an inspection has no two to compare.
+    assert page.parent.name == "inspection" or {(31, 95, 168), (179, 67, 15)} <= colours
     if folder := os.environ.get("SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(target, folder)
+        (Path(folder) / f"{page.parent.name}-{width}.png").write_bytes(picture)

@@ -205,7 +205,7 @@ class TestWhatIsRefused:
             ),
             (lambda r: r["directions"].append(r["directions"][0]), "other directions were removed"),
             (
-                lambda r: r.update(subspace=encode_rows(random_direction(seed=8)[None])),
+                lambda r: r.update(subspace=encode_rows(random_direction(seed=8)[None].double().numpy())),
                 "its subspace is not the one of the same directions",
             ),
             (lambda r: r["options"].update(strength=0.5), r"made with strength 0\.5 and not 1\.0"),

@@ -21,11 +21,11 @@ from abliterate.errors import CheckpointError, InputError, ModelError
 from abliterate.models.options import ModelOptions
 from abliterate.progress import SILENT
 from abliterate.release.file_checks import QuickCheck
-from abliterate.release.model_runs import ModelRuns
 from abliterate.release.options import VerificationOptions
 from abliterate.release.recorded_edits import recorded_subspace
 from abliterate.release.report import LogitCheck, StreamCheck, logit_failures, stream_failures
 from abliterate.release.verification import VerificationReport, verify_checkpoint
+from abliterate.release.verification_runs import ModelRuns
 from tests.support.conformance import build_model
 from tests.support.fake_hub import FakeHub
 from tests.support.loaded_models import stored
@@ -141,7 +141,7 @@ class TestWhatOrthogonalizeWrote:
         assert report.files.bytes_compared == unedited
 
     def test_quick_runs_no_model(self, made, monkeypatch):
-        monkeypatch.setattr("abliterate.release.model_runs.open_model", None)
+        monkeypatch.setattr("abliterate.release.verification_runs.open_model", None)
         report = verify(made[1], options=QUICK)
         assert report.passed
         assert (report.stream, report.logits) == (None, None)

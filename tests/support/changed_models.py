@@ -214,7 +214,7 @@ def strengths_file(*, directions: bool) -> Callable[[Path], Any]:
             "strengths_version": 1,
             "direction_sha256": make_direction(mean_difference=random_direction(D_MODEL)).sha256,
             "strengths": {"embed": 0.0, "attn": shares, "mlp": shares},
-            "directions": encode_rows(rows) if directions else None,
+            "directions": encode_rows(rows.double().numpy()) if directions else None,
             "arguments": [],
             "prompt_hashes": [],
             "frontier": [],

@@ -195,7 +195,9 @@ def _make_strengths(directory: Path) -> None:
         "strengths_version": 1,
         "direction_sha256": direction.sha256,
         "strengths": {"embed": 0.0, **point},
-        "directions": encode_rows(torch.nn.functional.normalize(torch.randn(N_LAYERS, D_MODEL).double(), dim=1)),
+        "directions": encode_rows(
+            torch.nn.functional.normalize(torch.randn(N_LAYERS, D_MODEL).double(), dim=1).numpy()
+        ),
         "arguments": ["refine", "model"],
         "prompt_hashes": ["00"],
         "frontier": [{"pressure": 1.0, **point}, {"pressure": 2.5, **point}],

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -236,6 +237,17 @@ def became_shorter(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path}: it became shorter while it was being read; the file is damaged or incomplete, download it again"
     )
+
+
+def is_filled(file: FileIO, memory: memoryview) -> bool:
+    """Read on into memory until it is full; return False where the file ends before."""
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done:])
+        if not count:
+            return False
+        done += count
+    return True
 
 
 _CHUNK_BYTES = 1 << 20

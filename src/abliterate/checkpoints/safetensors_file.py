@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from abliterate.checkpoints.file_ranges import became_shorter
 from abliterate.errors import CheckpointError
 from abliterate.files import open_regular, parse_json, shown
 
@@ -205,7 +206,7 @@ def _same_range(directory: Path, first: TensorInfo, second: TensorInfo) -> bool:
                 size = min(_CHUNK_BYTES, first.end - position)
                 part = one.read(size)
                 if len(part) != size:
-                    raise damaged_file(path, "it became shorter while it was being read")
+                    raise became_shorter(path)
                 if part != other.read(size):
                     return False
     except OSError as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.safetensors_file import TensorInfo, damaged_file
+from abliterate.checkpoints.file_ranges import became_shorter
+from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _read_tensor(reader: BinaryIO, path: Path, info: TensorInfo) -> Tensor:
     data = bytearray(info.end - info.start)
     reader.seek(info.start)
     if reader.readinto(data) != len(data):  # type: ignore[attr-defined]
-        raise damaged_file(path, "it became shorter while it was being read")
+        raise became_shorter(path)
     dtype = TORCH_DTYPES.get(info.dtype) or getattr(torch, _CODE_DTYPES[info.dtype])
     if not data:
         return torch.empty(info.shape, dtype=dtype)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from abliterate.inspection.report import InspectionReport, PairReading
     from abliterate.inspection.sources import PairSources
     from abliterate.release.gates import GateResult
-    from abliterate.release.run_reading import RunReading
+    from abliterate.release.inspection_runs import RunReading
 
 
 DEFAULTS = EditOptions()
@@ -227,7 +227,7 @@ def _ran(
 ) -> "tuple[RunReading | None, AbliterateError | None]":
     """Run both models; return what they did, or why that cannot be said."""
     from abliterate.directions import load_direction
-    from abliterate.release.run_reading import read_runs
+    from abliterate.release.inspection_runs import read_runs
 
     try:
         if pair.opened is not None or pair.base is None:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from abliterate.architectures.writers import ROLES, PostNorm, ResidualWriter
 from abliterate.checkpoints.checkpoint import Checkpoint, with_changes
 from abliterate.checkpoints.encoding import EditableEncoding
-from abliterate.checkpoints.file_ranges import in_threads
+from abliterate.checkpoints.file_ranges import in_threads, is_filled
 from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, TensorInfo, encoded_parts
 from abliterate.editing.plan import RemovedDirections
 from abliterate.errors import CheckpointError
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 # Of what is stored quantised, the whole numbers of eight bits, whose steps are about what an edit changes.
 _FINE = {"I8", "Q8_0"}
-
-
-Found = TypeVar("Found")
 
 
 def _ignore(_bytes: int) -> None:
@@ -127,36 +123,20 @@ def directions_through(
     """
     import torch
 
-    from abliterate.formats.projection import effective_directions
-
-    def seen(writer: ResidualWriter) -> Tensor:
-        norms = [read_norm(checkpoint, norm) for norm in writer.norm_chain]
-        return effective_directions(torch.from_numpy(removed.of(writer)), norms=norms)
-
-    return _by_writer(seen, removed, writers)
+    return {name: torch.from_numpy(found) for name, found in _seen_by(checkpoint, removed, writers).items()}
 
 
-def _directions_behind(
+def _seen_by(
     checkpoint: Checkpoint, removed: RemovedDirections, writers: Iterable[ResidualWriter]
 ) -> dict[str, NDArray[np.float64]]:
-    """Return what `directions_through` does, without torch."""
-
-    def seen(writer: ResidualWriter) -> NDArray[np.float64]:
-        return directions_behind(removed.of(writer), [_stored_norm(checkpoint, norm) for norm in writer.norm_chain])
-
-    return _by_writer(seen, removed, writers)
-
-
-def _by_writer(
-    seen: Callable[[ResidualWriter], Found], removed: RemovedDirections, writers: Iterable[ResidualWriter]
-) -> dict[str, Found]:
-    """Return what is `seen` behind each writer, by the name of its tensor; it is asked once for each chain of norms."""
-    found: dict[tuple[tuple[PostNorm, ...], int | None], Found] = {}
+    """Return what `directions_through` does, in numpy; it is computed once for each chain of norms."""
+    found: dict[tuple[tuple[PostNorm, ...], int | None], NDArray[np.float64]] = {}
     by_name = {}
     for writer in writers:
         key = (writer.norm_chain, None if removed.by_layer is None else writer.layer)
         if key not in found:
-            found[key] = seen(writer)
+            norms = [_stored_norm(checkpoint, norm) for norm in writer.norm_chain]
+            found[key] = directions_behind(removed.of(writer), norms)
         by_name[writer.tensor_name] = found[key]
     return by_name
 
@@ -306,7 +286,7 @@ Meter = Callable[[Checkpoint, TensorInfo, ResidualWriter], Component]
 
 
 def _plain_meter(edited: Checkpoint, removed: RemovedDirections, writers: Sequence[ResidualWriter]) -> Meter:
-    directions = _directions_behind(edited, removed, writers)
+    directions = _seen_by(edited, removed, writers)
 
     def measured(checkpoint: Checkpoint, info: TensorInfo, writer: ResidualWriter) -> Component:
         basis = directions[writer.tensor_name]
@@ -397,7 +377,7 @@ def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo
     if left != new.end - new.start:
         return False
     # Memory that is taken anew for each chunk costs more than reading it.
-    buffers = bytearray(min(left, _CHUNK_BYTES)), bytearray(min(left, _CHUNK_BYTES))
+    buffers = [bytearray(min(left, _CHUNK_BYTES)) for _ in range(2)]
     try:
         with (
             (old_path / old.shard).open("rb", buffering=0) as first,
@@ -408,8 +388,8 @@ def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo
             while left:
                 count = min(left, _CHUNK_BYTES)
                 if count < len(buffers[0]):
-                    buffers = bytearray(count), bytearray(count)
-                if not all(_is_filled(*each) for each in zip((first, second), buffers, strict=True)):
+                    buffers = [bytearray(count) for _ in range(2)]
+                if not (is_filled(first, memoryview(buffers[0])) and is_filled(second, memoryview(buffers[1]))):
                     return False
                 if buffers[0] != buffers[1]:
                     return False
@@ -417,17 +397,6 @@ def _same_bytes(old_path: Path, new_path: Path, old: TensorInfo, new: TensorInfo
                 advance(count)
     except OSError as error:
         raise CheckpointError(f"{error.filename or new_path}: cannot be read: {error.strerror or error}") from error
-    return True
-
-
-def _is_filled(file: FileIO, buffer: bytearray) -> bool:
-    """Fill a buffer from a file; return whether that had enough."""
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(memoryview(buffer)[done:])
-        if not count:
-            return False
-        done += count
     return True
 
 

@@ -12,6 +12,7 @@ from abliterate.architectures.writers import ResidualWriter, StreamMap, map_chec
 from abliterate.checkpoints.checkpoint import Checkpoint, is_gguf, refuse_adapter
 from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, Shard
+from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.edits import (
     Addition,
     TensorEdit,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from abliterate.directions import Direction
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
 _LEAST_SINE = 1e-3
@@ -139,7 +139,7 @@ def removed_directions(subspace: NDArray[np.float64], options: EditOptions) -> R
     """
     strengths = options.strengths
     by_layer = None if strengths is None else strengths.by_layer(d_model=subspace.shape[1])
-    return RemovedDirections(subspace=subspace, by_layer=None if by_layer is None else by_layer.numpy())
+    return RemovedDirections(subspace=subspace, by_layer=by_layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -260,8 +260,6 @@ def make_edit_plan(
         DirectionError: A direction is malformed, has another width than the model, or lies in the span of others.
         CheckpointError: The source is incomplete, quantised or of an unsupported type, or cannot express an addition.
     """
-    from abliterate.directions import Direction
-
     model = _as_source(source)
     checkpoint = open_weights(model.path)
     refuse_adapter(checkpoint.path, checkpoint.side_files)
@@ -392,8 +390,6 @@ def _as_source(source: ModelSource | Path | str) -> ModelSource:
 
 
 def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str) -> Direction:
-    from abliterate.directions import Direction, load_direction
-
     if not isinstance(direction, Direction):
         return load_direction(Path(direction), d_model=d_model)
     if direction.d_model != d_model:
@@ -406,8 +402,6 @@ def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str
 
 def _span(directions: Sequence[Direction], given: Sequence[Direction | Path | str]) -> Tensor:
     import torch
-
-    from abliterate.directions import Direction, orthonormalize
 
     if not directions:
         raise DirectionError("no direction was given; name a direction file with --direction")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.checkpoints.file_ranges import WrittenFile, hash_file, in_threads
 from abliterate.checkpoints.provenance import values_sha256
+from abliterate.directions import decode_rows, encode_rows
 from abliterate.errors import InputError, VerificationError
-from abliterate.files import decode_rows, has_file, in_one_line, read_json_report, write_json
+from abliterate.files import has_file, in_one_line, read_json_report, write_json
 from abliterate.progress import SILENT, ProgressReporter
 
 if TYPE_CHECKING:
@@ -216,9 +217,7 @@ class AbliterationRecord:
 
 def encode_subspace(subspace: "Tensor") -> dict[str, Any]:
     """Return orthonormal rows [k, d_model] as the record holds them."""
-    from abliterate.directions import encode_rows
-
-    return encode_rows(subspace)
+    return encode_rows(subspace.double().cpu().numpy())
 
 
 def decode_subspace(encoded: dict[str, Any]) -> "NDArray[np.float64]":

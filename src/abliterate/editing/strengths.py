@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterate.directions import decode_rows
 from abliterate.errors import InputError
 from abliterate.files import read_json_report
 
 if TYPE_CHECKING:
-    from jaxtyping import Float64
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
 STRENGTHS_VERSION = 1
 _AGAIN = "run `abliterate refine` again"
@@ -81,7 +82,7 @@ class Strengths:
             return self.embed
         return (self.attn if role == "attn" else self.mlp)[layer]
 
-    def by_layer(self, *, d_model: int) -> Float64[Tensor, "n_layers d_model"] | None:
+    def by_layer(self, *, d_model: int) -> NDArray[np.float64] | None:
         """Return what is removed from each layer's writers; None: the direction that is given.
 
         Raises:
@@ -89,12 +90,12 @@ class Strengths:
         """
         if self.directions is None:
             return None
-        from abliterate.directions import decode_rows
+        import numpy as np
 
         n_layers = len(self.attn)
         try:
             rows = decode_rows(self.directions)
-            is_unit = (rows.norm(dim=1) - 1).abs() < 1e-6
+            is_unit = np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-6
             if rows.shape != (n_layers, d_model) or not bool(is_unit.all()):
                 raise ValueError(f"{rows.shape[0]} vectors of {rows.shape[1]}")
         except (KeyError, TypeError, ValueError) as error:

@@ -21,12 +21,12 @@ _WIDTH = 1024
 
 def _widen(stored):
     """Return a stored number as float32: bfloat16 is uint16 here and float16 int16, both as their bits."""
-    raise NotImplementedError
+    raise TypeError("it is compiled into what calls it, for each type as `_widen_of` says")
 
 
 def _narrow(number, like):
     """Return a float32 as what `like` is, rounded to the nearest, ties to even; NaN may become another number."""
-    raise NotImplementedError
+    raise TypeError("it is compiled into what calls it, for each type as `_narrow_of` says")
 
 
 # Numbers of 32 bits become 64 wherever two of them meet, so each result is cut back.

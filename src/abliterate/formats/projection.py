@@ -48,6 +48,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.directions import orthonormalize
+from abliterate.formats.stored_component import directions_behind
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
@@ -93,12 +94,8 @@ def effective_directions(
     Returns:
         U; it has fewer rows than R only if the norms take a direction away by themselves.
     """
-    vectors = directions.double()
-    for norm in reversed(norms):
-        vectors = vectors * norm.gamma.double()
-        if norm.centered:
-            vectors = vectors - vectors.mean(dim=1, keepdim=True)
-    return orthonormalize(vectors)[0]
+    seen = [(norm.gamma.double().numpy(), norm.centered) for norm in norms]
+    return torch.from_numpy(directions_behind(directions.double().numpy(), seen))
 
 
 def project_out(

@@ -6,9 +6,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from abliterate.checkpoints.safetensors_file import TensorInfo, damaged_file
+from abliterate.checkpoints.file_ranges import became_shorter, is_filled
+from abliterate.checkpoints.safetensors_file import TensorInfo
+from abliterate.directions import orthonormal_basis
 from abliterate.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 # Bytes that are read at a time, and elements that are worked on together, which stay in the cache.
 _READ_BYTES = 4 << 20
 _PART_ELEMENTS = 1 << 16
-# A vector is left out if the sine of its angle to the span of those before is less.
-_LEAST_SINE = 1e-12
 # Of each dtype the distance from 1 to the next number, and the least normal number.
 _EPS = {"F16": 2.0**-10, "BF16": 2.0**-7, "F32": 2.0**-23, "F64": 2.0**-52}
 _TINY = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126, "F64": 2.0**-1022}
@@ -57,8 +57,8 @@ def roundoff(dtype: str) -> float:
 def residue_bound(dtype: str, *, d_model: int, elements: int, before: float, after: float) -> float:
     """Return the largest |U W'| that rounding can leave behind after `projection.project_out` with strength 1.
 
-    Three terms, by Cauchy-Schwarz over each column of W' (the rows of U are orthonormal). Feedback keeps the
-    best of several roundings, the plain one among them, so it can leave no more:
+    Three terms, by Cauchy-Schwarz over each column of W' (the rows of U are orthonormal). They are those of plain
+    rounding, of which feedback leaves a small part:
 
     * rounding W' to its dtype moves each entry by at most u |w'|, so u |W'| in all (u = 2^-8 for bfloat16,
       2^-11 for float16, 2^-24 for float32, 2^-53 for float64);
@@ -91,19 +91,22 @@ def read_numbers(directory: Path, info: TensorInfo) -> "Numbers":
 
 
 def directions_behind(directions: "Numbers", norms: Sequence[tuple["Numbers", bool]]) -> "Numbers":
-    """Return what `projection.effective_directions` does: U, orthonormal, seen through norms.
+    """Return U, the orthonormal directions that a writer's output must not have for the stream to be clean of R.
 
     Args:
         directions: R, [k, d_model], what the stream shall not have.
         norms: What each norm between writer and stream multiplies by, [d_model], and whether it takes the mean away;
             innermost first.
+
+    Returns:
+        U; it has fewer rows than R only if the norms take a direction away by themselves.
     """
     vectors = directions
     for gamma, is_centered in reversed(norms):
         vectors = vectors * gamma
         if is_centered:
             vectors = vectors - vectors.mean(axis=1, keepdims=True)
-    return _orthonormal(vectors)
+    return orthonormal_basis(vectors)[0]
 
 
 def measure(directory: Path, info: TensorInfo, *, directions: "Numbers", residual_axis: int) -> Component:
@@ -149,23 +152,6 @@ def measure(directory: Path, info: TensorInfo, *, directions: "Numbers", residua
     return Component(along_squared**0.5, total_squared**0.5)
 
 
-def _orthonormal(vectors: "Numbers") -> "Numbers":
-    import numpy as np
-
-    if not bool(np.isfinite(vectors).all()):
-        raise ValueError(f"directions must be finite; found {list(vectors.shape)}")
-    basis: Numbers = np.empty((0, vectors.shape[1]))
-    for vector in vectors:
-        length = np.linalg.norm(vector)
-        unit = vector / length if length > 0 else vector
-        # Twice, because one pass leaves rounding of the size of the part that it takes away.
-        rest = unit - basis.T @ (basis @ unit)
-        rest = rest - basis.T @ (basis @ rest)
-        if np.linalg.norm(rest) >= _LEAST_SINE:
-            basis = np.concatenate([basis, (rest / np.linalg.norm(rest))[None]])
-    return basis
-
-
 def _rows(directory: Path, info: TensorInfo, *, row_length: int) -> "Iterator[Numbers]":
     """Yield the numbers of a tensor as rows, some at a time; what is yielded lasts until the next."""
     import numpy as np
@@ -185,7 +171,8 @@ def _rows(directory: Path, info: TensorInfo, *, row_length: int) -> "Iterator[Nu
             file.seek(info.start)
             for first in range(0, n_rows, per_read):
                 count = min(per_read, n_rows - first)
-                _fill(file, memoryview(memory)[: count * row_length * item], path)
+                if not is_filled(file, memoryview(memory)[: count * row_length * item]):
+                    raise became_shorter(path)
                 stored = np.frombuffer(memory, _NUMPY[info.dtype], count * row_length).reshape(count, row_length)
                 for top in range(0, count, per_part):
                     part = stored[top : top + per_part]
@@ -196,12 +183,3 @@ def _rows(directory: Path, info: TensorInfo, *, row_length: int) -> "Iterator[Nu
                     yield wide[: len(part)]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _fill(file: BinaryIO, memory: memoryview, path: Path) -> None:
-    done = 0
-    while done < len(memory):
-        count = file.readinto(memory[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise damaged_file(path, "it became shorter while it was being read")
-        done += count

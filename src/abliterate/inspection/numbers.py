@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.safetensors_file import TensorInfo, damaged_file, encoded_parts
+from abliterate.checkpoints.file_ranges import became_shorter, is_filled
+from abliterate.checkpoints.safetensors_file import TensorInfo, encoded_parts
 from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor
 from abliterate.errors import CheckpointError
 from abliterate.inspection.ahead import Ahead
@@ -79,7 +80,8 @@ class ByteComparer:
                     # Whole buffers are compared by the C library; a shorter last part through copies.
                     views = [memoryview(buffer)[:size] for buffer in self._buffers]
                     for file, view, path in zip((first, second), views, paths, strict=True):
-                        _fill(file, view, path)
+                        if not is_filled(file, view):
+                            raise became_shorter(path)
                     whole = size == CHUNK_BYTES
                     if (self._buffers[0] != self._buffers[1]) if whole else (bytes(views[0]) != bytes(views[1])):
                         return False
@@ -87,15 +89,6 @@ class ByteComparer:
         except OSError as error:
             raise CheckpointError(f"{error.filename or paths[1]}: cannot be read: {error.strerror or error}") from error
         return True
-
-
-def _fill(file: object, view: memoryview, path: Path) -> None:
-    done = 0
-    while done < len(view):
-        n_read = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not n_read:
-            raise damaged_file(path, "it became shorter while it was being read")
-        done += n_read
 
 
 class StoredMatrix:
@@ -132,7 +125,8 @@ class StoredMatrix:
                     if every == 1:
                         ahead.ask(position)
                     count = min(rows, self.shape[0] - first)
-                    _fill(file, memoryview(raw)[: count * row_bytes], path)
+                    if not is_filled(file, memoryview(raw)[: count * row_bytes]):
+                        raise became_shorter(path)
                     stored = torch.frombuffer(raw, dtype=_PLAIN[self.info.dtype], count=count * cols)
                     yield stored.view(count, cols)
         except OSError as error:

@@ -209,7 +209,8 @@ def _places(
     vectors = {"remove": basis.to(torch.float32)}
     by_layer = None if options.strengths is None else options.strengths.by_layer(d_model=d_model)
     if by_layer is not None:
-        vectors |= {f"remove.{layer}": row[None].to(torch.float32) for layer, row in enumerate(by_layer)}
+        rows = torch.from_numpy(by_layer).to(torch.float32)
+        vectors |= {f"remove.{layer}": row[None] for layer, row in enumerate(rows)}
     found = _all_places(modules, whole=_is_whole(options))
     return tuple(_chosen(found, options, apart=by_layer is not None)), vectors
 

@@ -82,7 +82,7 @@ class Refinement:
             embed=0.0,
             attn=report.chosen.attn,
             mlp=report.chosen.mlp,
-            directions=encode_rows(self.directions),
+            directions=encode_rows(self.directions.double().cpu().numpy()),
             arguments=report.arguments,
             prompt_hashes=self.prompt_hashes,
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from abliterate.checkpoints.checkpoint import is_gguf
 from abliterate.checkpoints.model_source import ModelSource
+from abliterate.directions import Direction, load_direction, orthonormalize
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, read_record
 from abliterate.errors import InputError
 from abliterate.formats.gguf_checkpoint import open_weights
@@ -33,8 +34,6 @@ from abliterate.release.report import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from abliterate.directions import Direction
 
 # Sine of the angle below which two subspaces are the same; directions are stored in float32.
 _SAME_SUBSPACE = 1e-6
@@ -84,7 +83,7 @@ def verify_checkpoint(
     logits: LogitCheck | None = None
     notes: tuple[str, ...] = ()
     if not options.quick and not failures:
-        from abliterate.release.model_runs import ModelRuns
+        from abliterate.release.verification_runs import ModelRuns
 
         run = ModelRuns(
             record=record,
@@ -121,8 +120,6 @@ def _compare_directions(
     if not directions:
         return []
     import torch
-
-    from abliterate.directions import Direction, load_direction, orthonormalize
 
     d_model = subspace.shape[1]
     loaded = [each if isinstance(each, Direction) else load_direction(each, d_model=d_model) for each in directions]

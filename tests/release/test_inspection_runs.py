@@ -12,8 +12,8 @@ from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.errors import InputError
 from abliterate.models.options import ModelOptions
-from abliterate.release import run_reading
-from abliterate.release.run_reading import RunReading, read_runs
+from abliterate.release import inspection_runs
+from abliterate.release.inspection_runs import RunReading, read_runs
 from tests.support.command_line import CommandLine
 from tests.support.refusing_models import HARMFUL_VERBS, HARMLESS_VERBS, prompts_of, refusing_model
 from tests.support.tiny_models import save_chat_model, tiny_llama
@@ -60,7 +60,7 @@ def test_what_was_projected_out_is_gone_from_the_stream_and_what_was_not_is_left
 
 
 def test_without_a_direction_nothing_is_run(pair, monkeypatch):
-    monkeypatch.setattr(run_reading, "open_model", None)
+    monkeypatch.setattr(inspection_runs, "open_model", None)
     with pytest.raises(InputError, match="name one with --direction"):
         run(pair, recovered=None)
 
@@ -72,7 +72,7 @@ def test_refusals_are_counted_of_each_kind(tmp_path, monkeypatch):
         assert (spec, part) == ("bundled", "test")
         return SimpleNamespace(texts=tuple(texts[kind]))
 
-    monkeypatch.setattr(run_reading, "load_prompt_set", prompts)
+    monkeypatch.setattr(inspection_runs, "load_prompt_set", prompts)
     chat = refusing_model("plain", tmp_path).chat
     model = tmp_path / "model"
     chat.model.save_pretrained(model)
@@ -85,7 +85,7 @@ def test_refusals_are_counted_of_each_kind(tmp_path, monkeypatch):
 
 
 def test_the_command_runs_both_and_says_so(call_main: CommandLine, pair, monkeypatch):
-    monkeypatch.setattr(run_reading, "N_PROMPTS", 1)
+    monkeypatch.setattr(inspection_runs, "N_PROMPTS", 1)
     monkeypatch.setattr(read_runs, "__kwdefaults__", {**read_runs.__kwdefaults__, "n_prompts": 1})
     base, out = pair
     done = call_main("inspect", out, "--base", base, "--run", "--json")
