@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,36 +36,59 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "abliterate"
 SCORE_NAMES = ("bypass", "induce", "kl")
+_SCORES = {name: f"scores.{name}" for name in SCORE_NAMES}
 
 # A float32 vector normalised once has a norm within a few ulps of 1. Normalising it again could move its last
 # bits, and with them the hash by which records name it.
 _UNIT_NORM_TOLERANCE = 1e-6
+# Those that numpy has, as safetensors names them.
+_NUMPY_DTYPES = {"F16", "F32", "F64", "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Direction:
     """A direction in the residual stream, and where it comes from.
 
     Attributes:
-        vector: Unit vector.
-        mean_difference: Harmful mean - harmless mean, un-normalised; None for a bare file.
-        candidates: Differences in means it was chosen from, or None.
-        scores: "bypass", "induce" and "kl", NaN = not scored; {} if unknown.
+        numbers: What the file holds, by the names above: `direction`, a unit vector, and what else is known.
         metadata: Provenance as plain JSON values; {} for a bare file.
         sha256: Of the vector's bytes, float32 little-endian.
     """
 
-    vector: Float32[Tensor, " d_model"]
-    mean_difference: Float32[Tensor, " d_model"] | None = None
-    candidates: Float32[Tensor, "n_pos n_layers d_model"] | None = None
-    scores: dict[str, Float64[Tensor, "n_pos n_layers"]] = field(default_factory=dict)
+    numbers: Mapping[str, NDArray[Any]]
     metadata: dict[str, Any] = field(default_factory=dict)
     sha256: str
+
+    @cached_property
+    def vector(self) -> Float32[Tensor, " d_model"]:
+        """The unit vector."""
+        return self._tensor("direction")
+
+    @cached_property
+    def mean_difference(self) -> Float32[Tensor, " d_model"] | None:
+        """Harmful mean - harmless mean, un-normalised; None for a bare file."""
+        return self._tensor("mean_difference") if "mean_difference" in self.numbers else None
+
+    @cached_property
+    def candidates(self) -> Float32[Tensor, "n_pos n_layers d_model"] | None:
+        """Differences in means it was chosen from, or None."""
+        return self._tensor("candidates") if "candidates" in self.numbers else None
+
+    @cached_property
+    def scores(self) -> dict[str, Float64[Tensor, "n_pos n_layers"]]:
+        """Scores by name: "bypass", "induce" and "kl", NaN = not scored; {} if unknown."""
+        return {name: self._tensor(key) for name, key in _SCORES.items() if key in self.numbers}
+
+    def _tensor(self, name: str) -> Tensor:
+        # Imported here alone: an edit of files does without it.
+        import torch
+
+        return torch.from_numpy(self.numbers[name])
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream this direction lives in."""
-        return self.vector.shape[0]
+        return len(self.numbers["direction"])
 
     def save(self, path: Path) -> None:
         """Write the direction file, whole or not at all; equal content gives equal bytes.
@@ -72,16 +96,11 @@ class Direction:
         Raises:
             DirectionError: The file cannot be written.
         """
-        tensors = {"direction": self.vector}
-        if self.mean_difference is not None:
-            tensors["mean_difference"] = self.mean_difference
-        if self.candidates is not None:
-            tensors["candidates"] = self.candidates
-        tensors |= {f"scores.{name}": score for name, score in self.scores.items()}
-        metadata = {METADATA_KEY: json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)}
-        import safetensors.torch
+        import numpy as np
+        from safetensors.numpy import save
 
-        content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata)
+        metadata = {METADATA_KEY: json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)}
+        content = save({name: np.ascontiguousarray(each) for name, each in self.numbers.items()}, metadata=metadata)
         try:
             write_file(Path(path), content)
         except OSError as error:
@@ -108,11 +127,10 @@ def make_direction(
     Raises:
         DirectionError: The difference is not 1-D, not finite or zero, or the shapes do not agree.
     """
+    tensors = {"direction": mean_difference, "mean_difference": mean_difference, "candidates": candidates}
+    tensors |= {_SCORES[name]: score for name, score in (scores or {}).items()}
     return _checked_direction(
-        vector=mean_difference,
-        mean_difference=mean_difference,
-        candidates=candidates,
-        scores=dict(scores or {}),
+        {name: _as_numpy(tensor) for name, tensor in tensors.items() if tensor is not None},
         metadata=_plain(dict(metadata or {})),
         where="the difference in means",
     )
@@ -139,14 +157,7 @@ def load_direction(path: Path, *, d_model: int | None = None) -> Direction:
             f"{path}: no tensor named `direction` (found: {found or 'none'}); "
             "is it a model's weights? A direction file comes from `abliterate extract`"
         )
-    direction = _checked_direction(
-        vector=tensors["direction"],
-        mean_difference=tensors.get("mean_difference"),
-        candidates=tensors.get("candidates"),
-        scores={name: tensors[f"scores.{name}"] for name in SCORE_NAMES if f"scores.{name}" in tensors},
-        metadata=_parse_metadata(raw_metadata, path),
-        where=str(path),
-    )
+    direction = _checked_direction(tensors, metadata=_parse_metadata(raw_metadata, path), where=str(path))
     if d_model is not None and direction.d_model != d_model:
         made_for = direction.metadata.get("model")
         origin = f" (extracted from {made_for})" if made_for else ""
@@ -168,24 +179,43 @@ def is_direction_file(path: Path) -> bool:
         return False
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    import torch
-
-    wanted = {"direction", "mean_difference", "candidates", *(f"scores.{name}" for name in SCORE_NAMES)}
+def _read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    import numpy as np
     import safetensors
 
+    wanted = {"direction", "mean_difference", "candidates", *_SCORES.values()}
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
+        with safetensors.safe_open(str(path), framework="np") as file:
             names = list(file.keys())
-            # Names alone are enough for the message when `direction` is missing: a model's shard is not read.
-            has_direction = "direction" in names
-            tensors = {n: file.get_tensor(n) if has_direction and n in wanted else torch.empty(0) for n in names}
-            return tensors, dict(file.metadata() or {})
+            if "direction" not in names:
+                # Names alone are enough for the message: a model's shard is not read.
+                return {name: np.empty(0) for name in names}, {}
+            found = {name: _read_numbers(file, path, name) for name in names if name in wanted}
+            return found, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DirectionError(
             f"{path}: not a readable safetensors file ({in_one_line(error)}); make a direction file with "
             "`abliterate extract MODEL -o FILE`"
         ) from error
+
+
+def _read_numbers(file: Any, path: Path, name: str) -> NDArray[Any]:
+    if file.get_slice(name).get_dtype() in _NUMPY_DTYPES:
+        numbers: NDArray[Any] = file.get_tensor(name)
+        return numbers
+    import safetensors
+
+    with safetensors.safe_open(str(path), framework="pt") as other:
+        return _as_numpy(other.get_tensor(name))
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor as numpy has it: in float64 what has a floating-point dtype that numpy has not."""
+    import torch
+
+    has_it = not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.float32, torch.float64)
+    numbers: NDArray[Any] = (tensor if has_it else tensor.double()).detach().cpu().numpy()
+    return numbers
 
 
 def _parse_metadata(raw: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -206,66 +236,62 @@ def _parse_metadata(raw: Mapping[str, str], path: Path) -> dict[str, Any]:
     return dict(_plain(metadata))
 
 
-def _checked_direction(
-    *,
-    vector: Tensor,
-    mean_difference: Tensor | None,
-    candidates: Tensor | None,
-    scores: dict[str, Tensor],
-    metadata: dict[str, Any],
-    where: str,
-) -> Direction:
-    unit = _unit_vector(vector, where)
-    d_model = unit.shape[0]
-    if mean_difference is not None and tuple(mean_difference.shape) != (d_model,):
+def _checked_direction(numbers: Mapping[str, NDArray[Any]], *, metadata: dict[str, Any], where: str) -> Direction:
+    import numpy as np
+
+    unit = _unit_vector(numbers["direction"], where)
+    d_model = len(unit)
+    mean_difference, candidates = numbers.get("mean_difference"), numbers.get("candidates")
+    scores = {name: numbers[name] for name in _SCORES.values() if name in numbers}
+    if mean_difference is not None and mean_difference.shape != (d_model,):
         raise DirectionError(_shape_message(where, "mean_difference", mean_difference, f"[{d_model}]"))
-    if candidates is not None and (candidates.dim() != 3 or candidates.shape[-1] != d_model):
+    if candidates is not None and (candidates.ndim != 3 or candidates.shape[-1] != d_model):
         raise DirectionError(_shape_message(where, "candidates", candidates, f"[positions, layers, {d_model}]"))
-    grids = {tuple(score.shape) for score in scores.values()}
+    grids = {score.shape for score in scores.values()}
     if candidates is not None and scores:
-        grids.add(tuple(candidates.shape[:2]))
+        grids.add(candidates.shape[:2])
     if len(grids) > 1 or any(len(grid) != 2 for grid in grids):
         raise DirectionError(
             f"{where}: scores and candidates do not share one [positions, layers] grid "
             f"(found {sorted(grids)}); extract the direction again"
         )
-    return Direction(
-        vector=unit,
-        mean_difference=None if mean_difference is None else mean_difference.detach().cpu().float(),
-        candidates=None if candidates is None else candidates.detach().cpu().float(),
-        scores={name: score.detach().cpu().double() for name, score in scores.items()},
-        metadata=metadata,
-        sha256=vector_sha256(unit),
-    )
+    others = {"mean_difference": mean_difference, "candidates": candidates}
+    kept = {"direction": unit} | {name: each.astype(np.float32) for name, each in others.items() if each is not None}
+    kept |= {name: score.astype(np.float64) for name, score in scores.items()}
+    return Direction(numbers=kept, metadata=metadata, sha256=_sha256(unit))
 
 
-def _unit_vector(vector: Tensor, where: str) -> Float32[Tensor, " d_model"]:
-    import torch
+def _unit_vector(vector: NDArray[Any], where: str) -> NDArray[np.float32]:
+    import numpy as np
 
-    if vector.dim() != 1 or vector.numel() == 0:
+    if vector.ndim != 1 or not vector.size:
         raise DirectionError(_shape_message(where, "direction", vector, "one non-empty axis, [d_model]"))
-    if not vector.is_floating_point():
+    if vector.dtype.kind != "f":
         raise DirectionError(f"{where}: `direction` has dtype {vector.dtype}; a floating-point dtype is needed")
-    wide = vector.detach().cpu().double()
-    if not bool(torch.isfinite(wide).all()):
+    wide = vector.astype(np.float64)
+    if not bool(np.isfinite(wide).all()):
         raise DirectionError(
             f"{where}: `direction` holds NaN or infinite values; extract it again, in float32 or bfloat16"
         )
     # Scaling first keeps the squares of very small and very large entries in range.
-    largest = float(wide.abs().max())
+    largest = float(np.abs(wide).max())
     if largest == 0.0:
         raise DirectionError(
             f"{where}: `direction` is zero and points nowhere (candidates of layer 0 often are); use another"
         )
-    norm = largest * float((wide / largest).norm())
-    if vector.dtype == torch.float32 and abs(norm - 1.0) < _UNIT_NORM_TOLERANCE:
-        return vector.detach().cpu().clone()
-    return (wide / norm).float()
+    norm = largest * float(np.linalg.norm(wide / largest))
+    if vector.dtype == np.float32 and abs(norm - 1.0) < _UNIT_NORM_TOLERANCE:
+        return vector.astype(np.float32)
+    return (wide / norm).astype(np.float32)
 
 
 def vector_sha256(vector: Float[Tensor, " d_model"]) -> str:
     """Return the hex SHA-256 of a vector's float32 little-endian bytes: the name records give a direction."""
-    return hashlib.sha256(vector.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+    return _sha256(vector.detach().cpu().float().numpy())
+
+
+def _sha256(vector: NDArray[np.float32]) -> str:
+    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
 
 
 def orthonormal_basis(
@@ -368,7 +394,7 @@ def decode_rows(encoded: Mapping[str, Any]) -> Vectors:
     return np.frombuffer(data, "<f8").astype(np.float64).reshape(n, d_model)
 
 
-def _shape_message(where: str, name: str, tensor: Tensor, wanted: str) -> str:
+def _shape_message(where: str, name: str, tensor: NDArray[Any], wanted: str) -> str:
     return f"{where}: `{name}` has shape {list(tensor.shape)}, expected {wanted}; extract the direction again"
 
 

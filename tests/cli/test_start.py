@@ -1,6 +1,7 @@
 """What works on files alone starts without torch, and what a plan does grows with the tensors and no faster."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
@@ -32,9 +34,14 @@ def edited(tmp_path_factory) -> Path:
     return directory / "out"
 
 
-def loaded_by(*arguments: object) -> tuple[set[str], str]:
-    """Run a command in a process of its own; return the modules that it imported, and what it printed."""
-    command = [sys.executable, "-c", LOADED, *map(str, arguments)]
+def loaded_by(*arguments: object, before: str = "") -> tuple[set[str], str]:
+    """Run a command in a process of its own; return the modules that it imported, and what it printed.
+
+    Args:
+        arguments: The command.
+        before: Python to run first.
+    """
+    command = [sys.executable, "-c", f"{before}\n{LOADED}", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return set(done.stderr.split()), done.stdout
@@ -58,6 +65,24 @@ def test_reverting_imports_no_torch(edited, tmp_path):
     assert (tmp_path / "restored" / "config.json").read_bytes() == (
         edited.with_name("base") / "config.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_editing_in_compiled_code_imports_no_torch(edited, tmp_path, dtype):
+    base = tmp_path / "base"
+    shutil.copytree(edited.with_name("base"), base)
+    if dtype == "BF16":
+        for path in base.glob("*.safetensors"):
+            save_file({name: each.bfloat16() for name, each in load_file(path).items()}, path)
+    direction = tmp_path / "direction.safetensors"
+    make_direction(mean_difference=random_direction()).save(direction)
+    command = ["orthogonalize", base, "--direction", direction, "-o", tmp_path / "out"]
+    loaded, _ = loaded_by(*command, before="from abliterate.editing import edited_files as e; e._WORTH_FUSING = 0")
+    assert "numba" in loaded
+    assert not loaded & {"torch", "transformers", "huggingface_hub"}
+    orthogonalize_checkpoint(source=base, direction=direction, output=tmp_path / "with_torch")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "with_torch" / path.name).read_bytes()
 
 
 def calls_of_a_plan(base: Path) -> tuple[int, int]:

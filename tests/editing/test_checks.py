@@ -141,8 +141,8 @@ def test_survivors_are_measured_from_the_files_through_norms_in_other_shards(bas
     writer = ResidualWriter(tensor_name=DOWN, role="mlp", layer=2, residual_axis=0, norm_chain=(norm,))
     plain = replace(writer, norm_chain=())
     removed = RemovedDirections(subspace=subspace.numpy())
-    (seen,) = directions_through(checkpoint, removed, writers=[writer]).values()
-    (unseen,) = directions_through(checkpoint, removed, writers=[plain]).values()
+    (seen,) = map(torch.from_numpy, directions_through(checkpoint, removed, writers=[writer]).values())
+    (unseen,) = map(torch.from_numpy, directions_through(checkpoint, removed, writers=[plain]).values())
     gamma = 1 + stored(base)[norm.weight].double()
     by_hand = gamma * subspace[0]
     by_hand = by_hand - by_hand.mean()

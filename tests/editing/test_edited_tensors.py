@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import abliterate.formats.projection
-from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.checkpoints.file_ranges import AlignedMemory, open_file
 from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, tensor_bytes
 from abliterate.editing.edited_tensors import blocks_of
-from abliterate.formats.component import ComponentMeter, component_and_norm
+from abliterate.formats.component import component_and_norm
 from abliterate.formats.projection import project_out
+from abliterate.formats.stored_component import ComponentMeter
 
 SHAPES = [((40, 24), 0), ((40, 24), 1), ((24,), 0), ((3, 24, 17), 1), ((5, 7, 24), 2), ((24, 1), 0), ((24, 3, 5), 0)]
 
@@ -73,9 +73,8 @@ def test_the_meter_measures_what_component_and_norm_measures(shape_axis, step, k
     shape, axis = shape_axis
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float32)
     directions = basis(shape[axis], k)
-    meter = ComponentMeter(directions, shape=shape, residual_axis=axis)
-    scratch = Scratch()
+    meter = ComponentMeter(directions.numpy(), shape=shape, residual_axis=axis, dtype="F32")
     for rows in weight.reshape(-1, meter.row_length).split(step):
-        meter.add(rows, scratch=scratch)
+        meter.add(rows.numpy())
     found = component_and_norm(weight, directions=directions, residual_axis=axis)
     assert meter.result() == pytest.approx(found, rel=1e-12)

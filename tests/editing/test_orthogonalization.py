@@ -491,7 +491,7 @@ def test_a_run_that_is_stopped_leaves_the_old_output_as_it_was(
     ],
 )
 def test_what_is_written_is_verified(single, tmp_path, direction, monkeypatch, name, replacement, message):
-    monkeypatch.setattr(abliterate.editing.edited_tensors, name, replacement)
+    monkeypatch.setattr(abliterate.formats.projection, name, replacement)
     with pytest.raises(VerificationError, match=message):
         orthogonalize_checkpoint(source=single, direction=direction, output=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}

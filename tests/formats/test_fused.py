@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.directions import make_direction
-from abliterate.editing import edited_files
+from abliterate.editing import edited_files, edited_tensors
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
-from abliterate.formats import projection
-from abliterate.formats.component import ComponentMeter
-from abliterate.formats.projection import NormFactor, NormSums, effective_directions, project_out
+from abliterate.formats import segments
+from abliterate.formats.projection import NormFactor, effective_directions, project_out, tensor_bits
+from abliterate.formats.segments import NormSums
+from abliterate.formats.stored_component import ComponentMeter
 from tests.support.tiny_models import random_direction, save_tiny_model
 
 # More columns than are worked on together, vectors longer and shorter than the lanes, parts of chunks.
@@ -34,17 +34,20 @@ SHAPES = [
 ]
 
 
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
 @pytest.fixture
-def runs(monkeypatch) -> list[torch.dtype]:
+def runs(monkeypatch) -> list[str]:
     """What was projected by the kernels: without them the two sides of each comparison would be one."""
-    seen: list[torch.dtype] = []
-    plain = projection._project_fused
+    seen: list[str] = []
+    plain = edited_tensors.project_stored
 
-    def project(kernels, weight, *rest):
-        seen.append(weight.dtype)
-        return plain(kernels, weight, *rest)
+    def project(kernels, old, new, **options):
+        seen.append(old.dtype.str)
+        return plain(kernels, old, new, **options)
 
-    monkeypatch.setattr(projection, "_project_fused", project)
+    monkeypatch.setattr(edited_tensors, "project_stored", project)
     return seen
 
 
@@ -67,7 +70,7 @@ def bits(weight: Tensor) -> Tensor:
 def test_the_bytes_are_those_of_the_plain_arithmetic(
     shape_axis, dtype, seed, rank, strength, preserve_norms, scale, with_norm, in_place
 ):
-    assert projection.fused_kernels() is not None, "without numba both sides would be one"
+    assert segments.fused_kernels() is not None, "without numba both sides would be one"
     shape, axis = shape_axis
     generator = torch.Generator().manual_seed(seed)
     # Some numbers far larger than the others, as real weights have.
@@ -90,7 +93,7 @@ def test_the_bytes_are_those_of_the_plain_arithmetic(
         assert getattr(sums[1], name) == pytest.approx(getattr(sums[0], name), rel=1e-12, abs=1e-300)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", list(NAMES))
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_meter_measures_the_same(shape, axis, dtype, rank):
@@ -99,10 +102,11 @@ def test_the_meter_measures_the_same(shape, axis, dtype, rank):
     directions = torch.linalg.qr(torch.randn(shape[axis], rank, generator=generator, dtype=torch.float64)).Q.T
     results = []
     for fused in (False, True):
-        meter = ComponentMeter(directions, shape=shape, residual_axis=axis, fused=fused)
-        rows = weight.reshape(-1, meter.row_length)
-        for some in rows.split(5):
-            meter.add(some, scratch=Scratch())
+        name = NAMES[dtype]
+        meter = ComponentMeter(directions.numpy(), shape=shape, residual_axis=axis, dtype=name, fused=fused)
+        rows = tensor_bits(weight).view(segments.STORED[name]).reshape(-1, meter.row_length)
+        for first in range(0, len(rows), 5):
+            meter.add(rows[first : first + 5])
         results.append(meter.result())
     assert results[1].along == pytest.approx(results[0].along, rel=1e-12)
     assert results[1].norm == pytest.approx(results[0].norm, rel=1e-12)
@@ -128,7 +132,7 @@ def test_a_checkpoint_is_the_same_with_and_without(tmp_path: Path, monkeypatch, 
         out = tmp_path / name
         orthogonalize_checkpoint(source=base, direction=direction, output=out, options=EditOptions(**options))
         made[name] = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-        assert set(runs) == (set() if name == "plain" else {dtype})
+        assert set(runs) == (set() if name == "plain" else {{torch.bfloat16: "<u2", torch.float16: "<i2"}[dtype]})
     assert made["plain"] == made["fused"]
 
 
@@ -145,16 +149,16 @@ def test_without_a_compiler_or_a_folder_for_its_work_the_plain_arithmetic_is_use
     def fails(name: str) -> None:
         raise error
 
-    projection.fused_kernels.cache_clear()
+    segments.fused_kernels.cache_clear()
     monkeypatch.setattr(importlib, "import_module", fails)
     try:
-        assert projection.fused_kernels() is None
+        assert segments.fused_kernels() is None
         weight = torch.randn(48, 20, dtype=torch.bfloat16)
         direction = torch.randn(1, 48)
         edited = project_out(weight, directions=direction, residual_axis=0, fused=True)
         assert torch.equal(edited, project_out(weight, directions=direction, residual_axis=0))
     finally:
-        projection.fused_kernels.cache_clear()
+        segments.fused_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 1 << 7), (torch.float16, 1 << 10)])

@@ -63,9 +63,7 @@ def versions(*names: str) -> dict[str, str]:
     """Return the versions of what computes here, by name.
 
     Args:
-        names: abliterate, python, torch, or packages that are installed.
+        names: abliterate, python, or packages that are installed.
     """
-    import torch
-
-    known = {"abliterate": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    known = {"abliterate": __version__, "python": platform.python_version()}
     return {name: known.get(name) or metadata.version(name) for name in names}

@@ -32,8 +32,8 @@ _DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
-# Those of plain weights; torch has each of them, by the names in `stored_tensors`.
-PLAIN_DTYPES = ("F16", "BF16", "F32", "F64")
+# Those of plain weights, and the bytes of a number; torch has each of them, by the names in `stored_tensors`.
+PLAIN_DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

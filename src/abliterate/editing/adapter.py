@@ -169,7 +169,8 @@ def check_adapter_files(
 
 
 def _directions(plan: EditPlan) -> Directions:
-    return directions_through(plan.checkpoint, plan.removed, writers=[edit.writer for edit in plan.edits])
+    found = directions_through(plan.checkpoint, plan.removed, writers=[edit.writer for edit in plan.edits])
+    return {name: torch.from_numpy(directions) for name, directions in found.items()}
 
 
 def _factor_names(weight: AdaptedWeight) -> tuple[str, str]:

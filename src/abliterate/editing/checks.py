@@ -28,7 +28,6 @@ from abliterate.progress import Advance
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from abliterate.formats.projection import NormFactor
 
@@ -110,7 +109,7 @@ def _is_plain(info: TensorInfo) -> bool:
 
 def directions_through(
     checkpoint: Checkpoint, removed: RemovedDirections, *, writers: Iterable[ResidualWriter]
-) -> dict[str, Tensor]:
+) -> dict[str, NDArray[np.float64]]:
     """Return the directions U [rank, d_model] that each writer must not have, by the name of its tensor.
 
     Args:
@@ -121,15 +120,6 @@ def directions_through(
     Raises:
         CheckpointError: A norm is missing or not finite.
     """
-    import torch
-
-    return {name: torch.from_numpy(found) for name, found in _seen_by(checkpoint, removed, writers).items()}
-
-
-def _seen_by(
-    checkpoint: Checkpoint, removed: RemovedDirections, writers: Iterable[ResidualWriter]
-) -> dict[str, NDArray[np.float64]]:
-    """Return what `directions_through` does, in numpy; it is computed once for each chain of norms."""
     found: dict[tuple[tuple[PostNorm, ...], int | None], NDArray[np.float64]] = {}
     by_name = {}
     for writer in writers:
@@ -286,7 +276,7 @@ Meter = Callable[[Checkpoint, TensorInfo, ResidualWriter], Component]
 
 
 def _plain_meter(edited: Checkpoint, removed: RemovedDirections, writers: Sequence[ResidualWriter]) -> Meter:
-    directions = _seen_by(edited, removed, writers)
+    directions = directions_through(edited, removed, writers=writers)
 
     def measured(checkpoint: Checkpoint, info: TensorInfo, writer: ResidualWriter) -> Component:
         basis = directions[writer.tensor_name]
@@ -296,16 +286,18 @@ def _plain_meter(edited: Checkpoint, removed: RemovedDirections, writers: Sequen
 
 
 def _meter(edited: Checkpoint, removed: RemovedDirections, writers: Sequence[ResidualWriter]) -> Meter:
+    import torch
+
     from abliterate.checkpoints.stored_tensors import read_tensor
     from abliterate.formats.component import component_and_norm
 
     directions = directions_through(edited, removed, writers=writers)
 
     def measured(checkpoint: Checkpoint, info: TensorInfo, writer: ResidualWriter) -> Component:
+        basis = torch.from_numpy(directions[writer.tensor_name])
         # Of a quantised tensor one part at a time: decoded it has four to eight times the size.
         parts = encoded_parts(info)
         axis = writer.residual_axis - (len(info.shape) - len(parts[0].shape))
-        basis = directions[writer.tensor_name]
         found = [
             component_and_norm(read_tensor(checkpoint.path, part), directions=basis, residual_axis=axis)
             for part in parts

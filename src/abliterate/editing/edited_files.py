@@ -4,17 +4,16 @@ What is not edited is copied, or shared by the file system, each edited tensor i
 back once, which proves its bytes, and all of them give the file's hash (see `file_assembly`).
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, with_changes
 from abliterate.checkpoints.file_assembly import (
@@ -28,14 +27,18 @@ from abliterate.checkpoints.file_assembly import (
 from abliterate.checkpoints.file_ranges import PlainFile, WrittenFile, became_shorter, open_file
 from abliterate.checkpoints.partial_run import Entry, PartialDirectory
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, extended_header
-from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor, tensor_bytes
 from abliterate.editing.checks import directions_through
 from abliterate.editing.edited_tensors import MadeParts, ProjectedTensor, Projection, QuantizedEdit
 from abliterate.editing.edits import TensorEdit
 from abliterate.editing.plan import EditPlan
 from abliterate.editing.record import EVALUATION_NAME, RECORD_NAME, EditedTensor
+from abliterate.formats.segments import kernels_for
 from abliterate.formats.stored_component import Component
 from abliterate.progress import ProgressReporter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Numbers edited, above which the fused arithmetic saves more time than it takes to be loaded.
 _WORTH_FUSING = 1 << 28
@@ -61,7 +64,7 @@ class EditedShard:
         shard: Shard,
         plan: EditPlan,
         edits: Mapping[str, TensorEdit],
-        directions: Mapping[str, Tensor],
+        directions: Mapping[str, NDArray[np.float64]],
         *,
         device: str,
         fused: bool,
@@ -150,11 +153,7 @@ class EditedShard:
             self._copy(source.shard, source.start, source.end)
         else:
             # A bias and its dose are added in float64: one rounding, and nothing else.
-            dtype = TORCH_DTYPES[edit.info.dtype]
-            old = torch.zeros(edit.info.shape, dtype=dtype) if source is None else read_tensor(path, source)
-            dose = torch.tensor(edit.dose or 0.0, dtype=torch.float64)
-            new = (old.double() + dose).to(dtype)
-            self._add(GivenSegment(start=self._end, data=bytes(tensor_bytes(new)), name=name))
+            self._add(GivenSegment(start=self._end, data=_dosed(edit, path), name=name))
 
     def _requantize(self, edit: TensorEdit, stored: TensorInfo) -> None:
         made = self._quantized_edit(edit.info, edit)
@@ -214,6 +213,18 @@ class EditedShard:
         return self._opened[shard_name]
 
 
+def _dosed(edit: TensorEdit, path: Path) -> bytes:
+    """Return a bias with its dose added, as a file stores it."""
+    import torch
+
+    from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor, tensor_bytes
+
+    dtype, source = TORCH_DTYPES[edit.info.dtype], edit.source
+    old = torch.zeros(edit.info.shape, dtype=dtype) if source is None else read_tensor(path, source)
+    dose = torch.tensor(edit.dose or 0.0, dtype=torch.float64)
+    return bytes(tensor_bytes((old.double() + dose).to(dtype)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedFile:
     """A file that is whole on the disk and was read back.
@@ -260,6 +271,7 @@ class EditedFiles:
         self._plan, self._device = plan, device
         numbers = sum(math.prod(edit.info.shape) for edit in plan.edits if edit.project)
         self._fused = numbers >= _WORTH_FUSING
+        self._is_compiled = self._fused and device == "cpu" and all(map(_is_compiled, plan.edits))
         self._shards = {shard.file_name: shard for shard in plan.checkpoint.shards}
         # Looked up for each shard, of which there may be thousands.
         there = [edit for edit in plan.edits if not edit.is_new]
@@ -334,7 +346,7 @@ class EditedFiles:
             directory.journal.add(name, finished[name].entry())
 
         task = progress.task(f"Writing {target}", total=sum(missing.values()), unit="bytes")
-        with task as advance, _one_thread_each():
+        with task as advance, nullcontext() if self._is_compiled else _one_thread_each():
             traffic = assemble_files(files(), target=directory.path, workers=workers, done=done, advance=advance)
         return finished, traffic
 
@@ -369,6 +381,12 @@ class EditedFiles:
         return [edit for edit in self._new if edit.info.shard == shard.file_name]
 
 
+def _is_compiled(edit: TensorEdit) -> bool:
+    """Say whether an edit is made without torch, where that is worth it."""
+    is_plain = edit.source is None or edit.source.encoding is None
+    return is_plain and edit.dose is None and kernels_for(edit.info.dtype) is not None
+
+
 def _measured(edit: TensorEdit, tensor: ProjectedTensor | None) -> EditedTensor:
     if tensor is None:
         return EditedTensor(edit=edit)
@@ -377,7 +395,9 @@ def _measured(edit: TensorEdit, tensor: ProjectedTensor | None) -> EditedTensor:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Let each worker compute with one thread, so that the order of sums does not depend on their number."""
+    """Let each worker compute with one thread of torch, so that the order of sums does not depend on their number."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

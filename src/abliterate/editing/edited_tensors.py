@@ -9,6 +9,8 @@ in one piece and a block is one range of the file. Where it is not, a block of c
 unless the matrix is small enough to be a block itself.
 """
 
+from __future__ import annotations
+
 import bisect
 import itertools
 import math
@@ -16,19 +18,20 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from abliterate.checkpoints.encoding import EditableEncoding, Encoding
 from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
 from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile
-from abliterate.checkpoints.safetensors_file import TensorInfo, encoded_parts
-from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_codes, tensor_bytes
+from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, TensorInfo, encoded_parts
 from abliterate.errors import CheckpointError
-from abliterate.formats.component import ComponentMeter
-from abliterate.formats.projection import NormSums, project_out
-from abliterate.formats.stored_component import Component
+from abliterate.formats.segments import STORED, NormSums, bits_of, cut_in_segments, kernels_for, project_stored
+from abliterate.formats.stored_component import Component, ComponentMeter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 # Bytes of a tensor, as it is stored, that are held at a time. Where a block is one range of the file, few enough to
 # stay in the cache from reading to writing. Where a block is some of the columns, enough that each row's part is worth
@@ -90,7 +93,7 @@ def blocks_of(info: TensorInfo, *, residual_axis: int, budget: int = BLOCK_BYTES
     axis = residual_axis % len(info.shape)
     d_model = info.shape[axis]
     n_matrices, n_columns = math.prod(info.shape[:axis]), math.prod(info.shape[axis + 1 :])
-    item = TORCH_DTYPES[info.dtype].itemsize
+    item = PLAIN_DTYPES[info.dtype]
     if not d_model * n_matrices * n_columns:
         return ()
 
@@ -130,7 +133,7 @@ def _counts(total: int, most: int) -> list[tuple[int, int]]:
 
 
 _METER_BYTES = 1 << 20
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_WORDS = {8: "<i8", 4: "<i4", 2: "<i2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +149,7 @@ class Projection:
         fused: See `projection.project_out`.
     """
 
-    directions: Tensor
+    directions: NDArray[np.float64]
     residual_axis: int
     strength: float = 1.0
     preserve_norms: bool = False
@@ -170,16 +173,21 @@ class ProjectedTensor:
 
     def __init__(self, *, start: int, source: PlainFile, info: TensorInfo, name: str, projection: Projection) -> None:
         self.name, self.projection = name, projection
-        self.dtype = TORCH_DTYPES[info.dtype]
+        self.dtype = info.dtype
         blocks = blocks_of(info, residual_axis=projection.residual_axis)
+        # On another device there is no compiled code.
+        compiled = projection.fused and projection.device == "cpu" and len(projection.directions)
+        self._kernels = kernels_for(info.dtype) if compiled else None
+        self._segments = cut_in_segments(projection.directions, dtype=info.dtype) if self._kernels else None
         self.meter = ComponentMeter(
             projection.directions,
             shape=info.shape,
             residual_axis=projection.residual_axis,
+            dtype=info.dtype,
             fused=projection.fused,
         )
         # The widest words of which every piece of a block, and so every row, holds a whole number.
-        lengths = [self.meter.row_length * self.dtype.itemsize, *(block.piece_bytes for block in blocks)]
+        lengths = [self.meter.row_length * PLAIN_DTYPES[info.dtype], *(block.piece_bytes for block in blocks)]
         self.word = _WORDS[math.gcd(8, *lengths)]
         are_ranges = all(block.n_pieces == 1 for block in blocks)
         groups = [(block,) for block in blocks] if are_ranges else [blocks]
@@ -200,30 +208,54 @@ class ProjectedTensor:
         """|U W'| and |W'| of what was read back."""
         return self.meter.result()
 
-    def project(self, stored: Tensor, worker: Worker) -> NormSums:
-        """Project a block in place, and return |U W| and |W| of what it was.
+    def project(self, data: memoryview, shape: Sequence[int], worker: Worker) -> NormSums:
+        """Project a block of some shape in place, and return |U W| and |W| of what it was; the residual axis is 1.
 
         Raises:
             CheckpointError: It is not finite.
         """
-        projection, before = self.projection, NormSums()
+        import numpy as np
+
+        before = NormSums()
+        if self._kernels is None or self._segments is None:
+            self._project_with_torch(data, shape, worker, before)
+        else:
+            stored = bits_of(np.frombuffer(data, STORED[self.dtype]).reshape(shape), dtype=self.dtype)
+            project_stored(
+                self._kernels,
+                stored,
+                stored,
+                segments=self._segments,
+                residual_axis=1,
+                strength=self.projection.strength,
+                preserve_norms=self.projection.preserve_norms,
+                before=before,
+            )
+        if not math.isfinite(before.total_squared):
+            raise CheckpointError(f"{self._original} holds NaN or infinite values; download the checkpoint again")
+        return before
+
+    def _project_with_torch(self, data: memoryview, shape: Sequence[int], worker: Worker, before: NormSums) -> None:
+        import torch
+
+        from abliterate.checkpoints.stored_tensors import TORCH_DTYPES
+        from abliterate.formats.projection import project_out
+
+        projection = self.projection
+        stored = torch.frombuffer(data, dtype=TORCH_DTYPES[self.dtype]).view(*shape)
         moved = stored.to(projection.device)
         new = project_out(
             moved,
-            directions=projection.directions,
+            directions=torch.from_numpy(projection.directions),
             residual_axis=1,
             strength=projection.strength,
             preserve_norms=projection.preserve_norms,
             out=moved,
             scratch=worker.scratch,
             before=before,
-            fused=projection.fused,
         )
-        if not math.isfinite(before.total_squared):
-            raise CheckpointError(f"{self._original} holds NaN or infinite values; download the checkpoint again")
         if new is not stored:
             stored.copy_(new)
-        return before
 
 
 class ProjectedBlocks(ComputedSegment):
@@ -260,7 +292,7 @@ class ProjectedBlocks(ComputedSegment):
     @property
     def check_bytes(self) -> int:
         """See `ComputedSegment.check_bytes`: whole rows."""
-        row_bytes = self._tensor.meter.row_length * self._tensor.dtype.itemsize
+        row_bytes = self._tensor.meter.row_length * PLAIN_DTYPES[self._tensor.dtype]
         return max(1, _METER_BYTES // row_bytes) * row_bytes
 
     def fills(self) -> Sequence[Fill]:
@@ -273,8 +305,10 @@ class ProjectedBlocks(ComputedSegment):
 
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
         """See `ComputedSegment.check`."""
-        rows = torch.frombuffer(written, dtype=self._tensor.dtype).view(-1, self._tensor.meter.row_length)
-        self._tensor.meter.add(rows, scratch=worker.scratch)
+        import numpy as np
+
+        rows = np.frombuffer(written, STORED[self._tensor.dtype]).reshape(-1, self._tensor.meter.row_length)
+        self._tensor.meter.add(rows)
         self._sum_read += self._sum(written)
 
     def finish(self) -> None:
@@ -284,8 +318,7 @@ class ProjectedBlocks(ComputedSegment):
 
     def _fill(self, index: int, block: TensorBlock, target: PlainFile, worker: Worker) -> None:
         buffer = block.read(self._source, worker.memory("block"), start=self._source_start)
-        stored = torch.frombuffer(buffer, dtype=self._tensor.dtype).view(block.shape)
-        self.before[index] = self._tensor.project(stored, worker)
+        self.before[index] = self._tensor.project(buffer, block.shape, worker)
         self._sums[index] = self._sum(buffer)
         block.write(target, buffer, start=self._tensor_start)
         worker.traffic.read += block.nbytes
@@ -293,7 +326,9 @@ class ProjectedBlocks(ComputedSegment):
 
     def _sum(self, data: memoryview) -> int:
         # A sum of words does not depend on their order, so blocks of columns and rows of the file have the same.
-        return int(torch.frombuffer(data, dtype=self._tensor.word).sum(dtype=torch.int64))
+        import numpy as np
+
+        return int(np.frombuffer(data, self._tensor.word).sum(dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,6 +376,8 @@ class QuantizedEdit:
 
     def stored(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """Return codes and companions of one part as they are stored in the checkpoint."""
+        from abliterate.checkpoints.stored_tensors import read_codes
+
         part = encoded_parts(self.info)[index]
         return read_codes(self.path, part.encoding or self.encoding)
 
@@ -350,6 +387,10 @@ class QuantizedEdit:
         Raises:
             CheckpointError: It holds NaN or infinite values.
         """
+        import torch
+
+        from abliterate.formats.projection import project_out
+
         try:
             numbers = self.encoding.decode(*self.stored(index)).bfloat16()
         except ValueError as error:
@@ -361,7 +402,7 @@ class QuantizedEdit:
             return matrix
         return project_out(
             matrix,
-            directions=self.projection.directions,
+            directions=torch.from_numpy(self.projection.directions),
             residual_axis=self.projection.residual_axis - len(self.info.shape) + 2,
             strength=self.projection.strength,
             preserve_norms=self.projection.preserve_norms,
@@ -370,8 +411,8 @@ class QuantizedEdit:
 
     def refit(self, index: int, companion: int) -> Tensor:
         """Return one of the new companions, such as the scales, of one matrix."""
-        made = self._made
-        new = self._editable.refit(*self.stored(index), directions=made.directions, strength=made.strength)
+        directions, strength = self._made
+        new = self._editable.refit(*self.stored(index), directions=directions, strength=strength)
         return new[companion]
 
     def edit(self, index: int) -> Tensor:
@@ -380,17 +421,20 @@ class QuantizedEdit:
         Raises:
             CheckpointError: It holds NaN or infinite values.
         """
-        made = self._made
+        directions, strength = self._made
         try:
-            return self._editable.requantize(*self.stored(index), directions=made.directions, strength=made.strength)
+            return self._editable.requantize(*self.stored(index), directions=directions, strength=strength)
         except ValueError as error:
             raise self._damaged(str(error)) from error
 
     @property
-    def _made(self) -> Projection:
+    def _made(self) -> tuple[Tensor, float]:
+        """The directions and the strength."""
+        import torch
+
         if self.projection is None:
             raise TypeError(f"{self.info.name}: there is nothing to take out")
-        return self.projection
+        return torch.from_numpy(self.projection.directions), self.projection.strength
 
     def _damaged(self, how: str) -> CheckpointError:
         return CheckpointError(
@@ -435,6 +479,8 @@ class MadeParts(ComputedSegment):
             written, offset = written[len(part) :], offset + len(part)
 
     def _fill(self, index: int, target: PlainFile, worker: Worker) -> None:
+        from abliterate.checkpoints.stored_tensors import tensor_bytes
+
         data = tensor_bytes(self._make(index))
         self._sums[index] = zlib.crc32(data)
         target.write(data, self.start + self._starts[index])

@@ -234,6 +234,8 @@ class WriteOptions:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers is {self.workers}; give 1 or more")
+        if self.device == "cpu":
+            return
         # Options are read by commands that need no torch.
         import torch
 

@@ -19,7 +19,7 @@ from abliterate.checkpoints.checkpoint import GGUF_SUFFIX
 from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.partial_run import partial_run
 from abliterate.checkpoints.provenance import values_sha256, versions
-from abliterate.directions import Direction
+from abliterate.directions import Direction, encode_rows
 from abliterate.editing.checks import compare_layouts, measure_survivors, rounding_bound
 from abliterate.editing.edited_files import EditedFiles
 from abliterate.editing.options import EditOptions, WriteOptions
@@ -30,7 +30,6 @@ from abliterate.editing.record import (
     EditedTensor,
     OrthogonalizationReport,
     Work,
-    encode_subspace,
     write_record,
 )
 from abliterate.errors import InputError, VerificationError
@@ -60,7 +59,7 @@ def plan_key(plan: EditPlan, *, device: str) -> dict[str, str]:
                 [hashlib.sha256(shard.header_bytes).hexdigest() for shard in checkpoint.shards],
             ]
         ),
-        "direction": values_sha256([encode_subspace(plan.subspace), doses]),
+        "direction": values_sha256([encode_rows(plan.removed.subspace), doses]),
         "set of options": values_sha256(
             [dataclasses.asdict(plan.options), plan.config_changes, [edit.name for edit in plan.edits], device]
         ),

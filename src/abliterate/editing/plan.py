@@ -12,7 +12,7 @@ from abliterate.architectures.writers import ResidualWriter, StreamMap, map_chec
 from abliterate.checkpoints.checkpoint import Checkpoint, is_gguf, refuse_adapter
 from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.safetensors_file import PLAIN_DTYPES, Shard
-from abliterate.directions import Direction, load_direction, orthonormalize
+from abliterate.directions import Direction, load_direction, orthonormal_basis
 from abliterate.editing.edits import (
     Addition,
     TensorEdit,
@@ -35,7 +35,6 @@ from abliterate.formats.quantized import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
 
 # Sine of the angle below which one direction says nothing that the others do not say: 0.06 degrees.
@@ -173,13 +172,6 @@ class EditPlan:
     partial: PartialEdit | None = None
 
     @property
-    def subspace(self) -> Tensor:
-        """R, [k, d_model] float64, orthonormal rows that span the directions, in their order."""
-        import torch
-
-        return torch.from_numpy(self.removed.subspace)
-
-    @property
     def layout(self) -> Checkpoint:
         """What will be on disk, but for tensors that are new: the checkpoint's own layout unless it is dequantised."""
         return dequantized_layout(self.view) if self.is_dequantized else self.checkpoint
@@ -283,7 +275,7 @@ def make_edit_plan(
         view=view,
         stream=stream,
         directions=directions,
-        removed=removed_directions(_span(directions, given).numpy(), options),
+        removed=removed_directions(_span(directions, given), options),
         options=options,
         edits=edits,
         config_changes=config_changes,
@@ -400,12 +392,14 @@ def _as_direction(direction: Direction | Path | str, *, d_model: int, model: str
     return direction
 
 
-def _span(directions: Sequence[Direction], given: Sequence[Direction | Path | str]) -> Tensor:
-    import torch
+def _span(directions: Sequence[Direction], given: Sequence[Direction | Path | str]) -> NDArray[np.float64]:
+    """Return R, [k, d_model], orthonormal rows that span the directions, in their order."""
+    import numpy as np
 
     if not directions:
         raise DirectionError("no direction was given; name a direction file with --direction")
-    basis, left_out = orthonormalize(torch.stack([each.vector for each in directions]), tolerance=_LEAST_SINE)
+    rows = np.stack([each.numbers["direction"] for each in directions]).astype(np.float64)
+    basis, left_out = orthonormal_basis(rows, tolerance=_LEAST_SINE)
     if left_out:
         index = left_out[0]
         name = f"direction {index + 1}" if isinstance(given[index], Direction) else str(given[index])

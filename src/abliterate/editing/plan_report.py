@@ -30,6 +30,7 @@ from abliterate.checkpoints.checkpoint import (
 from abliterate.checkpoints.model_source import CardFacts, find_local_model, read_card_facts
 from abliterate.checkpoints.provenance import versions
 from abliterate.checkpoints.safetensors_file import Shard, TensorInfo, damaged_file, header_end, parse_shard
+from abliterate.directions import encode_rows
 from abliterate.editing.edits import TensorEdit, projection_of
 from abliterate.editing.options import EditOptions
 from abliterate.editing.plan import (
@@ -49,7 +50,6 @@ from abliterate.editing.record import (
     Format,
     LeftAloneTensors,
     OrthogonalizationReport,
-    encode_subspace,
 )
 from abliterate.errors import InputError
 from abliterate.files import MAX_BYTES, has_file, uncollected
@@ -470,7 +470,7 @@ def planned_report(
             {"sha256": direction.sha256, "d_model": direction.d_model, "metadata": direction.metadata}
             for direction in plan.directions
         ),
-        subspace=encode_subspace(plan.subspace),
+        subspace=encode_rows(plan.removed.subspace),
         options=plan.options,
         config_changes=plan.config_changes,
         tensors=tuple(EditedTensor(edit=edit) for edit in edits),

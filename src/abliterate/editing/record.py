@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from abliterate.checkpoints.file_ranges import WrittenFile, hash_file, in_threads
 from abliterate.checkpoints.provenance import values_sha256
-from abliterate.directions import decode_rows, encode_rows
+from abliterate.directions import decode_rows
 from abliterate.errors import InputError, VerificationError
 from abliterate.files import has_file, in_one_line, read_json_report, write_json
 from abliterate.progress import SILENT, ProgressReporter
@@ -23,7 +23,6 @@ from abliterate.progress import SILENT, ProgressReporter
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from abliterate.checkpoints.model_source import ModelSource
     from abliterate.editing.edits import TensorEdit
@@ -148,7 +147,7 @@ class OrthogonalizationReport:
             `auto_class`, the class of transformers that loads it; and `abliteration`, the earlier edit, if it had
             been orthogonalized before.
         directions: sha256, d_model and metadata of each direction.
-        subspace: k, d_model, dtype and base64 of the orthonormal rows that span them (see `encode_subspace`).
+        subspace: k, d_model, dtype and base64 of the orthonormal rows that span them, little-endian.
         options: What was asked for.
         config_changes: Dotted path in config.json -> the value it has instead of the base's; None: it is not there.
         tensors: Every edited tensor, in file order.
@@ -215,16 +214,11 @@ class AbliterationRecord:
         return bool(self.content.get("format") == "adapter")
 
 
-def encode_subspace(subspace: "Tensor") -> dict[str, Any]:
-    """Return orthonormal rows [k, d_model] as the record holds them."""
-    return encode_rows(subspace.double().cpu().numpy())
-
-
 def decode_subspace(encoded: dict[str, Any]) -> "NDArray[np.float64]":
-    """Return the orthonormal rows [k, d_model] that `encode_subspace` encoded.
+    """Return the orthonormal rows [k, d_model] of a record.
 
     Raises:
-        InputError: They are not what `encode_subspace` returns.
+        InputError: They are not what `directions.encode_rows` returns.
     """
     try:
         rows = decode_rows(encoded)

@@ -1,4 +1,4 @@
-"""`projection.project_out` and `component.ComponentMeter`, compiled: few passes over numbers that stay in the cache.
+"""`projection.project_out` and the meter of `stored_component`, compiled: few passes, over numbers in the cache.
 
 Every step is one IEEE operation and every sum has an order, that of `projection`, so the same bytes come out with this
 and without. Only the sums of the meter, which are of float64, are in no order.
@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from abliterate.formats.projection import CHUNK_ROWS, N_LANES
+from abliterate.formats.segments import CHUNK_ROWS, N_LANES
 
 # Columns that are worked on together: what comes out does not depend on it.
 _WIDTH = 1024

@@ -34,44 +34,40 @@ distance), chunks in float64. So what comes out does not depend on how a tensor 
 
 from __future__ import annotations
 
-import functools
-import importlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from abliterate.checkpoints.file_assembly import Scratch
 from abliterate.directions import orthonormalize
+from abliterate.formats.segments import (
+    CHUNK_ROWS,
+    LEAST_LEFT,
+    N_LANES,
+    NormSums,
+    Segments,
+    bits_of,
+    cut_in_segments,
+    kernels_for,
+    project_stored,
+)
 from abliterate.formats.stored_component import directions_behind
 
 if TYPE_CHECKING:
+    import numpy as np
     from jaxtyping import Float, Float64
 
 # Elements that are held in the arithmetic's wide dtype at a time, so that memory is bounded by a block and
 # not by the tensor: 4 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 20
 
-# A segment of the axis ends where it has at most so many times what is left of any direction, or, where many entries
-# are left, so many that each is moved by a quarter of a rounding error. The last segment has about two entries.
-_MOST_TIMES = 4.0
-_LEAST_ENTRIES = 1.0
-
-# Terms that are added before the sum goes on in float64: rows that follow each other, or numbers along a vector that
-# lie as far apart as there are lanes.
-CHUNK_ROWS = 32
-N_LANES = 128
-
-# What stands for a number of each dtype that `fused` takes, in numpy.
-_FUSED = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-
-# A fibre of which less than this share is left has lost its direction to rounding: its norm is not restored.
-LEAST_LEFT = 1e-3
+# The dtypes that plain weights have, as safetensors names them.
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +136,10 @@ def project_out(
     if not len(basis):
         return edited.copy_(weight)
     wide = _wide(weight.dtype)
-    segments = _segments(basis, stored=weight.dtype)
+    segments = cut_in_segments(basis.cpu().numpy(), dtype=_NAMES[weight.dtype])
     options = _Options(strength=strength, preserve_norms=preserve_norms)
     sums = NormSums() if before is None else before
-    kernels = fused_kernels() if fused and can_be_fused(weight, edited) else None
+    kernels = _kernels(weight, edited) if fused else None
     if kernels is not None:
         _project_fused(kernels, weight, edited, residual_axis, segments, options, sums)
         return edited
@@ -151,23 +147,6 @@ def project_out(
     for old, new in zip(blocks_along(weight, residual_axis), blocks_along(edited, residual_axis), strict=True):
         _project_block(old, new, segments, memory, options, sums)
     return edited
-
-
-class NormSums:
-    """|U W| and |W| of a tensor, Frobenius norms, as sums over its blocks.
-
-    Attributes:
-        along_squared: |U W|^2 of the blocks so far.
-        total_squared: |W|^2 of them.
-    """
-
-    def __init__(self) -> None:
-        self.along_squared = self.total_squared = 0.0
-
-    def add(self, along_squared: float, total_squared: float) -> None:
-        """Count some vectors."""
-        self.along_squared += along_squared
-        self.total_squared += total_squared
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -199,15 +178,6 @@ def blocks_along(weight: Float[Tensor, "*shape"], residual_axis: int) -> Iterato
     for matrix in weight.reshape(-1, d_model).T.unsqueeze(0) if is_last else weight.reshape(-1, d_model, trailing):
         for first in range(0, matrix.shape[1], width):
             yield matrix[:, first : first + width]
-
-
-@functools.cache
-def fused_kernels() -> ModuleType | None:
-    """Return `fused`; None where its compiler is not there, or has no folder to keep its work in."""
-    try:
-        return importlib.import_module("abliterate.formats.fused")
-    except (ImportError, RuntimeError):
-        return None
 
 
 class Block:
@@ -272,21 +242,6 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Segments:
-    """The residual axis in segments, each of which takes away what those before it have put back.
-
-    Attributes:
-        directions: U, in the dtype of the arithmetic.
-        bounds: Where each begins, and the end of the last.
-        inverses: For each, (U_S U_S^T)^-1 with S the axis from there to its end.
-    """
-
-    directions: Float[Tensor, "k d_model"]
-    bounds: tuple[int, ...]
-    inverses: Float64[Tensor, "segments k k"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Options:
     """See `project_out`."""
 
@@ -294,42 +249,16 @@ class _Options:
     preserve_norms: bool
 
 
-def _segments(basis: Float64[Tensor, "k d_model"], *, stored: torch.dtype) -> _Segments:
-    """Cut the residual axis where a half, a quarter, an eighth, ... of |U|^2 is left, as long as it is of use.
-
-    It stays in one piece where nothing is rounded but by the arithmetic itself.
-    """
-    is_rounded = stored != _wide(stored)
-    k, d_model = basis.shape
-    left = basis.square().sum(dim=0).flip(0).cumsum(0).flip(0) / k
-    bounds, grams, share = [0], [basis @ basis.T], 0.5
-    while is_rounded and share * d_model >= _LEAST_ENTRIES:
-        cut = int((left > share).sum())
-        share /= 2
-        if not bounds[-1] < cut < d_model:
-            continue
-        rest = basis[:, cut:]
-        rounded = float(left[bounds[-1]] - left[cut])
-        if float(torch.linalg.eigvalsh(rest @ rest.T).amin()) * max(_MOST_TIMES, (d_model - cut) / 16) < rounded:
-            continue
-        bounds.append(cut)
-        grams.append(rest @ rest.T)
-    return _Segments(
-        directions=basis.to(_wide(stored)),
-        bounds=(*bounds, d_model),
-        inverses=torch.linalg.inv(torch.stack(grams)),
-    )
-
-
 def _project_block(
     old: Float[Tensor, "d_model n"],
     new: Float[Tensor, "d_model n"],
-    segments: _Segments,
+    segments: Segments,
     memory: Block,
     options: _Options,
     sums: NormSums,
 ) -> None:
-    directions = segments.directions
+    directions = torch.from_numpy(segments.directions).to(old.device)
+    inverses = torch.from_numpy(segments.inverses).to(old.device)
     exact = memory.exact(old)
     squares = memory.sum(torch.mul(exact, exact, out=memory.like(exact, name="terms")))
     before = memory.along(directions, exact)
@@ -344,7 +273,7 @@ def _project_block(
         shares, wanted = directions[:, start:end], exact[start:end]
         if index:
             wanted = memory.like(wanted, name="wanted").copy_(wanted)
-            _take_away(wanted, shares, _times(segments.inverses[index], error), memory)
+            _take_away(wanted, shares, _times(inverses[index], error), memory)
         rounded = memory.rounded(wanted)
         new[start:end] = rounded
         if end < len(exact):
@@ -372,16 +301,18 @@ def _times(matrix: Float64[Tensor, "k k"], columns: Float64[Tensor, "k n"]) -> F
     return total
 
 
-def can_be_fused(*weights: Float[Tensor, "*shape"]) -> bool:
-    """Say whether `fused` takes tensors such as these."""
-    return all(
-        each.is_contiguous() and each.numel() and each.device.type == "cpu" and each.dtype in _FUSED for each in weights
-    )
+def tensor_bits(weight: Float[Tensor, "*shape"]) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
+    """Return a weight on the CPU as compiled code takes it; see `segments.bits_of`."""
+    # numpy has no bfloat16: as integers of its size both go over.
+    seen = weight.view(torch.int16) if weight.element_size() == 2 else weight
+    return bits_of(seen.numpy(), dtype=_NAMES[weight.dtype])
 
 
-def bits_of(weight: Float[Tensor, "*shape"]) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
-    """Return a weight as `fused` takes it: float32, or the bits of what numpy has no numbers for."""
-    return weight.view(_FUSED[weight.dtype]).numpy()
+def _kernels(*weights: Float[Tensor, "*shape"]) -> ModuleType | None:
+    """Return the compiled code if it takes tensors such as these."""
+    if all(each.is_contiguous() and each.numel() and each.device.type == "cpu" for each in weights):
+        return kernels_for(_NAMES[weights[0].dtype])
+    return None
 
 
 def _project_fused(
@@ -389,30 +320,20 @@ def _project_fused(
     weight: Float[Tensor, "*shape"],
     edited: Float[Tensor, "*shape"],
     residual_axis: int,
-    segments: _Segments,
+    segments: Segments,
     options: _Options,
     before: NormSums,
 ) -> None:
-    d_model = weight.shape[residual_axis]
-    is_last = _is_last(weight, residual_axis)
-    kernel = kernels.project_vectors if is_last else kernels.project_columns
-    rows = d_model if is_last else weight.shape[residual_axis % weight.dim() + 1 :].numel()
-    shape = (1, -1, rows) if is_last else (-1, d_model, rows)
-    olds, news = (bits_of(each).reshape(shape) for each in (weight, edited))
-    sums = torch.zeros(2, dtype=torch.float64)
-    for old, new in zip(olds, news, strict=True):
-        kernel(
-            old,
-            new,
-            segments.directions.numpy(),
-            torch.tensor(segments.bounds).numpy(),
-            segments.inverses.numpy(),
-            float(options.strength),
-            bool(options.preserve_norms),
-            LEAST_LEFT,
-            sums.numpy(),
-        )
-    before.add(*sums.tolist())
+    project_stored(
+        kernels,
+        tensor_bits(weight),
+        tensor_bits(edited),
+        segments=segments,
+        residual_axis=residual_axis,
+        strength=options.strength,
+        preserve_norms=options.preserve_norms,
+        before=before,
+    )
 
 
 def _is_last(weight: Float[Tensor, "*shape"], residual_axis: int) -> bool:

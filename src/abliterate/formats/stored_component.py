@@ -1,4 +1,4 @@
-"""How much of a plain weight lies along directions, from its file, part by part: |U W| and |W| without torch.
+"""How much of a plain weight lies along directions, row by row in the order of its file: |U W| and |W| without torch.
 
 `component` measures a tensor in hand, and what is stored in few bits. Both sum in float64, in another order.
 """
@@ -6,18 +6,21 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterate.checkpoints.file_ranges import became_shorter, is_filled
 from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.directions import orthonormal_basis
 from abliterate.errors import CheckpointError
+from abliterate.formats.segments import STORED, bits_of, kernels_for
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Numbers = NDArray[np.float64]
+    Stored = NDArray[Any]
 
 # Bytes that are read at a time, and elements that are worked on together, which stay in the cache.
 _READ_BYTES = 4 << 20
@@ -25,7 +28,6 @@ _PART_ELEMENTS = 1 << 16
 # Of each dtype the distance from 1 to the next number, and the least normal number.
 _EPS = {"F16": 2.0**-10, "BF16": 2.0**-7, "F32": 2.0**-23, "F64": 2.0**-52}
 _TINY = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126, "F64": 2.0**-1022}
-_NUMPY = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 
 
 class Component(NamedTuple):
@@ -86,7 +88,8 @@ def read_numbers(directory: Path, info: TensorInfo) -> "Numbers":
     """
     import numpy as np
 
-    parts = [numbers.ravel() for numbers in _rows(directory, info, row_length=max(1, math.prod(info.shape)))]
+    stored = [rows.ravel() for rows in _rows(directory, info, row_length=max(1, math.prod(info.shape)))]
+    parts = [(part.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else part for part in stored]
     return np.concatenate([np.empty(0), *parts]).reshape(info.shape)
 
 
@@ -122,50 +125,123 @@ def measure(directory: Path, info: TensorInfo, *, directions: "Numbers", residua
         CheckpointError: The file cannot be read or has become shorter.
         ValueError: The directions are not of the axis' length.
     """
-    import numpy as np
-
     if directions.shape[1] != info.shape[residual_axis]:
         raise ValueError(
             f"directions have shape {list(directions.shape)}, the residual axis has length {info.shape[residual_axis]}"
         )
-    axis = residual_axis % len(info.shape)
-    d_model, trailing = info.shape[axis], math.prod(info.shape[axis + 1 :])
-    is_last = axis == len(info.shape) - 1
-    along_squared = total_squared = 0.0
-    sums, row = np.zeros((len(directions), trailing)), 0
-    # Sums of `einsum` and not products of matrices, for which the library has threads of its own, that wait for one
-    # another at each part: ten times the processor's time beside ours. What is not finite is found by what comes out.
-    with np.errstate(all="ignore"):
-        for rows in _rows(directory, info, row_length=d_model if is_last else trailing):
-            flat = rows.ravel()
-            total_squared += float(np.einsum("i,i->", flat, flat))
-            if is_last:
-                along_squared += float(np.square(np.einsum("ij,kj->ik", rows, directions)).sum())
-                continue
-            while len(rows):
-                part = rows[: d_model - row]
-                sums += np.einsum("km,mn->kn", directions[:, row : row + len(part)], part)
-                row, rows = row + len(part), rows[len(part) :]
-                if row == d_model:
-                    along_squared += float(np.square(sums).sum())
-                    sums[:], row = 0.0, 0
-    return Component(along_squared**0.5, total_squared**0.5)
+    meter = ComponentMeter(directions, shape=info.shape, residual_axis=residual_axis, dtype=info.dtype)
+    for rows in _rows(directory, info, row_length=meter.row_length):
+        meter.add(rows)
+    return meter.result()
 
 
-def _rows(directory: Path, info: TensorInfo, *, row_length: int) -> "Iterator[Numbers]":
-    """Yield the numbers of a tensor as rows, some at a time; what is yielded lasts until the next."""
+class ComponentMeter:
+    """Measures |U W| and |W| of a plain tensor that is given row by row in the order of its file.
+
+    Its sums do not depend on how the rows are dealt out, as long as that is done in the same way each time.
+
+    Args:
+        directions: U, [k, d_model], orthonormal rows.
+        shape: Shape of the tensor.
+        residual_axis: The axis of it that indexes the residual stream.
+        dtype: What it is stored as.
+        fused: See `projection.project_out`.
+
+    Attributes:
+        row_length: What a row has: a vector along the residual axis, or what one output of the writer reads.
+    """
+
+    def __init__(
+        self, directions: "Numbers", *, shape: Sequence[int], residual_axis: int, dtype: str, fused: bool = False
+    ) -> None:
+        import numpy as np
+
+        self._directions, self._dtype = np.ascontiguousarray(directions, np.float64), dtype
+        self._kernels = kernels_for(dtype) if fused else None
+        axis = residual_axis % len(shape)
+        d_model, trailing = shape[axis], math.prod(shape[axis + 1 :])
+        self._d_model, self._is_last = d_model, axis == len(shape) - 1
+        self.row_length = d_model if self._is_last else trailing
+        self._sums, self._row = np.zeros((len(directions), 0 if self._is_last else trailing)), 0
+        self._along_squared = self._total_squared = 0.0
+        per_part = max(1, _PART_ELEMENTS // max(1, self.row_length))
+        self._wide = np.empty((0 if self._kernels else per_part, self.row_length))
+        # Room for bfloat16 as what it is the upper half of.
+        self._single = np.empty(self._wide.shape if dtype == "BF16" else (0, self.row_length), np.uint32)
+
+    def add(self, rows: "Stored") -> None:
+        """Take the next rows, [n, row_length], as `segments.STORED` says."""
+        import numpy as np
+
+        # What is not finite is found by what comes out.
+        with np.errstate(all="ignore"):
+            if self._kernels is not None:
+                self._add_fused(self._kernels, bits_of(rows, dtype=self._dtype))
+                return
+            for first in range(0, len(rows), len(self._wide)):
+                self._add_wide(self._widened(rows[first : first + len(self._wide)]))
+
+    def result(self) -> Component:
+        """Return |U W| and |W| of all rows so far."""
+        return Component(self._along_squared**0.5, self._total_squared**0.5)
+
+    def _widened(self, rows: "Stored") -> "Numbers":
+        import numpy as np
+
+        wide = self._wide[: len(rows)]
+        if self._dtype == "BF16":
+            rows = np.left_shift(rows, 16, out=self._single[: len(rows)], dtype=np.uint32).view(np.float32)
+        wide[:] = rows
+        return wide
+
+    def _add_wide(self, rows: "Numbers") -> None:
+        import numpy as np
+
+        # Sums of `einsum` and not products of matrices, for which the library has threads of its own, that wait for
+        # one another at each part: ten times the processor's time beside ours.
+        flat = rows.ravel()
+        self._total_squared += float(np.einsum("i,i->", flat, flat))
+        if self._is_last:
+            self._along_squared += float(np.square(np.einsum("ij,kj->ik", rows, self._directions)).sum())
+            return
+        for part, directions in self._parts(rows):
+            self._sums += np.einsum("km,mn->kn", directions, part)
+
+    def _add_fused(self, kernels: ModuleType, rows: "Stored") -> None:
+        import numpy as np
+
+        if self._is_last:
+            along_squared, total_squared = kernels.measure_vectors(rows, self._directions)
+            self._along_squared += along_squared
+            self._total_squared += total_squared
+            return
+        for part, directions in self._parts(rows):
+            self._total_squared += kernels.measure_rows(part, np.ascontiguousarray(directions), self._sums)
+
+    def _parts(self, rows: "Stored") -> "Iterator[tuple[Stored, Numbers]]":
+        """Yield rows of one matrix with what U is in them; the sums of a matrix that is whole are counted."""
+        while len(rows):
+            part = rows[: self._d_model - self._row]
+            yield part, self._directions[:, self._row : self._row + len(part)]
+            self._row += len(part)
+            rows = rows[len(part) :]
+            if self._row == self._d_model:
+                self._along_squared += float((self._sums * self._sums).sum())
+                self._sums[:] = 0.0
+                self._row = 0
+
+
+def _rows(directory: Path, info: TensorInfo, *, row_length: int) -> "Iterator[Stored]":
+    """Yield the stored numbers of a tensor as rows, some at a time; what is yielded lasts until the next."""
     import numpy as np
 
     if info.start == info.end:
         return
-    path, item = directory / info.shard, np.dtype(_NUMPY[info.dtype]).itemsize
+    path, item = directory / info.shard, np.dtype(STORED[info.dtype]).itemsize
     per_part = max(1, _PART_ELEMENTS // row_length)
     per_read = max(per_part, _READ_BYTES // (row_length * item) // per_part * per_part)
     n_rows = (info.end - info.start) // (row_length * item)
     memory = bytearray(min(per_read, n_rows) * row_length * item)
-    wide = np.empty((min(per_part, n_rows), row_length))
-    # Room for bfloat16 as what it is the upper half of.
-    single = np.empty(wide.shape if info.dtype == "BF16" else (0, row_length), np.uint32)
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(info.start)
@@ -173,13 +249,6 @@ def _rows(directory: Path, info: TensorInfo, *, row_length: int) -> "Iterator[Nu
                 count = min(per_read, n_rows - first)
                 if not is_filled(file, memoryview(memory)[: count * row_length * item]):
                     raise became_shorter(path)
-                stored = np.frombuffer(memory, _NUMPY[info.dtype], count * row_length).reshape(count, row_length)
-                for top in range(0, count, per_part):
-                    part = stored[top : top + per_part]
-                    if info.dtype == "BF16":
-                        bits = np.left_shift(part, 16, out=single[: len(part)], dtype=np.uint32)
-                        part = bits.view(np.float32)
-                    wide[: len(part)] = part
-                    yield wide[: len(part)]
+                yield np.frombuffer(memory, STORED[info.dtype], count * row_length).reshape(count, row_length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error

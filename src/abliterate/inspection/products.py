@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from abliterate.formats.projection import bits_of
+from abliterate.formats.projection import tensor_bits
 from abliterate.inspection.numbers import MatrixPair
 
 _FUSED_DTYPES = {"F32", "BF16", "F16"}
@@ -67,8 +67,8 @@ class Products:
             self._memory = torch.zeros(2, kernels.ROWS, old.shape[1])
         sums = torch.zeros(3, dtype=torch.float64)
         kernels.add_rows(
-            bits_of(old),
-            bits_of(new),
+            tensor_bits(old),
+            tensor_bits(new),
             self._turned.numpy(),
             self._memory.numpy(),
             self.across[:, part].numpy(),
