@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.orthogonalize import PAUSE, in_cache, make_checkpoint, timed
+from benchmarks.orthogonalize import PAUSE, SHAPES, in_cache, make_checkpoint, timed
 
 
 def ways_of(base: Path, edited: Path, copy: Path) -> dict[str, list[str]]:
@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     base, edited, copy = (arguments.directory / name for name in ("base", "edited", "copy"))
     if arguments.make:
-        make_checkpoint(base, arguments.size)
+        make_checkpoint(base, arguments.size, SHAPES["8b"])
         return
     if not (arguments.keep and copy.is_dir()):
         shutil.rmtree(arguments.directory, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Editing a checkpoint beside copying it, and beside loading, editing and saving it with transformers.
 
-Makes a llama checkpoint with the shapes of an 8B model (bf16, random weights, as many layers as `--size` takes) and
-runs, one after another and `--runs` times round, each in a process of its own:
+Makes a llama checkpoint with the shapes of an 8B or a 70B model (bf16, random weights, as many layers as `--size`
+takes) and runs, one after another and `--runs` times round, each in a process of its own:
 
 * `cp -r`, and `cp -r` followed by a flush to the disk, which is what ours ends with;
 * `abliterate orthogonalize`, with the files in the page cache and without;
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,18 +33,35 @@ if TYPE_CHECKING:
 PAUSE = 5.0
 # torch is imported by the process that makes the checkpoint alone: what a child process has at its peak begins with
 # what its parent had.
-D_MODEL, D_MLP, D_KV, VOCABULARY, SHARD_BYTES = 4096, 14336, 1024, 128256, 1 << 30
-LAYER: dict[str, tuple[int, ...]] = {
-    "input_layernorm.weight": (D_MODEL,),
-    "mlp.down_proj.weight": (D_MODEL, D_MLP),
-    "mlp.gate_proj.weight": (D_MLP, D_MODEL),
-    "mlp.up_proj.weight": (D_MLP, D_MODEL),
-    "post_attention_layernorm.weight": (D_MODEL,),
-    "self_attn.k_proj.weight": (D_KV, D_MODEL),
-    "self_attn.o_proj.weight": (D_MODEL, D_MODEL),
-    "self_attn.q_proj.weight": (D_MODEL, D_MODEL),
-    "self_attn.v_proj.weight": (D_KV, D_MODEL),
-}
+SHARD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The sizes of a llama."""
+
+    d_model: int
+    d_mlp: int
+    d_kv: int
+    vocabulary: int
+
+    def layer(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of a layer."""
+        return {
+            "input_layernorm.weight": (self.d_model,),
+            "mlp.down_proj.weight": (self.d_model, self.d_mlp),
+            "mlp.gate_proj.weight": (self.d_mlp, self.d_model),
+            "mlp.up_proj.weight": (self.d_mlp, self.d_model),
+            "post_attention_layernorm.weight": (self.d_model,),
+            "self_attn.k_proj.weight": (self.d_kv, self.d_model),
+            "self_attn.o_proj.weight": (self.d_model, self.d_model),
+            "self_attn.q_proj.weight": (self.d_model, self.d_model),
+            "self_attn.v_proj.weight": (self.d_kv, self.d_model),
+        }
+
+
+# Those of Llama 3 8B and Llama 2 70B, whose out-projections are larger than a block of the writer's.
+SHAPES = {"8b": Shapes(4096, 14336, 1024, 128256), "70b": Shapes(8192, 28672, 1024, 32000)}
 TRANSFORMERS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -59,28 +77,29 @@ model.save_pretrained(sys.argv[3])
 """
 
 
-def tensor_shapes(size: float) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(size: float, of: Shapes) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a checkpoint of about `size` GB."""
-    ends = {"model.embed_tokens.weight": (VOCABULARY, D_MODEL), "lm_head.weight": (VOCABULARY, D_MODEL)}
-    layer = sum(2 * math.prod(shape) for shape in LAYER.values())
+    end = (of.vocabulary, of.d_model)
+    ends = {"model.embed_tokens.weight": end, "lm_head.weight": end}
+    layer = sum(2 * math.prod(shape) for shape in of.layer().values())
     left = size * 1e9 - sum(2 * math.prod(shape) for shape in ends.values())
     n_layers = max(1, round(left / layer))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": ends["model.embed_tokens.weight"]}
     for index in range(n_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in LAYER.items()}
-    return shapes | {"model.norm.weight": (D_MODEL,), "lm_head.weight": ends["lm_head.weight"]}
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in of.layer().items()}
+    return shapes | {"model.norm.weight": (of.d_model,), "lm_head.weight": ends["lm_head.weight"]}
 
 
-def make_checkpoint(path: Path, size: float) -> None:
+def make_checkpoint(path: Path, size: float, of: Shapes) -> None:
     """Write the checkpoint, tensor by tensor, and a direction beside it."""
     import torch
 
     from abliterate.directions import make_direction
 
     path.mkdir(parents=True)
-    direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(of.d_model, generator=torch.Generator().manual_seed(1))
     make_direction(mean_difference=direction).save(path.parent / "refusal.safetensors")
-    shapes = tensor_shapes(size)
+    shapes = tensor_shapes(size, of)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes.items():
         if sum(2 * math.prod(each) for each in shards[-1].values()) >= SHARD_BYTES:
@@ -96,8 +115,9 @@ def make_checkpoint(path: Path, size: float) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": D_MODEL,
-        "intermediate_size": D_MLP, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": VOCABULARY,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": of.d_model,
+        "intermediate_size": of.d_mlp, "num_attention_heads": of.d_model // 128, "num_key_value_heads": of.d_kv // 128,
+        "vocab_size": of.vocabulary,
         "num_hidden_layers": sum(name.endswith("o_proj.weight") for name in shapes), "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }  # fmt: skip
@@ -174,6 +194,7 @@ def main() -> None:
     """Make the checkpoint, run every way several times in turn, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, default=4.0, help="GB of weights")
+    parser.add_argument("--shapes", choices=tuple(SHAPES), default="8b", help="of which llama")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--directory", type=Path, default=Path("build/benchmark-orthogonalize"))
@@ -181,14 +202,15 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, metavar="TREE", help="checkout of another commit, timed as well")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    directory = arguments.directory / f"{arguments.size:g}"
+    of = SHAPES[arguments.shapes]
+    directory = arguments.directory / f"{arguments.shapes}-{arguments.size:g}"
     source, out, direction = directory / "base", directory / "out", directory / "refusal.safetensors"
     if arguments.make:
-        make_checkpoint(source, arguments.size)
+        make_checkpoint(source, arguments.size, of)
         return
     shutil.rmtree(directory, ignore_errors=True)
-    maker = [sys.executable, __file__, "--make", "--size", str(arguments.size), "--directory", str(arguments.directory)]
-    subprocess.run(maker, check=True)
+    given = ["--size", str(arguments.size), "--shapes", arguments.shapes, "--directory", str(arguments.directory)]
+    subprocess.run([sys.executable, __file__, "--make", *given], check=True)
     ways = ways_of(source, out, direction, workers=arguments.workers, beside=arguments.beside)
     if arguments.only:
         ways = {way: each for way, each in ways.items() if any(word in way for word in arguments.only)}
@@ -202,7 +224,7 @@ def main() -> None:
             results[way].append(timed(command))
             print(f"{way}: {results[way][-1]}", file=sys.stderr, flush=True)
     shutil.rmtree(directory)
-    show(results, size=sum(2 * math.prod(shape) for shape in tensor_shapes(arguments.size).values()))
+    show(results, size=sum(2 * math.prod(shape) for shape in tensor_shapes(arguments.size, of).values()))
 
 
 def show(results: dict[str, list[dict[str, float]]], *, size: int) -> None:

@@ -25,7 +25,13 @@ class ModelOptions:
         stream_layers: read one decoder layer at a time instead of loading the model; for `extract` only.
     """
 
-    dtype: Annotated[Dtype, Argument(flag="--dtype", help="Number format the model runs in.")] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Argument(
+            flag="--dtype",
+            help="Number format the model runs in. On a CPU, bfloat16 is fast where the processor multiplies it itself.",
+        ),
+    ] = "auto"
     device: Annotated[
         str,
         Argument(
