@@ -28,6 +28,12 @@ def test_wilson_interval_of_nothing() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
+@given(st.integers(1, 5000))
+def test_wilson_interval_ends_where_shares_do(n: int) -> None:
+    assert wilson_interval(0, n)[0] == 0.0
+    assert wilson_interval(n, n)[1] == 1.0
+
+
 @given(st.integers(0, 400), st.integers(0, 400))
 def test_mcnemar_equals_scipys_exact_binomial_test(lost: int, gained: int) -> None:
     expected = binomtest(lost, lost + gained, 0.5).pvalue if lost + gained else 1.0

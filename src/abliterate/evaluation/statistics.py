@@ -62,7 +62,8 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     p, z = successes / n, Z_95
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends it is exact, and rounding would leave a trace of it.
+    return centre - half if successes else 0.0, centre + half if successes < n else 1.0
 
 
 def mcnemar_p_value(only_before: int, only_after: int) -> float:
