@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from abliterate.checkpoints.encoding import EditableEncoding, Encoding
 from abliterate.checkpoints.file_assembly import ComputedSegment, Fill, Worker, changed_on_the_way
 from abliterate.checkpoints.file_ranges import AlignedMemory, PlainFile
@@ -29,7 +31,6 @@ from abliterate.formats.segments import STORED, NormSums, bits_of, cut_in_segmen
 from abliterate.formats.stored_component import Component, ComponentMeter
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -214,8 +215,6 @@ class ProjectedTensor:
         Raises:
             CheckpointError: It is not finite.
         """
-        import numpy as np
-
         before = NormSums()
         if self._kernels is None or self._segments is None:
             self._project_with_torch(data, shape, worker, before)
@@ -305,8 +304,6 @@ class ProjectedBlocks(ComputedSegment):
 
     def check(self, written: memoryview, *, offset: int, worker: Worker) -> None:  # noqa: ARG002
         """See `ComputedSegment.check`."""
-        import numpy as np
-
         rows = np.frombuffer(written, STORED[self._tensor.dtype]).reshape(-1, self._tensor.meter.row_length)
         self._tensor.meter.add(rows)
         self._sum_read += self._sum(written)
@@ -326,8 +323,6 @@ class ProjectedBlocks(ComputedSegment):
 
     def _sum(self, data: memoryview) -> int:
         # A sum of words does not depend on their order, so blocks of columns and rows of the file have the same.
-        import numpy as np
-
         return int(np.frombuffer(data, self._tensor.word).sum(dtype=np.int64))
 
 
