@@ -29,7 +29,7 @@ class ModelOptions:
         Dtype,
         Argument(
             flag="--dtype",
-            help="Number format the model runs in. On a CPU, bfloat16 is fast where the processor multiplies it itself.",
+            help="Number format the model runs in. On a CPU, bfloat16 is fast if the processor multiplies it itself.",
         ),
     ] = "auto"
     device: Annotated[
