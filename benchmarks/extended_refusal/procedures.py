@@ -157,7 +157,7 @@ class Trial:
 
     def __init__(self, subject: Subject, model: Path, directory: Path, dtype: Dtype, *, ends: float) -> None:
         self.name, self._n_tokens, self._ends = subject.name, subject.n_tokens, ends
-        self._model, self._directory = model, directory
+        self._model, self._directory, self._dtype = model, directory, dtype
         self.chat = load_chat_model(model, name=subject.name, options=ModelOptions(dtype=dtype))
         self.prompts = load_prompt_set("bundled", kind="harmful", part="test").texts
         self._kept = JsonLines(directory / f"{subject.name}.procedures.{dtype}.jsonl")
@@ -232,6 +232,7 @@ class Trial:
         """What `abliterate extract` finds; None where it says that there is nothing to be found."""
         file, failed = self._directory / f"{self.name}.refusal.safetensors", ""
         command = [sys.executable, "-m", "abliterate", "extract", str(self._model), "-o", str(file), "--json"]
+        command += ["--dtype", self._dtype]
         if not file.is_file():
             if time.monotonic() > self._ends:
                 raise OutOfTimeError
