@@ -1,13 +1,15 @@
 """Where a launcher starts several processes for one edit, the first writes it all and the others do nothing."""
 
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from abliterate.editing.options import WriteOptions
-from abliterate.processes import in_first_process
+from abliterate.processes import by_itself, in_first_process
 from tests.support.loaded_models import content
 from tests.support.paths import REPOSITORY
 
@@ -59,3 +61,15 @@ def test_all_cores_are_used_whatever_a_launcher_says(monkeypatch):
     alone = WriteOptions().n_workers
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert WriteOptions().n_workers == alone
+
+
+def test_what_is_sent_is_what_is_seen():
+    whole = torch.arange(64_000.0).reshape(64, 1000)
+    rows = [(row, {"half": row[:500]}, "text") for row in whole]
+    sent = pickle.dumps(by_itself(rows))
+    assert len(sent) < 2 * 1.5 * whole.nbytes
+    assert len(pickle.dumps(rows[:4])) > 4 * whole.nbytes, "a row takes the whole along, else this is in vain"
+    for (row, parts, text), (one, some, word) in zip(rows, pickle.loads(sent), strict=True):
+        assert torch.equal(row, one)
+        assert torch.equal(parts["half"], some["half"])
+        assert text == word

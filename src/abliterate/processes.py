@@ -79,4 +79,22 @@ def find_ranks(*, device: str = "auto") -> Ranks:
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     # Without leaving, a process that has done its work is now and then aborted by the threads of its connections.
     atexit.register(state.destroy_process_group)
-    return Ranks(index=state.process_index, count=state.num_processes, exchange=gather_object)
+    return Ranks(
+        index=state.process_index, count=state.num_processes, exchange=lambda values: gather_object(by_itself(values))
+    )
+
+
+def by_itself(value: Any) -> Any:
+    """Return lists, tuples and dictionaries of tensors with none that is part of a larger one.
+
+    Pickled, a row of a recording would take the whole recording along, each row anew.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: by_itself(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(by_itself(each) for each in value)
+    return value
