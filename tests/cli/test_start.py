@@ -1,6 +1,7 @@
 """What works on files alone starts without torch, and what a plan does grows with the tensors and no faster."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from abliterate.cli.app import yield_soon
 from abliterate.directions import make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan_report import plan_layout, read_layout
@@ -112,3 +114,22 @@ def test_a_plan_calls_few_functions_for_each_tensor(tmp_path):
     (_, (few_calls, few), (many_calls, many)) = found
     assert many > 3 * few > 500
     assert (many_calls - few_calls) / (many - few) < MOST_CALLS
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "20000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_threads_wait_as_the_user_says_or_not_for_long(monkeypatch, given, expected):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        # Set first, so that what the function sets is taken back.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    yield_soon()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -222,9 +222,21 @@ def _settle(**manner: Any) -> Manner:
     return settled
 
 
+def yield_soon() -> None:
+    """Have threads that wait for one another give their core away soon, unless the user says how they are to wait.
+
+    By default those of GNU's OpenMP, which torch computes with, spin for milliseconds at the end of each operation. On
+    a machine that others use, too, the thread that they wait for may be waiting for that very core: see
+    benchmarks/threads.py.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
 def main() -> None:
     """Run the command line; each error becomes one line on stderr, with `--json` one document too, and an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    yield_soon()
     accept_any_text()
     forget_documents()
     verbose = any(argument in {"-v", "--verbose"} for argument in sys.argv[1:])
