@@ -162,7 +162,9 @@ def procedures_block(results: Sequence[dict[str, Any]]) -> str:
                 intervals = (proportion(counts[name], counts["n"]) for name in ("refused", "not_complied", "coherent"))
                 parts = (f"{100 * counts[name] / counts['n']:.0f} %" for name in ("overview", "rationale"))
                 cells = [*map(rate, intervals), *parts]
-            rows.append([result["model"], line["procedure"], where, *cells])
+            dtype = result.get("dtype", "float32")
+            model = result["model"] if dtype == "float32" else f"{result['model']}, in {dtype}"
+            rows.append([model, line["procedure"], where, *cells])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
@@ -340,8 +342,14 @@ def take(
             report = json.loads((audits / f"{name}.audit.json").read_text())
             (results / f"{name}.audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if procedures is not None:
-        found = [procedures / f"{name}.result.json" for name in PROCEDURE_MODELS]
-        lines = [json.loads(file.read_text()) for file in found if file.is_file()]
+        # Models that were not tried anew stay as they are filed.
+        filed = json.loads((results / PROCEDURES).read_text()) if (results / PROCEDURES).is_file() else []
+        by_model = {one["model"]: one for one in filed}
+        for name in PROCEDURE_MODELS:
+            file = procedures / f"{name}.result.json"
+            if file.is_file():
+                by_model[name] = json.loads(file.read_text())
+        lines = [by_model[name] for name in PROCEDURE_MODELS if name in by_model]
         (results / PROCEDURES).write_text(json.dumps(lines, indent=2) + "\n")
     if variants is not None:
         reports = json.loads(variants.read_text())

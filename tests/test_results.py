@@ -124,3 +124,16 @@ def test_results_of_procedures_are_taken_in_the_order_of_the_models(tmp_path: Pa
         "plain",
         "aligned",
     ]
+
+
+def test_models_that_were_not_tried_anew_stay_as_they_are_filed(tmp_path: Path) -> None:
+    (tmp_path / "procedures.json").write_text(json.dumps([{"model": "plain", "n": 1}, {"model": "aligned", "n": 1}]))
+    (tmp_path / "aligned.result.json").write_text(json.dumps({"model": "aligned", "n": 2}))
+    results.take(None, None, None, tmp_path, procedures=tmp_path)
+    assert [one["n"] for one in json.loads((tmp_path / "procedures.json").read_text())] == [1, 2]
+
+
+def test_the_number_format_of_a_model_is_said_where_it_is_not_float32() -> None:
+    line = {"procedure": "ours", "position": None, "layer": None, "remark": "none is found", "counts": None}
+    block = results.procedures_block([{"model": "plain", "dtype": "bfloat16", "lines": [line]}])
+    assert "| plain, in bfloat16 | ours |" in block
