@@ -14,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from abliterate.editing.options import EditOptions
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
@@ -24,7 +24,7 @@ from abliterate.evaluation.run import evaluate_model
 from abliterate.extraction.options import DirectionRecipe, ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
 from abliterate.models.loading import load_chat_model
-from abliterate.models.options import ModelOptions
+from abliterate.models.options import Dtype, ModelOptions
 from abliterate.prompt_sets import Kind, load_prompt_set
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -60,10 +60,12 @@ def main() -> None:
     parser.add_argument("--n-val", type=int, default=12)
     parser.add_argument("--kl-threshold", type=float, default=0.3)
     parser.add_argument("--every", type=int, default=3, help="evaluate every n-th test prompt")
+    parser.add_argument("--dtype", default="auto", choices=get_args(Dtype), help="what the models run in")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--output", type=Path, required=True, help="write all reports here")
     arguments = parser.parse_args()
-    chat = load_chat_model(arguments.model, name=str(arguments.model), options=ModelOptions())
+    model_options = ModelOptions(dtype=arguments.dtype)
+    chat = load_chat_model(arguments.model, name=str(arguments.model), options=model_options)
     documents = {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -96,7 +98,9 @@ def main() -> None:
                 orthogonalize_checkpoint(
                     source=arguments.model, direction=directions, output=edited, options=edit_options
                 )
-                measured = evaluate_model(model=edited, base=arguments.model, options=evaluation)
+                measured = evaluate_model(
+                    model=edited, base=arguments.model, options=evaluation, model_options=model_options
+                )
                 shutil.rmtree(edited)
                 documents[label] = {"extraction": asdict(extraction.report), "evaluation": asdict(measured)}
                 arguments.output.write_text(json.dumps(documents, indent=1))

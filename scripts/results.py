@@ -3,6 +3,7 @@
     python scripts/results.py                                    from docs/results, as it lies in the repository
     python scripts/results.py --demo build/demo --audits build/extended_refusal      from new measurements
     python scripts/results.py --variants FILE                                        from those of the variants
+    python scripts/results.py --variants-real FILE                                   from those on the aligned model
     python scripts/results.py --procedures build/extended_refusal       from those of both procedures
     python scripts/results.py --real build/demo-real                                 from `make demo-real`
 
@@ -301,7 +302,7 @@ def documents(results: Path, repository: Path) -> dict[Path, str]:
     """Return each document that holds results, as it should be."""
     demo = json.loads((results / "demo.json").read_text())
     audits = {name: json.loads((results / f"{name}.audit.json").read_text()) for name in MODELS}
-    variants = json.loads((results / "variants.json").read_text())
+    variants = {name: json.loads(file.read_text()) for name, file in _variants(results).items() if file.is_file()}
     procedures = json.loads((results / PROCEDURES).read_text()) if (results / PROCEDURES).is_file() else []
     quantised = json.loads((results / QUANTISATION).read_text()) if (results / QUANTISATION).is_file() else {}
     real = json.loads((results / REAL).read_text()) if (results / REAL).is_file() else None
@@ -311,14 +312,22 @@ def documents(results: Path, repository: Path) -> dict[Path, str]:
     text = with_block(text, "demo-real", real_block(real))
     refusals, kinds, layouts = (docs / f"{name}.md" for name in ("extended_refusals", "variants", "quantisation"))
     of_refusals = with_block(refusals.read_text(encoding="utf-8"), "audits", audits_block(audits))
+    of_variants = kinds.read_text(encoding="utf-8")
+    for name, found in variants.items():
+        of_variants = with_block(of_variants, name, variants_block(found))
     return {
         readme: with_block(readme.read_text(encoding="utf-8"), "rates", rates_block(demo)),
         page: with_block(text, "audits", summary_block(audits)),
         docs / "pictures" / "demo.svg": picture(demo),
         refusals: with_block(of_refusals, "procedures", procedures_block(procedures)),
         layouts: with_block(layouts.read_text(encoding="utf-8"), "quantisation", quantisation_block(quantised)),
-        kinds: with_block(kinds.read_text(encoding="utf-8"), "variants", variants_block(variants)),
+        kinds: of_variants,
     }
+
+
+def _variants(results: Path) -> dict[str, Path]:
+    """Return where the variants on the demo model and on the aligned one are filed, by the name of their table."""
+    return {"variants": results / "variants.json", "variants-real": results / "variants.real.json"}
 
 
 def take(
@@ -328,6 +337,7 @@ def take(
     results: Path,
     real: Path | None = None,
     procedures: Path | None = None,
+    variants_real: Path | None = None,
 ) -> None:
     """Copy new measurements to the results of the repository."""
     results.mkdir(parents=True, exist_ok=True)
@@ -351,11 +361,14 @@ def take(
                 by_model[name] = json.loads(file.read_text())
         lines = [by_model[name] for name in PROCEDURE_MODELS if name in by_model]
         (results / PROCEDURES).write_text(json.dumps(lines, indent=2) + "\n")
-    if variants is not None:
-        reports = json.loads(variants.read_text())
-        kept = {name: {part: {key: one[part][key] for key in keys} for part, keys in KEPT.items()}
-                for name, one in reports.items()}  # fmt: skip
-        (results / "variants.json").write_text(json.dumps(kept, indent=2) + "\n")
+    given = {"variants": variants, "variants-real": variants_real}
+    for name, file in _variants(results).items():
+        taken = given[name]
+        if taken is not None:
+            reports = json.loads(taken.read_text())
+            kept = {label: {part: {key: one[part][key] for key in keys} for part, keys in KEPT.items()}
+                    for label, one in reports.items()}  # fmt: skip
+            file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 if __name__ == "__main__":
@@ -365,7 +378,16 @@ if __name__ == "__main__":
     parser.add_argument("--audits", type=Path, help="directory of benchmarks/extended_refusal/run.py")
     parser.add_argument("--procedures", type=Path, help="directory of benchmarks/extended_refusal/procedures.py")
     parser.add_argument("--variants", type=Path, help="what benchmarks/variants.py wrote")
+    parser.add_argument("--variants-real", type=Path, help="the same on the model of `make demo-real`")
     arguments = parser.parse_args()
-    take(arguments.demo, arguments.audits, arguments.variants, RESULTS, arguments.real, arguments.procedures)
+    take(
+        arguments.demo,
+        arguments.audits,
+        arguments.variants,
+        RESULTS,
+        arguments.real,
+        arguments.procedures,
+        arguments.variants_real,
+    )
     for path, text in documents(RESULTS, REPOSITORY).items():
         path.write_text(text, encoding="utf-8")

@@ -137,3 +137,11 @@ def test_the_number_format_of_a_model_is_said_where_it_is_not_float32() -> None:
     line = {"procedure": "ours", "position": None, "layer": None, "remark": "none is found", "counts": None}
     block = results.procedures_block([{"model": "plain", "dtype": "bfloat16", "lines": [line]}])
     assert "| plain, in bfloat16 | ours |" in block
+
+
+def test_variants_on_the_aligned_model_are_filed_beside_those_on_the_demo(tmp_path: Path) -> None:
+    filed = json.loads((results.RESULTS / "variants.json").read_text())
+    (tmp_path / "new.json").write_text(json.dumps(filed))
+    results.take(None, None, None, tmp_path, variants_real=tmp_path / "new.json")
+    assert json.loads((tmp_path / "variants.real.json").read_text()) == filed
+    assert not (tmp_path / "variants.json").exists()
