@@ -72,7 +72,8 @@ def test_new_measurements_are_taken_from_where_the_commands_leave_them(tmp_path:
     procedures.mkdir()
     for found in json.loads((results.RESULTS / results.PROCEDURES).read_text()):
         (procedures / f"{found['model']}.result.json").write_text(json.dumps(found))
-    results.take(demo, audits, results.RESULTS / "variants.json", taken, real, procedures)
+    variants = (results.RESULTS / name for name in ("variants.json", "variants.real.json"))
+    results.take(demo, audits, next(variants), taken, real, procedures, next(variants))
     # `benchmarks.quantisation` files its own.
     assert {path.name: path.read_text() for path in taken.iterdir()} == {
         path.name: path.read_text() for path in results.RESULTS.iterdir() if path.name != results.QUANTISATION
