@@ -70,7 +70,7 @@ def bits(weight: Tensor) -> Tensor:
 def test_the_bytes_are_those_of_the_plain_arithmetic(
     shape_axis, dtype, seed, rank, strength, preserve_norms, scale, with_norm, in_place
 ):
-    assert segments.fused_kernels() is not None, "without numba both sides would be one"
+    assert segments.kernels_for("F32") is not None, "without numba both sides would be one"
     shape, axis = shape_axis
     generator = torch.Generator().manual_seed(seed)
     # Some numbers far larger than the others, as real weights have.
@@ -149,16 +149,16 @@ def test_without_a_compiler_or_a_folder_for_its_work_the_plain_arithmetic_is_use
     def fails(name: str) -> None:
         raise error
 
-    segments.fused_kernels.cache_clear()
+    segments.compiled_module.cache_clear()
     monkeypatch.setattr(importlib, "import_module", fails)
     try:
-        assert segments.fused_kernels() is None
+        assert segments.kernels_for("F32") is None
         weight = torch.randn(48, 20, dtype=torch.bfloat16)
         direction = torch.randn(1, 48)
         edited = project_out(weight, directions=direction, residual_axis=0, fused=True)
         assert torch.equal(edited, project_out(weight, directions=direction, residual_axis=0))
     finally:
-        segments.fused_kernels.cache_clear()
+        segments.compiled_module.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 1 << 7), (torch.float16, 1 << 10)])

@@ -35,8 +35,8 @@ _LEAST_ENTRIES = 1.0
 
 # How numpy has the numbers of a file; bfloat16 as its bits.
 STORED = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
-# How `fused` takes them.
-_FUSED = {"F16": "<i2", "BF16": "<u2", "F32": "<f4"}
+# How compiled code takes them.
+FUSED = {"F16": "<i2", "BF16": "<u2", "F32": "<f4"}
 
 
 class NormSums:
@@ -106,22 +106,22 @@ def cut_in_segments(basis: NDArray[np.float64], *, dtype: str) -> Segments:
 
 
 @functools.cache
-def fused_kernels() -> ModuleType | None:
-    """Return `fused`; None where its compiler is not there, or has no folder to keep its work in."""
+def compiled_module(name: str) -> ModuleType | None:
+    """Return a module of compiled code; None where its compiler is not there, or has no folder to keep its work in."""
     try:
-        return importlib.import_module("abliterate.formats.fused")
+        return importlib.import_module(name)
     except (ImportError, RuntimeError):
         return None
 
 
 def kernels_for(dtype: str) -> ModuleType | None:
     """Return `fused` where it can be had and takes numbers of a dtype, as safetensors names it; else None."""
-    return fused_kernels() if dtype in _FUSED else None
+    return compiled_module("abliterate.formats.fused") if dtype in FUSED else None
 
 
 def bits_of(stored: Stored, *, dtype: str) -> Stored:
     """Return stored numbers as `fused` takes them: float32, or the bits of what numpy has no numbers for."""
-    return stored.view(_FUSED[dtype])
+    return stored.view(FUSED[dtype])
 
 
 def project_stored(

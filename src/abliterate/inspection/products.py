@@ -4,26 +4,19 @@ W V and D V, and (D V)^T W and (D V)^T D, in which each block of rows takes part
 change of low rank is told by, see `change`.
 """
 
-import functools
-import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from abliterate.formats.projection import tensor_bits
+from abliterate.formats.segments import FUSED, compiled_module
 from abliterate.inspection.numbers import MatrixPair
 
-_FUSED_DTYPES = {"F32", "BF16", "F16"}
 
-
-@functools.cache
 def fused_products() -> ModuleType | None:
-    """Return `inspection.fused_products`; None where its compiler is not there, or cannot keep its work."""
-    try:
-        return importlib.import_module("abliterate.inspection.fused_products")
-    except (ImportError, RuntimeError):
-        return None
+    """Return `inspection.fused_products`; None where it cannot be had."""
+    return compiled_module("abliterate.inspection.fused_products")
 
 
 class Products:
@@ -47,7 +40,7 @@ class Products:
         self.along = torch.zeros(2 if axis == 0 else 0, p, columns)
         sides = (pair.old.info, pair.new.info)
         self.can_be_fused = sides[0].dtype == sides[1].dtype and all(
-            side.encoding is None and side.dtype in _FUSED_DTYPES for side in sides
+            side.encoding is None and side.dtype in FUSED for side in sides
         )
         self._vectors, self._turned = vectors, vectors.T.contiguous()
         self._memory: Tensor | None = None
