@@ -225,6 +225,12 @@ class TestNorms:
             plain = project_out(weight, directions=directions, residual_axis=0)
             assert stream(plain).abs().max() > 0.1, "without the norms' weights it would stay in the stream"
 
+    def test_the_norm_of_a_loaded_model_has_a_gradient(self):
+        gamma = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        seen = effective_directions(torch.tensor([[1.0, 1.0]]), norms=[NormFactor(gamma=gamma)])
+        torch.testing.assert_close(seen, torch.tensor([[1.0, 2.0]], dtype=torch.float64) / 5**0.5)
+        assert not seen.requires_grad
+
     def test_what_a_norm_takes_away_by_itself_needs_no_edit(self):
         gamma = torch.ones(8)
         gamma[3] = 0

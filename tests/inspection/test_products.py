@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from abliterate.inspection import products
+from abliterate.formats import segments
 from abliterate.inspection.products import Products, fused_products
 from tests.support.stored_pairs import pair_of, random
 
@@ -44,5 +44,9 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(products.importlib, "import_module", missing)
-    assert fused_products.__wrapped__() is None
+    segments.compiled_module.cache_clear()
+    monkeypatch.setattr(segments.importlib, "import_module", missing)
+    try:
+        assert fused_products() is None
+    finally:
+        segments.compiled_module.cache_clear()

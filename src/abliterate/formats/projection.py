@@ -90,8 +90,9 @@ def effective_directions(
     Returns:
         U; it has fewer rows than R only if the norms take a direction away by themselves.
     """
-    seen = [(norm.gamma.double().numpy(), norm.centered) for norm in norms]
-    return torch.from_numpy(directions_behind(directions.double().numpy(), seen))
+    seen = [(norm.gamma.detach().double().cpu().numpy(), norm.centered) for norm in norms]
+    found = directions_behind(directions.detach().double().cpu().numpy(), seen)
+    return torch.from_numpy(found).to(directions.device)
 
 
 def project_out(
