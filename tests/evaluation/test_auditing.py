@@ -20,7 +20,7 @@ from abliterate.evaluation.audit_report import (
     legible_refusal,
 )
 from abliterate.evaluation.auditing import audit_model
-from abliterate.evaluation.drift import Divergence
+from abliterate.evaluation.drift import BaseDistributions, Divergence
 from abliterate.evaluation.report import RefusalRate, count_replies
 from abliterate.evaluation.statistics import paired_change
 from abliterate.extraction.reply_classes import read_reply
@@ -283,23 +283,23 @@ def test_interrupted_it_goes_on_with_what_it_has_measured(
     monkeypatch.setattr("abliterate.extraction.reply_classes.MAX_NATS_PER_TOKEN", 1e9)
     whole = audit_model(model=llama_directory, options=FEW)
     assert len(whole.interventions) > 2
-    measure = auditing.completion_surprise
+    measure = BaseDistributions.compare
     n_measured = 0
 
     def interrupted(*given):
         nonlocal n_measured
         n_measured += 1
-        # The unchanged model is measured first, then one intervention.
-        if n_measured == 3:
+        # One intervention is measured.
+        if n_measured == 2:
             raise KeyboardInterrupt
         return measure(*given)
 
-    monkeypatch.setattr(auditing, "completion_surprise", interrupted)
+    monkeypatch.setattr(BaseDistributions, "compare", interrupted)
     with pytest.raises(InterruptedRunError, match="the same command goes on from there"):
         audit_model(model=llama_directory, options=FEW, work_directory=tmp_path / "work")
     names = {path.name for path in (tmp_path / "work").iterdir()}
     assert {"harmful_train.safetensors", "values.jsonl"} <= names
-    monkeypatch.setattr(auditing, "completion_surprise", measure)
+    monkeypatch.setattr(BaseDistributions, "compare", measure)
     answered = []
     answer = auditing.answer_prompts
     monkeypatch.setattr(

@@ -76,15 +76,43 @@ def test_kl_over_the_bases_answers_equals_a_plain_computation(chat: ChatModel, p
         first.append(float(kl[0]))
         rest += kl.tolist()
     with BaseDistributions(rows=rows, completions=COMPLETIONS, per_prompt=per_prompt) as distributions:
-        distributions.record(chat)
+        own = distributions.record(chat)
         with ablate_direction(chat, direction):
-            found = distributions.compare(chat)
-        unchanged = distributions.compare(chat)
+            found, surprise = distributions.compare(chat)
+            alone = completion_surprise(chat, rows, COMPLETIONS)
+        unchanged, same = distributions.compare(chat)
     assert found.first_token == pytest.approx(sum(first) / 3, rel=2e-2)
     assert found.continuation == pytest.approx(sum(rest) / len(rest), rel=2e-2)
     assert found.n_tokens == len(rest) == {1: 3, 2: 5, 32: 7}[per_prompt]
     assert found.first_token > 1e-2
     assert unchanged.continuation == pytest.approx(0, abs=1e-6)
+    # What is found of the answers is found of all of each, however few distributions are kept.
+    assert surprise.tokens == alone.tokens == (4, 0, 2)
+    assert surprise.nats == pytest.approx(alone.nats, abs=1e-4)
+    assert own == same
+    assert own.nats == pytest.approx(completion_surprise(chat, rows, COMPLETIONS).nats, abs=1e-4)
+    assert own.nats != pytest.approx(surprise.nats, abs=1e-2)
+
+
+def test_tokens_that_all_prompts_begin_with_are_run_once(
+    llama_chat: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = list(range(5, 25))
+    rows = [[*shared, 30 + i, 40] for i in range(3)]
+    expected = [
+        completion_surprise(llama_chat, [row], [said]).nats[0] for row, said in zip(rows, COMPLETIONS, strict=True)
+    ]
+    run, n_tokens = ChatModel._forward, []
+
+    def counting(chat: ChatModel, batch: list[list[int]], **named: object) -> torch.Tensor:
+        n_tokens.append(sum(map(len, batch)))
+        return run(chat, batch, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ChatModel, "_forward", counting)
+    found = completion_surprise(llama_chat, rows, COMPLETIONS)
+    assert found.nats == pytest.approx(expected, abs=1e-4)
+    # Of the prompts two tokens each, of the answers all but the last; the empty one is not run.
+    assert sum(n_tokens) == 2 + 3 + 2 + 1
 
 
 def test_models_of_different_vocabularies_are_not_compared(llama_chat: ChatModel) -> None:

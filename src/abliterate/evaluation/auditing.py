@@ -27,7 +27,7 @@ from abliterate.evaluation.audit_report import (
     legible_refusal,
 )
 from abliterate.evaluation.candidate_ranking import CandidateFinder, CandidateSummary, Stability
-from abliterate.evaluation.drift import BaseDistributions, Surprise, compare_surprise, completion_surprise
+from abliterate.evaluation.drift import BaseDistributions, Surprise, compare_surprise
 from abliterate.evaluation.replies import Answers, answer_prompts, measure_surprise, read_replies
 from abliterate.evaluation.report import RefusalRate, count_replies, refusal_change
 from abliterate.extraction.behaviour import PARTS
@@ -217,19 +217,19 @@ class _Audit:
             progress=self._progress,
         )
 
-    def _read(self, answers: Answers) -> dict[str, list[Reply]]:
+    def _read(self, answers: Answers) -> tuple[dict[str, list[Reply]], dict[str, Surprise]]:
         """Classify replies; the unchanged model says which are incoherent, so no hook may be attached."""
         surprise = measure_surprise(self._chat, answers, progress=self._progress)
-        return read_replies(self._chat, answers, surprise=surprise, budgets=())
+        return read_replies(self._chat, answers, surprise=surprise, budgets=()), surprise
 
     def _measure_base(self) -> _Base:
         answers = self._answer(("harmful", "harmless"), "unchanged")
-        replies = self._read(answers)
+        replies, surprise = self._read(answers)
         return _Base(
             answers=answers,
             replies=replies,
             rates={kind: count_replies(found) for kind, found in replies.items()},
-            surprise=completion_surprise(self._chat, answers.rows["harmless"], answers.tokens["harmless"]),
+            surprise=surprise["harmless"],
         )
 
     @contextmanager
@@ -269,12 +269,10 @@ class _Audit:
         known = self._ranks.first_says(self._saved.value(label))
         if known is not None:
             return intervention_of(known)
-        rows, tokens = base.answers.rows["harmless"], base.answers.tokens["harmless"]
         with hooks:
             answers = self._answer(("harmful",), label)
-            divergence = distributions.compare(self._chat)
-            surprise = completion_surprise(self._chat, rows, tokens)
-        replies = self._read(answers)["harmful"]
+            divergence, surprise = distributions.compare(self._chat)
+        replies = self._read(answers)[0]["harmful"]
         rate = count_replies(replies)
         entropy = compare_surprise(base.surprise, surprise)
         rise = None if entropy is None or entropy.base is None else entropy.model - entropy.base
@@ -304,4 +302,4 @@ class _Audit:
     def _induce(self, vector: Tensor, layer: int) -> RefusalRate:
         with add_direction(self._chat, vector, layer=layer):
             answers = self._answer(("harmless",), "added")
-        return count_replies(self._read(answers)["harmless"])
+        return count_replies(self._read(answers)[0]["harmless"])

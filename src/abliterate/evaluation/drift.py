@@ -94,7 +94,6 @@ def compare_surprise(base: Surprise | None, model: Surprise) -> CrossEntropy | N
     )
 
 
-@torch.inference_mode()
 def completion_surprise(
     chat: ChatModel, rows: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, advance: Advance = None
 ) -> Surprise:
@@ -107,22 +106,16 @@ def completion_surprise(
         advance: called with the number of rows done.
     """
     nats = [0.0] * len(rows)
-    counts = [len(completion) for completion in completions]
+    said = [i for i, completion in enumerate(completions) if completion]
+    if advance is not None:
+        advance(len(rows) - len(said))
 
-    def run(indices: list[int]) -> None:
-        longest = max(counts[i] for i in indices)
-        if longest:
-            logits = _last_logits(chat, [[*rows[i], *completions[i]] for i in indices], longest + 1)
-            for row, i in enumerate(indices):
-                if counts[i]:
-                    target = torch.tensor(list(completions[i]), device=logits.device)
-                    predicted = logits[row, -counts[i] - 1 : -1].float()
-                    nats[i] = float(cross_entropy(predicted, target, reduction="sum"))
-        if advance is not None:
-            advance(len(indices))
+    def measure(index: int, logits: Float[Tensor, "n_tokens vocab"]) -> None:
+        nats[said[index]] = _nats(logits, completions[said[index]])
 
-    _for_batches(chat, rows, completions, run)
-    return Surprise(nats=tuple(nats), tokens=tuple(counts))
+    if said:
+        _for_each(chat, [rows[i] for i in said], [completions[i] for i in said], measure, advance)
+    return Surprise(nats=tuple(nats), tokens=tuple(map(len, completions)))
 
 
 def text_surprise(chat: ChatModel, texts: Sequence[str], *, advance: Advance = None) -> Surprise:
@@ -156,8 +149,7 @@ class BaseDistributions:
         per_prompt: int = CONTINUATION_TOKENS,
     ) -> None:
         self._rows = rows
-        # The distribution of a token needs those before it, and not the token itself.
-        self._given = [list(completion[: max(0, min(len(completion), per_prompt) - 1)]) for completion in completions]
+        self._completions = completions
         self._per_prompt = per_prompt
         self._offsets: dict[int, int] = {}
         self._vocabulary = 0
@@ -170,8 +162,8 @@ class BaseDistributions:
         if self._file is not None:
             self._file.close()
 
-    def record(self, chat: ChatModel, *, advance: Advance = None) -> None:
-        """Run the base and keep its distributions.
+    def record(self, chat: ChatModel, *, advance: Advance = None) -> Surprise:
+        """Run the base, keep its distributions, and return what it finds of its own answers.
 
         Raises:
             InputError: there is no room for the temporary file.
@@ -184,15 +176,15 @@ class BaseDistributions:
             file.write(logits.float().cpu().numpy().tobytes())
 
         try:
-            self._for_each(chat, keep, advance)
+            return self._run(chat, keep, advance)
         except OSError as error:
             raise InputError(
                 f"no room for the base's distributions in {tempfile.gettempdir()} ({error.strerror or error}); "
                 "set TMPDIR to a folder on a larger disk"
             ) from error
 
-    def compare(self, chat: ChatModel, *, advance: Advance = None) -> Divergence:
-        """Run the model on the same tokens and return its divergence from the base.
+    def compare(self, chat: ChatModel, *, advance: Advance = None) -> tuple[Divergence, Surprise]:
+        """Run the model on the same tokens; return its divergence from the base, and what it finds of the answers.
 
         Raises:
             ModelError: its vocabulary has another size than the base's.
@@ -207,14 +199,15 @@ class BaseDistributions:
                 )
             found[index] = kl_divergence(self._read(index, len(logits)), logits.cpu())
 
-        self._for_each(chat, measure, advance)
+        surprise = self._run(chat, measure, advance)
         tokens = torch.cat(list(found.values()))
-        return Divergence(
+        divergence = Divergence(
             first_token=sum(float(divergence[0]) for divergence in found.values()) / len(found),
             continuation=float(tokens.mean()),
             n_tokens=len(tokens),
             per_prompt=self._per_prompt,
         )
+        return divergence, surprise
 
     def _read(self, index: int, n_tokens: int) -> Float32[Tensor, "n_tokens vocab"]:
         assert self._file is not None
@@ -222,40 +215,57 @@ class BaseDistributions:
         content = self._file.read(4 * n_tokens * self._vocabulary)
         return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.float32).reshape(n_tokens, -1))
 
-    @torch.inference_mode()
-    def _for_each(
+    def _run(
         self, chat: ChatModel, receive: Callable[[int, Float[Tensor, "n_tokens vocab"]], None], advance: Advance
-    ) -> None:
-        def run(indices: list[int]) -> None:
-            given = [self._given[i] for i in indices]
-            logits = _last_logits(chat, [[*self._rows[i], *self._given[i]] for i in indices], max(map(len, given)) + 1)
-            for row, i in enumerate(indices):
-                receive(i, logits[row, -len(self._given[i]) - 1 :])
-            if advance is not None:
-                advance(len(indices))
+    ) -> Surprise:
+        """Run a model over the answers once: `receive` gets the first distributions of each."""
+        nats = [0.0] * len(self._rows)
 
-        _for_batches(chat, self._rows, self._given, run)
+        def measure(index: int, logits: Float[Tensor, "n_tokens vocab"]) -> None:
+            receive(index, logits[: self._per_prompt])
+            nats[index] = _nats(logits, self._completions[index])
+
+        _for_each(chat, self._rows, self._completions, measure, advance)
+        return Surprise(nats=tuple(nats), tokens=tuple(map(len, self._completions)))
 
 
-def _for_batches(
+def _nats(logits: Float[Tensor, "n_tokens vocab"], completion: Sequence[int]) -> float:
+    """Return the negative log-likelihood of a completion by the logits of its tokens; 0 of an empty one."""
+    target = torch.tensor(list(completion), device=logits.device)
+    return float(cross_entropy(logits.float(), target, reduction="sum")) if completion else 0.0
+
+
+@torch.inference_mode()
+def _for_each(
     chat: ChatModel,
     rows: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    run: Callable[[list[int]], None],
+    receive: Callable[[int, Float[Tensor, "n_tokens vocab"]], None],
+    advance: Advance,
 ) -> None:
-    """See `ChatModel.for_batches`; logits over the completions take more memory than what stands before them."""
-    pairs = [(len(row), len(completion)) for row, completion in zip(rows, completions, strict=True)]
-    chat.for_batches([n + 4 * m for n, m in pairs], run, widths=[n + m for n, m in pairs])
+    """Hand over the logits of each token of each completion; of an empty one, those of the token that it lacks.
 
+    Tokens that all rows begin with are run once.
+    """
+    # The distribution of a token needs those before it, and not the token itself.
+    given = [[*row, *completion[:-1]] for row, completion in zip(rows, completions, strict=True)]
+    counts = [max(1, len(completion)) for completion in completions]
+    cache, n_cached = chat.share_prefix(given, keep=counts)
 
-def _last_logits(chat: ChatModel, sequences: list[list[int]], n_positions: int) -> Float[Tensor, "n n_positions vocab"]:
-    """Run one left-padded batch and return the logits at the last positions."""
-    ids, mask = chat.pad(sequences)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits: Tensor = chat.model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=n_positions
-    ).logits
-    return logits
+    def run(indices: list[int]) -> None:
+        longest = max(counts[i] for i in indices)
+        logits = chat.forward(
+            [given[i][n_cached:] for i in indices], cache=cache, n_cached=n_cached, n_logits=longest
+        ).view(len(indices), longest, -1)
+        for row, i in enumerate(indices):
+            receive(i, logits[row, -counts[i] :])
+        if advance is not None:
+            advance(len(indices))
+
+    # Logits take more memory than what stands before them.
+    lengths = [len(tokens) - n_cached for tokens in given]
+    costs = [n + chat.cached_share(n_cached) + 4 * count for n, count in zip(lengths, counts, strict=True)]
+    chat.for_batches(costs, run, widths=lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -230,12 +230,26 @@ def _warn_of_template(chat: ChatModel, replies: Sequence[Sequence[int]], what: s
         )
 
 
-def measure_surprise(chat: ChatModel, answers: Answers, *, progress: ProgressReporter = SILENT) -> dict[str, Surprise]:
-    """Return how unlikely a model finds some replies, by kind: the base's view tells incoherent ones."""
-    found = {}
+def measure_surprise(
+    chat: ChatModel,
+    answers: Answers,
+    *,
+    known: Mapping[str, Surprise] | None = None,
+    progress: ProgressReporter = SILENT,
+) -> dict[str, Surprise]:
+    """Return how unlikely a model finds some replies, by kind: the base's view tells incoherent ones.
+
+    Args:
+        chat: the model that is asked.
+        answers: the replies.
+        known: kind -> what it was found to say already.
+        progress: where to show progress.
+    """
+    found = dict(known or {})
     for kind, rows in answers.rows.items():
-        with progress.task(f"Reading {kind} replies (base)", total=len(rows)) as advance:
-            found[kind] = completion_surprise(chat, rows, answers.tokens[kind], advance=advance)
+        if kind not in found:
+            with progress.task(f"Reading {kind} replies (base)", total=len(rows)) as advance:
+                found[kind] = completion_surprise(chat, rows, answers.tokens[kind], advance=advance)
     return found
 
 

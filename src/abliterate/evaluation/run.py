@@ -27,7 +27,6 @@ from abliterate.evaluation.drift import (
     Findings,
     Surprise,
     compare_surprise,
-    completion_surprise,
     measure,
     text_surprise,
 )
@@ -138,7 +137,7 @@ class _Side:
     replies: dict[str, list[Reply]]
     parts: dict[str, PartAnswers]
     verdicts: Verdicts | None
-    own_answers: Surprise
+    own_answers: Surprise | None
     texts: dict[str, Surprise]
     tasks: TaskSamples
 
@@ -221,9 +220,7 @@ class _Run:
             base, distributions = None, None
             if base_source is not None:
                 base, distributions = self._on(base_source, lambda chat: self._measure_base(chat, stack), shared)
-            model, divergence, device = self._on(
-                source, lambda chat: self._measure_model(chat, base, distributions), shared
-            )
+            model, divergence, device = self._on(source, lambda chat: self._measure_model(chat, distributions), shared)
             if base_source is not None:
                 model = self._on(base_source, lambda chat: self._read_as_base(chat, model), shared)
         return base, model, divergence, device
@@ -256,28 +253,28 @@ class _Run:
             BaseDistributions(rows=answers.rows["harmless"], completions=answers.tokens["harmless"])
         )
         with self.progress.task("Keeping the base's distributions", total=len(answers.rows["harmless"])) as advance:
-            distributions.record(chat, advance=advance)
-        surprise = self._surprise(chat, answers)
+            own_answers = distributions.record(chat, advance=advance)
+        surprise = self._surprise(chat, answers, known={"harmless": own_answers})
         side = _Side(
             answers=answers,
             replies=read_replies(chat, answers, surprise=surprise),
             parts=self._read_parts(chat, parts, as_base=True),
             verdicts=self._verdicts(chat, "base"),
-            own_answers=surprise["harmless"],
+            own_answers=own_answers,
             texts=self._text_surprise(chat, "base"),
             tasks=self._tasks(chat, "base"),
         )
         return side, distributions
 
     def _measure_model(
-        self, chat: ChatModel, base: _Side | None, distributions: BaseDistributions | None
+        self, chat: ChatModel, distributions: BaseDistributions | None
     ) -> tuple[_Side, Divergence | None, str]:
         with self._steered(chat):
             answers, parts = self._answers(chat, self.source, "model", edited=True)
-            divergence = self._divergence(chat, distributions)
+            divergence, own_answers = self._compare(chat, distributions)
             side = _Side(
                 answers=answers,
-                own_answers=self._own_answers(chat, base.answers if base else answers, "model"),
+                own_answers=own_answers,
                 texts=self._text_surprise(chat, "model"),
                 tasks=self._tasks(chat, "model"),
                 replies=read_replies(chat, answers),
@@ -360,16 +357,13 @@ class _Run:
             progress=self.progress,
         )
 
-    def _divergence(self, chat: ChatModel, distributions: BaseDistributions | None) -> Divergence | None:
+    def _compare(
+        self, chat: ChatModel, distributions: BaseDistributions | None
+    ) -> tuple[Divergence, Surprise] | tuple[None, None]:
         if distributions is None:
-            return None
+            return None, None
         with self.progress.task("Comparing distributions", total=len(self._prompts["harmless"])) as advance:
             return distributions.compare(chat, advance=advance)
-
-    def _own_answers(self, chat: ChatModel, answers: Answers, label: str) -> Surprise:
-        rows, tokens = answers.rows["harmless"], answers.tokens["harmless"]
-        with self.progress.task(f"Reading the base's harmless answers ({label})", total=len(rows)) as advance:
-            return completion_surprise(chat, rows, tokens, advance=advance)
 
     def _text_surprise(self, chat: ChatModel, label: str) -> dict[str, Surprise]:
         found = {}
@@ -390,8 +384,10 @@ class _Run:
             parts=self._read_parts(chat, {name: part.answers for name, part in model.parts.items()}, as_base=True),
         )
 
-    def _surprise(self, chat: ChatModel, answers: Answers) -> dict[str, Surprise]:
-        return measure_surprise(chat, answers, progress=self.progress)
+    def _surprise(
+        self, chat: ChatModel, answers: Answers, *, known: dict[str, Surprise] | None = None
+    ) -> dict[str, Surprise]:
+        return measure_surprise(chat, answers, known=known, progress=self.progress)
 
     def _judge(self, base: _Side | None, model: _Side, device: str) -> tuple[JudgeReport, ...]:
         options = JudgeOptions(
@@ -422,7 +418,7 @@ class _Run:
         compared = {
             spec: compare_surprise(base.texts[spec] if base else None, found) for spec, found in model.texts.items()
         }
-        own_answers = compare_surprise(base.own_answers, model.own_answers) if base else None
+        own_answers = compare_surprise(base.own_answers, model.own_answers) if base and model.own_answers else None
         texts = {spec: entropy for spec, entropy in compared.items() if entropy is not None}
         recognition = compare_verdicts(base.verdicts if base else None, model.verdicts)
         found = Findings(

@@ -212,14 +212,16 @@ class ChatModel:
         """Return the text of some tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
-    def share_prefix(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> tuple[PrefixCache | None, int]:
+    def share_prefix(
+        self, rows: Sequence[Sequence[int]], *, keep: int | Sequence[int] = 1
+    ) -> tuple[PrefixCache | None, int]:
         """Run the tokens that all rows share at the start once; return their cache and how many they are.
 
         Where continuing the cache would not be exact, or too few tokens are shared, the cache is None.
 
         Args:
             rows: token ids.
-            keep: how many tokens of each row to leave out of the cache at least.
+            keep: how many tokens of each row to leave out of the cache at least; one number for all, or one a row.
         """
         n_shared = self.shareable_prefix(rows, keep=keep)
         return (self.run_prefix(rows[0][:n_shared]), n_shared) if n_shared else (None, 0)
