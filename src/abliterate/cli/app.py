@@ -78,7 +78,16 @@ app = typer.Typer(
 
 
 class _Command(TyperCommand):
-    """A command whose `--help` stands with the options that say what is printed."""
+    """A command whose `--help` stands with the options that say what is printed, and whose errors name it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:
+            # What finds that an option lacks its value knows no command.
+            if getattr(error, "ctx", ctx) is None:
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)
