@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from abliterate.models.memory import BatchLimits, plan_batches
+from abliterate.models.machine import BatchLimits, plan_batches
 
 
 def cost(batches: list[list[int]], lengths: list[int], limits: BatchLimits) -> int:

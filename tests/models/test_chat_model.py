@@ -15,7 +15,7 @@ from abliterate.models.chat_model import (
 )
 from abliterate.models.greedy import find_response_prefix
 from abliterate.models.loading import load_chat_model, open_model
-from abliterate.models.memory import is_out_of_memory
+from abliterate.models.machine import is_out_of_memory
 from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import CHATML, SYSTEM, make_tokenizer, make_wider_tokenizer, save_chat_model, tiny_llama
 

@@ -104,6 +104,6 @@ def test_what_is_there_is_replaced_only_if_asked_for(tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr("abliterate.models.memory.free_bytes", lambda _device: 1000)
+    monkeypatch.setattr("abliterate.models.machine.free_bytes", lambda _device: 1000)
     with pytest.raises(ModelError, match="its weights take about"):
         convert_gguf(source=write(tmp_path), output=tmp_path / "out")

@@ -14,7 +14,7 @@ from abliterate.formats.gguf_config import read_gguf_config
 from abliterate.formats.gguf_file import read_gguf
 from abliterate.models.gguf_loading import load_gguf
 from abliterate.models.loading import class_of, load_streamed_model, load_tokenizer, open_model
-from abliterate.models.memory import estimate_bytes
+from abliterate.models.machine import estimate_bytes
 from abliterate.models.options import ModelOptions
 from tests.support.gguf_models import (
     ARCHITECTURES,

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from abliterate.errors import ModelError
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
-from abliterate.models import memory
+from abliterate.models import machine
 from abliterate.models.chat_model import make_chat_model
 from abliterate.models.loading import load_chat_model
-from abliterate.models.memory import check_memory, estimate_bytes, free_bytes
+from abliterate.models.machine import check_memory, estimate_bytes, free_bytes
 from abliterate.models.options import ModelOptions
 from tests.support.tiny_models import make_tokenizer, save_chat_model, tiny_llama
 
@@ -57,13 +57,13 @@ def test_nested_and_quantised_configs(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path, monkeypatch) -> None:
     save(tmp_path, torch.float32)
-    monkeypatch.setattr(memory, "free_bytes", lambda _device: 1000)
+    monkeypatch.setattr(machine, "free_bytes", lambda _device: 1000)
     with pytest.raises(ModelError, match=r"tiny: its weights take about 0\.0 GB .*--stream-layers.*--device-map auto"):
         load_chat_model(tmp_path, name="tiny", options=ModelOptions(device="cpu"))
     streamed = extract_direction(model=tmp_path, options=OPTIONS, model_options=ModelOptions(stream_layers=True))
     spread = extract_direction(model=tmp_path, options=OPTIONS, model_options=ModelOptions(device_map="auto"))
     assert streamed.report.selected.layer == spread.report.selected.layer
-    monkeypatch.setattr(memory, "free_bytes", lambda _device: None)
+    monkeypatch.setattr(machine, "free_bytes", lambda _device: None)
     check_memory(tmp_path, name="tiny", dtype="auto", device=CPU)
 
 
@@ -95,8 +95,8 @@ def test_a_container_has_what_its_control_groups_leave_it(
     for name, text in files.items():
         (groups / name).parent.mkdir(parents=True, exist_ok=True)
         (groups / name).write_text(f"{text}\n")
-    monkeypatch.setattr(memory, "_PROC", proc)
-    monkeypatch.setattr(memory, "_CGROUPS", groups)
+    monkeypatch.setattr(machine, "_PROC", proc)
+    monkeypatch.setattr(machine, "_CGROUPS", groups)
     assert free_bytes(CPU) == expected
 
 

@@ -9,7 +9,7 @@ from abliterate.architectures.table import ARCHITECTURES, feels_gaps, feels_padd
 from abliterate.evaluation.drift import completion_surprise
 from abliterate.models.chat_model import empty_cache
 from abliterate.models.greedy import GreedyDecoder
-from abliterate.models.memory import BatchLimits, plan_batches
+from abliterate.models.machine import BatchLimits, plan_batches
 from tests.support.conformance import PARTIAL_TYPES, TEXT_TYPES, WRAPPER_TYPES
 from tests.support.differential import NOT_RUN, NOTHING, ROWS, difference, make
 

@@ -20,7 +20,7 @@ from abliterate.errors import ModelError
 from abliterate.files import shown
 from abliterate.models.chat_format import ChatFormat, conversation_row, find_chat_format
 from abliterate.models.chat_template import token_texts
-from abliterate.models.memory import BatchLimits, is_out_of_memory, plan_batches
+from abliterate.models.machine import BatchLimits, is_out_of_memory, plan_batches, widen_products
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import ResidualStream, find_blocks, find_stream, learned_positions
 
@@ -482,7 +482,7 @@ def make_chat_model(
     options: ModelOptions | None = None,
     needs_template: bool = True,
 ) -> ChatModel:
-    """Wrap a loaded model: find its decoder blocks and the shape of its chat template.
+    """Wrap a loaded model, which is put into evaluation mode: find its decoder blocks and its chat template's shape.
 
     Raises:
         ModelError: there is no chat template and one is needed, or the decoder blocks cannot be found.
@@ -492,6 +492,7 @@ def make_chat_model(
         raise ModelError(f"{name} has no chat template; use its instruction-tuned version")
     options = options or ModelOptions()
     model.eval()
+    widen_products(model)
     text_config = model.config.get_text_config(decoder=True)
     n_layers = int(text_config.num_hidden_layers)
     return ChatModel(

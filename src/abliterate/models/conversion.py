@@ -16,7 +16,7 @@ from abliterate.files import in_one_line
 from abliterate.formats.gguf_file import GgufFile, read_gguf
 from abliterate.models.gguf_loading import load_gguf, load_gguf_tokenizer
 from abliterate.models.loading import choose_device, class_of
-from abliterate.models.memory import check_memory
+from abliterate.models.machine import check_memory
 from abliterate.models.options import ConvertedDtype
 from abliterate.progress import SILENT, ProgressReporter
 

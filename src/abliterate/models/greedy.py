@@ -17,7 +17,7 @@ from torch import Tensor
 from abliterate.errors import ModelError
 from abliterate.models.chat_model import ChatModel, PrefixCache, empty_cache, stop_tokens
 from abliterate.models.chat_template import ThinkingMarkers
-from abliterate.models.memory import is_out_of_memory
+from abliterate.models.machine import is_out_of_memory
 
 ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 """So many rows are decoded together at most: what keeps a device busy."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from abliterate.architectures.vocabulary import MERGED_EXPERTS
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.safetensors_file import TensorInfo
 from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_rows, read_tensor
 from abliterate.errors import ModelError
+from abliterate.models.machine import product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,7 +130,7 @@ class LayerWeights:
         head = self.plain_head
         assert head is not None
         rows_at_once = max(1, _READ_BYTES // (head.in_features * hidden.element_size()))
-        parts = [functional.linear(hidden, rows.to(hidden.dtype)) for rows in torch.split(head.weight, rows_at_once)]
+        parts = [product(hidden, rows.to(hidden.dtype)) for rows in torch.split(head.weight, rows_at_once)]
         logits = torch.cat(parts, dim=-1)
         return logits if head.bias is None else logits + head.bias.to(hidden.dtype)
 

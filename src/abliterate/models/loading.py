@@ -31,7 +31,7 @@ from abliterate.models.chat_template import processor_template, start_rendering
 from abliterate.models.gguf_loading import load_gguf, load_gguf_tokenizer
 from abliterate.models.layer_weights import LayerWeights
 from abliterate.models.loading_report import OF_MLX, check_complete
-from abliterate.models.memory import check_memory
+from abliterate.models.machine import check_memory
 from abliterate.models.options import ModelOptions
 from abliterate.models.stream import check_extractable, find_blocks
 from abliterate.models.stream_probe import probe_stream

@@ -23,7 +23,7 @@ from abliterate.errors import InputError, ModelError
 from abliterate.models.chat_model import ChatModel, stop_tokens
 from abliterate.models.hooks import ablate_subspace_in_block, replaced_forward
 from abliterate.models.layer_weights import LayerWeights
-from abliterate.models.memory import plan_batches
+from abliterate.models.machine import plan_batches
 from abliterate.progress import SILENT, Advance, ProgressReporter
 
 Key = tuple[int, int]

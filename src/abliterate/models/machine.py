@@ -1,14 +1,23 @@
-"""What fits into memory: batches of rows with little padding and a bounded number of tokens, and a whole model."""
+"""What the machine gives: memory, for batches of rows with little padding and for a whole model, and fast products.
 
+torch gives float32 products on a CPU to MKL, which uses AVX-512 on Intel's processors alone; on others it computes with
+half of the processor's width. oneDNN, which comes with torch, too, uses what is there, on the same tensors and in the
+same precision; sums are added up in another order. See benchmarks/products.py.
+"""
+
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from abliterate.errors import ModelError
 from abliterate.formats.gguf_file import read_gguf
@@ -201,3 +210,43 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+LEAST_ROWS, LEAST_MULTIPLICATIONS = 4, 2**23
+"""Smaller products are as fast as they are, or faster."""
+
+
+@functools.cache
+def wider_by_onednn() -> bool:
+    """Tell whether torch's own float32 products leave half of the processor's width unused, and oneDNN does not."""
+    find: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    found, backends = find(), cast(Any, torch.backends)
+    is_wide = bool(found.get("avx512_f")) and "AMD" in str(found.get("cpu_name", ""))
+    return is_wide and bool(backends.mkldnn.is_available() and backends.mkl.is_available())
+
+
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what `torch.nn.functional.linear` does, to rounding; gradients flow.
+
+    Args:
+        hidden: [..., d_in].
+        weight: [d_out, d_in].
+        bias: [d_out].
+    """
+    is_plain = hidden.dtype == weight.dtype == torch.float32 and hidden.device.type == weight.device.type == "cpu"
+    n_rows = hidden.numel() // max(1, hidden.shape[-1])
+    if not (is_plain and wider_by_onednn()) or n_rows < LEAST_ROWS or n_rows * weight.numel() < LEAST_MULTIPLICATIONS:
+        return functional.linear(hidden, weight, bias)
+    return cast(Tensor, torch.ops.aten.mkldnn_linear(hidden.to_mkldnn(), weight, bias).to_dense())
+
+
+def widen_products(model: nn.Module) -> None:
+    """Have a model's plain linear layers compute by `product`; each keeps its class, its weight and its hooks."""
+    for layer in model.modules() if wider_by_onednn() else ():
+        if type(layer) is nn.Linear and "forward" not in layer.__dict__:
+            # A bound method, so that a copy of the model computes with the copy's weights.
+            cast(Any, layer).forward = MethodType(_forward, layer)
+
+
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002 - its name in torch
+    return product(input, layer.weight, layer.bias)
