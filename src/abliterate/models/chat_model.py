@@ -92,7 +92,7 @@ def _rows(layer: Any, variants: Sequence[int]) -> Any:
 
 
 MIN_SHARED_PREFIX = 8
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+TOKENS_PER_BATCH = {"cpu": 1536, "cuda": 65536}
 BATCH_OVERHEAD = {"cpu": 32, "cuda": 1024}
 """What starting a batch costs, in tokens of computation: launching its operations, reading the weights."""
 CACHED_TOKENS_PER_TOKEN = 8
