@@ -89,3 +89,49 @@ def test_probabilities_taken_a_row_at_a_time_are_the_same(
     at_once = {name: scorer.score(name, keys) for name in names}
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 1)
     assert {name: scorer.score(name, keys) for name in names} == at_once
+
+
+def test_a_candidate_that_comes_back_goes_on_from_what_it_made_of_the_shared_tokens(
+    llama_chat: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = llama_chat
+    shape = (chat.chat_format.n_positions, chat.n_layers, chat.d_model)
+    candidates = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    keys = [(-1, 1), (-2, 3), (-1, 3)]
+
+    def make() -> CandidateScorer:
+        return CandidateScorer(
+            chat=chat,
+            candidates=candidates,
+            harmful_rows=chat.encode(HARMFUL),
+            harmless_rows=chat.encode(HARMLESS),
+            measure=FirstTokens(tuple(TOKENS)),
+        )
+
+    whole, racing = make(), make()
+    run, begun = ChatModel.run_prefix, []
+
+    def counting(chat: ChatModel, prefix: list[int], *, n_variants: int = 1) -> object:
+        begun.append(n_variants)
+        return run(chat, prefix, n_variants=n_variants)
+
+    monkeypatch.setattr(ChatModel, "run_prefix", counting)
+    for name in ("kl", "bypass", "induce"):
+        first = racing.score(name, keys, range(2))
+        after = len(begun)
+        # Fewer candidates, in another order, on other prompts.
+        second = racing.score(name, keys[:0:-1], range(2, 3))
+        assert len(begun) == after
+        expected = whole.score(name, keys)
+        for values, known in zip(first, expected, strict=True):
+            assert values[name] == pytest.approx(known[name][:2], abs=1e-4)
+        for values, known in zip(second, expected[:0:-1], strict=True):
+            assert values[name] == pytest.approx(known[name][2:3], abs=1e-4)
+    # KL's are those of bypass; all prompts at once keep nothing.
+    assert begun.count(3) == 3
+    monkeypatch.setattr(scoring, "PREFIX_BYTES", 0)
+    small = make()
+    small.score("kl", keys, range(2))
+    n_begun = len(begun)
+    small.score("kl", keys, range(2, 3))
+    assert len(begun) == n_begun + 1
