@@ -21,7 +21,6 @@ pytestmark = needs_onednn
 def wide(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """On any processor, and of any size; return the shapes that oneDNN was given."""
     monkeypatch.setattr(machine, "wider_by_onednn", lambda: True)
-    monkeypatch.setattr(machine, "LEAST_ROWS", 1)
     monkeypatch.setattr(machine, "LEAST_MULTIPLICATIONS", 1)
     shapes: list[tuple[int, ...]] = []
     to_mkldnn = torch.Tensor.to_mkldnn
@@ -73,13 +72,17 @@ def test_other_formats_are_left_to_torch(wide: list[tuple[int, ...]], dtype: tor
 
 
 def test_small_products_and_other_processors_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda _tensor: pytest.fail("oneDNN was asked"))
+    to_mkldnn, asked = torch.Tensor.to_mkldnn, []
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda tensor: asked.append(tensor.shape) or to_mkldnn(tensor))
     hidden, weight = torch.randn(512, 256), torch.randn(256, 256)
     monkeypatch.setattr(machine, "wider_by_onednn", lambda: True)
-    assert product(hidden[:3], weight).shape == (3, 256)
-    assert product(hidden[:8], weight).shape == (8, 256)
+    assert torch.equal(product(hidden[:255], weight), functional.linear(hidden[:255], weight))
+    assert asked == []
+    product(hidden[:256], weight)
+    assert asked == [(256, 256)]
     monkeypatch.setattr(machine, "wider_by_onednn", lambda: False)
     assert torch.equal(product(hidden, weight), functional.linear(hidden, weight))
+    assert len(asked) == 1
     layer = nn.Linear(4, 4)
     widen_products(layer)
     assert "forward" not in layer.__dict__

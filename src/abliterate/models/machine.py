@@ -212,8 +212,8 @@ def _read(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-LEAST_ROWS, LEAST_MULTIPLICATIONS = 4, 2**23
-"""Smaller products are as fast as they are, or faster."""
+LEAST_MULTIPLICATIONS = 2**24
+"""Smaller products are about as fast by MKL, or faster."""
 
 
 @functools.cache
@@ -235,7 +235,7 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     is_plain = hidden.dtype == weight.dtype == torch.float32 and hidden.device.type == weight.device.type == "cpu"
     n_rows = hidden.numel() // max(1, hidden.shape[-1])
-    if not (is_plain and wider_by_onednn()) or n_rows < LEAST_ROWS or n_rows * weight.numel() < LEAST_MULTIPLICATIONS:
+    if not (is_plain and wider_by_onednn()) or n_rows * weight.numel() < LEAST_MULTIPLICATIONS:
         return functional.linear(hidden, weight, bias)
     return cast(Tensor, torch.ops.aten.mkldnn_linear(hidden.to_mkldnn(), weight, bias).to_dense())
 
