@@ -260,7 +260,7 @@ class CandidateScorer:
                     [rows[i] for i in places],
                     cache=cache,
                     n_cached=n_cached,
-                    variants=[begun[i] for i in variants],
+                    variants=[begun[i] for i in variants.tolist()],
                     n_logits=n_logits,
                 )
             for part in _parts(logits):
@@ -376,7 +376,7 @@ class _RecordedInputs:
                     batch,
                     cache=cache,
                     n_cached=self._n_cached,
-                    variants=[begun[i] for i in variants],
+                    variants=[begun[i] for i in variants.tolist()],
                     n_logits=measure.n_logits,
                 )
             for part in _parts(logits):
