@@ -217,14 +217,18 @@ class _Audit:
             progress=self._progress,
         )
 
-    def _read(self, answers: Answers) -> tuple[dict[str, list[Reply]], dict[str, Surprise]]:
-        """Classify replies; the unchanged model says which are incoherent, so no hook may be attached."""
-        surprise = measure_surprise(self._chat, answers, progress=self._progress)
-        return read_replies(self._chat, answers, surprise=surprise, budgets=()), surprise
+    def _surprise(self, answers: Answers) -> dict[str, Surprise]:
+        """Return what the unchanged model finds of replies; no hook may be attached."""
+        return measure_surprise(self._chat, answers, progress=self._progress)
+
+    def _read(self, answers: Answers, surprise: dict[str, Surprise]) -> dict[str, list[Reply]]:
+        """Classify replies; what the unchanged model finds of them says which are incoherent."""
+        return read_replies(self._chat, answers, surprise=surprise, budgets=())
 
     def _measure_base(self) -> _Base:
         answers = self._answer(("harmful", "harmless"), "unchanged")
-        replies, surprise = self._read(answers)
+        surprise = self._surprise(answers)
+        replies = self._read(answers, surprise)
         return _Base(
             answers=answers,
             replies=replies,
@@ -272,7 +276,7 @@ class _Audit:
         with hooks:
             answers = self._answer(("harmful",), label)
             divergence, surprise = distributions.compare(self._chat)
-        replies = self._read(answers)[0]["harmful"]
+        replies = self._read(answers, self._surprise(answers))["harmful"]
         rate = count_replies(replies)
         entropy = compare_surprise(base.surprise, surprise)
         rise = None if entropy is None or entropy.base is None else entropy.model - entropy.base
@@ -302,4 +306,4 @@ class _Audit:
     def _induce(self, vector: Tensor, layer: int) -> RefusalRate:
         with add_direction(self._chat, vector, layer=layer):
             answers = self._answer(("harmless",), "added")
-        return count_replies(self._read(answers)[0]["harmless"])
+        return count_replies(self._read(answers, self._surprise(answers))["harmless"])

@@ -8,18 +8,17 @@ Where layers are streamed the values are the same, from a fixed number of readin
 every candidate at its own layer, one ablates every candidate that is left; see `streamed_model`.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
 from statistics import fmean as mean
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from abliterate.extraction.refusal import RefusalMeasure, measure_refusal, refusal_metric
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
-from abliterate.models.chat_model import ChatModel, PrefixCache
+from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import (
     Recording,
     ablate_direction,
@@ -34,8 +33,6 @@ from abliterate.models.streamed_model import StreamedChat, Variant
 
 KL_EPSILON = 1e-6
 """Added inside both logarithms of the KL divergence (the published code's value)."""
-PREFIX_BYTES = 1 << 28
-"""What candidates make of the shared tokens is kept for their next prompts, up to so many bytes."""
 BATCHES_PER_GROUP = 4
 """Candidates are run in groups that fill so many batches: enough rows of like length to batch without padding."""
 
@@ -108,7 +105,6 @@ class CandidateScorer:
         n_cached = chat.shareable_prefix(rows, keep=measure.n_logits)
         self._prefix = list(rows[0][:n_cached])
         self._rows = [list(row[n_cached:]) for row in rows]
-        self._kept = _KeptPrefixes()
 
     def groups(
         self, score: ScoreName, candidates: Sequence[Candidate], prompts: range | None = None
@@ -146,7 +142,7 @@ class CandidateScorer:
             parts = [self._indices("bypass"), self._indices("kl")]
         values = torch.zeros(len(candidates), len(self._rows), dtype=torch.float64)
         for part in parts:
-            self._ablated(candidates, part, values, kept=None if prompts is None else self._kept)
+            self._ablated(candidates, part, values)
         found: list[PromptScores] = []
         for bypass, kl in zip(*self._split(values, prompts), strict=True):
             scores: dict[ScoreName, tuple[float, ...]] = {}
@@ -161,9 +157,7 @@ class CandidateScorer:
         n, chosen = self._n_harmful, slice(None) if prompts is None else slice(prompts.start, prompts.stop)
         return self._measure.combine(values[:, :n])[:, chosen].tolist(), values[:, n:][:, chosen].tolist()
 
-    def _ablated(
-        self, candidates: Sequence[Candidate], indices: range, values: Tensor, *, kept: "_KeptPrefixes | None"
-    ) -> None:
+    def _ablated(self, candidates: Sequence[Candidate], indices: range, values: Tensor) -> None:
         """Fill in, of each candidate, the values [n_candidates, n_rows] of some rows."""
         n_logits = self._measure.n_logits if indices.start < self._n_harmful else 1
 
@@ -177,7 +171,7 @@ class CandidateScorer:
                 base = self.base_harmless_logits[places[harmless] - self._n_harmful]
                 values[variants[harmless], places[harmless]] = kl_divergence(base, logits[harmless]).cpu()
 
-        self._run_ablated(candidates, [self._rows[i] for i in indices], receive, n_logits=n_logits, kept=kept)
+        self._run_ablated(self._vectors(candidates), [self._rows[i] for i in indices], receive, n_logits=n_logits)
 
     def score_together(self, basis: Tensor) -> PromptScores:
         """Return bypass and KL, prompt by prompt, with several directions ablated at once.
@@ -228,29 +222,23 @@ class CandidateScorer:
         found: dict[Candidate, tuple[float, ...]] = {}
         for group in self.groups("induce", candidates):
             metric = self._stream.metric_with_addition(
-                self._vectors(group), layer=group[0][1], measure=self._measure, prompts=prompts, keys=group
+                self._vectors(group), layer=group[0][1], measure=self._measure, prompts=prompts
             )
             found |= {key: tuple(row) for key, row in zip(group, metric.tolist(), strict=True)}
         return [{"induce": found[key]} for key in candidates]
 
     def _run_ablated(
         self,
-        candidates: Sequence[Candidate],
+        vectors: Tensor,
         rows: list[list[int]],
         receive: Callable[[Tensor, Tensor, Tensor], None],
         *,
         n_logits: int,
-        kept: "_KeptPrefixes | None",
     ) -> None:
-        chat, vectors = self._chat, self._vectors(candidates)
-
-        def begin() -> PrefixCache | None:
-            with ablate_direction(chat, vectors):
-                return chat.run_prefix(self._prefix, n_variants=len(vectors))
-
-        cache, begun = None, list(range(len(vectors)))
+        chat, cache = self._chat, None
         if self._prefix:
-            cache, begun = kept.get(candidates, begin) if kept else (begin(), begun)
+            with ablate_direction(chat, vectors):
+                cache = chat.run_prefix(self._prefix, n_variants=len(vectors))
         n_rows, n_cached = len(rows), len(self._prefix)
 
         def run(pairs: list[int]) -> None:
@@ -260,42 +248,13 @@ class CandidateScorer:
                     [rows[i] for i in places],
                     cache=cache,
                     n_cached=n_cached,
-                    variants=[begun[i] for i in variants.tolist()],
+                    variants=variants.tolist(),
                     n_logits=n_logits,
                 )
             for part in _parts(logits):
                 receive(variants[part], places[part], _measurable(logits[part]))
 
         chat.for_batches([len(row) + chat.cached_share(n_cached) for row in rows] * len(vectors), run)
-
-
-class _KeptPrefixes:
-    """Keys and values of the tokens that all prompts share, under each candidate: a race comes back to the best."""
-
-    def __init__(self) -> None:
-        self._places: dict[Hashable, tuple[PrefixCache, int]] = {}
-        self._n_bytes = 0
-
-    def get(
-        self, keys: Sequence[Hashable], begin: Callable[[], PrefixCache | None]
-    ) -> tuple[PrefixCache | None, list[int]]:
-        """Return a cache and in which of its rows each candidate is.
-
-        Args:
-            keys: the candidates.
-            begin: runs the tokens under all of them, in order.
-        """
-        known = [self._places.get(key) for key in keys]
-        caches = {id(place[0]) if place else 0 for place in known}
-        if len(caches) == 1 and known[0] is not None:
-            return known[0][0], [place[1] for place in known if place]
-        cache = begin()
-        layers = [layer for layer in cast(Any, cache).cache.layers if layer.is_initialized] if cache else []
-        n_bytes = self._n_bytes + sum(each.nbytes for layer in layers for each in (layer.keys, layer.values))
-        if cache is not None and n_bytes <= PREFIX_BYTES:
-            self._n_bytes = n_bytes
-            self._places |= {key: (cache, i) for i, key in enumerate(keys)}
-        return cache, list(range(len(keys)))
 
 
 def _tail(chat: ChatModel, probe: StreamProbe, n_logits: int) -> AbstractContextManager[object]:
@@ -312,7 +271,6 @@ class _RecordedInputs:
     def __init__(self, chat: ChatModel, rows: Sequence[Sequence[int]], probe: StreamProbe, *, keep: int) -> None:
         self._chat = chat
         self._probe = probe
-        self._kept = _KeptPrefixes()
         self._prefix_hidden: dict[int, Tensor] = {}
         with capture_inputs(chat, self._prefix_hidden.__setitem__):
             self._cache, self._n_cached = chat.share_prefix(rows, keep=keep)
@@ -338,13 +296,7 @@ class _RecordedInputs:
         chat.for_batches([len(row) for row in self._rows], run)
 
     def metric_with_addition(
-        self,
-        vectors: Tensor,
-        *,
-        layer: int,
-        measure: RefusalMeasure,
-        prompts: range | None = None,
-        keys: Sequence[Hashable] = (),
+        self, vectors: Tensor, *, layer: int, measure: RefusalMeasure, prompts: range | None = None
     ) -> Tensor:
         """Return the log-odds of refusing with a vector added to the input of block `layer` at all positions.
 
@@ -353,18 +305,21 @@ class _RecordedInputs:
             layer: the block.
             measure: what the rows ask for.
             prompts: of which prompts; None: of all.
-            keys: names of the vectors, where there will be more prompts.
 
         Returns:
             [n_vectors, n_prompts] float64.
         """
         chat, cache, first, n_rows = self._chat, None, 0, len(self._rows)
-        begun = list(range(len(vectors)))
         if prompts is not None:
             n_asked = len(measure.ask([[]]))
             first, n_rows = prompts.start * n_asked, len(prompts) * n_asked
         if self._cache is not None:
-            cache, begun = self._begin(vectors, layer, keys if prompts is not None else ())
+            hidden = self._prefix_hidden[layer].expand(len(vectors), -1, -1)
+            with self._from_block(layer, hidden, vectors):
+                cache = chat.run_prefix(self._prefix, n_variants=len(vectors))
+            # The blocks that were skipped have cached nothing; theirs is the unchanged model's.
+            if cache is not None and self._probe.starts_at_blocks:
+                cache.cache.layers[:layer] = self._cache.cache.layers[:layer]
         metric = torch.empty(len(vectors), n_rows, dtype=torch.float64)
 
         def run(pairs: list[int]) -> None:
@@ -376,7 +331,7 @@ class _RecordedInputs:
                     batch,
                     cache=cache,
                     n_cached=self._n_cached,
-                    variants=[begun[i] for i in variants.tolist()],
+                    variants=variants.tolist(),
                     n_logits=measure.n_logits,
                 )
             for part in _parts(logits):
@@ -386,22 +341,6 @@ class _RecordedInputs:
         lengths = [len(row) + chat.cached_share(self._n_cached) for row in self._rows[first : first + n_rows]]
         chat.for_batches(lengths * len(vectors), run)
         return measure.combine(metric)
-
-    def _begin(self, vectors: Tensor, layer: int, keys: Sequence[Hashable]) -> tuple[PrefixCache | None, list[int]]:
-        """Run the shared tokens with each vector added, or find them run; see `_KeptPrefixes.get`."""
-        chat, unchanged = self._chat, self._cache
-        assert unchanged is not None
-
-        def begin() -> PrefixCache | None:
-            hidden = self._prefix_hidden[layer].expand(len(vectors), -1, -1)
-            with self._from_block(layer, hidden, vectors):
-                cache = chat.run_prefix(self._prefix, n_variants=len(vectors))
-            # The blocks that were skipped have cached nothing; theirs is the unchanged model's.
-            if cache is not None and self._probe.starts_at_blocks:
-                cache.cache.layers[:layer] = unchanged.cache.layers[:layer]
-            return cache
-
-        return self._kept.get(keys, begin) if keys else (begin(), list(range(len(vectors))))
 
     @contextmanager
     def _from_block(self, layer: int, hidden: Tensor, vectors: Tensor) -> Iterator[None]:
