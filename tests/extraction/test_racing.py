@@ -96,5 +96,43 @@ def test_what_a_candidate_changes_is_known_sooner_than_what_it_leaves() -> None:
         if is_known:
             assert abs(scores[-1, 1].induce - fmean(values[-1, 1])) < 0.05
     # The one that passes is scored on all prompts in the end.
-    assert asked[True] == {(-1, 1): 4, (-1, 2): 4, (-1, 3): N_PROMPTS}
+    assert asked[True] == {(-1, 1): 2, (-1, 2): 2, (-1, 3): N_PROMPTS}
     assert asked[False][-1, 1] > 4
+
+
+def _asked(values: dict[tuple[int, int], tuple[float, ...]], *, induce: float) -> dict[tuple[int, int], int]:
+    """Return of how many prompts each candidate's induce was asked for; in the unchanged model it is 0."""
+    asked: dict[tuple[int, int], int] = {}
+
+    def extend(name, keys, n):
+        if name == "induce":
+            asked.update(dict.fromkeys(keys, n))
+        return {key: values[key][:n] if name == "induce" else (0.0,) * n for key in keys}
+
+    race(
+        list(values),
+        thresholds=Thresholds(induce=induce, kl=0.2, prune_layers=0.0),
+        n_prompts=dict.fromkeys(("induce", "kl", "bypass"), N_PROMPTS),
+        extend=extend,
+        n_wanted=1,
+        unchanged={"induce": (0.0,) * N_PROMPTS},
+    )
+    return asked
+
+
+def test_two_values_that_happen_to_be_alike_decide_nothing_where_others_vary() -> None:
+    """A candidate's own two values say little of how much it varies; those of all say more."""
+    rng = random.Random(2)
+    lucky = (0.5, 0.5, *(rng.gauss(-0.5, 1.0) for _ in range(N_PROMPTS - 2)))
+    others = {(-2, i): tuple(rng.gauss(-30.0, 1.0) for _ in range(N_PROMPTS)) for i in range(20)}
+    assert _asked({(-1, 1): lucky}, induce=0.0)[-1, 1] > 2
+    found = _asked({(-1, 1): lucky} | others, induce=0.0)
+    assert found[-1, 1] > 4
+    assert {found[key] for key in others} == {2}
+
+
+def test_one_that_gives_no_numbers_decides_nothing_of_the_others() -> None:
+    rng = random.Random(3)
+    near = tuple(rng.gauss(0.1, 1.0) for _ in range(N_PROMPTS))
+    found = _asked({(-1, 1): near, (-1, 2): (float("nan"),) * N_PROMPTS}, induce=0.0)
+    assert found == {(-1, 1): N_PROMPTS, (-1, 2): 2}

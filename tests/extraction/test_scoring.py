@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from abliterate.extraction import scoring
-from abliterate.extraction.refusal import FirstTokens, refusal_metric
+from abliterate.extraction.refusal import EPSILON, FirstTokens, refusal_metric
 from abliterate.extraction.scoring import CandidateScorer, kl_divergence
-from abliterate.extraction.selection import ScoreName
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction
 from tests.support.tiny_models import HARMFUL, HARMLESS
@@ -81,11 +80,13 @@ def test_kl_is_that_of_the_base_to_the_other() -> None:
     assert torch.allclose(kl_divergence(base, base), torch.zeros(4, dtype=torch.float64))
 
 
-def test_probabilities_taken_a_row_at_a_time_are_the_same(
-    chat: ChatModel, scorer: CandidateScorer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = [(-1, 1), (-2, 3), (-1, 4)]
-    names: tuple[ScoreName, ...] = ("bypass", "induce", "kl", "ablated")
-    at_once = {name: scorer.score(name, keys) for name in names}
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 1)
-    assert {name: scorer.score(name, keys) for name in names} == at_once
+def test_probabilities_taken_a_row_at_a_time_are_those_of_all() -> None:
+    base, other = torch.randn(3, 2, 30), torch.randn(3, 2, 30)
+    p, q = (logits.double().softmax(-1) for logits in (base, other))
+    kl = (p * ((p + scoring.KL_EPSILON).log() - (q + scoring.KL_EPSILON).log())).sum(-1)
+    assert torch.allclose(kl_divergence(base, other), kl, rtol=0, atol=1e-15)
+    refusal = p[..., [4, 7]].sum(-1)
+    metric = (refusal + EPSILON).log() - (1 - refusal + EPSILON).log()
+    assert torch.allclose(refusal_metric(base, token_ids=[4, 7]), metric, rtol=0, atol=1e-14)
+    assert refusal_metric(base[0, 0], token_ids=[4]).shape == ()
+    assert kl_divergence(base[:0], base[:0]).shape == (0, 2)

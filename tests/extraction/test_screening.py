@@ -35,6 +35,8 @@ def test_whole_replies_score_a_candidate_as_they_are(tmp_path: Path) -> None:
         harmless=recordings["harmless"].activations,
         recipe=DirectionRecipe(),
     )
+    # At its own length no direction makes this model refuse; at eight times that some do.
+    candidates = 8 * candidates
     screener = Screener(
         replies=ReplyRun(chat=chat, ranks=Ranks()),
         candidates=candidates,
@@ -46,10 +48,16 @@ def test_whole_replies_score_a_candidate_as_they_are(tmp_path: Path) -> None:
     found = {key: scorer.score("ablated", [key])[0] | scorer.score("induce", [key])[0] for key in keys}
     best = min(keys, key=lambda key: sum(found[key]["bypass"]))
     assert {value for key in keys for value in found[key]["bypass"]} == {-1.0, 1.0}
-    confirmed = screener.confirm([best], progress=SILENT)[0]
-    assert confirmed.unanswered == sum(value > 0 for value in found[best]["bypass"])
-    assert confirmed.n_harmful == 12
-    assert confirmed.induced == sum(value > 0 for value in found[best]["induce"])
+    # Side by side, at two layers, as one by one.
+    confirmed = screener.confirm(keys, progress=SILENT)
+    assert [(one.position, one.layer) for one in confirmed] == keys
+    for one in confirmed:
+        alone = found[one.position, one.layer]
+        assert one.unanswered == sum(value > 0 for value in alone["bypass"])
+        assert one.induced == sum(value > 0 for value in alone["induce"])
+        assert (one.n_harmful, one.n_harmless) == (12, 12)
+    assert len({one.unanswered for one in confirmed}) > 1
+    assert len({one.induced for one in confirmed}) > 2
     unit = candidates[best] / candidates[best].norm()
     together = scorer.score_together(unit[None])
     assert together["bypass"] == found[best]["bypass"]

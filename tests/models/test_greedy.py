@@ -142,3 +142,30 @@ def test_where_a_cache_cannot_be_continued_generate_is_used(config: dict[str, ob
     assert not can_continue(chat, rows, max_new_tokens=4)
     with torch.inference_mode():
         assert GreedyDecoder(chat=chat, max_new_tokens=4).replies(rows) == chat.generate(rows, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 100])
+@pytest.mark.parametrize("continued", [True, False])
+def test_variants_that_are_decoded_side_by_side_are_those_of_each_alone(
+    chat: ChatModel, rows_at_once: int, continued: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(greedy.ROWS_AT_ONCE, "cpu", rows_at_once)
+    if not continued:
+        monkeypatch.setattr(greedy, "can_continue", lambda *_arguments, **_rest: False)
+    rows = chat.encode(PROMPTS[:4])
+    vectors = torch.stack([torch.zeros(chat.d_model), *(random_direction(chat.d_model, seed=i) for i in range(2))])
+    expected = []
+    for vector in vectors:
+        with ablate_direction(chat, vector):
+            expected.append(chat.generate(rows, max_new_tokens=6))
+    assert expected[0] == chat.generate(rows, max_new_tokens=6)
+    assert expected[0] != expected[1] != expected[2]
+    # In an order in which neighbours are of different variants.
+    asked = [(i, v) for i in range(len(rows)) for v in range(len(vectors))]
+    decoder = GreedyDecoder(
+        chat=chat, max_new_tokens=6, intervene=lambda variants: ablate_direction(chat, vectors[list(variants)])
+    )
+    received: dict[int, list[int]] = {}
+    found = decoder.replies([rows[i] for i, _ in asked], variants=[v for _, v in asked], receive=received.__setitem__)
+    assert found == [expected[v][i] for i, v in asked]
+    assert received == dict(enumerate(found))

@@ -13,7 +13,7 @@ Replies are kept in memory alone: among them are those to harmful prompts.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from abliterate.extraction.refusal import Openings
 from abliterate.extraction.reply_classes import DEGENERATE, ReplyClass, find_refusal, read_reply, refusal_start
 from abliterate.models.chat_model import ChatModel
-from abliterate.models.greedy import GreedyDecoder
+from abliterate.models.greedy import GreedyDecoder, Intervene
 from abliterate.processes import Ranks
 from abliterate.progress import ProgressReporter
 from abliterate.prompt_sets import ExtractionPrompts
@@ -122,7 +122,13 @@ class ReplyRun:
     max_new_tokens: int = SHORT_REPLY
 
     def read(
-        self, rows: Sequence[Sequence[int]], *, progress: ProgressReporter, task: str | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        progress: ProgressReporter,
+        task: str | None = None,
+        variants: Sequence[int] | None = None,
+        intervene: Intervene | None = None,
     ) -> list[ShortReply]:
         """Return the greedy reply to each row of token ids.
 
@@ -130,17 +136,21 @@ class ReplyRun:
             rows: rendered prompts.
             progress: where to show progress.
             task: what to call it there; None shows none.
+            variants: of each row what `intervene` is given, from 0; None: 0 of all.
+            intervene: what to attach for rows in several variants; None: nothing.
         """
+        decoder = self.decoder if intervene is None else replace(self.decoder, intervene=intervene)
 
-        def compute(part: Sequence[Sequence[int]]) -> list[ShortReply]:
+        def compute(part: Sequence[tuple[Sequence[int], int]]) -> list[ShortReply]:
+            asked, of_each = [row for row, _ in part], [variant for _, variant in part]
             if task is None:
-                generated = self.decoder.replies(part)
+                generated = decoder.replies(asked, variants=of_each)
             else:
                 with progress.task(task, total=len(part)) as advance:
-                    generated = self.decoder.replies(part, advance=advance)
+                    generated = decoder.replies(asked, variants=of_each, advance=advance)
             return [self.classed(tokens) for tokens in generated]
 
-        return self.ranks.share(rows, compute)
+        return self.ranks.share(list(zip(rows, variants or [0] * len(rows), strict=True)), compute)
 
     @property
     def decoder(self) -> GreedyDecoder:

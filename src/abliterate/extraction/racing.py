@@ -5,19 +5,30 @@ fail by far. So every candidate is scored on a few validation prompts first, and
 of its mean leaves open whether it passes (induce, then KL) or is the best (bypass, compared prompt by prompt). The few
 that are left are scored on all prompts, and must pass on all. What a candidate does to a prompt varies much less than
 the prompts themselves, so its mean is that of the unchanged model on all prompts and of what it changed on a few
-(a control variate).
+(a control variate). How much its values vary cannot be told from two of them, but those of many candidates can tell:
+its variance counts beside theirs together, as in the moderated t-statistic (Smyth 2004, eq. 3).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf, isnan, sqrt
-from statistics import fmean, stdev
+from math import inf, isfinite, isnan, sqrt
+from statistics import fmean
 
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.selection import Candidate, CandidateScore, ScoreName
 
-STAGES = {4: 5.8, 8: 3.5, 16: 2.9}
-"""After so many prompts a candidate is decided whose mean is so many standard errors from a threshold, or from the
-leader: Student's t for 99.5 %, since the error is known from as few values. The last stage is all prompts."""
+STAGES = (4, 8, 16)
+"""After so many prompts it is looked which candidates are decided. The last stage is all prompts."""
+EARLIEST = 2
+"""A stage before these where the unchanged model's values are known: without them, two prompts that happen to be alike
+make all candidates look as if they varied little."""
+OTHERS_WEIGHT = 4
+"""The variance of all candidates together counts as much as that of so many degrees of freedom of one."""
+STUDENT_T = (
+    *(63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17),
+    *(3.11, 3.05, 3.01, 2.98, 2.95, 2.92, 2.90, 2.88, 2.86),
+)
+"""A candidate is decided whose mean is so many standard errors from a threshold, or from the leader: the 99.5 %
+quantile of Student's t, by degrees of freedom from 1."""
 MIN_DEVIATION = 0.01
 """Values of a few prompts that happen to be equal are taken to spread by this much, in nats."""
 
@@ -55,14 +66,14 @@ def race(
 
     def decided(name: ScoreName, keys: Sequence[Candidate], sign: int, threshold: float) -> list[Candidate]:
         """Return those whose mean, times `sign`, is at least the threshold's."""
-        open_ones, passing = list(keys), []
-        for n in _stages(n_prompts[name]):
+        open_ones, passing, known = list(keys), [], (unchanged or {}).get(name)
+        for n in _stages(n_prompts[name], early=known is not None):
             more(name, open_ones, n)
+            means = _means([values[name][key] for key in open_ones], known)
             still = []
-            for key in open_ones:
-                mean, error = _mean(values[name][key], (unchanged or {}).get(name))
+            for key, (mean, noise) in zip(open_ones, means, strict=True):
                 margin = sign * (mean - threshold)
-                if n < n_prompts[name] and abs(margin) <= STAGES[n] * error:
+                if n < n_prompts[name] and abs(margin) <= noise:
                     still.append(key)
                 elif margin >= 0:
                     passing.append(key)
@@ -84,7 +95,11 @@ def race(
         able = [key for key in able if key not in best]
     scores = {
         key: CandidateScore(position=key[0], layer=key[1]).with_values(
-            {name: _mean(found[key], (unchanged or {}).get(name))[0] for name, found in values.items() if key in found}
+            {
+                name: _means([found[key]], (unchanged or {}).get(name))[0][0]
+                for name, found in values.items()
+                if key in found
+            }
         )
         for key in candidates
     }
@@ -106,33 +121,41 @@ def _lowest(
         # The last that is wanted is the one to beat.
         last = left[min(n_wanted, len(left)) - 1]
         if n < n_prompts:
-            left = [key for key in left if not _is_above(values[key], values[last], errors=STAGES[n])]
+            ahead = _means([[a - b for a, b in zip(values[key], values[last], strict=True)] for key in left])
+            left = [key for key, (mean, noise) in zip(left, ahead, strict=True) if not (isnan(mean) or mean > noise)]
     return left[:n_wanted]
 
 
-def _is_above(values: Sequence[float], leader: Sequence[float], *, errors: float) -> bool:
-    mean, error = _mean([a - b for a, b in zip(values, leader, strict=True)])
-    return isnan(mean) or mean > errors * error
-
-
-def _mean(values: Sequence[float], unchanged: Sequence[float] | None = None) -> tuple[float, float]:
-    """Return a mean over all prompts, from its values on the first of them, and its standard error.
+def _means(values: Sequence[Sequence[float]], unchanged: Sequence[float] | None = None) -> list[tuple[float, float]]:
+    """Return the means over all prompts of some candidates, from their values on the first of them, and their noise.
 
     Args:
-        values: on the first prompts.
+        values: on the first prompts, as many of each candidate.
         unchanged: the unchanged model's, on all.
+
+    Returns:
+        of each candidate its mean, and by how much that may be off.
     """
-    if unchanged is not None and len(values) < len(unchanged):
-        mean, error = _mean([a - b for a, b in zip(values, unchanged, strict=False)])
-        return fmean(unchanged) + mean, error
-    if len(values) < 2:
-        return fmean(values), inf
-    return fmean(values), max(stdev(values), MIN_DEVIATION) / sqrt(len(values))
+    n, base = len(values[0]) if values else 0, 0.0
+    if unchanged is not None and n < len(unchanged):
+        base, values = fmean(unchanged), [[a - b for a, b in zip(own, unchanged, strict=False)] for own in values]
+    means = [base + fmean(own) for own in values]
+    if n < 2:
+        return [(mean, inf) for mean in means]
+    variances = [max(sum((each - fmean(own)) ** 2 for each in own) / (n - 1), MIN_DEVIATION**2) for own in values]
+    known = [each for each in variances if isfinite(each)]
+    weight, together = min(OTHERS_WEIGHT, max(0, len(known) - 1) * (n - 1)), fmean(known or [0.0])
+    freedom = weight + n - 1
+    t = STUDENT_T[min(freedom, len(STUDENT_T)) - 1]
+    return [
+        (mean, t * sqrt((weight * together + (n - 1) * own) / freedom / n))
+        for mean, own in zip(means, variances, strict=True)
+    ]
 
 
 def _or_inf(value: float | None) -> float:
     return inf if value is None or isnan(value) else value
 
 
-def _stages(n_prompts: int) -> list[int]:
-    return [*(n for n in STAGES if n < n_prompts), n_prompts]
+def _stages(n_prompts: int, *, early: bool = False) -> list[int]:
+    return [*(n for n in ((EARLIEST, *STAGES) if early else STAGES) if n < n_prompts), n_prompts]

@@ -21,6 +21,9 @@ from abliterate.models.hooks import Recording
 EPSILON = 1e-8
 """Added inside both logarithms, so the metric is clamped to +-18.4207 (the published code's value)."""
 
+LOGITS_AT_ONCE = 1 << 25
+"""Of so many logits probabilities are computed at a time on a GPU: 256 MB of float64, and a few times that."""
+
 MIN_PROBABILITY_GAP = 0.05
 MIN_PROBABILITY_RATIO = 3.0
 MAX_REFUSAL_TOKENS = 10
@@ -46,9 +49,20 @@ def refusal_metric(logits: Tensor, *, token_ids: Sequence[int]) -> Tensor:
     Returns:
         float64 tensor [...], in nats, within +-18.4207.
     """
-    probabilities = torch.softmax(logits.to(torch.float64), dim=-1)
-    refusal = probabilities[..., list(token_ids)].sum(dim=-1)
+    found = [torch.softmax(rows.to(torch.float64), dim=-1)[:, list(token_ids)].sum(dim=-1) for rows in in_parts(logits)]
+    refusal = torch.cat(found).reshape(logits.shape[:-1])
     return torch.log(refusal + EPSILON) - torch.log(1 - refusal + EPSILON)
+
+
+def in_parts(logits: Tensor) -> list[Tensor]:
+    """Return the rows of logits [..., vocab] in parts [n, vocab], of which to compute in float64: on a CPU one by one.
+
+    What is computed of one row on the way stays in the processor's cache; of a batch it would be memory asked for anew
+    at each step, which takes several times as long.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    step = max(1, LOGITS_AT_ONCE // rows.shape[-1]) if rows.is_cuda else 1
+    return [rows[start : start + step] for start in range(0, max(1, len(rows)), step)]
 
 
 def find_refusal_tokens(*, harmful_logits: Tensor, harmless_logits: Tensor) -> list[tuple[int, float, float]]:

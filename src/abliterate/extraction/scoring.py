@@ -16,7 +16,7 @@ from statistics import fmean as mean
 import torch
 from torch import Tensor
 
-from abliterate.extraction.refusal import RefusalMeasure, measure_refusal, refusal_metric
+from abliterate.extraction.refusal import RefusalMeasure, in_parts, measure_refusal, refusal_metric
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import (
@@ -36,9 +36,6 @@ KL_EPSILON = 1e-6
 BATCHES_PER_GROUP = 4
 """Candidates are run in groups that fill so many batches: enough rows of like length to batch without padding."""
 
-LOGITS_AT_ONCE = 1 << 25
-"""Of so many logits probabilities are computed at a time: 256 MB of float64, and a few times that on the way."""
-
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     """Return KL(base || other) of next-token distributions, in nats, float64.
@@ -47,20 +44,20 @@ def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
         base_logits: [..., vocab].
         logits: [..., vocab].
     """
-    p = torch.softmax(base_logits.to(torch.float64), dim=-1)
-    q = torch.softmax(logits.to(torch.float64), dim=-1)
+    found = [
+        _kl(torch.softmax(base.to(torch.float64), dim=-1), torch.softmax(other.to(torch.float64), dim=-1))
+        for base, other in zip(in_parts(base_logits), in_parts(logits), strict=True)
+    ]
+    return torch.cat(found).reshape(logits.shape[:-1])
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * (torch.log(p + KL_EPSILON) - torch.log(q + KL_EPSILON))).sum(dim=-1)
 
 
 def _measurable(logits: Tensor) -> Tensor:
     """Return logits where float64 is had: on the GPU that computed them, which saves the journey, or on the CPU."""
     return logits if logits.is_cuda else logits.float().cpu()
-
-
-def _parts(logits: Tensor) -> list[slice]:
-    """Cut the rows of a batch into parts whose probabilities, in float64, take little memory."""
-    step = max(1, LOGITS_AT_ONCE // logits[0].numel())
-    return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 class CandidateScorer:
@@ -251,8 +248,7 @@ class CandidateScorer:
                     variants=variants.tolist(),
                     n_logits=n_logits,
                 )
-            for part in _parts(logits):
-                receive(variants[part], places[part], _measurable(logits[part]))
+            receive(variants, places, _measurable(logits))
 
         chat.for_batches([len(row) + chat.cached_share(n_cached) for row in rows] * len(vectors), run)
 
@@ -334,9 +330,7 @@ class _RecordedInputs:
                     variants=variants.tolist(),
                     n_logits=measure.n_logits,
                 )
-            for part in _parts(logits):
-                values = measure.read(_measurable(logits[part]), places[part])
-                metric[variants[part], places[part] - first] = values.cpu()
+            metric[variants, places - first] = measure.read(_measurable(logits), places).cpu()
 
         lengths = [len(row) + chat.cached_share(self._n_cached) for row in self._rows[first : first + n_rows]]
         chat.for_batches(lengths * len(vectors), run)

@@ -4,12 +4,13 @@ Each candidate costs two rounds of generation, so few are looked at: the best by
 harmless prompts best.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 
+import torch
 from torch import Tensor
 
 from abliterate.extraction.behaviour import ReplyRun, ShortReply
@@ -73,23 +74,44 @@ class Screener:
         return self._read(ablate_subspace(self.replies.chat, basis), self.harmful_rows)
 
     def confirm(self, keys: Sequence[Candidate], *, progress: ProgressReporter) -> list[Confirmation]:
-        """Return what each candidate does to the replies, in the order of `keys`."""
-        found = []
-        with progress.task("Confirming by replies", total=len(keys)) as advance:
-            for key in keys:
-                ablated, added = self.ablated(key), self.added(key)
-                found.append(
-                    Confirmation(
-                        position=key[0],
-                        layer=key[1],
-                        unanswered=sum(not reply.answered for reply in ablated),
-                        n_harmful=len(ablated),
-                        induced=sum(reply.refused for reply in added),
-                        n_harmless=len(added),
-                    )
-                )
-                advance(1)
-        return found
+        """Return what each candidate does to the replies, in the order of `keys`; all are decoded side by side."""
+        chat, n = self.replies.chat, len(keys)
+        vectors = torch.stack([self.candidates[key] for key in keys])
+        # Of each variant what is ablated, and what is added, at which layer: a zero vector does nothing.
+        ablated, added = torch.cat([vectors, 0 * vectors]), torch.cat([0 * vectors, vectors])
+        layers = torch.tensor([layer for _, layer in keys] * 2)
+
+        @contextmanager
+        def intervene(variants: Sequence[int]) -> Iterator[None]:
+            index = torch.tensor(list(variants))
+            with ExitStack() as stack:
+                stack.enter_context(ablate_direction(chat, ablated[index]))
+                for layer in sorted({layer for _, layer in keys}):
+                    at_layer = (layers[index] == layer)[:, None] * added[index]
+                    stack.enter_context(add_direction(chat, at_layer, layer=layer))
+                yield
+
+        asked = [(row, v) for v in range(n) for row in self.harmful_rows]
+        asked += [(row, n + v) for v in range(n) for row in self.harmless_rows]
+        replies = self.replies.read(
+            [row for row, _ in asked],
+            progress=progress,
+            task="Confirming by replies",
+            variants=[variant for _, variant in asked],
+            intervene=intervene,
+        )
+        of_variant = [[r for r, (_, of) in zip(replies, asked, strict=True) if of == v] for v in range(2 * n)]
+        return [
+            Confirmation(
+                position=key[0],
+                layer=key[1],
+                unanswered=sum(not reply.answered for reply in of_variant[v]),
+                n_harmful=len(self.harmful_rows),
+                induced=sum(reply.refused for reply in of_variant[n + v]),
+                n_harmless=len(self.harmless_rows),
+            )
+            for v, key in enumerate(keys)
+        ]
 
     def _read(self, hooks: AbstractContextManager[int], rows: Sequence[Sequence[int]]) -> list[ShortReply]:
         with hooks:

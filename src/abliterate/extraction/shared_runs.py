@@ -1,6 +1,6 @@
 """Recording all prompts of an extraction and scoring its candidates: over several processes, saved as it goes.
 
-An interrupted extraction goes on where it stopped (`SavedWork`): recordings are saved set by set, scores group by
+An interrupted extraction goes on where it stopped (`SavedWork`): recordings are saved kind by kind, scores group by
 group. Thresholds are no part of the key: they choose among scores and do not change them.
 """
 
@@ -313,35 +313,39 @@ class RecordingRun:
     def record(self) -> dict[str, Recording]:
         """Return the recordings of all parts, those that are saved from there."""
         found = {name: self.ranks.first_says(self.saved.tensors(name)) for name in PARTS}
-        missing = [name for name in PARTS if found[name] is None]
-        # Part by part, so that each is saved as it is done. Streamed layers are read once for all parts, and for all
-        # again if one is missing: in other batches the rest would be rounded otherwise.
-        groups = [[name] for name in missing]
-        if missing and isinstance(self.chat, StreamedChat):
+        # Kind by kind, so that each is saved as it is done. Streamed layers are read once for all parts. What is
+        # recorded together is recorded anew together: in other batches it would be rounded otherwise.
+        groups = [[name for name in PARTS if name.startswith(f"{kind}_")] for kind in ("harmful", "harmless")]
+        if isinstance(self.chat, StreamedChat):
             groups = [list(PARTS)]
         for group in groups:
-            found |= self._record(group)
+            if any(found[name] is None for name in group):
+                found |= self._record(group)
         return {name: Recording(**tensors) for name, tensors in found.items() if tensors is not None}
 
     def _record(self, group: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         rows = {name: self.chat.encode(self._prompts(name).texts) for name in group}
+        together = [row for name in group for row in rows[name]]
         if isinstance(self.chat, StreamedChat):
-            recorded = self._record_rows([row for name in group for row in rows[name]])
+            recorded, replies = self._record_rows(together)
         else:
-            with self.progress.task(f"Recording {self._prompts(group[0]).name}", total=len(rows[group[0]])) as advance:
-                recorded = self._record_rows(rows[group[0]], advance, group[0])
+            names = " and ".join(self._prompts(name).name for name in group)
+            with self.progress.task(f"Recording {names}", total=len(together)) as advance:
+                recorded, replies = self._record_rows(together, advance)
         start, parts = 0, {}
         for name in group:
             end = start + len(rows[name])
             parts[name] = {key: tensor[start:end].clone() for key, tensor in recorded.items()}
+            if self.replying is not None:
+                self.replies[name] = [reply for reply in replies[start:end] if reply is not None]
             start = end
             if self.ranks.is_first:
                 self.saved.save_tensors(name, parts[name])
         return parts
 
     def _record_rows(
-        self, rows: list[list[int]], advance: Advance | None = None, part: str | None = None
-    ) -> dict[str, Tensor]:
+        self, rows: list[list[int]], advance: Advance | None = None
+    ) -> tuple[dict[str, Tensor], list[ShortReply | None]]:
         def compute(rows: Sequence[list[int]]) -> list[tuple[Tensor, Tensor, ShortReply | None]]:
             replies: list[ShortReply | None] = [None] * len(rows)
 
@@ -363,9 +367,7 @@ class RecordingRun:
             return list(zip(recording.activations, recording.logits, replies, strict=True))
 
         activations, logits, replies = zip(*self.ranks.share(rows, compute), strict=True)
-        if part is not None and self.replying is not None:
-            self.replies[part] = list(replies)
-        return {"activations": torch.stack(activations), "logits": torch.stack(logits)}
+        return {"activations": torch.stack(activations), "logits": torch.stack(logits)}, list(replies)
 
     def _prompts(self, name: str) -> PromptSet:
         prompts: PromptSet = getattr(self.prompts, name)

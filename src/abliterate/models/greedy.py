@@ -8,6 +8,7 @@ decoded together, and a row leaves as soon as it ends or its reader has seen eno
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,9 @@ ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 """So many rows are decoded together at most: what keeps a device busy."""
 CACHE_SHARE, CACHE_BYTES = 0.25, 2**30
 """The keys and values of all rows take at most this share of the memory that the weights take, or so many bytes."""
+
+Intervene = Callable[[Sequence[int]], AbstractContextManager[object]]
+"""Attaches hooks for a pass, given the variant of each of its rows; one alone stands for all rows."""
 
 
 def can_continue(chat: ChatModel, rows: Sequence[Sequence[int]], *, max_new_tokens: int) -> bool:
@@ -54,33 +58,44 @@ class GreedyDecoder:
         chat: the model, hooks and all.
         max_new_tokens: length limit of each reply.
         enough: tells from its tokens that a reply need not go on.
+        intervene: what to attach for rows that are to be run in several variants side by side.
     """
 
     chat: ChatModel
     max_new_tokens: int
     enough: Callable[[Sequence[int]], bool] = lambda _tokens: False
+    intervene: Intervene = lambda _variants: nullcontext()
     _stops: list[set[int]] = field(default_factory=list)
 
     @torch.inference_mode()
-    def run_prompts(self, batch: list[list[int]], *, cache: PrefixCache | None, n_cached: int) -> PromptPass:
+    def run_prompts(
+        self,
+        batch: list[list[int]],
+        *,
+        cache: PrefixCache | None,
+        n_cached: int,
+        variants: Sequence[int] | None = None,
+    ) -> PromptPass:
         """Run one batch of prompts, as `ChatModel.forward` does, and keep what replies begin from."""
         chat = self.chat
         ids, mask = chat.pad(batch)
+        variants = [0] * len(batch) if variants is None else variants
         past: Any
         if cache is not None:
-            past = cache.for_rows([0] * len(batch))
+            past = cache.for_rows(variants)
             mask = torch.cat([mask.new_ones(len(batch), n_cached), mask], dim=1)
         else:
             past = empty_cache(chat.model.config, longest=ids.shape[1] + self.max_new_tokens)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, n_cached:]
-        out = chat.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=chat.last_tokens(ids.shape[1]),
-        )
+        with self.intervene(variants):
+            out = chat.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=chat.last_tokens(ids.shape[1]),
+            )
         return PromptPass(logits=out.logits[:, -1], past=out.past_key_values, mask=mask)
 
     @torch.inference_mode()
@@ -88,6 +103,7 @@ class GreedyDecoder:
         self,
         rows: Sequence[Sequence[int]],
         *,
+        variants: Sequence[int] | None = None,
         advance: Callable[[int], None] = lambda _n: None,
         receive: Callable[[int, list[int]], None] = lambda _index, _reply: None,
     ) -> list[list[int]]:
@@ -95,13 +111,12 @@ class GreedyDecoder:
 
         Args:
             rows: token ids.
+            variants: of each row what `intervene` is given, from 0; None: 0 of all.
             advance: called with the number of replies that have ended.
             receive: called with the index of each prompt and its reply, as soon as that has ended.
         """
         chat = self.chat
-        if not can_continue(chat, rows, max_new_tokens=self.max_new_tokens):
-            return chat.generate(rows, max_new_tokens=self.max_new_tokens, advance=advance, receive=receive)
-        cache, n_cached = chat.share_prefix(rows)
+        variants = [0] * len(rows) if variants is None else variants
         found: list[list[int]] = [[] for _ in rows]
 
         def keep(index: int, reply: list[int]) -> None:
@@ -109,15 +124,36 @@ class GreedyDecoder:
             receive(index, reply)
             advance(1)
 
-        pool = ReplyPool(self, keep)
+        if not can_continue(chat, rows, max_new_tokens=self.max_new_tokens):
+            for variant in sorted(set(variants)):
+                own = [i for i, each in enumerate(variants) if each == variant]
+                with self.intervene([variant]):
+                    self._generate(own, rows, keep)
+            return found
+        cache, n_cached = None, chat.shareable_prefix(rows)
+        if n_cached:
+            every = range(max(variants) + 1)
+            with self.intervene(every):
+                cache = chat.run_prefix(rows[0][:n_cached], n_variants=len(every))
+        pool = ReplyPool(self, keep, variants=variants)
 
         def run(indices: list[int]) -> None:
-            batch = [list(rows[i][n_cached:]) for i in indices]
-            pool.enter(indices, self.run_prompts(batch, cache=cache, n_cached=n_cached))
+            batch, of_each = [list(rows[i][n_cached:]) for i in indices], [variants[i] for i in indices]
+            pool.enter(indices, self.run_prompts(batch, cache=cache, n_cached=n_cached, variants=of_each))
 
         chat.for_batches([len(row) - n_cached for row in rows], run)
         pool.finish()
         return found
+
+    def _generate(
+        self, own: Sequence[int], rows: Sequence[Sequence[int]], keep: Callable[[int, list[int]], None]
+    ) -> None:
+        """Have transformers generate the replies to some of the rows."""
+        self.chat.generate(
+            [rows[i] for i in own],
+            max_new_tokens=self.max_new_tokens,
+            receive=lambda place, reply: keep(own[place], reply),
+        )
 
     @property
     def stops(self) -> set[int]:
@@ -137,10 +173,18 @@ class ReplyPool:
     Args:
         decoder: says how replies end.
         receive: called with the index of each prompt and its reply, as soon as it has ended.
+        variants: of each prompt what the decoder's `intervene` is given; None: 0 of all.
     """
 
-    def __init__(self, decoder: GreedyDecoder, receive: Callable[[int, list[int]], None]) -> None:
+    def __init__(
+        self,
+        decoder: GreedyDecoder,
+        receive: Callable[[int, list[int]], None],
+        *,
+        variants: Sequence[int] | None = None,
+    ) -> None:
         self._decoder = decoder
+        self._variants = variants
         self._chat = decoder.chat
         self._receive = receive
         self._most = self._chat.batch_size or ROWS_AT_ONCE.get(self._chat.device.type, ROWS_AT_ONCE["cuda"])
@@ -178,7 +222,9 @@ class ReplyPool:
         if rows is None:
             return
         try:
-            logits, past, mask = rows.run(self._chat)
+            variants = [0 if self._variants is None else self._variants[i] for i in rows.indices]
+            with self._decoder.intervene(variants):
+                logits, past, mask = rows.run(self._chat)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

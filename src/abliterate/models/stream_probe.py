@@ -23,6 +23,8 @@ from abliterate.models.hooks import (
 from abliterate.models.stream import no_extraction
 
 _PROMPTS = ("Name a color.", "What is a river? Say it in one sentence.")
+_TOKENS = 16
+"""So many tokens of each are run at most: a template may put a page before them."""
 _STARTS = 4
 """At so many blocks at most a pass is started, to compare it with the plain one."""
 _ROUNDINGS = 64
@@ -86,7 +88,7 @@ def probe_stream(chat: ChatModel, rows: Sequence[Sequence[int]] | None = None) -
 def _short_rows(chat: ChatModel) -> list[list[int]]:
     # Of one length: padding is not what is looked at.
     rows = chat.encode(_PROMPTS)
-    length = min(len(row) for row in rows)
+    length = min(_TOKENS, *(len(row) for row in rows))
     return [row[-length:] for row in rows]
 
 
