@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.checkpoints.saved_work import SavedWork
 from abliterate.errors import InterruptedRunError, NoDirectionError
 from abliterate.extraction.options import ExtractionOptions, Thresholds
 from abliterate.extraction.run import extract_direction
+from abliterate.models import chat_model
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.options import ModelOptions
 from tests.support.paths import REPOSITORY
+from tests.support.refusing_models import refusing_model
 
 ANYTHING = Thresholds(kl=1e9, induce=-1e9)
 OPTIONS = ExtractionOptions(
@@ -89,6 +92,36 @@ def test_killed_and_resumed_gives_the_same_bytes(
     resumed.direction.save(tmp_path / "resumed")
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
     assert not work.exists()
+
+
+@pytest.mark.parametrize("n_saved", [1, 3, 6, 8, 11])
+def test_a_race_that_is_interrupted_ends_in_the_same_bytes(tmp_path: Path, monkeypatch, n_saved: int) -> None:
+    """What candidates were scored on before the interruption is not scored again; what all share is run as it was."""
+    # So that the few tokens which these prompts share are worth keeping.
+    monkeypatch.setattr(chat_model, "MIN_SHARED_PREFIX", 2)
+    model = refusing_model("spread", tmp_path)
+    for part in (model.chat.model, model.chat.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    options = ExtractionOptions(n_train=32, n_val=16, thresholds=Thresholds(kl=1.0))
+    given = {"model": tmp_path / "model", "harmful": str(model.harmful), "harmless": str(model.harmless)}
+    undisturbed = extract_direction(**given, options=options)
+    assert undisturbed.report.raced
+    undisturbed.direction.save(tmp_path / "undisturbed")
+    save, computed = SavedWork.save_values, []
+
+    def counting(saved: SavedWork, values) -> None:
+        save(saved, values)
+        computed.append(set(values))
+        if len(computed) == n_saved:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SavedWork, "save_values", counting)
+    with pytest.raises(InterruptedRunError, match="the same command goes on from there"):
+        extract_direction(**given, options=options, work_directory=tmp_path / "work")
+    resumed = extract_direction(**given, options=options, work_directory=tmp_path / "work")
+    resumed.direction.save(tmp_path / "resumed")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
+    assert len(computed) > n_saved
 
 
 def test_streamed_layers_go_on_where_they_stopped(llama_directory: Path, tmp_path: Path, monkeypatch) -> None:

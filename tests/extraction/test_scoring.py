@@ -7,6 +7,7 @@ from torch import Tensor
 from abliterate.extraction import scoring
 from abliterate.extraction.refusal import EPSILON, FirstTokens, refusal_metric
 from abliterate.extraction.scoring import CandidateScorer, kl_divergence
+from abliterate.extraction.selection import ScoreName
 from abliterate.models.chat_model import ChatModel
 from abliterate.models.hooks import ablate_direction, add_direction
 from tests.support.tiny_models import HARMFUL, HARMLESS
@@ -90,3 +91,48 @@ def test_probabilities_taken_a_row_at_a_time_are_those_of_all() -> None:
     assert torch.allclose(refusal_metric(base, token_ids=[4, 7]), metric, rtol=0, atol=1e-14)
     assert refusal_metric(base[0, 0], token_ids=[4]).shape == ()
     assert kl_divergence(base[:0], base[:0]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["induce", "kl", "bypass"])
+def test_what_prompts_share_is_run_once_for_those_that_are_expected_again(
+    chat: ChatModel, candidates: Tensor, name: ScoreName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {kind: chat.encode(texts) for kind, texts in (("harmful_rows", HARMFUL), ("harmless_rows", HARMLESS))}
+    given = {"chat": chat, "candidates": candidates, "measure": FirstTokens((5, 9)), **rows}
+    keys = [(-1, 1), (-2, 1), (-2, 3), (-1, 4), (-1, 3)]
+    plain = CandidateScorer(**given).score(name, keys)
+    run, variants = ChatModel.run_prefix, []
+
+    def counting(chat, prefix, *, n_variants=1):
+        variants.append(n_variants)
+        return run(chat, prefix, n_variants=n_variants)
+
+    scorer = CandidateScorer(**given)
+    monkeypatch.setattr(ChatModel, "run_prefix", counting)
+    scorer.enter(name, keys[:3])
+    scorer.enter(name, keys)
+    of_first = scorer.score(name, [keys[0]], range(2))[0]
+    assert of_first[name] == pytest.approx(plain[0][name][:2], abs=1e-6)
+    for found, expected in zip(scorer.score(name, keys), plain, strict=True):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+    assert scorer.score(name, keys[3:], range(1, 3))[0][name] == pytest.approx(plain[3][name][1:3], abs=1e-6)
+    # A layer's candidates together, or all together, and the one that came in later by itself.
+    assert sorted(variants) == ([1, 1, 1, 2] if name == "induce" else [2, 3])
+
+
+def test_nothing_is_kept_that_takes_too_much_memory(
+    chat: ChatModel, scorer: CandidateScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [(-1, 1), (-2, 1), (-2, 3), (-1, 4)]
+    monkeypatch.setitem(chat._limit, "forward", 1)
+    run, variants = ChatModel.run_prefix, []
+
+    def counting(chat, prefix, *, n_variants=1):
+        variants.append(n_variants)
+        return run(chat, prefix, n_variants=n_variants)
+
+    monkeypatch.setattr(ChatModel, "run_prefix", counting)
+    scorer.enter("kl", keys)
+    for _ in range(2):
+        scorer.score("kl", keys[:2])
+    assert variants == [2, 2]

@@ -22,26 +22,32 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """On any processor, and of any size; return the shapes that oneDNN was given."""
     monkeypatch.setattr(machine, "wider_by_onednn", lambda: True)
     monkeypatch.setattr(machine, "LEAST_MULTIPLICATIONS", 1)
+    return _counted(monkeypatch)
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
-    to_mkldnn = torch.Tensor.to_mkldnn
+    by_onednn = machine._by_onednn
 
-    def counting(tensor: torch.Tensor) -> torch.Tensor:
-        shapes.append(tuple(tensor.shape))
-        return to_mkldnn(tensor)
+    def counting(hidden: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+        shapes.append(tuple(hidden.shape))
+        return by_onednn(hidden, *rest)
 
-    monkeypatch.setattr(torch.Tensor, "to_mkldnn", counting)
+    monkeypatch.setattr(machine, "_by_onednn", counting)
     return shapes
 
 
+@pytest.mark.parametrize("for_gradients", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 1, 24), (24,)])
 def test_a_product_is_that_of_torch_to_rounding(
-    wide: list[tuple[int, ...]], shape: tuple[int, ...], has_bias: bool
+    wide: list[tuple[int, ...]], shape: tuple[int, ...], has_bias: bool, for_gradients: bool
 ) -> None:
     generator = torch.Generator().manual_seed(len(shape))
     hidden, weight = torch.randn(shape, generator=generator), torch.randn(40, 24, generator=generator)
     bias = torch.randn(40, generator=generator) if has_bias else None
-    found = product(hidden, weight, bias)
+    found = product(hidden, weight.requires_grad_(for_gradients), bias)
+    assert found.requires_grad is for_gradients
     exact = functional.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     assert found.dtype == torch.float32
     assert found.shape == exact.shape
@@ -49,7 +55,9 @@ def test_a_product_is_that_of_torch_to_rounding(
     assert wide == [shape]
     # Parts of tensors, as they come out of models.
     part = torch.randn(4, 6, 48, generator=generator)[:, ::2, 10:34]
-    assert (product(part, weight) - functional.linear(part, weight)).abs().max() < 1e-4
+    columns = torch.randn(24, 80, generator=generator)[:, ::2].T
+    for of in (weight, columns):
+        assert (product(part, of) - functional.linear(part, of)).abs().max() < 1e-4
 
 
 def test_gradients_flow_to_what_goes_in_and_to_the_weight(wide: list[tuple[int, ...]]) -> None:
@@ -72,8 +80,7 @@ def test_other_formats_are_left_to_torch(wide: list[tuple[int, ...]], dtype: tor
 
 
 def test_small_products_and_other_processors_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    to_mkldnn, asked = torch.Tensor.to_mkldnn, []
-    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda tensor: asked.append(tensor.shape) or to_mkldnn(tensor))
+    asked = _counted(monkeypatch)
     hidden, weight = torch.randn(512, 256), torch.randn(256, 256)
     monkeypatch.setattr(machine, "wider_by_onednn", lambda: True)
     assert torch.equal(product(hidden[:255], weight), functional.linear(hidden[:255], weight))

@@ -16,7 +16,7 @@ from statistics import fmean
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.selection import Candidate, CandidateScore, ScoreName
 
-STAGES = (4, 8, 16)
+STAGES = (4, 8, 12, 16, 24)
 """After so many prompts it is looked which candidates are decided. The last stage is all prompts."""
 EARLIEST = 2
 """A stage before these where the unchanged model's values are known: without them, two prompts that happen to be alike

@@ -8,17 +8,19 @@ Where layers are streamed the values are the same, from a fixed number of readin
 every candidate at its own layer, one ablates every candidate that is left; see `streamed_model`.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
 from statistics import fmean as mean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abliterate.extraction.refusal import RefusalMeasure, in_parts, measure_refusal, refusal_metric
 from abliterate.extraction.selection import Candidate, PromptScores, ScoreName
-from abliterate.models.chat_model import ChatModel
+from abliterate.models.chat_model import ChatModel, PrefixCache
 from abliterate.models.hooks import (
     Recording,
     ablate_direction,
@@ -35,6 +37,8 @@ KL_EPSILON = 1e-6
 """Added inside both logarithms of the KL divergence (the published code's value)."""
 BATCHES_PER_GROUP = 4
 """Candidates are run in groups that fill so many batches: enough rows of like length to batch without padding."""
+KEPT_BATCHES = 2
+"""So many batches' tokens may have their keys and values kept for a score."""
 
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
@@ -102,6 +106,27 @@ class CandidateScorer:
         n_cached = chat.shareable_prefix(rows, keep=measure.n_logits)
         self._prefix = list(rows[0][:n_cached])
         self._rows = [list(row[n_cached:]) for row in rows]
+        self._ablated_prefixes = _Prefixes(self._run_ablated_prefix)
+        self._added_prefixes = _Prefixes(self._run_added_prefix)
+
+    def enter(self, score: ScoreName, candidates: Sequence[Candidate]) -> None:
+        """Expect to be asked for a score of these several times: the tokens that prompts share are run but once.
+
+        They are run for these together, whichever of them are asked for: a run that goes on where another stopped
+        rounds as that did.
+        """
+        prefixes, length = self._prefixes(score), max(1, len(self._prefix))
+        if (prefixes.n_kept + len(candidates)) * length > KEPT_BATCHES * self._chat.tokens_per_batch:
+            return
+        if score == "induce":
+            for group in self.groups(score, candidates):
+                prefixes.keep(group)
+        else:
+            for start in range(0, len(candidates), self._largest_group):
+                prefixes.keep(candidates[start : start + self._largest_group])
+
+    def _prefixes(self, score: ScoreName) -> "_Prefixes":
+        return self._added_prefixes if score == "induce" else self._ablated_prefixes
 
     def groups(
         self, score: ScoreName, candidates: Sequence[Candidate], prompts: range | None = None
@@ -168,7 +193,7 @@ class CandidateScorer:
                 base = self.base_harmless_logits[places[harmless] - self._n_harmful]
                 values[variants[harmless], places[harmless]] = kl_divergence(base, logits[harmless]).cpu()
 
-        self._run_ablated(self._vectors(candidates), [self._rows[i] for i in indices], receive, n_logits=n_logits)
+        self._run_ablated(candidates, [self._rows[i] for i in indices], receive, n_logits=n_logits)
 
     def score_together(self, basis: Tensor) -> PromptScores:
         """Return bypass and KL, prompt by prompt, with several directions ablated at once.
@@ -219,23 +244,33 @@ class CandidateScorer:
         found: dict[Candidate, tuple[float, ...]] = {}
         for group in self.groups("induce", candidates):
             metric = self._stream.metric_with_addition(
-                self._vectors(group), layer=group[0][1], measure=self._measure, prompts=prompts
+                self._vectors(group),
+                layer=group[0][1],
+                cache=self._added_prefixes.of(group),
+                measure=self._measure,
+                prompts=prompts,
             )
             found |= {key: tuple(row) for key, row in zip(group, metric.tolist(), strict=True)}
         return [{"induce": found[key]} for key in candidates]
 
+    def _run_ablated_prefix(self, candidates: Sequence[Candidate]) -> PrefixCache | None:
+        if not self._prefix:
+            return None
+        with ablate_direction(self._chat, self._vectors(candidates)):
+            return self._chat.run_prefix(self._prefix, n_variants=len(candidates))
+
+    def _run_added_prefix(self, candidates: Sequence[Candidate]) -> PrefixCache | None:
+        return self._stream.prefix_with_addition(self._vectors(candidates), layer=candidates[0][1])
+
     def _run_ablated(
         self,
-        vectors: Tensor,
+        candidates: Sequence[Candidate],
         rows: list[list[int]],
         receive: Callable[[Tensor, Tensor, Tensor], None],
         *,
         n_logits: int,
     ) -> None:
-        chat, cache = self._chat, None
-        if self._prefix:
-            with ablate_direction(chat, vectors):
-                cache = chat.run_prefix(self._prefix, n_variants=len(vectors))
+        chat, cache, vectors = self._chat, self._ablated_prefixes.of(candidates), self._vectors(candidates)
         n_rows, n_cached = len(rows), len(self._prefix)
 
         def run(pairs: list[int]) -> None:
@@ -255,6 +290,57 @@ class CandidateScorer:
 
 def _tail(chat: ChatModel, probe: StreamProbe, n_logits: int) -> AbstractContextManager[object]:
     return finish_with_last_tokens(chat, n_logits) if probe.mlp_by_token else nullcontext()
+
+
+class _Prefixes:
+    """Keys and values of the tokens that all prompts share, under candidates.
+
+    Args:
+        run: computes them, a row for each candidate; None where none are shared.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Candidate]], PrefixCache | None]) -> None:
+        self._run = run
+        self._fields: dict[Candidate, tuple[Candidate, ...]] = {}
+        self._kept: dict[tuple[Candidate, ...], PrefixCache | None] = {}
+
+    @property
+    def n_kept(self) -> int:
+        """Of how many candidates they are kept."""
+        return len(self._fields)
+
+    def keep(self, candidates: Sequence[Candidate]) -> None:
+        """Run those of some candidates together, when one is first asked for, and keep them."""
+        field = tuple(key for key in candidates if key not in self._fields)
+        self._fields |= dict.fromkeys(field, field)
+
+    def of(self, candidates: Sequence[Candidate]) -> PrefixCache | None:
+        """Return those of some candidates, in their order."""
+        if any(key not in self._fields for key in candidates):
+            return self._run(candidates)
+        rows: list[tuple[PrefixCache, int]] = []
+        for key in candidates:
+            field = self._fields[key]
+            if field not in self._kept:
+                self._kept[field] = self._run(field)
+            cache = self._kept[field]
+            if cache is None:
+                return None
+            rows.append((cache, field.index(key)))
+        return _gathered(rows)
+
+
+def _gathered(rows: Sequence[tuple[PrefixCache, int]]) -> PrefixCache:
+    """Return a cache made of rows of others, whose layers have but one row where all are alike."""
+    first = rows[0][0]
+    gathered: Any = copy.copy(first.cache)
+    gathered.layers = [copy.copy(layer) for layer in first.cache.layers]
+    for i, layer in enumerate(gathered.layers):
+        if layer.is_initialized and layer.keys.numel():
+            of_each: list[tuple[Any, int]] = [(cache.cache.layers[i], row) for cache, row in rows]
+            layer.keys = torch.stack([each.keys[min(row, len(each.keys) - 1)] for each, row in of_each])
+            layer.values = torch.stack([each.values[min(row, len(each.values) - 1)] for each, row in of_each])
+    return PrefixCache(cache=gathered, n_tokens=first.n_tokens)
 
 
 class _RecordedInputs:
@@ -291,31 +377,42 @@ class _RecordedInputs:
 
         chat.for_batches([len(row) for row in self._rows], run)
 
+    def prefix_with_addition(self, vectors: Tensor, *, layer: int) -> PrefixCache | None:
+        """Return keys and values of the shared tokens, if there are any, with each of some vectors added as below."""
+        if self._cache is None:
+            return None
+        with self._from_block(layer, self._prefix_hidden[layer].expand(len(vectors), -1, -1), vectors):
+            cache = self._chat.run_prefix(self._prefix, n_variants=len(vectors))
+        # The blocks that were skipped have cached nothing; theirs is the unchanged model's.
+        if cache is not None and self._probe.starts_at_blocks:
+            cache.cache.layers[:layer] = self._cache.cache.layers[:layer]
+        return cache
+
     def metric_with_addition(
-        self, vectors: Tensor, *, layer: int, measure: RefusalMeasure, prompts: range | None = None
+        self,
+        vectors: Tensor,
+        *,
+        layer: int,
+        cache: PrefixCache | None,
+        measure: RefusalMeasure,
+        prompts: range | None = None,
     ) -> Tensor:
         """Return the log-odds of refusing with a vector added to the input of block `layer` at all positions.
 
         Args:
             vectors: [n_vectors, d_model].
             layer: the block.
+            cache: of these vectors; see `prefix_with_addition`.
             measure: what the rows ask for.
             prompts: of which prompts; None: of all.
 
         Returns:
             [n_vectors, n_prompts] float64.
         """
-        chat, cache, first, n_rows = self._chat, None, 0, len(self._rows)
+        chat, first, n_rows = self._chat, 0, len(self._rows)
         if prompts is not None:
             n_asked = len(measure.ask([[]]))
             first, n_rows = prompts.start * n_asked, len(prompts) * n_asked
-        if self._cache is not None:
-            hidden = self._prefix_hidden[layer].expand(len(vectors), -1, -1)
-            with self._from_block(layer, hidden, vectors):
-                cache = chat.run_prefix(self._prefix, n_variants=len(vectors))
-            # The blocks that were skipped have cached nothing; theirs is the unchanged model's.
-            if cache is not None and self._probe.starts_at_blocks:
-                cache.cache.layers[:layer] = self._cache.cache.layers[:layer]
         metric = torch.empty(len(vectors), n_rows, dtype=torch.float64)
 
         def run(pairs: list[int]) -> None:

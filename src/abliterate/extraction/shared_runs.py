@@ -80,6 +80,10 @@ def _score_key(name: ScoreName, candidate: Candidate) -> str:
 class RacingScorer(Protocol):
     """Computes scores of candidates on some of the prompts."""
 
+    def enter(self, score: ScoreName, candidates: Sequence[Candidate]) -> None:
+        """Expect to be asked for a score of these several times."""
+        ...
+
     def groups(self, score: ScoreName, candidates: Sequence[Candidate], prompts: range) -> list[list[Candidate]]:
         """Divide candidates into the groups that `score` is best asked for one after another."""
         ...
@@ -218,6 +222,9 @@ class ScoringRun:
         return [scores.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid], passing
 
     def _extend(self, name: ScoreName, keys: Sequence[Candidate], prompts: range, scorer: RacingScorer) -> None:
+        # Processes that share the candidates would each compute what is kept for all.
+        if prompts.start == 0 and self.ranks.count == 1:
+            scorer.enter(name, keys)
         known = self.ranks.first_says([saved_scores(self.saved, name, key) for key in keys])
         for key, saved in zip(keys, known, strict=True):
             if saved is not None and len(saved[name]) >= prompts.stop:

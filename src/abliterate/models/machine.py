@@ -237,7 +237,15 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     n_rows = hidden.numel() // max(1, hidden.shape[-1])
     if not (is_plain and wider_by_onednn()) or n_rows * weight.numel() < LEAST_MULTIPLICATIONS:
         return functional.linear(hidden, weight, bias)
-    return cast(Tensor, torch.ops.aten.mkldnn_linear(hidden.to_mkldnn(), weight, bias).to_dense())
+    return _by_onednn(hidden, weight, bias)
+
+
+def _by_onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    given = [each for each in (hidden, weight, bias) if each is not None]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in given):
+        return cast(Tensor, torch.ops.aten.mkldnn_linear(hidden.to_mkldnn(), weight, bias).to_dense())
+    # Without gradients, and without copies into tensors of oneDNN and out of them.
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], ""))
 
 
 def widen_products(model: nn.Module) -> None:
