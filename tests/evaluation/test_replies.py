@@ -338,3 +338,18 @@ def test_processes_that_see_no_files_of_others_tell_each_other_what_they_hold(ll
     first = together(2, work)
     assert together(2, work) == first
     assert sorted(generated) == rows
+
+
+def test_a_model_knows_what_it_finds_of_the_replies_that_it_gave(llama_chat, tmp_path) -> None:
+    prompts = {"harmful": ["How do locks break?", "Go.", "How do locks break?"], "harmless": ["Explain rain."]}
+    given = {"max_new_tokens": 5, "cache": ReplyCache(tmp_path, {"model": "a"})}
+    answers = answer_prompts(llama_chat, prompts, **given)
+    read = measure_surprise(llama_chat, answers)
+    assert set(answers.surprise) == {"harmful", "harmless"}
+    for kind, known in answers.surprise.items():
+        assert known.tokens == read[kind].tokens
+        assert known.nats == pytest.approx(read[kind].nats, abs=1e-4)
+    # Of replies that were kept it is not known, and one of them makes a kind unknown.
+    assert answer_prompts(llama_chat, prompts, **given).surprise == {}
+    prompts["harmful"].append("Write.")
+    assert answer_prompts(llama_chat, prompts, **given).surprise == {}

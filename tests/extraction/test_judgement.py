@@ -25,10 +25,14 @@ def test_where_the_rule_agrees_with_the_replies_it_is_used_as_published(tmp_path
     assert auto.refusal.kappa == 1.0
     assert auto.refusal.coverage == 1.0
     assert auto.refusal.zero == 0.0
-    assert not auto.raced
     assert [token.text for token in auto.refusal_tokens] == [token.text for token in metric.refusal_tokens] == ["I"]
     assert auto.scores == metric.scores
     assert (auto.selected, auto.counts) == (metric.selected, metric.counts)
+    every = extract(model, exhaustive=True).report
+    assert (auto.raced, every.raced) == (True, False)
+    assert (auto.selected.position, auto.selected.layer) == (every.selected.position, every.selected.layer)
+    for name in ("bypass", "induce", "kl"):
+        assert getattr(auto.selected, name) == pytest.approx(getattr(every.selected, name), abs=1e-4)
     assert metric.refusal.replies is None
 
 

@@ -1,10 +1,13 @@
 """Racing chooses what scoring everything chooses, wherever the candidates are apart by more than noise."""
 
 import random
+from math import atan, cos, exp, lgamma, pi, sqrt
 from statistics import fmean
 
+import pytest
+
 from abliterate.extraction.options import Thresholds
-from abliterate.extraction.racing import race
+from abliterate.extraction.racing import STUDENT_T, race
 from abliterate.extraction.selection import CandidateScore, passing_candidates
 
 N_PROMPTS = 32
@@ -33,6 +36,7 @@ def test_the_choice_is_that_of_all_scores_from_a_fraction_of_them() -> None:
             n_prompts=dict.fromkeys(("induce", "kl", "bypass"), N_PROMPTS),
             extend=extend,
             n_wanted=1,
+            certainty="99.5 %",
         )
         full = [
             CandidateScore(position=key[0], layer=key[1]).with_values(
@@ -56,6 +60,20 @@ def test_the_choice_is_that_of_all_scores_from_a_fraction_of_them() -> None:
     assert n_computed < n_all / 3
 
 
+def test_quantiles_are_those_of_student() -> None:
+    """Against the density's integral, for each number of degrees of freedom."""
+    for certainty, beyond in (("99.5 %", 0.005), ("99.99 %", 0.0001)):
+        quantiles = STUDENT_T[certainty]
+        assert list(quantiles) == sorted(quantiles, reverse=True)
+        for freedom, quantile in enumerate(quantiles, start=1):
+            # x = tan(u): the tail ends at a right angle.
+            low, n = atan(quantile / sqrt(freedom)), 2000
+            width = (pi / 2 - low) / n
+            tail = sum(cos(low + (i + 0.5) * width) ** (freedom - 1) for i in range(n)) * width
+            whole = sqrt(pi) * exp(lgamma(freedom / 2) - lgamma((freedom + 1) / 2))
+            assert tail / whole == pytest.approx(beyond, rel=0.02)
+
+
 def test_nothing_that_fails_on_all_prompts_is_chosen() -> None:
     """Its first prompts look well; the mean over all is over the threshold."""
     kl = (*[0.0] * 16, *[1.0] * 16)
@@ -65,6 +83,7 @@ def test_nothing_that_fails_on_all_prompts_is_chosen() -> None:
         n_prompts=dict.fromkeys(("induce", "kl", "bypass"), N_PROMPTS),
         extend=lambda name, keys, n: dict.fromkeys(keys, (kl if name == "kl" else (1.0,) * N_PROMPTS)[:n]),
         n_wanted=1,
+        certainty="99.5 %",
     )
     assert passing == []
     assert scores[-1, 1].kl == 0.5
@@ -90,6 +109,7 @@ def test_what_a_candidate_changes_is_known_sooner_than_what_it_leaves() -> None:
             n_prompts=dict.fromkeys(("induce", "kl", "bypass"), N_PROMPTS),
             extend=extend,
             n_wanted=1,
+            certainty="99.5 %",
             unchanged={"induce": unchanged} if is_known else None,
         )
         assert [(score.position, score.layer) for score in passing] == [(-1, 3)]
@@ -115,6 +135,7 @@ def _asked(values: dict[tuple[int, int], tuple[float, ...]], *, induce: float) -
         n_prompts=dict.fromkeys(("induce", "kl", "bypass"), N_PROMPTS),
         extend=extend,
         n_wanted=1,
+        certainty="99.5 %",
         unchanged={"induce": (0.0,) * N_PROMPTS},
     )
     return asked

@@ -168,8 +168,9 @@ def test_each_part_is_recorded_and_saved(llama_chat, prompts, tmp_path):
     assert list(found) == list(PARTS)
     for part, recording in found.items():
         expected = record(llama_chat, llama_chat.encode(texts_of(prompts, part)))
-        torch.testing.assert_close(recording.activations, expected.activations)
-        torch.testing.assert_close(recording.logits, expected.logits)
+        # In other batches other roundings.
+        torch.testing.assert_close(recording.activations, expected.activations, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(recording.logits, expected.logits, atol=1e-3, rtol=1e-4)
     assert {path.stem for path in (tmp_path / "work").glob("*.safetensors")} == set(PARTS)
 
 
@@ -202,7 +203,7 @@ def test_a_prompt_counts_once_and_with_its_reply_where_it_has_one(llama_chat, pr
         chat=llama_chat, prompts=prompts, saved=saved, ranks=Ranks(), progress=progress, replying=run
     )
     recording.record()
-    assert sorted(progress.done.values()) == [[3, 3], [3, 3], [5, 5], [5, 5]]
+    assert sorted(progress.done.values()) == [[8, 8], [8, 8]]
 
 
 def test_a_part_that_is_saved_is_taken_as_it_is(llama_chat, prompts, tmp_path):

@@ -169,3 +169,21 @@ def test_variants_that_are_decoded_side_by_side_are_those_of_each_alone(
     found = decoder.replies([rows[i] for i, _ in asked], variants=[v for _, v in asked], receive=received.__setitem__)
     assert found == [expected[v][i] for i, v in asked]
     assert received == dict(enumerate(found))
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 100])
+def test_what_a_reply_weighs_is_what_reading_it_finds(
+    chat: ChatModel, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(greedy.ROWS_AT_ONCE, "cpu", rows_at_once)
+    rows = chat.encode(PROMPTS)
+    whole = chat.generate(rows, max_new_tokens=8)
+    chat.model.generation_config.eos_token_id = [whole[0][3], whole[2][0]]
+    weighed: dict[int, float] = {}
+    replies = GreedyDecoder(chat=chat, max_new_tokens=8, weigh=weighed.__setitem__).replies(rows)
+    assert len({len(reply) for reply in replies}) > 1
+    for i, (row, reply) in enumerate(zip(rows, replies, strict=True)):
+        logits = chat.model(torch.tensor([[*row, *reply]])).logits[0, len(row) - 1 : -1]
+        log_p = logits.log_softmax(-1)
+        expected = -sum(float(log_p[k, token]) for k, token in enumerate(reply))
+        assert weighed[i] == pytest.approx(expected, abs=1e-4)

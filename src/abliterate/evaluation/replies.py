@@ -9,7 +9,7 @@ change of any makes a new file. Each line holds one reply as token ids, under th
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -127,11 +127,24 @@ class Answers:
         rows: kind of prompts -> token ids of the rendered prompts.
         tokens: kind -> token ids of the replies, without the end token.
         max_new_tokens: the length limit they were generated under.
+        nats: kind -> the negative log-likelihood of each reply in the model that gave it; None where it is not known,
+            as of replies that were kept from before.
     """
 
     rows: dict[str, list[list[int]]]
     tokens: dict[str, list[list[int]]]
     max_new_tokens: int
+    nats: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+
+    @property
+    def surprise(self) -> dict[str, Surprise]:
+        """How unlikely the model found its own replies, of those kinds of which that is known."""
+        found = {}
+        for kind, nats in self.nats.items():
+            known = tuple(each for each in nats if each is not None)
+            if len(known) == len(nats):
+                found[kind] = Surprise(nats=known, tokens=tuple(map(len, self.tokens[kind])))
+        return found
 
 
 def let_think(chat: ChatModel) -> ChatModel:
@@ -209,13 +222,22 @@ def answer_rows(
     for kind, texts in prompts.items():
         chat.check_tokens(rows[kind], texts, n_new=max_new_tokens)
     tokens: dict[str, list[list[int]]] = {}
+    nats: dict[str, list[float | None]] = {}
     for kind, texts in prompts.items():
+        weighed: dict[int, float] = {}
         with progress.task(f"Answering {kind} prompts ({label})", total=len(texts)) as advance:
             tokens[kind] = generate_replies(
-                chat, rows[kind], max_new_tokens=max_new_tokens, cache=cache, ranks=ranks, advance=advance
+                chat,
+                rows[kind],
+                max_new_tokens=max_new_tokens,
+                cache=cache,
+                ranks=ranks,
+                advance=advance,
+                weigh=weighed.__setitem__,
             )
+        nats[kind] = [weighed.get(i) for i in range(len(texts))]
         _warn_of_template(chat, tokens[kind], f"{label}, {kind} prompts", progress)
-    return Answers(rows=dict(rows), tokens=tokens, max_new_tokens=max_new_tokens)
+    return Answers(rows=dict(rows), tokens=tokens, max_new_tokens=max_new_tokens, nats=nats)
 
 
 def _warn_of_template(chat: ChatModel, replies: Sequence[Sequence[int]], what: str, progress: ProgressReporter) -> None:
@@ -296,12 +318,25 @@ def generate_replies(
     cache: ReplyCache | None = None,
     ranks: Ranks = ALONE,
     advance: Advance = lambda _n: None,
+    weigh: Callable[[int, float], None] | None = None,
 ) -> list[list[int]]:
     """Generate greedy replies to rendered prompts (token ids), except those that a cache holds.
 
     Where several processes share the prompts, each keeps what it generates as it comes, and all get all replies.
+
+    Args:
+        chat: the model; hooks that are attached to it act.
+        rows: token ids of the rendered prompts.
+        max_new_tokens: length limit of each reply.
+        cache: replies that are there already, and where new ones are kept; None keeps none.
+        ranks: the processes that share the prompts.
+        advance: called with the number of replies that are there.
+        weigh: called with the index of each row whose reply was generated, and with that reply's negative
+            log-likelihood; see `GreedyDecoder`.
     """
-    decoder = GreedyDecoder(chat=chat, max_new_tokens=max_new_tokens)
+    weighed: dict[int, float] = {}
+    measures = weigh is not None
+    decoder = GreedyDecoder(chat=chat, max_new_tokens=max_new_tokens, weigh=weighed.__setitem__ if measures else None)
     own_kept = [None if cache is None else cache.get(row) for row in rows]
     # Each may hold what no other sees: processes run on several machines, and keep files of their own.
     kept = [next((one for one in each if one is not None), None) for each in zip(*ranks.gather(own_kept), strict=True)]
@@ -310,15 +345,23 @@ def generate_replies(
     missing = [i for i, row in enumerate(rows) if kept[i] is None and places[tuple(row)] == i]
     advance(len(rows) - len(missing))
 
-    def compute(own: Sequence[int]) -> list[list[int]]:
+    def compute(own: Sequence[int]) -> list[tuple[list[int], float | None]]:
         def keep(index: int, reply: list[int]) -> None:
             if cache is not None:
                 cache.put(rows[own[index]], reply)
 
-        return decoder.replies([rows[i] for i in own], advance=lambda n: advance(n * ranks.count), receive=keep)
+        weighed.clear()
+        new = decoder.replies([rows[i] for i in own], advance=lambda n: advance(n * ranks.count), receive=keep)
+        return [(reply, weighed.get(index)) for index, reply in enumerate(new)]
 
     new = dict(zip(missing, ranks.share(missing, compute), strict=True)) if missing else {}
-    return [new[places[tuple(rows[i])]] if reply is None else reply for i, reply in enumerate(kept)]
+    found = []
+    for i, known in enumerate(kept):
+        reply, nats = (known, None) if known is not None else new[places[tuple(rows[i])]]
+        if weigh is not None and nats is not None:
+            weigh(i, nats)
+        found.append(reply)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -254,7 +254,8 @@ class _Run:
         )
         with self.progress.task("Keeping the base's distributions", total=len(answers.rows["harmless"])) as advance:
             own_answers = distributions.record(chat, advance=advance)
-        surprise = self._surprise(chat, answers, known={"harmless": own_answers})
+        # What it finds of its own replies is known from where it gave them.
+        surprise = self._surprise(chat, answers, known={**answers.surprise, "harmless": own_answers})
         side = _Side(
             answers=answers,
             replies=read_replies(chat, answers, surprise=surprise),

@@ -130,8 +130,13 @@ class Chooser:
         scoring = self._scoring(scorer, thresholds)
         unchanged = self._unchanged(rows)
         if self.races and isinstance(scorer, CandidateScorer):
-            n_wanted, harmless = max(1, self._n_confirmed), unchanged["harmless"].tolist()
-            scores, passing = scoring.race(self.candidates, scorer, n_wanted=n_wanted, unchanged=harmless)
+            scores, passing = scoring.race(
+                self.candidates,
+                scorer,
+                n_wanted=max(1, self._n_confirmed),
+                certainty="99.5 %" if evidence.filter == "replies" else "99.99 %",
+                unchanged=unchanged["harmless"].tolist(),
+            )
         else:
             scores = scoring.score(self.candidates)
             passing = passing_candidates(scores, thresholds=thresholds, n_layers=self.chat.n_layers)
@@ -157,10 +162,10 @@ class Chooser:
 
     @property
     def races(self) -> bool:
-        """Whether candidates are scored on as many prompts as it takes: where no published scores are to be equal."""
+        """Whether candidates are scored on as many prompts as it takes."""
         return (
-            self.judgement.evidence.filter == "replies"
-            and self.judgement.measure is not None
+            self.judgement.measure is not None
+            and not isinstance(self.chat, StreamedChat)
             and self.options.rank == 1
             and not self.options.scores_all
         )

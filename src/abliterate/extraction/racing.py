@@ -1,17 +1,19 @@
-"""Scoring candidates on as many prompts as it takes to decide, where the published procedure does not apply.
+"""Scoring candidates on as many prompts as it takes to decide.
 
-A model whose prompts are filtered by its replies has no published scores to be equal to, and most of its candidates
-fail by far. So every candidate is scored on a few validation prompts first, and on more only while the standard error
-of its mean leaves open whether it passes (induce, then KL) or is the best (bypass, compared prompt by prompt). The few
-that are left are scored on all prompts, and must pass on all. What a candidate does to a prompt varies much less than
-the prompts themselves, so its mean is that of the unchanged model on all prompts and of what it changed on a few
-(a control variate). How much its values vary cannot be told from two of them, but those of many candidates can tell:
-its variance counts beside theirs together, as in the moderated t-statistic (Smyth 2004, eq. 3).
+Most candidates fail by far. So every candidate is scored on a few validation prompts first, and on more only while the
+standard error of its mean leaves open whether it passes (induce, then KL) or is the best (bypass, compared prompt by
+prompt). The few that are left are scored on all prompts, and must pass on all. How sure it takes to be is said by a
+`Certainty`: where the published rule chooses, a choice that is another than that of all scores is out of the question.
+What a candidate does to a prompt varies much less than the prompts themselves, so its mean is that of the unchanged
+model on all prompts and of what it changed on a few (a control variate). How much its values vary cannot be told from
+two of them, but those of many candidates can tell: its variance counts beside theirs together, as in the moderated
+t-statistic (Smyth 2004, eq. 3).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isfinite, isnan, sqrt
 from statistics import fmean
+from typing import Literal
 
 from abliterate.extraction.options import Thresholds
 from abliterate.extraction.selection import Candidate, CandidateScore, ScoreName
@@ -23,12 +25,19 @@ EARLIEST = 2
 make all candidates look as if they varied little."""
 OTHERS_WEIGHT = 4
 """The variance of all candidates together counts as much as that of so many degrees of freedom of one."""
-STUDENT_T = (
-    *(63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17),
-    *(3.11, 3.05, 3.01, 2.98, 2.95, 2.92, 2.90, 2.88, 2.86),
-)
-"""A candidate is decided whose mean is so many standard errors from a threshold, or from the leader: the 99.5 %
-quantile of Student's t, by degrees of freedom from 1."""
+Certainty = Literal["99.5 %", "99.99 %"]
+STUDENT_T: Mapping[Certainty, Sequence[float]] = {
+    "99.5 %": (
+        *(63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17, 3.11, 3.05, 3.01, 2.98),
+        *(2.95, 2.92, 2.90, 2.88, 2.86, 2.85, 2.83, 2.82, 2.81, 2.80, 2.79, 2.78, 2.77),
+    ),
+    "99.99 %": (
+        *(3183.1, 70.70, 22.20, 13.03, 9.68, 8.02, 7.06, 6.44, 6.01, 5.69, 5.45, 5.26, 5.11, 4.99),
+        *(4.88, 4.79, 4.71, 4.65, 4.59, 4.54, 4.49, 4.45, 4.41, 4.38, 4.35, 4.32, 4.30),
+    ),
+}
+"""A candidate is decided whose mean is so many standard errors from a threshold, or from the leader: this quantile of
+Student's t, by degrees of freedom from 1."""
 MIN_DEVIATION = 0.01
 """Values of a few prompts that happen to be equal are taken to spread by this much, in nats."""
 
@@ -43,6 +52,7 @@ def race(
     n_prompts: Mapping[ScoreName, int],
     extend: Extend,
     n_wanted: int,
+    certainty: Certainty,
     unchanged: Mapping[ScoreName, Sequence[float]] | None = None,
 ) -> tuple[dict[Candidate, CandidateScore], list[CandidateScore]]:
     """Score candidates until it is decided which pass and which of these have the lowest bypass.
@@ -53,6 +63,7 @@ def race(
         n_prompts: how many prompts there are for each score.
         extend: see `Extend`.
         n_wanted: how many of the best to score on all prompts.
+        certainty: how sure to be of what is decided on some prompts.
         unchanged: values in the unchanged model on all prompts, of the scores where they are known and not 0.
 
     Returns:
@@ -69,7 +80,7 @@ def race(
         open_ones, passing, known = list(keys), [], (unchanged or {}).get(name)
         for n in _stages(n_prompts[name], early=known is not None):
             more(name, open_ones, n)
-            means = _means([values[name][key] for key in open_ones], known)
+            means = _means([values[name][key] for key in open_ones], known, certainty=certainty)
             still = []
             for key, (mean, noise) in zip(open_ones, means, strict=True):
                 margin = sign * (mean - threshold)
@@ -84,7 +95,7 @@ def race(
     able = decided("kl", able, -1, thresholds.kl)
     chosen: list[Candidate] = []
     while able and len(chosen) < n_wanted:
-        best = _lowest(able, n_prompts["bypass"], more, values["bypass"], n_wanted - len(chosen))
+        best = _lowest(able, n_prompts["bypass"], more, values["bypass"], n_wanted - len(chosen), certainty)
         for name in ("induce", "kl"):
             more(name, best, n_prompts[name])
         chosen += [
@@ -96,7 +107,7 @@ def race(
     scores = {
         key: CandidateScore(position=key[0], layer=key[1]).with_values(
             {
-                name: _means([found[key]], (unchanged or {}).get(name))[0][0]
+                name: _means([found[key]], (unchanged or {}).get(name), certainty=certainty)[0][0]
                 for name, found in values.items()
                 if key in found
             }
@@ -112,6 +123,7 @@ def _lowest(
     more: Callable[[ScoreName, Sequence[Candidate], int], None],
     values: Mapping[Candidate, tuple[float, ...]],
     n_wanted: int,
+    certainty: Certainty,
 ) -> list[Candidate]:
     """Return the candidates of lowest bypass on all prompts, at most `n_wanted`."""
     left = list(keys)
@@ -121,17 +133,21 @@ def _lowest(
         # The last that is wanted is the one to beat.
         last = left[min(n_wanted, len(left)) - 1]
         if n < n_prompts:
-            ahead = _means([[a - b for a, b in zip(values[key], values[last], strict=True)] for key in left])
+            differences = [[a - b for a, b in zip(values[key], values[last], strict=True)] for key in left]
+            ahead = _means(differences, certainty=certainty)
             left = [key for key, (mean, noise) in zip(left, ahead, strict=True) if not (isnan(mean) or mean > noise)]
     return left[:n_wanted]
 
 
-def _means(values: Sequence[Sequence[float]], unchanged: Sequence[float] | None = None) -> list[tuple[float, float]]:
+def _means(
+    values: Sequence[Sequence[float]], unchanged: Sequence[float] | None = None, *, certainty: Certainty
+) -> list[tuple[float, float]]:
     """Return the means over all prompts of some candidates, from their values on the first of them, and their noise.
 
     Args:
         values: on the first prompts, as many of each candidate.
         unchanged: the unchanged model's, on all.
+        certainty: how sure to be that a mean is off by no more.
 
     Returns:
         of each candidate its mean, and by how much that may be off.
@@ -146,7 +162,8 @@ def _means(values: Sequence[Sequence[float]], unchanged: Sequence[float] | None 
     known = [each for each in variances if isfinite(each)]
     weight, together = min(OTHERS_WEIGHT, max(0, len(known) - 1) * (n - 1)), fmean(known or [0.0])
     freedom = weight + n - 1
-    t = STUDENT_T[min(freedom, len(STUDENT_T)) - 1]
+    quantiles = STUDENT_T[certainty]
+    t = quantiles[min(freedom, len(quantiles)) - 1]
     return [
         (mean, t * sqrt((weight * together + (n - 1) * own) / freedom / n))
         for mean, own in zip(means, variances, strict=True)

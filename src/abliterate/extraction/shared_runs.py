@@ -15,7 +15,7 @@ from torch import Tensor
 from abliterate.checkpoints.saved_work import SavedWork
 from abliterate.extraction.behaviour import PARTS, ReplyRun, ShortReply
 from abliterate.extraction.options import Thresholds
-from abliterate.extraction.racing import race
+from abliterate.extraction.racing import Certainty, race
 from abliterate.extraction.scoring import record_streamed
 from abliterate.extraction.selection import (
     Candidate,
@@ -183,7 +183,13 @@ class ScoringRun:
         return [scored.get(key, CandidateScore(position=key[0], layer=key[1])) for key in grid]
 
     def race(
-        self, candidates: Tensor, scorer: RacingScorer, *, n_wanted: int, unchanged: Sequence[float]
+        self,
+        candidates: Tensor,
+        scorer: RacingScorer,
+        *,
+        n_wanted: int,
+        certainty: Certainty,
+        unchanged: Sequence[float],
     ) -> tuple[list[CandidateScore], list[CandidateScore]]:
         """Score what can be chosen on as many prompts as it takes; see `racing`.
 
@@ -191,6 +197,7 @@ class ScoringRun:
             candidates: [n_pos, n_layers, d_model], un-normalised.
             scorer: `self.scorer`, which can be asked about some of the prompts.
             n_wanted: how many of the best to score on all prompts.
+            certainty: how sure to be of what is decided on some prompts.
             unchanged: what induce is in the unchanged model, prompt by prompt.
 
         Returns:
@@ -216,6 +223,7 @@ class ScoringRun:
                 n_prompts={name: self.scorer.n_prompts(name) for name in names},
                 extend=extend,
                 n_wanted=n_wanted,
+                certainty=certainty,
                 unchanged={"induce": unchanged},
             )
         grid = [(p, layer) for p in range(-len(candidates), 0) for layer in range(self.n_layers)]

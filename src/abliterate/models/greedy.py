@@ -59,12 +59,15 @@ class GreedyDecoder:
         max_new_tokens: length limit of each reply.
         enough: tells from its tokens that a reply need not go on.
         intervene: what to attach for rows that are to be run in several variants side by side.
+        weigh: called with the index of each prompt and the negative log-likelihood of its reply in nats, the end token
+            left out, before the reply is handed over; not where transformers generates it. None: it is not computed.
     """
 
     chat: ChatModel
     max_new_tokens: int
     enough: Callable[[Sequence[int]], bool] = lambda _tokens: False
     intervene: Intervene = lambda _variants: nullcontext()
+    weigh: Callable[[int, float], None] | None = None
     _stops: list[set[int]] = field(default_factory=list)
 
     @torch.inference_mode()
@@ -196,8 +199,8 @@ class ReplyPool:
     @torch.inference_mode()
     def enter(self, indices: Sequence[int], begun: PromptPass) -> None:
         """Take in the rows of a pass, which is used up; decode while there is no room for them."""
-        rows = _Rows(indices=[], replies=[], tokens=begun.mask.new_empty(0), past=begun.past, mask=begun.mask)
-        rows.indices, rows.replies = list(indices), [[] for _ in indices]
+        rows = _Rows(indices=[], replies=[], nats=[], tokens=begun.mask.new_empty(0), past=begun.past, mask=begun.mask)
+        rows.indices, rows.replies, rows.nats = list(indices), [[] for _ in indices], [0.0] * len(indices)
         entering = self._after(rows, begun.logits)
         while entering is not None:
             if self._rows is None or self._fits(self._rows, entering):
@@ -244,18 +247,28 @@ class ReplyPool:
     def _after(self, rows: "_Rows", logits: Tensor) -> "_Rows | None":
         """Add the next token to each row, hand over the replies that end, and return the rows that go on."""
         decoder, tokens, going = self._decoder, logits.argmax(dim=-1), []
+        nats = _surprise(logits, tokens) if decoder.weigh is not None else [0.0] * len(tokens)
         for place, token in enumerate(tokens.tolist()):
             reply = rows.replies[place]
             if token not in decoder.stops:
                 reply.append(token)
+                rows.nats[place] += nats[place]
                 if len(reply) < decoder.max_new_tokens and not decoder.enough(reply):
                     going.append(place)
                     continue
+            if decoder.weigh is not None:
+                decoder.weigh(rows.indices[place], rows.nats[place])
             self._receive(rows.indices[place], reply)
         rows.tokens = tokens
         if not going:
             return None
         return rows if len(going) == len(rows.indices) else rows.selected(going)
+
+
+def _surprise(logits: Tensor, tokens: Tensor) -> list[float]:
+    """Return the negative log-likelihood of tokens [n] by logits [n, vocab], in nats."""
+    found: list[float] = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none").tolist()
+    return found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -265,6 +278,7 @@ class _Rows:
     Attributes:
         indices: of which prompt each is.
         replies: the tokens of each so far.
+        nats: the negative log-likelihood of these.
         tokens: [n], the last of each, which were not run yet.
         past: keys and values of all tokens before.
         mask: [n, n_tokens], of these 1 where there is no padding, which stands on the left.
@@ -272,6 +286,7 @@ class _Rows:
 
     indices: list[int]
     replies: list[list[int]]
+    nats: list[float]
     tokens: Tensor
     past: Any
     mask: Tensor
@@ -296,6 +311,7 @@ class _Rows:
         rows = _Rows(
             indices=[self.indices[place] for place in places],
             replies=[self.replies[place] for place in places],
+            nats=[self.nats[place] for place in places],
             tokens=self.tokens[index],
             past=past,
             mask=self.mask[index],
@@ -313,6 +329,7 @@ class _Rows:
         return _Rows(
             indices=first.indices + second.indices,
             replies=first.replies + second.replies,
+            nats=first.nats + second.nats,
             tokens=torch.cat([first.tokens, second.tokens]),
             past=first.past,
             mask=torch.cat([first.mask, second.mask]),
