@@ -5,6 +5,7 @@ takes) and runs, one after another and `--runs` times round, each in a process o
 
 * `cp -r`, and `cp -r` followed by a flush to the disk, which is what ours ends with;
 * `abliterate orthogonalize`, with the files in the page cache and without;
+* the limit: each shard read, hashed and written past the page cache, in a thread each, and nothing else;
 * with `--beside TREE` the same of another commit;
 * transformers: from_pretrained, the same projection in float32 on each weight, save_pretrained.
 
@@ -62,6 +63,28 @@ class Shapes:
 
 # Those of Llama 3 8B and Llama 2 70B, whose out-projections are larger than a block of the writer's.
 SHAPES = {"8b": Shapes(4096, 14336, 1024, 128256), "70b": Shapes(8192, 28672, 1024, 32000)}
+LIMIT = """
+import hashlib, mmap, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+source, out = map(Path, sys.argv[1:])
+out.mkdir()
+def copy(file):
+    target = os.open(out / file.name, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    block, digest, size = mmap.mmap(-1, 1 << 23), hashlib.sha256(), 0
+    with file.open("rb", buffering=0) as reader:
+        while n := reader.readinto(block):
+            digest.update(memoryview(block)[:n])
+            # What is written past the page cache comes in whole pages.
+            os.write(target, memoryview(block)[: -(-n // 4096) * 4096])
+            size += n
+    os.truncate(target, size)
+    os.fsync(target)
+    os.close(target)
+files = [file for file in sorted(source.iterdir()) if file.suffix == ".safetensors"]
+with ThreadPoolExecutor(os.cpu_count()) as threads:
+    list(threads.map(copy, files))
+"""
 TRANSFORMERS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -180,11 +203,13 @@ def ways_of(
     ours = [sys.executable, "-m", "abliterate", *arguments, *(["--workers", str(workers)] if workers else [])]
     copy = ["cp", "-r", str(source), str(out)]
     flush = ["sh", "-c", f"cp -r {source} {out} && sync {out}/*"]
+    limit = [sys.executable, "-c", LIMIT, str(source), str(out)]
     other = ["env", f"PYTHONPATH={beside / 'src'}", *ours] if beside else []
     others = {"other commit, cold": (other, False), "other commit, warm": (other, True)} if beside else {}
     return {
         "cp -r, cold": (copy, False), "cp -r, warm": (copy, True), "cp -r and sync, cold": (flush, False),
         "ours, cold": (ours, False), "ours, warm": (ours, True),
+        "limit, cold": (limit, False), "limit, warm": (limit, True),
         "transformers, cold": ([sys.executable, "-c", TRANSFORMERS, str(source), str(direction), str(out)], False),
         **others,
     }  # fmt: skip

@@ -88,7 +88,8 @@ class ExtractionOptions:
             and else the replies; `none` keeps all.
         confirm: among so many of the best candidates, whose scores are alike within noise, the model's replies choose;
             0: none; None: 3 where the replies filter, else 0.
-        exhaustive: score every candidate below the layer limit, not only those the choice depends on.
+        exhaustive: score every candidate below the layer limit on all prompts, not only as far as the choice depends on
+            it.
         recipe: how candidates are made; see `DirectionRecipe`.
         n_bootstrap: how often to resample the prompts, see `resampling`; above 0 all candidates are scored.
         rank: how many directions to choose: the best candidates that pass and are independent of each other.
@@ -121,7 +122,11 @@ class ExtractionOptions:
         ),
     ] = None
     exhaustive: Annotated[
-        bool, Argument(flag="--exhaustive", help="Score all candidates, also those that cannot change the choice.")
+        bool,
+        Argument(
+            flag="--exhaustive",
+            help="Score all candidates on all prompts, also where that cannot change the choice.",
+        ),
     ] = False
     recipe: DirectionRecipe = field(default_factory=DirectionRecipe)
     rank: Annotated[

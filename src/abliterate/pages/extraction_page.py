@@ -175,7 +175,10 @@ def _all_scores(scores: ScoreTable) -> Section:
         ]
         for score in scored
     ]
-    note = "Candidates are scored as far as the choice depends on them; --exhaustive scores all."
+    note = (
+        "Candidates are scored as far as the choice depends on them: means of those that are far from passing are "
+        "estimated from some of the prompts. --exhaustive scores all of them on all prompts."
+    )
     header = ["position, layer", "bypass", "induce", "KL", "fails"]
     numbers = folded(f"All {len(scored)} scored candidates", [table(header, rows, caption="Scores of the candidates")])
     return Section(heading="The numbers", blocks=(paragraph(note), numbers))
