@@ -152,6 +152,24 @@ def test_two_values_that_happen_to_be_alike_decide_nothing_where_others_vary() -
     assert {found[key] for key in others} == {2}
 
 
+@pytest.mark.parametrize("n_prompts", [1, 3, N_PROMPTS])
+@pytest.mark.parametrize("broken", ["induce", "kl", "bypass"])
+def test_where_no_candidate_gives_numbers_none_passes(broken: str, n_prompts: int) -> None:
+    scores, passing = race(
+        [(-1, 1), (-1, 2)],
+        thresholds=Thresholds(induce=0.0, kl=0.2),
+        n_prompts=dict.fromkeys(("induce", "kl", "bypass"), n_prompts),
+        extend=lambda name, keys, n: {
+            key: (float("nan") if name == broken else {"induce": 1.0, "kl": 0.0, "bypass": -1.0}[name],) * n
+            for key in keys
+        },
+        n_wanted=1,
+        certainty="99.99 %",
+    )
+    assert passing == []
+    assert set(scores) == {(-1, 1), (-1, 2)}
+
+
 def test_one_that_gives_no_numbers_decides_nothing_of_the_others() -> None:
     rng = random.Random(3)
     near = tuple(rng.gauss(0.1, 1.0) for _ in range(N_PROMPTS))

@@ -183,7 +183,8 @@ def test_what_a_reply_weighs_is_what_reading_it_finds(
     replies = GreedyDecoder(chat=chat, max_new_tokens=8, weigh=weighed.__setitem__).replies(rows)
     assert len({len(reply) for reply in replies}) > 1
     for i, (row, reply) in enumerate(zip(rows, replies, strict=True)):
-        logits = chat.model(torch.tensor([[*row, *reply]])).logits[0, len(row) - 1 : -1]
+        with torch.inference_mode():
+            logits = chat.model(torch.tensor([[*row, *reply]])).logits[0, len(row) - 1 : -1]
         log_p = logits.log_softmax(-1)
         expected = -sum(float(log_p[k, token]) for k, token in enumerate(reply))
         assert weighed[i] == pytest.approx(expected, abs=1e-4)

@@ -96,6 +96,8 @@ def race(
     chosen: list[Candidate] = []
     while able and len(chosen) < n_wanted:
         best = _lowest(able, n_prompts["bypass"], more, values["bypass"], n_wanted - len(chosen), certainty)
+        if not best:
+            break
         for name in ("induce", "kl"):
             more(name, best, n_prompts[name])
         chosen += [
@@ -125,7 +127,7 @@ def _lowest(
     n_wanted: int,
     certainty: Certainty,
 ) -> list[Candidate]:
-    """Return the candidates of lowest bypass on all prompts, at most `n_wanted`."""
+    """Return the candidates of lowest bypass on all prompts, at most `n_wanted`; none where none is a number."""
     left = list(keys)
     for n in _stages(n_prompts):
         more("bypass", left, n)
@@ -136,7 +138,9 @@ def _lowest(
             differences = [[a - b for a, b in zip(values[key], values[last], strict=True)] for key in left]
             ahead = _means(differences, certainty=certainty)
             left = [key for key, (mean, noise) in zip(left, ahead, strict=True) if not (isnan(mean) or mean > noise)]
-    return left[:n_wanted]
+        if not left:
+            break
+    return [key for key in left if not isnan(fmean(values[key]))][:n_wanted]
 
 
 def _means(
@@ -155,17 +159,20 @@ def _means(
     n, base = len(values[0]) if values else 0, 0.0
     if unchanged is not None and n < len(unchanged):
         base, values = fmean(unchanged), [[a - b for a, b in zip(own, unchanged, strict=False)] for own in values]
-    means = [base + fmean(own) for own in values]
+    means = [fmean(own) for own in values]
     if n < 2:
-        return [(mean, inf) for mean in means]
-    variances = [max(sum((each - fmean(own)) ** 2 for each in own) / (n - 1), MIN_DEVIATION**2) for own in values]
+        return [(base + mean, inf) for mean in means]
+    variances = [
+        max(sum((each - mean) ** 2 for each in own) / (n - 1), MIN_DEVIATION**2)
+        for own, mean in zip(values, means, strict=True)
+    ]
     known = [each for each in variances if isfinite(each)]
     weight, together = min(OTHERS_WEIGHT, max(0, len(known) - 1) * (n - 1)), fmean(known or [0.0])
     freedom = weight + n - 1
     quantiles = STUDENT_T[certainty]
     t = quantiles[min(freedom, len(quantiles)) - 1]
     return [
-        (mean, t * sqrt((weight * together + (n - 1) * own) / freedom / n))
+        (base + mean, t * sqrt((weight * together + (n - 1) * own) / freedom / n))
         for mean, own in zip(means, variances, strict=True)
     ]
 

@@ -267,8 +267,8 @@ class ReplyPool:
 
 def _surprise(logits: Tensor, tokens: Tensor) -> list[float]:
     """Return the negative log-likelihood of tokens [n] by logits [n, vocab], in nats."""
-    found: list[float] = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none").tolist()
-    return found
+    # Row by row, as a copy of all in float32 would be as large as all that a step takes.
+    return [float(row.float().logsumexp(dim=-1) - row[token]) for row, token in zip(logits, tokens, strict=True)]
 
 
 @dataclass(slots=True, kw_only=True)
