@@ -111,7 +111,7 @@ class Direction:
 
 def make_direction(
     *,
-    mean_difference: Float[Tensor, " d_model"],
+    mean_difference: Float[Tensor, " d_model"] | NDArray[Any],
     candidates: Float[Tensor, "n_pos n_layers d_model"] | None = None,
     scores: Mapping[str, Float[Tensor, "n_pos n_layers"]] | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -119,7 +119,7 @@ def make_direction(
     """Make a direction from a difference in means.
 
     Args:
-        mean_difference: Un-normalised difference in means, of any float dtype.
+        mean_difference: Un-normalised difference in means, of any float dtype; a tensor or numpy's array.
         candidates: All differences in means.
         scores: "bypass", "induce", "kl".
         metadata: Provenance; values JSON can hold. Non-finite numbers become null.
@@ -209,8 +209,12 @@ def _read_numbers(file: Any, path: Path, name: str) -> NDArray[Any]:
         return _as_numpy(other.get_tensor(name))
 
 
-def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+def _as_numpy(tensor: Tensor | NDArray[Any]) -> NDArray[Any]:
     """Return a tensor as numpy has it: in float64 what has a floating-point dtype that numpy has not."""
+    import numpy as np
+
+    if isinstance(tensor, np.ndarray):
+        return tensor
     import torch
 
     has_it = not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.float32, torch.float64)

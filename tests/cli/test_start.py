@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from abliterate.cli.app import yield_soon
-from abliterate.directions import make_direction
+from abliterate.directions import load_direction, make_direction
 from abliterate.editing.orthogonalization import orthogonalize_checkpoint
 from abliterate.editing.plan_report import plan_layout, read_layout
 from tests.support.sparse_checkpoints import make_sparse_checkpoint, moe_config
@@ -59,6 +59,16 @@ def test_verifying_the_files_imports_no_torch(edited):
     loaded, printed = loaded_by("verify", "--quick", edited)
     assert not loaded & HEAVY
     assert "Verified" in printed
+
+
+def test_inspecting_what_is_stored_plain_imports_no_torch(edited):
+    direction = edited.with_name("recovered.safetensors")
+    loaded, printed = loaded_by("inspect", edited, "--base", edited.with_name("base"), "-o", direction)
+    assert not loaded & (HEAVY - {"safetensors"})
+    assert "directional" in printed
+    assert load_direction(direction).d_model == 32
+    loaded, _ = loaded_by("inspect", edited, "--direction", direction)
+    assert not loaded & (HEAVY - {"safetensors"})
 
 
 def test_reverting_imports_no_torch(edited, tmp_path):

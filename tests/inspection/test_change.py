@@ -42,9 +42,10 @@ def test_norms_rank_and_vectors_are_those_of_a_dense_computation(tmp_path, monke
     assert not found.is_rounding
     vectors = left[:, :3] if axis == 0 else right[:3].T
     assert found.span is not None
-    assert float(torch.linalg.svdvals(found.span.vectors.T @ vectors).min()) > 0.9999
+    seen = torch.from_numpy(found.span.vectors)
+    assert float(torch.linalg.svdvals(seen.T @ vectors).min()) > 0.9999
     turned = old.double() if axis == 0 else old.double().T
-    assert torch.allclose(found.span.before.double(), found.span.vectors.T @ turned, atol=1e-4)
+    assert torch.allclose(torch.from_numpy(found.span.before).double(), seen.T @ turned, atol=1e-4)
 
 
 def test_noise_of_full_rank_has_none_and_rounding_is_told_from_it(tmp_path):
@@ -137,7 +138,22 @@ def test_bytes_are_compared_to_the_end(tmp_path, size):
 def test_a_step_leads_to_the_next_number(dtype, name):
     numbers = (random(500).float().abs() * torch.logspace(-6, 2, 500)).to(dtype)
     after = torch.nextafter(numbers, torch.full_like(numbers, torch.inf))
-    assert torch.equal(steps(numbers.float(), name), after.float() - numbers.float())
+    assert torch.equal(torch.from_numpy(steps(numbers.float().numpy(), name)), after.float() - numbers.float())
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2],
+)
+def test_numbers_are_read_as_torch_reads_them(tmp_path, dtype):
+    # Every pattern of eight and sixteen bits: subnormal ones, infinities and what is no number are among them.
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    weight = (bits.float() * 1e-3).double() if dtype in (torch.float64, torch.float32) else bits.view(dtype)
+    weight = weight.to(dtype).reshape(-1, 512)
+    (pair,) = pairs_of(tmp_path, weight, weight)
+    found = torch.cat([torch.from_numpy(block.copy()) for block in pair.new.blocks(7)])
+    assert found.dtype == torch.float32
+    assert torch.equal(found.nan_to_num(nan=12345.0), weight.float().nan_to_num(nan=12345.0))
 
 
 def test_a_coarse_grid_is_seen_though_it_is_stored_finely(tmp_path):

@@ -47,7 +47,7 @@ def run(pair: tuple[Path, Path], **options) -> RunReading:
 
 
 def test_what_was_projected_out_is_gone_from_the_stream_and_what_was_not_is_left(pair):
-    found = run(pair, recovered=vectors(2))
+    found = run(pair, recovered=vectors(2).numpy())
     assert (found.directions, found.k, found.n_prompts) == ("recovered", 2, 2)
     assert len(found.base.stream) == len(found.model.stream) == 6
     assert min(found.base.stream) > 0.05

@@ -403,7 +403,7 @@ def recovered_cosine(case: Case, found: Inspection) -> float:
     if found.vectors is None or found.vectors.shape != case.vectors.shape:
         return 0.0
     basis = torch.linalg.qr(case.vectors.double().T)[0]
-    return float(torch.linalg.svdvals(found.vectors @ basis).min())
+    return float(torch.linalg.svdvals(torch.from_numpy(found.vectors) @ basis).min())
 
 
 def table(rows: list[str]) -> str:

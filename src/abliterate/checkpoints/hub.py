@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import httpx2
-import yaml  # type: ignore[import-untyped]
 from huggingface_hub import (
     HfApi,
     constants,
@@ -22,7 +21,6 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
     hf_hub_url,
-    metadata_load,
     snapshot_download,
 )
 from huggingface_hub.errors import (
@@ -43,7 +41,7 @@ from huggingface_hub.utils._paths import filter_repo_objects
 from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from abliterate.checkpoints.model_source import CardFacts, ModelSource
+from abliterate.checkpoints.model_source import CardFacts, ModelSource, card_facts
 from abliterate.errors import AbliterateError, HubError, InputError
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -306,7 +304,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> RemoteModel:
         revision=commit,
         sizes=sizes,
         wanted=frozenset(filter_repo_objects(sizes, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS)),
-        card=_card_facts(vars(info.card_data) if info.card_data is not None else {}),
+        card=card_facts(vars(info.card_data) if info.card_data is not None else {}),
         gated=info.gated or None,
         hashes={path: file.sha256 for path, file in files.items() if file.sha256 is not None},
     )
@@ -401,35 +399,11 @@ def repo_url(repo_id: str) -> str:
     return f"{constants.ENDPOINT}/{repo_id}"
 
 
-def read_card(card: Path) -> CardFacts | None:
-    """Read the front matter of a local model card; None when that is not readable."""
-    try:
-        metadata = metadata_load(card)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None
-    return _card_facts(metadata or {})
-
-
 def fetch_card_facts(repo_id: str, *, revision: str | None) -> CardFacts:
     """Ask the Hub what a model's card says."""
     with hub_errors(repo_id, revision=revision):
         card = HfApi().model_info(repo_id, revision=revision).card_data
-    return _card_facts(vars(card) if card is not None else {})
-
-
-def _card_facts(metadata: dict[str, Any]) -> CardFacts:
-    def text(key: str) -> str | None:
-        value = metadata.get(key)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        return value if isinstance(value, str) and value.strip() and value.isprintable() else None
-
-    return CardFacts(
-        license=text("license"),
-        license_name=text("license_name"),
-        license_link=text("license_link"),
-        base_model=text("base_model"),
-    )
+    return card_facts(vars(card) if card is not None else {})
 
 
 @contextmanager

@@ -1,14 +1,18 @@
 """Where a model's files lie: in a directory or GGUF file here, or on the Hub, whose client is imported only then."""
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, GGUF_SUFFIX, is_gguf
 from abliterate.errors import InputError
 from abliterate.progress import SILENT, ProgressReporter
 
 _ADAPTER_CONFIG_NAME = "adapter_config.json"
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +124,38 @@ def _looks_like_a_path(model: str) -> bool:
 
 def read_card_facts(card: Path) -> CardFacts | None:
     """Read the front matter of a local model card; None when there is no card or no readable front matter."""
+    found = read_front_matter(card)
+    return None if found is None else card_facts(found)
+
+
+def read_front_matter(card: Path) -> dict[str, Any] | None:
+    """Read what stands before the text of a local model card, as YAML; {} without any, None where it cannot be read."""
     if not card.is_file():
         return None
-    from abliterate.checkpoints.hub import read_card
+    import yaml  # type: ignore[import-untyped]
 
-    return read_card(card)
+    try:
+        found = _FRONT_MATTER.match(card.read_text(encoding="utf-8"))
+        content = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    if content is None:
+        return {}
+    return content if isinstance(content, dict) else None
+
+
+def card_facts(front_matter: Mapping[str, Any]) -> CardFacts:
+    """Return what a card's front matter says, where it says it in one line of text."""
+
+    def text(key: str) -> str | None:
+        value = front_matter.get(key)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        return value if isinstance(value, str) and value.strip() and value.isprintable() else None
+
+    return CardFacts(
+        license=text("license"),
+        license_name=text("license_name"),
+        license_link=text("license_link"),
+        base_model=text("base_model"),
+    )

@@ -181,12 +181,6 @@ def inspect(
     downloaded. Without --base: what MODEL's record and card say, and what its weights have of --direction. --fail-if
     takes verdict!=WORD and numbers (tensors_edited>0, record_problems>0, ...). Nothing is run without --run.
     """
-    from abliterate.inspection.ahead import begin_reading
-
-    if base is not None:
-        # The disk has work while torch is loaded.
-        begin_reading([Path(model), Path(base)])
-
     from abliterate.inspection.reading import inspect_model
     from abliterate.inspection.sources import resolve_pair
     from abliterate.pages.inspection_page import write_inspection_page

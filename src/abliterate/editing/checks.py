@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from abliterate.formats.projection import NormFactor
-
 _CHUNK_BYTES = 1 << 20
 # Of what is stored quantised, the whole numbers of eight bits, whose steps are about what an edit changes.
 _FINE = {"I8", "Q8_0"}
@@ -67,25 +65,16 @@ def rounding_bound(
     )
 
 
-def read_norm(checkpoint: Checkpoint, norm: PostNorm) -> NormFactor:
-    """Read what a norm multiplies by, from the shard it is in.
+def read_norm(checkpoint: Checkpoint, norm: PostNorm) -> tuple[NDArray[np.float64], bool]:
+    """Read what a norm multiplies by, from the shard it is in, and whether it takes the mean away.
 
     Raises:
         CheckpointError: It is not there, or holds NaN or infinite values.
     """
-    import torch
-
-    from abliterate.formats.projection import NormFactor
-
-    gamma, is_centered = _stored_norm(checkpoint, norm)
-    return NormFactor(gamma=torch.from_numpy(gamma), centered=is_centered)
-
-
-def _stored_norm(checkpoint: Checkpoint, norm: PostNorm) -> tuple[NDArray[np.float64], bool]:
     import numpy as np
 
     try:
-        weight = _numbers(checkpoint.path, checkpoint.tensor(norm.weight))
+        weight = read_wide(checkpoint.path, checkpoint.tensor(norm.weight))
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path}: there is no tensor {norm.weight}; download it again") from error
     if not bool(np.isfinite(weight).all()):
@@ -95,7 +84,12 @@ def _stored_norm(checkpoint: Checkpoint, norm: PostNorm) -> tuple[NDArray[np.flo
     return 1 + weight if norm.plus_one else weight, norm.centered
 
 
-def _numbers(path: Path, info: TensorInfo) -> NDArray[np.float64]:
+def read_wide(path: Path, info: TensorInfo) -> NDArray[np.float64]:
+    """Read the numbers of a tensor, as float64, whatever it is stored as.
+
+    Raises:
+        CheckpointError: The file cannot be read or has become shorter, or what is stored cannot be decoded.
+    """
     if _is_plain(info):
         return read_numbers(path, info)
     from abliterate.checkpoints.stored_tensors import read_tensor
@@ -125,7 +119,7 @@ def directions_through(
     for writer in writers:
         key = (writer.norm_chain, None if removed.by_layer is None else writer.layer)
         if key not in found:
-            norms = [_stored_norm(checkpoint, norm) for norm in writer.norm_chain]
+            norms = [read_norm(checkpoint, norm) for norm in writer.norm_chain]
             found[key] = directions_behind(removed.of(writer), norms)
         by_name[writer.tensor_name] = found[key]
     return by_name

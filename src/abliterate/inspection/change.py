@@ -15,12 +15,12 @@ not above E is the rank of the change, and where R is above E the change has a p
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from abliterate.errors import CheckpointError
-from abliterate.inspection.numbers import MatrixPair, bits_per_number, steps
+from abliterate.inspection.numbers import Array, MatrixPair, bits_per_number, steps, widen
 from abliterate.inspection.products import Products, fused_products
 
 # Columns of the first sketch and of the second, which is made where the first one is full.
@@ -54,9 +54,9 @@ _QUANTISED = ((7.0, 0.045), (5.4, 0.06), (4.6, 0.1), (3.9, 0.16), (2.9, 0.35), (
 class Lines:
     """Of each row, or of each column: |w|^2, w . d and |d|^2; float64."""
 
-    before: Tensor
-    dots: Tensor
-    change: Tensor
+    before: Array
+    dots: Array
+    change: Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,9 +71,9 @@ class Span:
     """
 
     axis: int
-    vectors: Tensor
-    before: Tensor
-    change: Tensor
+    vectors: Array
+    before: Array
+    change: Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,7 +133,7 @@ def measure_change(pair: MatrixPair, *, axis: int, seed: int, fused: bool = Fals
     Raises:
         CheckpointError: A file cannot be read, or a matrix holds NaN or infinite values.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     if math.prod(pair.shape) >= _WORTH_SAMPLING and pair.old.info.encoding is pair.new.info.encoding:
         found_by_sample = _measure_by_sample(pair, axis, generator, fused=fused)
         if found_by_sample is not None:
@@ -144,7 +144,7 @@ def measure_change(pair: MatrixPair, *, axis: int, seed: int, fused: bool = Fals
     narrow = NARROW if 1 / math.sqrt(m) + 1 / math.sqrt(n) < _SMALL else WIDE
     width = min(narrow, m, n)
     sketch = _Sketch(pair, axis)
-    found = sketch.times(torch.randn(n, width, generator=generator), totals=True)
+    found = sketch.times(generator.standard_normal((n, width), np.float32), totals=True)
     totals = sketch.totals(pair)
     change = math.sqrt(totals.change_squared)
     if not change:
@@ -154,7 +154,7 @@ def measure_change(pair: MatrixPair, *, axis: int, seed: int, fused: bool = Fals
     rank = count_outliers(values, change, floor=floor, m=m, n=n)
     if rank >= width - 2 and width < min(m, n, WIDE):
         width = min(WIDE, m, n)
-        found = sketch.times(torch.randn(n, width, generator=generator))
+        found = sketch.times(generator.standard_normal((n, width), np.float32))
         right, values = _right_vectors(pair, axis, found)
         rank = count_outliers(values, change, floor=floor, m=m, n=n)
     if not rank:
@@ -169,36 +169,48 @@ def measure_change(pair: MatrixPair, *, axis: int, seed: int, fused: bool = Fals
 
 def sum_lines(pair: MatrixPair) -> tuple[Lines, Lines]:
     """Return the sums over each row and over each column."""
-    rows, columns = (torch.zeros(3, size, dtype=torch.float64) for size in pair.shape)
+    rows, columns = (np.zeros((3, size)) for size in pair.shape)
     for part, old, change in pair.blocks():
         for index, (one, other) in enumerate(((old, old), (old, change), (change, change))):
             products = one * other
-            rows[index, part] = products.sum(dim=1).double()
-            columns[index] += products.sum(dim=0)
+            rows[index, part] = products.sum(axis=1, dtype=np.float64)
+            columns[index] += products.sum(axis=0, dtype=np.float64)
     made = [Lines(before=each[0], dots=each[1], change=each[2]) for each in (rows, columns)]
     return made[0], made[1]
 
 
-def project(pair: MatrixPair, axis: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return L^T W and L^T D, [k, n] float32, of vectors L [m, k] of an axis; they need not be orthonormal."""
-    narrow = vectors.float()
-    k = narrow.shape[1]
+def project(
+    pair: MatrixPair, axis: int, vectors: Array, *, dtype: type[np.floating[Any]] = np.float32
+) -> tuple[Array, Array]:
+    """Return L^T W and L^T D, [k, n], of vectors L [m, k] of an axis; they need not be orthonormal.
+
+    Args:
+        pair: The matrices.
+        axis: That of L.
+        vectors: L.
+        dtype: Of the arithmetic, and of what is returned.
+    """
+    factor = np.ascontiguousarray(vectors, dtype)
+    k = factor.shape[1]
     rows, columns = pair.shape
     if axis == 0:
-        before, change = torch.zeros(k, columns), torch.zeros(k, columns)
-        for part, old, difference in pair.blocks():
-            left = narrow[part].T
-            before.addmm_(left, old)
-            change.addmm_(left, difference)
+        before, change = np.zeros((2, k, columns), dtype)
+        for part, *both in pair.blocks():
+            old, difference = (each.astype(dtype, copy=False) for each in both)
+            before += factor[part].T @ old
+            change += factor[part].T @ difference
         return before, change
-    before, change = torch.empty(k, rows), torch.empty(k, rows)
-    for part, old, difference in pair.blocks():
-        before[:, part] = (old @ narrow).T
-        change[:, part] = (difference @ narrow).T
+    before, change = np.empty((2, k, rows), dtype)
+    for part, *both in pair.blocks():
+        old, difference = (each.astype(dtype, copy=False) for each in both)
+        before[:, part] = (old @ factor).T
+        change[:, part] = (difference @ factor).T
     return before, change
 
 
-def _measure_by_sample(pair: MatrixPair, axis: int, generator: torch.Generator, *, fused: bool) -> MatrixChange | None:
+def _measure_by_sample(
+    pair: MatrixPair, axis: int, generator: np.random.Generator, *, fused: bool
+) -> MatrixChange | None:
     """Return a change of few vectors that are found in some of the rows; None where all must be looked at for them.
 
     A change of low rank has that rank in any part. Norms, values and what is left are those of the whole, which is read
@@ -227,7 +239,7 @@ def _measure_by_sample(pair: MatrixPair, axis: int, generator: torch.Generator, 
     return found_all if found_all.rest_is_rounding else None
 
 
-def _sample_of(pair: MatrixPair, entries: int) -> tuple[Tensor, "_Totals"]:
+def _sample_of(pair: MatrixPair, entries: int) -> tuple[Array, "_Totals"]:
     """Return D of some rows, [m, columns] float32, that lie in some places of the matrix, and their sums."""
     rows, columns = pair.shape
     count = min(rows // _PART, max(NARROW, entries // columns))
@@ -236,7 +248,7 @@ def _sample_of(pair: MatrixPair, entries: int) -> tuple[Tensor, "_Totals"]:
     every = rows // at_once // places
     part = replace(pair, at_once=at_once, every=every)
     sketch, filled = _Sketch(part, 0), 0
-    sample = torch.empty(len(range(0, rows, at_once * every)) * at_once, columns)
+    sample = np.empty((len(range(0, rows, at_once * every)) * at_once, columns), np.float32)
     for number, (_, old, change) in enumerate(part.blocks()):
         sketch.count(number, old, change)
         sample[filled : filled + len(change)] = change
@@ -244,30 +256,45 @@ def _sample_of(pair: MatrixPair, entries: int) -> tuple[Tensor, "_Totals"]:
     return sample[:filled], sketch.totals(pair)
 
 
-def _vectors_of(sample: Tensor, generator: torch.Generator) -> tuple[Tensor, list[float]]:
+def _vectors_of(sample: Array, generator: np.random.Generator) -> tuple[Array, list[float]]:
     """Return the right singular vectors of a matrix, [n, p], and the singular values; the largest of them."""
-    vectors = torch.randn(sample.shape[1], NARROW, generator=generator)
+    vectors = generator.standard_normal((sample.shape[1], NARROW), np.float32)
     values: list[float] = []
     # The second time from vectors that are nearly those, which leaves next to nothing of what the first one missed.
     for _ in range(2):
-        basis = torch.linalg.qr((sample @ vectors).double())[0].float()
-        found = (sample.T @ basis).double()
-        squares, turn = torch.linalg.eigh(found.T @ found)
-        lengths = squares.flip(0).clamp(min=0).sqrt()
-        vectors = (found @ turn.flip(1) / lengths.clamp(min=1e-300)).float()
-        values = lengths.tolist()
+        basis = _orthonormal(sample @ vectors).astype(np.float32)
+        vectors, values = _turned_columns(sample.T @ basis)
     return vectors, values
+
+
+def _orthonormal(columns: Array) -> Array:
+    """Return an orthonormal basis, float64, of what some columns span."""
+    return np.linalg.qr(columns.astype(np.float64))[0]
+
+
+def _turned_columns(columns: Array) -> tuple[Array, list[float]]:
+    """Return the left singular vectors of a matrix of few columns, float32, and the singular values."""
+    wide = columns.astype(np.float64)
+    lengths, turn = _eigen(wide.T @ wide)
+    values: list[float] = lengths.tolist()
+    return (wide @ turn / np.maximum(lengths, 1e-300)).astype(np.float32), values
+
+
+def _eigen(gram: Array) -> tuple[Array, Array]:
+    """Return the roots of the eigenvalues of A^T A, the largest first, and the eigenvectors."""
+    squares, turn = np.linalg.eigh(gram)
+    return np.sqrt(np.maximum(squares[::-1], 0)), turn[:, ::-1]
 
 
 def _floor(totals: "_Totals") -> float:
     return (_STRUCTURE if totals.beyond is not None else _CODED_STRUCTURE) * totals.rounding
 
 
-def multiply(pair: MatrixPair, axis: int, vectors: Tensor) -> Tensor:
+def multiply(pair: MatrixPair, axis: int, vectors: Array) -> Array:
     """Return [D V, W V'], V and V' being the halves of [n, 2 k] vectors; of the other axis those of D^T and W^T."""
     k = vectors.shape[1] // 2
     rows, columns = pair.shape
-    made = torch.zeros(rows if axis == 0 else columns, 2 * k)
+    made = np.zeros((rows if axis == 0 else columns, 2 * k), np.float32)
     for part, old, change in pair.blocks():
         for half, matrix in ((slice(0, k), change), (slice(k, 2 * k), old)):
             if axis == 0:
@@ -335,39 +362,34 @@ def _rest(change: float, values: list[float]) -> float:
     return math.sqrt(max(0.0, change**2 - sum(value**2 for value in values)))
 
 
-def _decompose(pair: MatrixPair, axis: int, found: Tensor) -> tuple[Span, list[float]]:
+def _decompose(pair: MatrixPair, axis: int, found: Array) -> tuple[Span, list[float]]:
     """Return the left singular vectors of D within the range of Y, what lies along them, and the singular values."""
-    basis = torch.linalg.qr(found.double())[0]
+    basis = _orthonormal(found)
     before, change = project(pair, axis, basis)
     return _turned(Span(axis=axis, vectors=basis, before=before, change=change))
 
 
 def _turned(span: Span) -> tuple[Span, list[float]]:
     """Return a span whose vectors are the left singular vectors of D within it, and the singular values."""
-    wide = span.change.double()
-    squares, turn = torch.linalg.eigh(wide @ wide.T)
-    turn = turn.flip(1)
-    values = squares.flip(0).clamp(min=0).sqrt().tolist()
-    narrow = turn.float().T
-    return replace(span, vectors=span.vectors @ turn, before=narrow @ span.before, change=narrow @ span.change), values
+    wide = span.change.astype(np.float64)
+    lengths, turn = _eigen(wide @ wide.T)
+    narrow = turn.astype(np.float32).T
+    turned = replace(span, vectors=span.vectors @ turn, before=narrow @ span.before, change=narrow @ span.change)
+    return turned, lengths.tolist()
 
 
-def _right_vectors(pair: MatrixPair, axis: int, found: Tensor) -> tuple[Tensor, list[float]]:
+def _right_vectors(pair: MatrixPair, axis: int, found: Array) -> tuple[Array, list[float]]:
     """Return the right singular vectors of D that are seen within the range of Y, [n, p], and the singular values."""
-    basis = torch.linalg.qr(found.double())[0].float()
-    change = _Sketch(pair, 1 - axis).times(basis).double()
-    squares, turn = torch.linalg.eigh(change.T @ change)
-    lengths = squares.flip(0).clamp(min=0).sqrt()
-    vectors = change @ turn.flip(1) / lengths.clamp(min=1e-300)
-    return vectors.float(), lengths.tolist()
+    basis = _orthonormal(found).astype(np.float32)
+    return _turned_columns(_Sketch(pair, 1 - axis).times(basis))
 
 
 def _first(span: Span, rank: int) -> Span:
     return Span(
         axis=span.axis,
-        vectors=span.vectors[:, :rank].clone(),
-        before=span.before[:rank].clone(),
-        change=span.change[:rank].clone(),
+        vectors=span.vectors[:, :rank].copy(),
+        before=span.before[:rank].copy(),
+        change=span.change[:rank].copy(),
     )
 
 
@@ -379,20 +401,20 @@ class _Sketch:
         self._sums, self._entries = [0.0, 0.0, 0.0], 0
         self._steps, self._sampled, self._beyond = 0.0, 0, 0
 
-    def times(self, vectors: Tensor, *, totals: bool = False) -> Tensor:
+    def times(self, vectors: Array, *, totals: bool = False) -> Array:
         """Return D V for V [n, p] (`axis` 0), or D^T V."""
         rows, columns = self._pair.shape
-        made = torch.zeros(rows if self._axis == 0 else columns, vectors.shape[1])
+        made = np.zeros((rows if self._axis == 0 else columns, vectors.shape[1]), np.float32)
         for number, (part, old, change) in enumerate(self._pair.blocks()):
             if self._axis == 0:
-                torch.mm(change, vectors, out=made[part])
+                np.matmul(change, vectors, out=made[part])
             else:
-                made.addmm_(change.T, vectors[part])
+                made += change.T @ vectors[part]
             if totals:
                 self.count(number, old, change)
         return made
 
-    def decompose(self, vectors: Tensor, *, fused: bool) -> tuple[Span, list[float]]:
+    def decompose(self, vectors: Array, *, fused: bool) -> tuple[Span, list[float]]:
         """Return what `_decompose` does, in one pass, from vectors V that span the right singular vectors; and count.
 
         Y = D V spans the left ones. Of the rows' axis, Y^T W and Y^T D are summed while a block is in the cache.
@@ -401,9 +423,10 @@ class _Sketch:
         kernels = fused_products() if fused and products.can_be_fused else None
         if kernels is not None:
             for number, (part, stored, edited) in enumerate(self._pair.stored()):
-                self._add(products.add_stored(part, stored, edited, kernels), stored.numel())
+                self._add(products.add_stored(part, stored, edited, kernels), stored.size)
                 if number % _STEPS_SUMMED == 0:
-                    self._sample(stored.float(), edited.float() - stored.float())
+                    old, new = (widen(each, self._pair.new.info.dtype) for each in (stored, edited))
+                    self._sample(old, new - old)
         else:
             for number, (part, old, change) in enumerate(self._pair.blocks()):
                 products.add(part, old, change)
@@ -411,15 +434,15 @@ class _Sketch:
         self.totals(self._pair)  # which no numbers would not get past
         if self._axis == 1:
             before, change = products.across
-            return _turned(Span(axis=1, vectors=vectors.double(), before=before.T, change=change.T))
+            return _turned(Span(axis=1, vectors=vectors.astype(np.float64), before=before.T, change=change.T))
         # Y = P S T^T, so P^T W = S^-1 T^T (Y^T W); a column that is nothing leads nowhere.
-        basis, lengths, turn = torch.linalg.svd(products.across[1].double(), full_matrices=False)
+        basis, lengths, turn = np.linalg.svd(products.across[1].astype(np.float64), full_matrices=False)
         kept = int((lengths > _NOTHING * lengths[0]).sum())
-        back = (turn[:kept] / lengths[:kept, None]).float()
+        back = (turn[:kept] / lengths[:kept, None]).astype(np.float32)
         before, change = (back @ each for each in products.along)
         return _turned(Span(axis=0, vectors=basis[:, :kept], before=before, change=change))
 
-    def count(self, number: int, old: Tensor, change: Tensor) -> None:
+    def count(self, number: int, old: Array, change: Array) -> None:
         """Count a block, of such a number."""
         self._sum(old, change)
         if number % _STEPS_SUMMED == 0 or self._is_stored_otherwise:
@@ -429,23 +452,23 @@ class _Sketch:
     def _is_stored_otherwise(self) -> bool:
         return self._pair.old.info.dtype != self._pair.new.info.dtype
 
-    def _sum(self, old: Tensor, change: Tensor) -> None:
+    def _sum(self, old: Array, change: Array) -> None:
         one, other = old.reshape(-1), change.reshape(-1)
-        self._add([float(torch.dot(*pair)) for pair in ((one, one), (one, other), (other, other))], old.numel())
+        self._add([float(np.dot(*pair)) for pair in ((one, one), (one, other), (other, other))], old.size)
 
     def _add(self, sums: Sequence[float], entries: int) -> None:
         self._entries += entries
         self._sums = [one + other for one, other in zip(self._sums, sums, strict=True)]
 
-    def _sample(self, old: Tensor, change: Tensor) -> None:
+    def _sample(self, old: Array, change: Array) -> None:
         sides = [side.info for side in (self._pair.old, self._pair.new)]
         if any(side.encoding is not None for side in sides):
             return
         after = old + change
-        step = torch.maximum(*(steps(after, side.dtype) for side in sides))
-        self._steps += float(step.double().square().sum())
-        self._beyond += int((change.abs() > _HALF_A_STEP * step).sum())
-        self._sampled += old.numel()
+        step = np.maximum(*(steps(after, side.dtype) for side in sides))
+        self._steps += float(np.square(step, dtype=np.float64).sum())
+        self._beyond += int(np.count_nonzero(np.abs(change) > np.float32(_HALF_A_STEP) * step))
+        self._sampled += old.size
 
     def totals(self, pair: MatrixPair) -> _Totals:
         """Return the sums of the first product.

@@ -9,11 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml  # type: ignore[import-untyped]
-from torch import Tensor
-
-from abliterate.checkpoints.model_source import read_card_facts
+from abliterate.checkpoints.model_source import card_facts, read_front_matter
 from abliterate.editing.options import EditOptions
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord, check_sizes, decode_subspace, read_record
 from abliterate.errors import AbliterateError, InputError
@@ -21,6 +17,7 @@ from abliterate.files import in_one_line, printable
 from abliterate.formats.gguf_checkpoint import config_sha256
 from abliterate.inspection.consensus import cosine_of
 from abliterate.inspection.findings import Finding
+from abliterate.inspection.numbers import Array
 from abliterate.inspection.report import RecordReading
 from abliterate.inspection.verdict import STRENGTH_TOLERANCE, Judgement
 
@@ -43,21 +40,21 @@ def read_claims(directory: Path) -> tuple[AbliterationRecord | None, RecordReadi
             check_sizes(record)
         except AbliterateError as error:
             problems.append(in_one_line(error))
-    facts = read_card_facts(directory / CARD_NAME)
+    card = read_front_matter(directory / CARD_NAME) or {}
     return record, RecordReading(
         record=RECORD_NAME if (directory / RECORD_NAME).is_file() else None,
         problems=tuple(problems),
         claims=_claims(record) if record is not None else {},
-        base_model=None if facts is None else facts.base_model,
-        tags=_tags(directory / CARD_NAME),
+        base_model=card_facts(card).base_model,
+        tags=_tags(card),
     )
 
 
-def recorded_directions(record: AbliterationRecord | None) -> Tensor | None:
+def recorded_directions(record: AbliterationRecord | None) -> Array | None:
     """Return the rows that a record says were projected out; None where it says none that can be read."""
     try:
         found = None if record is None else record.content.get("subspace")
-        return torch.from_numpy(decode_subspace(found)) if isinstance(found, dict) else None
+        return decode_subspace(found) if isinstance(found, dict) else None
     except InputError:
         return None
 
@@ -159,18 +156,8 @@ def _claims(record: AbliterationRecord) -> dict[str, Any]:
     }
 
 
-def _tags(card: Path) -> tuple[str, ...]:
+def _tags(card: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the tags of a card's front matter that speak of an edit."""
-    try:
-        text = card.read_text(encoding="utf-8", errors="replace")[:100_000]
-    except OSError:
-        return ()
-    if not text.startswith("---"):
-        return ()
-    try:
-        found = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError, RecursionError, ValueError):
-        return ()
-    tags = found.get("tags") if isinstance(found, dict) else None
+    tags = card.get("tags")
     named = [printable(tag) for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     return tuple(tag for tag in named if any(word in tag.lower() for word in _EDIT_WORDS))

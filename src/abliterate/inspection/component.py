@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from abliterate.architectures.writers import Role, StreamMap
 from abliterate.checkpoints.checkpoint import Checkpoint
-from abliterate.directions import orthonormalize
+from abliterate.directions import orthonormal_basis
 from abliterate.editing.checks import measure_survivors
 from abliterate.editing.plan import RemovedDirections
 from abliterate.formats.stored_component import Component
+from abliterate.inspection.numbers import Array
 from abliterate.inspection.report import RoleReading, TensorReading
 from abliterate.progress import SILENT, ProgressReporter
 
@@ -45,7 +44,7 @@ def read_component(
     *,
     view: Checkpoint,
     stream: StreamMap,
-    vectors: Tensor,
+    vectors: Array,
     original: Checkpoint | None = None,
     base_names: Mapping[str, str] | None = None,
     progress: ProgressReporter = SILENT,
@@ -63,7 +62,7 @@ def read_component(
     Raises:
         CheckpointError: A file cannot be read.
     """
-    removed = RemovedDirections(subspace=orthonormalize(vectors)[0].numpy())
+    removed = RemovedDirections(subspace=orthonormal_basis(vectors)[0])
     infos = {tensor.name: tensor for tensor in view.tensors()}
     total = sum(infos[writer.tensor_name].end - infos[writer.tensor_name].start for writer in stream.writers)
     with progress.task("Measuring the directions", total=total, unit="bytes") as advance:

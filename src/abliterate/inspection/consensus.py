@@ -7,20 +7,22 @@ The directions are the leading singular vectors of all that were found, each wei
 does not agree is left out and looked for again without it.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from abliterate.architectures.names import Role
-from abliterate.directions import orthonormalize
-from abliterate.formats.projection import NormFactor, effective_directions
+from abliterate.directions import orthonormal_basis
+from abliterate.formats.stored_component import directions_behind
 from abliterate.inspection.directional import Projection
+from abliterate.inspection.numbers import Array
 
 Scope = Literal["one", "per_layer", "several"]
+# What a norm multiplies by, and whether it takes the mean away.
+Norm = tuple[Array, bool]
 # The cosine from which a tensor's direction is the common one, less what rounding may turn it by.
 AGREES = 0.99
 # This share of the tensors, by number, must agree for one direction; below, layers are looked at apart.
@@ -44,7 +46,7 @@ class Projected:
     role: Role
     layer: int | None
     projection: Projection
-    norms: tuple[NormFactor, ...] = ()
+    norms: tuple[Norm, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,14 +63,14 @@ class Consensus:
         by_layer: Where each layer has its own, those; under None what tensors outside of layers have.
     """
 
-    vectors: Tensor
+    vectors: Array
     scope: Scope
     through_norms: bool | None
     cosines: dict[str, float]
     agreeing: frozenset[str]
-    by_layer: Mapping[int | None, Tensor] = field(default_factory=dict)
+    by_layer: Mapping[int | None, Array] = field(default_factory=dict)
 
-    def of(self, layer: int | None) -> Tensor:
+    def of(self, layer: int | None) -> Array:
         """Return the directions of a layer, as `vectors`."""
         return self.by_layer.get(layer, self.vectors)
 
@@ -86,34 +88,35 @@ def find_consensus(found: Sequence[Projected]) -> Consensus | None:
     return through if fit[1] > fit[0] else plain
 
 
-def as_written(vectors: Tensor, norms: Sequence[NormFactor]) -> Tensor:
+def as_written(vectors: Array, norms: Sequence[Norm]) -> Array:
     """Return directions of the stream as a writer behind norms writes them, [k, d_model], orthonormal rows."""
-    return effective_directions(vectors, norms=norms)
+    return directions_behind(vectors, norms)
 
 
-def cosine_of(vectors: Tensor, others: Tensor) -> float:
+def cosine_of(vectors: Array, others: Array) -> float:
     """Return the cosine of the largest angle between what two sets of orthonormal rows span."""
     if not len(vectors) or not len(others):
         return 0.0
     small, large = (vectors, others) if len(vectors) <= len(others) else (others, vectors)
-    return float(torch.linalg.svdvals(small.double() @ large.double().T).min().clamp(max=1.0))
+    return min(1.0, float(np.linalg.svd(small @ large.T, compute_uv=False).min()))
 
 
 def _consensus(found: Sequence[Projected], *, through: bool) -> Consensus:
-    k = torch.tensor([each.projection.vectors.shape[1] for each in found]).mode().values.item()
+    counts = Counter(sorted(each.projection.vectors.shape[1] for each in found))
+    k = counts.most_common(1)[0][0]
     members: Sequence[Projected] = found
     for _ in range(3):
-        vectors = _common(members, int(k), through=through)
+        vectors = _common(members, k, through=through)
         cosines = _cosines(found, dict.fromkeys([each.layer for each in found], vectors), through=through)
         kept = [each for each in found if cosines[each.name] > _least(each)]
         if not kept or len(kept) == len(members):
             break
         members = kept
     scope: Scope = "one"
-    by_layer: dict[int | None, Tensor] = {}
+    by_layer: dict[int | None, Array] = {}
     if sum(cosines[each.name] > _least(each) for each in found) < _MOST * len(found):
         layers = _by_layer(found)
-        own = {layer: _common(each, int(k), through=through) for layer, each in layers.items()}
+        own = {layer: _common(each, k, through=through) for layer, each in layers.items()}
         in_layers = _cosines(found, own, through=through)
         scope = "per_layer" if _agrees_in_layers(layers, in_layers) else "several"
         if scope == "per_layer":
@@ -128,7 +131,7 @@ def _consensus(found: Sequence[Projected], *, through: bool) -> Consensus:
     )
 
 
-def _cosines(found: Sequence[Projected], vectors: Mapping[int | None, Tensor], *, through: bool) -> dict[str, float]:
+def _cosines(found: Sequence[Projected], vectors: Mapping[int | None, Array], *, through: bool) -> dict[str, float]:
     """Return the cosine of each tensor's directions with those of its layer."""
     return {
         each.name: cosine_of(as_written(vectors[each.layer], each.norms if through else ()), each.projection.vectors.T)
@@ -147,19 +150,17 @@ def _least(each: Projected) -> float:
     return AGREES - 4 * each.projection.error**2
 
 
-def _common(members: Sequence[Projected], k: int, *, through: bool) -> Tensor:
+def _common(members: Sequence[Projected], k: int, *, through: bool) -> Array:
     rows = []
     for each in members:
         vectors = each.projection.vectors.T
         if through:
             # Where a norm takes the mean away, the part of r that it hides cannot be known, and is taken for nothing.
-            for norm in each.norms:
-                gamma = norm.gamma.double()
-                vectors = torch.where(gamma != 0, vectors / gamma, 0.0)
-            vectors = orthonormalize(vectors)[0]
+            for gamma, _ in each.norms:
+                vectors = np.divide(vectors, gamma, where=gamma != 0, out=np.zeros_like(vectors))
+            vectors = orthonormal_basis(vectors)[0]
         rows.append(vectors / (_WELL_KNOWN + each.projection.error))
-    stacked = torch.cat(rows)
-    right: Tensor = torch.linalg.svd(stacked, full_matrices=False)[2]
+    right: Array = np.linalg.svd(np.concatenate(rows), full_matrices=False)[2]
     return right[:k]
 
 

@@ -17,8 +17,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from abliterate.inspection.change import (
     ABOVE_ROUNDING,
@@ -30,7 +29,7 @@ from abliterate.inspection.change import (
     project,
     sum_lines,
 )
-from abliterate.inspection.numbers import MatrixPair
+from abliterate.inspection.numbers import Array, MatrixPair
 
 Kept = Literal["columns", "rows", "whole"]
 
@@ -50,6 +49,8 @@ _ARITHMETIC = 2e-3
 # Scales and vectors are found in turn; a round takes an order of magnitude from the error, and less where few numbers
 # of a direction are far larger than the others. So there are at least so many, and more as long as that helps.
 _ROUNDS, _MOST_ROUNDS, _HELPS = 3, 20, 0.95
+# And a strength that the vectors are found with moves by less than this share of itself.
+_STEADY = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +71,7 @@ class Projection:
     """
 
     axis: int
-    vectors: Tensor
+    vectors: Array
     strength: float
     left: float
     before_squared: float
@@ -106,46 +107,46 @@ def _is_few(change: MatrixChange) -> bool:
     return sum(squares[:MOST_KEPT]) >= _ENERGY * sum(squares)
 
 
-def measured_along(pair: MatrixPair, found: Projection, vectors: Tensor) -> Projection:
+def measured_along(pair: MatrixPair, found: Projection, vectors: Array) -> Projection:
     """Return a projection with its strength and what is left measured along vectors [m, k] that are known better."""
     before, moved = project(pair, found.axis, vectors)
-    squared = float(before.double().square().sum())
+    squared = _squared(before)
     if not squared or found.row_normalised:
         return found
-    strength = found.strength if found.kept else -float((before * moved).double().sum()) / squared
-    left = math.sqrt(float((before + moved).double().square().sum()) / squared)
+    strength = found.strength if found.kept else -float((before * moved).sum(dtype=np.float64)) / squared
+    left = math.sqrt(_squared(before + moved) / squared)
     return replace(found, strength=strength, left=left, before_squared=squared)
 
 
 def _fit(change: MatrixChange, span: Span) -> Projection | None:
     """Return the projection of those of a span's vectors, the strongest first, that what lies along them allows."""
-    b, c = span.change.double(), span.before.double()
-    energies = b.square().sum(dim=1)
+    b, c = span.change.astype(np.float64), span.before.astype(np.float64)
+    energies = np.square(b).sum(axis=1)
     m, n = span.vectors.shape[0], b.shape[1]
     # A tall or wide matrix of few vectors fits anything.
     most = min(len(b), n // _FEWEST_LINES, m // _FEWEST_LINES)
-    if most < 1 or not bool(c.any()):
+    if most < 1 or not c.any():
         return None
-    gram = c @ c.T
-    rests = b - torch.linalg.lstsq(gram, c @ b.T, driver="gelsd").solution.T @ c
-    noise = change.rest / math.sqrt(m) / energies.sqrt()
-    allowed = (_MISFIT + 2 * noise).clamp(max=_WORST_MISFIT)
-    strengths = -(b * c).sum(dim=1) / c.square().sum(dim=1).clamp(min=1e-300)
+    lengths = np.sqrt(energies)
+    rests = b - np.linalg.lstsq(c @ c.T, c @ b.T)[0].T @ c
+    allowed = np.minimum(_MISFIT + 2 * change.rest / math.sqrt(m) / lengths, _WORST_MISFIT)
+    strengths = -(b * c).sum(axis=1) / np.maximum(np.square(c).sum(axis=1), 1e-300)
     # What is left of restored lengths may look like a projection with next to no strength.
-    fit = (rests.norm(dim=1) <= allowed * energies.sqrt()) & (strengths.abs() >= _LEAST_STRENGTH * strengths[0].abs())
+    is_strong = np.abs(strengths) >= _LEAST_STRENGTH * abs(strengths[0])
+    fit = (np.linalg.norm(rests, axis=1) <= allowed * lengths) & is_strong
     fits = fit.tolist()
     k = next((index for index, fit in enumerate(fits[:most]) if not fit), most)
     if k == 0 or energies[:k].sum() < _ENERGY * energies.sum():
         return None
-    before = float(c[:k].square().sum())
+    before = _squared(c[:k])
     return Projection(
         axis=span.axis,
         vectors=span.vectors[:, :k],
         strength=-float((b[:k] * c[:k]).sum()) / before,
-        left=math.sqrt(float((span.before[:k] + span.change[:k]).double().square().sum()) / before),
+        left=math.sqrt(_squared(span.before[:k] + span.change[:k]) / before),
         before_squared=before,
-        misfit=float(rests[:k].norm() / energies[:k].sum().sqrt()),
-        error=min(1.0, change.rest / math.sqrt(change.lines) / float(energies[k - 1].sqrt())),
+        misfit=math.sqrt(_squared(rests[:k]) / float(energies[:k].sum())),
+        error=min(1.0, change.rest / math.sqrt(change.lines) / float(lengths[k - 1])),
         row_normalised=False,
         kept=None,
         is_whole=False,
@@ -156,23 +157,23 @@ def _row_normalised(pair: MatrixPair, change: MatrixChange) -> Projection | None
     """Return the projection of the matrix whose rows (lines across the vectors) are divided by their lengths."""
     span = change.span
     assert span is not None
-    lengths = sum_lines(pair)[span.axis].before.sqrt()
+    lengths = np.sqrt(sum_lines(pair)[span.axis].before)
     if float(lengths.std()) < _ARITHMETIC * float(lengths.mean()):
         return None
-    weights = torch.where(lengths > 0, 1 / lengths, 0.0)[:, None]
-    basis = torch.linalg.qr(weights * span.vectors)[0]
+    weights = np.where(lengths > 0, 1 / lengths, 0.0)[:, None]
+    basis = np.linalg.qr(weights * span.vectors)[0]
     before, moved = project(pair, span.axis, weights * basis)
-    turn = torch.linalg.svd(moved.double(), full_matrices=False)[0]
-    narrow = turn.float().T
+    turn = np.linalg.svd(moved.astype(np.float64), full_matrices=False)[0]
+    narrow = turn.astype(np.float32).T
     turned = Span(axis=span.axis, vectors=basis @ turn, before=narrow @ before, change=narrow @ moved)
-    scale = float(weights.norm()) / math.sqrt(len(weights))
+    scale = math.sqrt(_squared(weights) / len(weights))
     found = _fit(replace(change, rest=change.rest * scale), turned)
     if found is None:
         return None
     # What is left is said of the matrix as it is.
     before, moved = project(pair, span.axis, found.vectors)
-    squared = float(before.double().square().sum())
-    left = math.sqrt(float((before + moved).double().square().sum()) / squared) if squared else 0.0
+    squared = _squared(before)
+    left = math.sqrt(_squared(before + moved) / squared) if squared else 0.0
     return replace(found, row_normalised=True, left=left, before_squared=squared)
 
 
@@ -214,15 +215,15 @@ def _scaled_along(
         if _is_found(number, rest, last, allowed):
             break
         last = rest
-        narrow = torch.cat([before, before * (scales - 1).float()])
-        products = multiply(pair, found.axis, narrow.T.contiguous()).double()
+        narrow = np.concatenate([before, before * (scales - 1).astype(np.float32)])
+        products = multiply(pair, found.axis, np.ascontiguousarray(narrow.T)).astype(np.float64)
         k = len(before)
-        vectors = torch.linalg.qr(products[:, :k] - products[:, k:])[0]
+        vectors = np.linalg.qr(products[:, :k] - products[:, k:])[0]
     else:
         before, moved = project(pair, found.axis, vectors)
         scales, rest = _scales(lines, before, moved)
-    wanted, after = scales * before.double(), (before + moved).double()
-    strength = 1 - float((after * wanted).sum() / wanted.square().sum())
+    wanted = scales * before
+    strength = 1 - float(((before + moved) * wanted).sum()) / _squared(wanted)
     return _renewed(found, vectors, before, moved, strength), rest
 
 
@@ -234,16 +235,20 @@ def _scaled_across(
     strength, last = found.strength, math.inf
     sign = math.copysign(1.0, found.strength)
     for number in range(_MOST_ROUNDS):
-        basis, turn = torch.linalg.qr(project(pair, found.axis, vectors)[0].double().T)
-        before, moved = project(pair, 1 - found.axis, basis)
+        former = strength
+        # A line that lies nearly along one vector has next to nothing beside it, which float32 does not tell.
+        basis, turn = np.linalg.qr(project(pair, found.axis, vectors, dtype=np.float64)[0].T)
+        before, moved = project(pair, 1 - found.axis, basis, dtype=np.float64)
         scales, rest = _scales(lines, before, moved)
         # D R - (S - 1) W R = -a S U (C R), and C R is the turn.
-        made = ((moved.double() - (scales - 1) * before.double()) / scales).T @ torch.linalg.inv(turn.T)
-        vectors, strengths, _ = torch.linalg.svd(made, full_matrices=False)
+        made = ((moved - (scales - 1) * before) / scales).T @ np.linalg.inv(turn.T)
+        vectors, strengths, _ = np.linalg.svd(made, full_matrices=False)
         # What restored lengths seemed to be at first is no direction.
         kept = strengths >= _LEAST_STRENGTH * strengths[0]
-        vectors, strength = vectors[:, kept], sign * float(strengths[kept].square().mean().sqrt())
-        if _is_found(number, rest, last, allowed):
+        vectors, strength = vectors[:, kept], sign * math.sqrt(_squared(strengths[kept]) / kept.sum())
+        # As long as the strength moves, what is left may be small by chance.
+        is_steady = abs(strength - former) < _STEADY * abs(strength)
+        if _is_found(number, rest, last, allowed if is_steady else 0.0):
             break
         last = rest
     return _renewed(found, vectors, *project(pair, found.axis, vectors), strength), rest
@@ -254,20 +259,24 @@ def _is_found(number: int, rest: float, last: float, allowed: float) -> bool:
     return number >= _ROUNDS and (rest <= allowed or rest > _HELPS * last)
 
 
-def _renewed(found: Projection, vectors: Tensor, before: Tensor, moved: Tensor, strength: float) -> Projection:
-    squared = float(before.double().square().sum())
-    left = math.sqrt(float((before + moved).double().square().sum()) / squared) if squared else 0.0
+def _renewed(found: Projection, vectors: Array, before: Array, moved: Array, strength: float) -> Projection:
+    squared = _squared(before)
+    left = math.sqrt(_squared(before + moved) / squared) if squared else 0.0
     return replace(found, vectors=vectors, strength=strength, left=left, before_squared=squared)
 
 
-def _scales(lines: Lines, before: Tensor, change: Tensor) -> tuple[Tensor, float]:
+def _squared(numbers: Array) -> float:
+    return float(np.square(numbers, dtype=np.float64).sum())
+
+
+def _scales(lines: Lines, before: Array, change: Array) -> tuple[Array, float]:
     """Return the scale of each line that explains most of D outside the vectors, and the norm of what it does not."""
-    b, c = change.double(), before.double()
-    across = (lines.change - b.square().sum(dim=0)).clamp(min=0)
-    dots = lines.dots - (b * c).sum(dim=0)
-    squares = lines.before - c.square().sum(dim=0)
-    extra = torch.where(squares > 1e-12 * lines.before, dots / squares, 0.0)
-    return 1 + extra, math.sqrt(float((across - extra * dots).clamp(min=0).sum()))
+    b, c = change.astype(np.float64), before.astype(np.float64)
+    across = np.maximum(lines.change - np.square(b).sum(axis=0), 0)
+    dots = lines.dots - (b * c).sum(axis=0)
+    squares = lines.before - np.square(c).sum(axis=0)
+    extra = np.where(squares > 1e-12 * lines.before, dots / squares, 0.0)
+    return 1 + extra, math.sqrt(float(np.maximum(across - extra * dots, 0).sum()))
 
 
 def _kept(pair: MatrixPair, change: MatrixChange, found: Projection, lines: tuple[Lines, Lines]) -> Kept:
@@ -283,5 +292,5 @@ def _kept(pair: MatrixPair, change: MatrixChange, found: Projection, lines: tupl
 
 def _changes(lines: Lines) -> float:
     """Return the root of the mean square of the changes of squared lengths, each as a share of its own."""
-    shares = torch.where(lines.before > 0, (2 * lines.dots + lines.change) / lines.before, 0.0)
-    return float(shares.square().mean().sqrt())
+    shares = np.where(lines.before > 0, (2 * lines.dots + lines.change) / lines.before, 0.0)
+    return math.sqrt(_squared(shares) / len(shares))

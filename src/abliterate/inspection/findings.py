@@ -6,23 +6,24 @@ the system has just put it, as numbers.
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import local
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from abliterate.architectures.names import Part, parse_name
 from abliterate.architectures.writers import ResidualWriter, StreamMap
 from abliterate.checkpoints.file_ranges import n_cores
-from abliterate.checkpoints.stored_tensors import read_tensor
+from abliterate.editing.checks import read_wide
 from abliterate.inspection.change import ABOVE_ROUNDING, MatrixChange, measure_change
 from abliterate.inspection.directional import Projection, find_projection, measured_along
-from abliterate.inspection.numbers import ByteComparer, MatrixPair, has_few_levels, is_numbers, matrices_of
+from abliterate.inspection.numbers import Array, ByteComparer, MatrixPair, has_few_levels, is_numbers, matrices_of
 from abliterate.inspection.pairing import TensorPair
 from abliterate.inspection.report import Kind, PartName
 from abliterate.progress import Advance
@@ -81,7 +82,7 @@ class Finding:
     rank: int | None = 0
     rest: float = 0.0
     projections: tuple[Projection, ...] = ()
-    vectors: tuple[Tensor, Tensor] | None = None
+    vectors: tuple[Array, Array] | None = None
 
     @property
     def is_edited(self) -> bool:
@@ -112,10 +113,11 @@ class PairReader:
             CheckpointError: A file cannot be read, or what is changed holds NaN or infinite values.
         """
         self._fused = sum(math.prod(pair.new.shape) for pair in pairs) >= _WORTH_FUSING
+        is_decoded = any(side.encoding is not None for pair in pairs for side in (pair.old, pair.new))
         # Large ones first, so that no thread is left with one at the end.
         order = sorted(range(len(pairs)), key=lambda index: pairs[index].new.start - pairs[index].new.end)
         found: dict[int, Finding] = {}
-        with _threads() as pool:
+        with _threads(is_decoded=is_decoded) as pool:
             tasks = {index: pool.submit(self._find, pairs[index], same_files) for index in order}
             try:
                 for index, task in tasks.items():
@@ -126,6 +128,8 @@ class PairReader:
                 raise
         return [found[index] for index in range(len(pairs))]
 
+    # What holds no number is found by its sums, and said in one line.
+    @np.errstate(all="ignore")
     def _find(self, pair: TensorPair, same_files: frozenset[str]) -> Finding:
         writer = self._writers.get(pair.old.name)
         part, layer = part_of(pair.old.name, writer, self._stream)
@@ -142,7 +146,7 @@ class PairReader:
             return replace(found, status="changed", kind="dense", rank=None)
         return self._read_numbers(replace(found, vectors=self._vectors(pair) if is_vector else None))
 
-    def measured_along(self, found: Finding, vectors: Tensor) -> Finding:
+    def measured_along(self, found: Finding, vectors: Array) -> Finding:
         """Return what was projected out of a tensor, measured along directions [k, d_model] as it writes them."""
         pair = found.pair
         matrices = matrices_of(pair.old, pair.new, old_directory=self._base, new_directory=self._model)
@@ -151,9 +155,9 @@ class PairReader:
         both = zip(matrices, found.projections, strict=True)
         return replace(found, projections=tuple(measured_along(one, other, vectors.T) for one, other in both))
 
-    def _vectors(self, pair: TensorPair) -> tuple[Tensor, Tensor]:
-        old = read_tensor(self._base, pair.old).double()
-        return old, read_tensor(self._model, pair.new).double() - old
+    def _vectors(self, pair: TensorPair) -> tuple[Array, Array]:
+        old = read_wide(self._base, pair.old)
+        return old, read_wide(self._model, pair.new) - old
 
     def _read_numbers(self, found: Finding) -> Finding:
         pair = found.pair
@@ -241,8 +245,18 @@ def _kind(found: Finding, moved: Sequence[MatrixChange], kept: Sequence[Projecti
     return "low_rank" if explained else "dense"
 
 
-def _threads() -> ThreadPoolExecutor:
-    """Return as many threads as there are cores, each of which computes alone."""
-    return ThreadPoolExecutor(
-        max_workers=min(n_cores(), _MOST_THREADS), initializer=torch.set_num_threads, initargs=(1,)
-    )
+@contextmanager
+def _threads(*, is_decoded: bool) -> Iterator[ThreadPoolExecutor]:
+    """Yield as many threads as there are cores, each of which computes alone."""
+    begin = _decode_alone if is_decoded else None
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(max_workers=min(n_cores(), _MOST_THREADS), initializer=begin) as pool,
+    ):
+        yield pool
+
+
+def _decode_alone() -> None:
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """`products.Products.add`, compiled: what is read of two matrices is widened, subtracted and multiplied in the cache.
 
-Its sums are those of the same written with torch, in another order. See `formats.fused`, which also says when it is
+Its sums are those of the same written with numpy, in another order. See `formats.fused`, which also says when it is
 compiled.
 """
 

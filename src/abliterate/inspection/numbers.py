@@ -7,17 +7,20 @@ embedding) is decoded at a time.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from abliterate.checkpoints.file_ranges import became_shorter, is_filled
 from abliterate.checkpoints.safetensors_file import TensorInfo, encoded_parts
-from abliterate.checkpoints.stored_tensors import TORCH_DTYPES, read_tensor
 from abliterate.errors import CheckpointError
+from abliterate.formats.segments import STORED
 from abliterate.inspection.ahead import Ahead
+
+Array = NDArray[Any]
 
 # Two buffers of a thread that stay in its cache; larger ones are slower.
 CHUNK_BYTES = 1 << 18
@@ -28,7 +31,8 @@ MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E
 # Below the smallest normal number, steps have one size; it matters where the range is narrow.
 _LEAST_STEPS = {"F16": 2.0**-24, "F8_E4M3": 2.0**-9, "F8_E5M2": 2.0**-16}
 _EXPONENT = 0x7F800000
-_PLAIN = TORCH_DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+# What each is read as; of what numpy has no numbers for, the bits.
+_PLAIN = STORED | {"F8_E4M3": "u1", "F8_E5M2": "u1"}
 
 
 def is_numbers(info: TensorInfo) -> bool:
@@ -99,19 +103,19 @@ class StoredMatrix:
         self.directory, self.info = directory, info
         self.shape: tuple[int, int] = (info.shape[0], info.shape[1])
 
-    def blocks(self, rows: int, *, every: int = 1) -> Iterator[Tensor]:
+    def blocks(self, rows: int, *, every: int = 1) -> Iterator[Array]:
         """Yield its rows in float32, so many at a time, or every so many of such blocks; each time the same memory."""
         if self.info.encoding is not None:
             for index, block in enumerate(self._decoded(rows)):
                 if index % every == 0:
                     yield block
             return
-        wide = torch.empty(rows, self.shape[1])
+        wide = np.empty((rows, self.shape[1]), np.float32)
         for stored in self.stored(rows, every=every):
-            yield wide[: len(stored)].copy_(stored)
+            yield widen(stored, self.info.dtype, out=wide[: len(stored)])
 
-    def stored(self, rows: int, *, every: int = 1) -> Iterator[Tensor]:
-        """Yield the same as it is stored, if that is plain."""
+    def stored(self, rows: int, *, every: int = 1) -> Iterator[Array]:
+        """Yield the same as it is stored, if that is plain; of what numpy has no numbers for, the bits."""
         cols = self.shape[1]
         row_bytes = (self.info.end - self.info.start) // max(1, self.shape[0])
         raw = bytearray(rows * row_bytes)
@@ -127,17 +131,18 @@ class StoredMatrix:
                     count = min(rows, self.shape[0] - first)
                     if not is_filled(file, memoryview(raw)[: count * row_bytes]):
                         raise became_shorter(path)
-                    stored = torch.frombuffer(raw, dtype=_PLAIN[self.info.dtype], count=count * cols)
-                    yield stored.view(count, cols)
+                    yield np.frombuffer(raw, _PLAIN[self.info.dtype], count=count * cols).reshape(count, cols)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    def _decoded(self, rows: int) -> Iterator[Tensor]:
+    def _decoded(self, rows: int) -> Iterator[Array]:
         """Yield blocks of what is decoded part by part; a block may lie in two parts."""
-        rest: list[Tensor] = []
+        from abliterate.checkpoints.stored_tensors import read_tensor
+
+        rest: list[Array] = []
         for part in encoded_parts(self.info):
-            rest.append(read_tensor(self.directory, part).reshape(-1, self.shape[1]))
-            held = torch.cat(rest) if len(rest) > 1 else rest[0]
+            rest.append(read_tensor(self.directory, part).reshape(-1, self.shape[1]).numpy())
+            held = np.concatenate(rest) if len(rest) > 1 else rest[0]
             n_whole = len(held) // rows * rows
             yield from (held[first : first + rows] for first in range(0, n_whole, rows))
             rest = [held[n_whole:]] if n_whole < len(held) else []
@@ -175,16 +180,16 @@ class MatrixPair:
         """Rows and columns."""
         return self.new.shape
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def blocks(self) -> Iterator[tuple[slice, Array, Array]]:
         """Yield rows, W of the base and D = W' - W of these rows, float32; the memory is used again."""
         at_once = self.rows_at_once
         both = (side.blocks(at_once, every=self.every) for side in (self.old, self.new))
         for index, (old, new) in enumerate(zip(*both, strict=True)):
             first = index * at_once * self.every
             part = slice(first, first + len(old))
-            yield part, old, new.sub_(old) if self.new.info.encoding is None else new - old
+            yield part, old, np.subtract(new, old, out=new if self.new.info.encoding is None else None)
 
-    def stored(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def stored(self) -> Iterator[tuple[slice, Array, Array]]:
         """Yield rows, W and W' of these rows as both are stored, if that is plain; the memory is used again."""
         at_once = self.rows_at_once
         first = 0
@@ -217,11 +222,40 @@ def _matrices(info: TensorInfo) -> list[TensorInfo]:
     return [replace(info, shape=shape[1:], start=start, end=start + size) for start in starts]
 
 
-def steps(values: Tensor, dtype: str) -> Tensor:
+def widen(stored: Array, dtype: str, *, out: Array | None = None) -> Array:
+    """Return stored numbers in float32.
+
+    Args:
+        stored: As `StoredMatrix.stored` yields them.
+        dtype: What they are stored as, as safetensors names it.
+        out: Where to put them, contiguous; None makes new memory.
+    """
+    wide = np.empty(stored.shape, np.float32) if out is None else out
+    if dtype == "BF16":
+        np.left_shift(stored, 16, out=wide.view(np.uint32), dtype=np.uint32)
+    elif dtype in STORED:
+        np.copyto(wide, stored, casting="same_kind")
+    else:
+        np.take(_numbers_of_a_byte(dtype), stored, out=wide)
+    return wide
+
+
+@cache
+def _numbers_of_a_byte(dtype: str) -> Array:
+    """Return what each byte is in a dtype of eight bits, float32."""
+    import torch
+
+    names = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+    numbers: Array = torch.arange(256, dtype=torch.uint8).view(getattr(torch, names[dtype])).float().numpy()
+    return numbers
+
+
+def steps(values: Array, dtype: str) -> Array:
     """Return how far apart neighbours of a floating dtype are at each of some float32 numbers."""
     # The exponent alone, as a number: a power of two, or 0 where that is below float32's range.
-    powers = (values.contiguous().view(torch.int32) & _EXPONENT).view(torch.float32)
-    return powers.mul_(2.0 ** -MANTISSA_BITS[dtype]).clamp_(min=_LEAST_STEPS.get(dtype, 0.0))
+    powers = (np.ascontiguousarray(values).view(np.int32) & _EXPONENT).view(np.float32)
+    powers *= 2.0 ** -MANTISSA_BITS[dtype]
+    return np.maximum(powers, np.float32(_LEAST_STEPS.get(dtype, 0.0)), out=powers)
 
 
 # Rows and columns that are looked at, and how many magnitudes there may be among them, or in one row.
@@ -234,12 +268,12 @@ def has_few_levels(pair: MatrixPair) -> int | None:
     Seen are grids of 8 bits with a scale for a matrix or a block of it, and of 4 bits with one for a group of a row.
     """
     at_once = min(_LOOKED_AT, pair.shape[0])
-    corners = [next(side.blocks(at_once))[:, :_LOOKED_AT].abs().clone() for side in (pair.old, pair.new)]
-    if corners[0].numel() < _LOOKED_AT**2 // 2:
+    corners = [np.abs(next(side.blocks(at_once))[:, :_LOOKED_AT]) for side in (pair.old, pair.new)]
+    if corners[0].size < _LOOKED_AT**2 // 2:
         return None
-    whole = [len(torch.unique(corner)) for corner in corners]
+    whole = [len(np.unique(corner)) for corner in corners]
     if whole[1] <= _EIGHT_BITS < whole[0]:
-        in_rows = sum(len(torch.unique(row)) for row in corners[1]) / len(corners[1])
+        in_rows = sum(len(np.unique(row)) for row in corners[1]) / len(corners[1])
         return 4 if in_rows <= _FOUR_BITS else 8
-    lines = [sum(len(torch.unique(row)) for row in corner) / len(corner) for corner in corners]
+    lines = [sum(len(np.unique(row)) for row in corner) / len(corner) for corner in corners]
     return 4 if lines[1] <= _FOUR_BITS < lines[0] else None

@@ -6,12 +6,10 @@ change of low rank is told by, see `change`.
 
 from types import ModuleType
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from abliterate.formats.projection import tensor_bits
-from abliterate.formats.segments import FUSED, compiled_module
-from abliterate.inspection.numbers import MatrixPair
+from abliterate.formats.segments import FUSED, bits_of, compiled_module
+from abliterate.inspection.numbers import Array, MatrixPair
 
 
 def fused_products() -> ModuleType | None:
@@ -33,39 +31,40 @@ class Products:
         can_be_fused: Whether both are stored as `fused_products` takes them.
     """
 
-    def __init__(self, pair: MatrixPair, vectors: Tensor, *, axis: int) -> None:
+    def __init__(self, pair: MatrixPair, vectors: Array, *, axis: int) -> None:
         """Begin with nothing."""
         (rows, columns), p = pair.shape, vectors.shape[1]
-        self.across = torch.zeros(2, rows, p)
-        self.along = torch.zeros(2 if axis == 0 else 0, p, columns)
+        self.across = np.zeros((2, rows, p), np.float32)
+        self.along = np.zeros((2 if axis == 0 else 0, p, columns), np.float32)
         sides = (pair.old.info, pair.new.info)
         self.can_be_fused = sides[0].dtype == sides[1].dtype and all(
             side.encoding is None and side.dtype in FUSED for side in sides
         )
-        self._vectors, self._turned = vectors, vectors.T.contiguous()
-        self._memory: Tensor | None = None
+        self._vectors, self._turned = vectors, np.ascontiguousarray(vectors.T)
+        self._dtype, self._memory = pair.new.info.dtype, np.empty((0, 0, 0), np.float32)
 
-    def add(self, part: slice, old: Tensor, change: Tensor) -> None:
+    def add(self, part: slice, old: Array, change: Array) -> None:
         """Take some rows, as numbers."""
-        found = torch.mm(change, self._vectors, out=self.across[1][part])
+        found = np.matmul(change, self._vectors, out=self.across[1][part])
         if not len(self.along):
-            torch.mm(old, self._vectors, out=self.across[0][part])
+            np.matmul(old, self._vectors, out=self.across[0][part])
             return
         for sums, rows in zip(self.along, (old, change), strict=True):
-            sums.addmm_(found.T, rows)
+            sums += found.T @ rows
 
-    def add_stored(self, part: slice, old: Tensor, new: Tensor, kernels: ModuleType) -> list[float]:
+    def add_stored(self, part: slice, old: Array, new: Array, kernels: ModuleType) -> list[float]:
         """Take some rows, as they are stored; return |W|^2, W . D and |D|^2 of them."""
-        if self._memory is None:
-            self._memory = torch.zeros(2, kernels.ROWS, old.shape[1])
-        sums = torch.zeros(3, dtype=torch.float64)
+        if not self._memory.size:
+            self._memory = np.zeros((2, kernels.ROWS, old.shape[1]), np.float32)
+        sums = np.zeros(3)
         kernels.add_rows(
-            tensor_bits(old),
-            tensor_bits(new),
-            self._turned.numpy(),
-            self._memory.numpy(),
-            self.across[:, part].numpy(),
-            self.along.numpy(),
-            sums.numpy(),
+            bits_of(old, dtype=self._dtype),
+            bits_of(new, dtype=self._dtype),
+            self._turned,
+            self._memory,
+            self.across[:, part],
+            self.along,
+            sums,
         )
-        return [float(each) for each in sums]
+        found: list[float] = sums.tolist()
+        return found

@@ -9,28 +9,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from abliterate.architectures.names import Part, parse_name
 from abliterate.architectures.writers import StreamMap, map_checkpoint
 from abliterate.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
 from abliterate.checkpoints.model_source import ModelSource
 from abliterate.checkpoints.safetensors_file import TensorInfo
-from abliterate.checkpoints.stored_tensors import read_tensor
-from abliterate.directions import Direction, load_direction, make_direction, orthonormalize
-from abliterate.editing.checks import read_norm
+from abliterate.directions import Direction, load_direction, make_direction, orthonormal_basis
+from abliterate.editing.checks import read_norm, read_wide
 from abliterate.editing.record import RECORD_NAME, AbliterationRecord
 from abliterate.errors import CheckpointError, DirectionError, InputError
 from abliterate.files import in_one_line
 from abliterate.formats.gguf_checkpoint import open_weights
-from abliterate.formats.projection import NormFactor
 from abliterate.formats.quantized import CONFIG_KEYS, plain_view
 from abliterate.inspection.claims import CARD_NAME, hold_against, read_claims, recorded_directions
 from abliterate.inspection.component import ComponentReading, read_component
-from abliterate.inspection.consensus import cosine_of
+from abliterate.inspection.consensus import Norm, cosine_of
 from abliterate.inspection.findings import Finding, PairReader
-from abliterate.inspection.numbers import is_numbers
+from abliterate.inspection.numbers import Array, is_numbers
 from abliterate.inspection.pair_report import report_pair
 from abliterate.inspection.pairing import Pairing, pair_tensors
 from abliterate.inspection.report import InspectionReport, PairReading, RecordReading
@@ -55,8 +52,8 @@ class Inspection:
     """
 
     report: InspectionReport
-    vectors: Tensor | None = None
-    by_layer: Mapping[int | None, Tensor] = field(default_factory=dict)
+    vectors: Array | None = None
+    by_layer: Mapping[int | None, Array] = field(default_factory=dict)
 
     def directions(self) -> dict[str, Direction]:
         """Return the recovered directions as direction files hold them, by what is added to the name of the file.
@@ -76,7 +73,7 @@ class Inspection:
         found = pair.directions
         assert found is not None
         made = {}
-        of_all: Mapping[int | None, Tensor] = self.by_layer if self.vectors is None else {None: self.vectors}
+        of_all: Mapping[int | None, Array] = self.by_layer if self.vectors is None else {None: self.vectors}
         for layer, vectors in of_all.items():
             metadata = {
                 "recovered": {
@@ -229,7 +226,7 @@ def _alone(
     progress: ProgressReporter,
 ) -> InspectionReport:
     rows = recorded_directions(record)
-    vectors = torch.stack([each.vector for each in given]) if given else rows
+    vectors = _rows(given) if given else rows
     if vectors is None:
         return _report(model, view, claims, None)
     if stream is None:
@@ -241,6 +238,10 @@ def _alone(
         problem = f"its directions have {vectors.shape[1]} entries, and the stream has {stream.d_model}"
         return _report(model, view, replace(claims, problems=(*claims.problems, problem)), None)
     return _report(model, view, claims, read_component(view=view, stream=stream, vectors=vectors, progress=progress))
+
+
+def _rows(given: Sequence[Direction]) -> Array:
+    return np.stack([each.numbers["direction"] for each in given]).astype(np.float64)
 
 
 def _check_width(given: Sequence[Direction], stream: StreamMap) -> None:
@@ -269,7 +270,7 @@ def _component(
     return read_component(
         view=view,
         stream=stream,
-        vectors=torch.stack([each.vector for each in given]),
+        vectors=_rows(given),
         original=original if is_whole else None,
         base_names=names,
         progress=progress,
@@ -329,9 +330,7 @@ def _evidence(
     )
 
 
-def _norms(
-    original: Checkpoint, stream: StreamMap | None, findings: Sequence[Finding]
-) -> dict[str, tuple[NormFactor, ...]]:
+def _norms(original: Checkpoint, stream: StreamMap | None, findings: Sequence[Finding]) -> dict[str, tuple[Norm, ...]]:
     edited = {finding.pair.old.name for finding in findings if finding.is_edited or finding.vectors is not None}
     return {
         writer.tensor_name: tuple(read_norm(original, norm) for norm in writer.norm_chain)
@@ -342,27 +341,27 @@ def _norms(
 
 def _added(
     view: Checkpoint, stream: StreamMap | None, added: Sequence[TensorInfo]
-) -> tuple[dict[str, float | None], dict[str, Tensor]]:
+) -> tuple[dict[str, float | None], dict[str, Array]]:
     """Return the length of what the model has besides, and those vectors that it adds to the stream; not what is 0."""
     lengths: dict[str, float | None] = {}
-    vectors: dict[str, Tensor] = {}
+    vectors: dict[str, Array] = {}
     for info in added:
         if len(info.shape) != 1 or not is_numbers(info):
             lengths[info.name] = None
             continue
-        vector = read_tensor(view.path, info).double()
-        if not float(vector.abs().max()):
+        vector = read_wide(view.path, info)
+        if not vector.any():
             continue
         is_bias = stream is not None and vector.shape == (stream.d_model,)
         if is_bias and parse_name(info.name, has_towers=True).part is Part.BIAS:
-            lengths[info.name] = float(vector.norm())
+            lengths[info.name] = float(np.linalg.norm(vector))
             vectors[info.name] = vector
         else:
             lengths[info.name] = None
     return lengths, vectors
 
 
-def _recovered(judgement: Judgement, given: Sequence[Direction]) -> tuple[Tensor | None, dict[int | None, Tensor]]:
+def _recovered(judgement: Judgement, given: Sequence[Direction]) -> tuple[Array | None, dict[int | None, Array]]:
     """Return the common directions, None where tensors have their own, and those of each layer."""
     consensus = judgement.consensus
     if consensus is None or judgement.verdict == "unrelated":
@@ -375,13 +374,13 @@ def _recovered(judgement: Judgement, given: Sequence[Direction]) -> tuple[Tensor
     return None, {layer: _turned(consensus.by_layer[layer], given) for layer in layers}
 
 
-def _turned(vectors: Tensor, given: Sequence[Direction]) -> Tensor:
+def _turned(vectors: Array, given: Sequence[Direction]) -> Array:
     """Return directions turned as the first given one where there is one, else as their largest entry."""
     if given and given[0].d_model == vectors.shape[1]:
-        signs = vectors @ given[0].vector.double()
+        signs = vectors @ _rows(given)[0]
     else:
-        signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-    return vectors * torch.where(signs < 0, -1.0, 1.0)[:, None]
+        signs = vectors[np.arange(len(vectors)), np.abs(vectors).argmax(axis=1)]
+    return vectors * np.where(signs < 0, -1.0, 1.0)[:, None]
 
 
 def _cosines(judgement: Judgement, given: Sequence[Direction], stream: StreamMap | None) -> tuple[float, ...]:
@@ -392,7 +391,7 @@ def _cosines(judgement: Judgement, given: Sequence[Direction], stream: StreamMap
         return ()
     of_all = list(consensus.by_layer.values()) or [consensus.vectors]
     return tuple(
-        max(cosine_of(vectors, orthonormalize(each.vector.double()[None])[0]) for vectors in of_all)
+        max(cosine_of(vectors, orthonormal_basis(_rows([each]))[0]) for vectors in of_all)
         for each in given
         if each.d_model == consensus.vectors.shape[1]
     )

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Union
 
-from abliterate.checkpoints import hub
 from abliterate.checkpoints.checkpoint import (
     CONFIG_NAME,
     Checkpoint,
@@ -21,13 +21,15 @@ from abliterate.checkpoints.checkpoint import (
     read_json_object,
 )
 from abliterate.checkpoints.file_ranges import hash_file
-from abliterate.checkpoints.hub import RemoteModel
 from abliterate.checkpoints.model_source import ModelSource, find_local_model, resolve_model
 from abliterate.checkpoints.safetensors_file import Shard, header_end, parse_shard, read_shard
 from abliterate.editing.record import RECORD_NAME, resolve_base
 from abliterate.files import has_file, parse_json, regular_files
 from abliterate.formats.gguf_checkpoint import holds_gguf, open_weights
 from abliterate.progress import SILENT, ProgressReporter
+
+if TYPE_CHECKING:
+    from abliterate.checkpoints.hub import RemoteModel
 
 _SHARDS = ".safetensors"
 # Vectors are fetched; what has more bytes than the longest of them is a matrix.
@@ -82,6 +84,9 @@ def resolve_pair(
             found = resolve_base(base, revision=base_revision, edited=source, progress=progress)
         yield PairSources(model=source, base=found)
         return
+    # Imported here alone: models on this machine need no client of the Hub.
+    from abliterate.checkpoints import hub
+
     remote = None if local is not None else hub.inspect_model(model, revision=revision)
     remote_base = None
     if local_base is None:
@@ -104,15 +109,15 @@ def resolve_pair(
         )
 
 
-Side = ModelSource | RemoteModel | None
+Side = Union[ModelSource, "RemoteModel", None]
 
 
 def _recorded_revision(side: Side, base: str) -> str | None:
     """Return the commit of the base that a model's record names."""
     content: object = None
-    if isinstance(side, ModelSource) and has_file(side.path, RECORD_NAME):
-        content = read_json_object(side.path / RECORD_NAME)
-    elif isinstance(side, RemoteModel) and RECORD_NAME in side.sizes:
+    if isinstance(side, ModelSource):
+        content = read_json_object(side.path / RECORD_NAME) if has_file(side.path, RECORD_NAME) else None
+    elif side is not None and RECORD_NAME in side.sizes:
         try:
             content = parse_json(side.read(RECORD_NAME))
         except ValueError:
@@ -134,17 +139,15 @@ def _same_shards(model: Side, base: Side) -> dict[str, str]:
 
 
 def _sizes(side: Side) -> dict[str, int]:
-    if isinstance(side, RemoteModel):
-        return {name: size for name, size in side.sizes.items() if name in side.wanted and name.endswith(_SHARDS)}
     assert side is not None
-    return {file.name: file.stat().st_size for file in side.path.glob(f"*{_SHARDS}")}
+    if isinstance(side, ModelSource):
+        return {file.name: file.stat().st_size for file in side.path.glob(f"*{_SHARDS}")}
+    return {name: size for name, size in side.sizes.items() if name in side.wanted and name.endswith(_SHARDS)}
 
 
 def _hash(side: Side, name: str) -> str | None:
-    if isinstance(side, RemoteModel):
-        return side.hashes.get(name)
     assert side is not None
-    return hash_file(side.path / name)
+    return hash_file(side.path / name) if isinstance(side, ModelSource) else side.hashes.get(name)
 
 
 def _open(
@@ -154,6 +157,8 @@ def _open(
     if isinstance(side, ModelSource):
         return side, open_weights(side.path), {}
     assert side is not None
+    from abliterate.checkpoints import hub
+
     source = hub.download_without(side.name, revision=side.revision, skipped=sorted(same))
     absent: dict[str, Path] = {}
     for name, partner in same.items():
@@ -163,7 +168,7 @@ def _open(
     return source, _checkpoint(source.path, absent), absent
 
 
-def _with_hole(remote: RemoteModel, name: str, work: Path) -> Path:
+def _with_hole(remote: "RemoteModel", name: str, work: Path) -> Path:
     """Fetch a shard's header and vectors into a file of its size."""
     work.mkdir(exist_ok=True)
     path, size = work / name, remote.sizes[name]

@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
 from abliterate.architectures.writers import StreamMap
-from abliterate.formats.projection import NormFactor
 from abliterate.inspection.change import ABOVE_ROUNDING
-from abliterate.inspection.consensus import AGREES, Consensus, Projected, as_written, find_consensus
+from abliterate.inspection.consensus import AGREES, Consensus, Norm, Projected, as_written, find_consensus
 from abliterate.inspection.findings import Finding
+from abliterate.inspection.numbers import Array
 from abliterate.inspection.pairing import Pairing
 from abliterate.inspection.report import Verdict
 
@@ -89,11 +89,11 @@ class Evidence:
     findings: Sequence[Finding]
     pairing: Pairing
     stream: StreamMap | None
-    norms: Mapping[str, tuple[NormFactor, ...]]
+    norms: Mapping[str, tuple[Norm, ...]]
     shared: float
     added: Mapping[str, float | None]
-    added_vectors: Mapping[str, torch.Tensor]
-    measure: Callable[[Finding, torch.Tensor], Finding]
+    added_vectors: Mapping[str, Array]
+    measure: Callable[[Finding, Array], Finding]
 
 
 def judge(evidence: Evidence) -> Judgement:
@@ -257,12 +257,16 @@ def _is_projected(evidence: Evidence, finding: Finding, consensus: Consensus) ->
     before, moved = basis @ old, basis @ change
     rest, across = change - basis.T @ moved, old - basis.T @ before
     # Where lengths were restored, what is left is a multiple of the vector.
-    if float(across.norm()):
-        rest = rest - across * float(rest @ across) / float(across.square().sum())
-    if float(rest.norm()) > _VECTOR_REST * float(change.norm()) + ABOVE_ROUNDING * finding.rounding:
+    if across.any():
+        rest = rest - across * float(rest @ across) / float(across @ across)
+    if _norm(rest) > _VECTOR_REST * _norm(change) + ABOVE_ROUNDING * finding.rounding:
         return None
-    squared = float(before.square().sum())
+    squared = float(before @ before)
     return -float(moved @ before) / squared if squared else 0.0
+
+
+def _norm(vector: Array) -> float:
+    return float(np.linalg.norm(vector))
 
 
 def _vectors_alone(evidence: Evidence, edited: Sequence[Finding]) -> Judgement:
@@ -271,17 +275,20 @@ def _vectors_alone(evidence: Evidence, edited: Sequence[Finding]) -> Judgement:
     vectors |= dict(evidence.added_vectors)
     if len(vectors) == 1 and all(finding.vectors is not None for finding in edited):
         (name, vector), *_ = vectors.items()
-        unit = vector.double() / vector.double().norm()
+        length = _norm(vector)
         consensus = Consensus(
-            vectors=unit[None], scope="one", through_norms=None, cosines={name: 1.0}, agreeing=frozenset({name})
+            vectors=(vector / length)[None],
+            scope="one",
+            through_norms=None,
+            cosines={name: 1.0},
+            agreeing=frozenset({name}),
         )
         return Judgement(
             verdict="directional",
-            reason=f"{name} adds a vector of length {float(vector.double().norm()):.4g} to the stream; nothing was "
-            "projected",
+            reason=f"{name} adds a vector of length {length:.4g} to the stream; nothing was projected",
             partial=True,
             consensus=consensus,
-            added={name: float(vector.double().norm())},
+            added={name: length},
         )
     return Judgement(
         verdict="fine_tuned",
@@ -371,9 +378,9 @@ def _untouched(evidence: Evidence, consensus: Consensus) -> list[str]:
             old, change = finding.vectors
             norms = evidence.norms.get(finding.pair.old.name, ()) if consensus.through_norms else ()
             basis = as_written(consensus.of(finding.layer), norms)
-            by_chance = float(old.norm()) / math.sqrt(len(old))
-            most = _MOST_LEFT * max(float((basis @ old).norm()), by_chance)
-            if float((basis @ (old + change)).norm()) <= most:
+            by_chance = _norm(old) / math.sqrt(len(old))
+            most = _MOST_LEFT * max(_norm(basis @ old), by_chance)
+            if _norm(basis @ (old + change)) <= most:
                 continue
         names.append(finding.pair.new.name)
     return names

@@ -8,7 +8,9 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from abliterate.checkpoints.model_source import ModelSource
@@ -66,7 +68,7 @@ def read_runs(
     *,
     model: ModelSource,
     base: ModelSource,
-    recovered: Tensor | None,
+    recovered: NDArray[np.float64] | None,
     given: Sequence[Tensor] = (),
     n_prompts: int = N_PROMPTS,
     model_options: ModelOptions | None = None,
@@ -92,7 +94,7 @@ def read_runs(
             f"{model.name}: no direction was recovered that all tensors share, so --run has none to look for; name one "
             "with --direction"
         )
-    vectors = torch.stack(list(given)) if recovered is None else recovered
+    vectors = torch.stack(list(given)) if recovered is None else torch.from_numpy(recovered)
     subspace = orthonormalize(vectors.double())[0]
     texts = {kind: load_prompt_set(BUNDLED, kind=kind, part="test").texts[:n_prompts] for kind in _KINDS}
     runs = []
