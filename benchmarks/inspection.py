@@ -4,7 +4,8 @@ Makes a llama checkpoint with the shapes of an 8B model (bf16, random weights, a
 edited one and a copy, and runs in turn, `--runs` times round, each with the files out of the page cache:
 
 * `cmp` of every file of the base with that of the copy, which reads both to their ends;
-* `abliterate inspect EDITED --base BASE`.
+* `abliterate inspect EDITED --base BASE`, and the same of the copy, in which nothing differs;
+* with `--beside TREE` both of another commit.
 
 Prints the median of wall time, CPU time and peak resident memory, and the ratio to `cmp`. The machine may be shared, so
 the ratio counts.
@@ -22,11 +23,16 @@ from pathlib import Path
 from benchmarks.orthogonalize import PAUSE, SHAPES, in_cache, make_checkpoint, timed
 
 
-def ways_of(base: Path, edited: Path, copy: Path) -> dict[str, list[str]]:
-    """Return the commands."""
+def ways_of(base: Path, edited: Path, copy: Path, *, beside: Path | None) -> dict[str, tuple[list[str], Path]]:
+    """Return the commands, and what each reads beside the base."""
     compare = " && ".join(f"cmp {base / file.name} {copy / file.name}" for file in sorted(base.glob("*.safetensors")))
-    inspect = [sys.executable, "-m", "abliterate", "-q", "inspect", str(edited), "--base", str(base)]
-    return {"cmp": ["sh", "-c", compare], "inspect": inspect}
+    ways = {"cmp": (["sh", "-c", compare], copy)}
+    for name, model in (("inspect", edited), ("inspect, nothing differs", copy)):
+        words = [sys.executable, "-m", "abliterate", "-q", "inspect", str(model), "--base", str(base)]
+        ways[name] = (words, model)
+        if beside is not None:
+            ways[f"{name}, other commit"] = (["env", f"PYTHONPATH={beside / 'src'}", *words], model)
+    return ways
 
 
 def main() -> None:
@@ -37,6 +43,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("build/benchmark-inspect"))
     parser.add_argument("--warm", action="store_true", help="with the files in the page cache, as far as it holds them")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, and take those that are there")
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="checkout of another commit, timed as well")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     base, edited, copy = (arguments.directory / name for name in ("base", "edited", "copy"))
@@ -53,12 +60,13 @@ def main() -> None:
             [sys.executable, "-m", "abliterate", "-q", *edit, "-o", str(edited)], check=True, stdout=sys.stderr
         )
         shutil.copytree(base, copy)
-    results: dict[str, list[dict[str, float]]] = {"cmp": [], "inspect": []}
+    ways = ways_of(base, edited, copy, beside=arguments.beside)
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(arguments.runs):
-        for way, command in ways_of(base, edited, copy).items():
+        for way, (command, read) in ways.items():
             os.sync()
             for directory in (base, edited, copy):
-                in_cache(directory, wanted=arguments.warm and directory != (edited if way == "cmp" else copy))
+                in_cache(directory, wanted=arguments.warm and directory in (base, read))
             time.sleep(PAUSE)
             results[way].append(timed(command))
             print(f"{way}: {results[way][-1]}", file=sys.stderr, flush=True)
