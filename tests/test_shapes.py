@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_origin, get_type_hints
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -28,14 +29,14 @@ K, D_MODEL, N, EXPERTS, N_POS, N_LAYERS = 2, 12, 7, 3, 4, 5
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Read the annotations of a function, with the names that its module imports for type checkers alone."""
-    return get_type_hints(function, localns=vars(jaxtyping) | {"Tensor": torch.Tensor})
+    return get_type_hints(function, localns=vars(jaxtyping) | {"Tensor": torch.Tensor, "np": np})
 
 
 def has_form(value: Any, hint: Any) -> bool:
     """Return whether a tensor, or each of a tuple, is what its annotation says; all else passes."""
     if isinstance(value, tuple) and get_origin(hint) is tuple and Ellipsis not in get_args(hint):
         return all(has_form(part, each) for part, each in zip(value, get_args(hint), strict=True))
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.ndarray):
         return isinstance(value, hint)
     return True
 
@@ -99,6 +100,7 @@ def test_candidates(variant):
     checked(resampled_cosines, **one, recipe=recipe, n_resamples=9, generator=generator)
     scores = dict.fromkeys(("bypass", "induce", "kl"), random(N_POS, N_LAYERS))
     checked(make_direction, mean_difference=candidates[0, 0], candidates=candidates, scores=scores)
+    checked(make_direction, mean_difference=candidates[0, 0].numpy())
 
 
 def test_another_shape_is_noticed(basis):

@@ -111,7 +111,7 @@ class Direction:
 
 def make_direction(
     *,
-    mean_difference: Float[Tensor, " d_model"] | NDArray[Any],
+    mean_difference: Float[Tensor, " d_model"] | Float[np.ndarray, " d_model"],
     candidates: Float[Tensor, "n_pos n_layers d_model"] | None = None,
     scores: Mapping[str, Float[Tensor, "n_pos n_layers"]] | None = None,
     metadata: Mapping[str, Any] | None = None,
